@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+help:  ## list these commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...'; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $(READY)
+
+setup: $(READY)  ## make .venv from requirements.lock
+
+demo: $(READY)  ## the whole path through every notebook on the sample cohort (15 minutes on two cores)
+	$(BIN)/python -m kit.execute params/demo
+
+test: $(READY)  ## all tests: unit, integration, every notebook (20 minutes on two cores)
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pytest --nbval
+
+check: $(READY)  ## the quick loop (3 minutes)
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pytest tests -m "not slow and not real"
+
+lab: $(READY)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench: $(READY)  ## ratios against the peers, into outputs/bench/bench.json
+	$(BIN)/python benchmarks/run.py
+
+notebooks: $(READY)  ## renew the committed notebooks
+	$(BIN)/python -m kit.execute --renew
+
+clean:  ## remove .venv, outputs and caches
+	rm -rf .venv outputs .pytest_cache .ruff_cache .import_linter_cache kit.egg-info build
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help setup demo test check lab bench notebooks clean
+.DEFAULT_GOAL := help

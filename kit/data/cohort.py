@@ -1,0 +1,129 @@
+"""A cohort is a table with one scan a row: participant, session, dataset, image_path, mask_path, labels.
+
+Read from a CSV or TSV (columns `image_path, mask_path, label` alone are enough) or from a BIDS folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from kit.runs import resolve, shown
+
+COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")
+
+
+class CohortError(ValueError):
+    """A cohort cannot be read; the message names the file and what to do."""
+
+
+def read_cohort(path: str | Path) -> pd.DataFrame:
+    """Read a cohort from a table or a BIDS folder.
+
+    Returns:
+        one scan a row: participant, session, dataset (str), image_path, mask_path (absolute, mask_path ""
+        where there is none), then the label columns as they came.
+
+    Raises:
+        CohortError: no such file, no column `image_path`, no scan, or a scan listed twice.
+    """
+    path = resolve(path)
+    if path.is_dir():
+        table = _read_bids(path)
+    elif path.suffix in (".csv", ".tsv"):
+        table = _read_table(path)
+    else:
+        raise CohortError(f"{shown(path)}: " + ("expected .csv, .tsv or a BIDS folder" if path.exists()
+                                                else "no such file or folder"))
+    if table.empty:
+        raise CohortError(f"{shown(path)}: no scans in it")
+    if (doubled := table.duplicated(["dataset", "participant", "session"])).any():
+        row = table[doubled].iloc[0]
+        raise CohortError(f"{shown(path)}: {int(doubled.sum())} scans are listed twice, the first: "
+                          f"participant {row.participant}, session {row.session}; give each its own session")
+    return table.reset_index(drop=True)
+
+
+def data_note(index: pd.DataFrame) -> str:
+    """What a figure must say of these scans: that they are procedural, where they are; else nothing."""
+    procedural = index["dataset"].astype(str).str.startswith("procedural")
+    return "procedural data" if procedural.all() else "partly procedural data" if procedural.any() else ""
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise CohortError(f"{shown(path)}: no such file")
+    text = {name: str for name in COLUMNS}
+    try:
+        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=text, na_values=["n/a"])
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise CohortError(f"{shown(path)} is no table: {error}") from None
+    if "image_path" not in table:
+        raise CohortError(f"{shown(path)}: needs a column image_path; found {', '.join(table.columns)}")
+    if empty := int(table["image_path"].isna().sum()):
+        raise CohortError(f"{shown(path)}: image_path is empty in {empty} rows")
+    if "participant" not in table:
+        table["participant"] = [f"{row:05d}" for row in range(1, len(table) + 1)]
+    if empty := int(table["participant"].isna().sum()):
+        raise CohortError(f"{shown(path)}: participant is empty in {empty} rows")
+    for name, default in (("session", "01"), ("dataset", path.stem), ("mask_path", "")):
+        table[name] = table[name].fillna(default) if name in table else default
+    for name in ("image_path", "mask_path"):
+        table[name] = [_beside(path, value) for value in table[name]]
+    return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
+
+
+def _beside(table: Path, value: str) -> str:
+    """Relative paths in a table mean the folder that the table lies in."""
+    return str((table.parent / Path(value).expanduser()).resolve()) if value else ""
+
+
+def _read_bids(folder: Path) -> pd.DataFrame:
+    description = folder / "dataset_description.json"
+    if not description.is_file():
+        raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
+    scans = sorted(folder.glob("sub-*/ses-*/anat/*_T1w.nii*")) + sorted(folder.glob("sub-*/anat/*_T1w.nii*"))
+    name = str(json.loads(description.read_text()).get("Name", folder.name))
+    rows = [_bids_row(folder, scan, name) for scan in scans]
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    labels = folder / "participants.tsv"
+    if labels.is_file():
+        table = _with_labels(table, pd.read_csv(labels, sep="\t", na_values=["n/a"], dtype={"participant_id": str}))
+    return _with_session_labels(folder, table)
+
+
+def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, str, str, str, str]:
+    entities = dict(part.partition("-")[::2] for part in scan.name.split("_")[:-1])
+    stem = scan.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_T1w")
+    masks = sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
+    others = [f"{key}-{value}" for key, value in entities.items() if key not in ("sub", "ses")]  # run-2, acq-...
+    session = "_".join([entities.get("ses", "01"), *others])
+    return (entities["sub"], session, dataset, str(scan), str(masks[0]) if masks else "")
+
+
+def _with_labels(table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+    if "participant_id" not in labels:
+        raise CohortError("participants.tsv: needs a column participant_id")
+    labels = labels.assign(participant=labels.pop("participant_id").str.removeprefix("sub-"))
+    if "dataset" in labels:  # one folder may hold several datasets: its participants say which
+        table = table.drop(columns="dataset")
+    table = table.merge(labels, on="participant", how="left", validate="many_to_one")
+    return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
+
+
+def _with_session_labels(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Labels of `sub-*/sub-*_sessions.tsv` go over those of participants.tsv."""
+    files = sorted(folder.glob("sub-*/sub-*_sessions.tsv"))
+    if not files:
+        return table
+    parts = [pd.read_csv(file, sep="\t", na_values=["n/a"], dtype={"session_id": str}).assign(
+        participant=file.parent.name.removeprefix("sub-")) for file in files]
+    sessions = pd.concat(parts, ignore_index=True)
+    sessions["session"] = sessions.pop("session_id").str.removeprefix("ses-")
+    keys = ["participant", "session"]
+    table = table.merge(sessions, on=keys, how="left", suffixes=("", " of session"), validate="one_to_one")
+    for name in [name for name in table if name.endswith(" of session")]:
+        table[name.removesuffix(" of session")] = table[name].fillna(table[name.removesuffix(" of session")])
+    return table.drop(columns=[name for name in table if name.endswith(" of session")])

@@ -1,0 +1,125 @@
+"""Batches of prepared scans, in an order that (seed, epoch) alone decide."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kit.data.store import Store
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some scans, on one device.
+
+    Attributes:
+        images: (batch, 1, depth, height, width) float32, z-scored inside the mask, zero outside.
+        masks: (batch, 1, depth, height, width) bool.
+        keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
+        labels: (batch,) float32, nan where there is none.
+    """
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    keys: list[int]
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, as float32; the copy does not block where memory is pinned."""
+        return Batch(self.images.to(device, non_blocking=True).float(), self.masks.to(device, non_blocking=True),
+                     self.keys, self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader: memory that a CUDA device can copy from without waiting."""
+        return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory())
+
+
+def scan_key(scan: str) -> int:
+    """63-bit number of a scan's name, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(scan.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class PreparedScans(Dataset):
+    """Rows of a store as a torch dataset; workers open files themselves and share no memory.
+
+    Args:
+        store: prepared scans.
+        rows: rows of `store.index` to serve, in the order of their numbers here.
+        labels: (rows,) float, or None for unlabelled scans.
+    """
+
+    def __init__(self, store: Store, rows: pd.DataFrame, labels: np.ndarray | None = None) -> None:
+        self.store = store
+        self.scans = rows["scan"].tolist()
+        self.labels = np.full(len(rows), np.nan) if labels is None else np.asarray(labels, np.float64)
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int, float]:
+        image, mask = self.store.read(self.scans[number])
+        return image, mask, scan_key(self.scans[number]), float(self.labels[number])
+
+
+def collate(items: Sequence[tuple[np.ndarray, np.ndarray, int, float]]) -> Batch:
+    """Stack scans; they stay float16 until they reach the device."""
+    images, masks, keys, labels = zip(*items, strict=True)
+    return Batch(torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]),
+                 list(keys), torch.tensor(labels, dtype=torch.float32))
+
+
+def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Global batches of one epoch: every scan once, a participant at most once in a batch.
+
+    Two scans of one brain are no negatives of each other. The order depends on (seed, epoch) alone, not on
+    workers; batches that stay smaller than `batch_size` are dropped when there are others, and the scans left
+    over come in other epochs.
+
+    Args:
+        participants: each scan's participant.
+        batch_size: scans in a global batch.
+        seed: of the run.
+        epoch: from 0.
+
+    Returns:
+        lists of scan numbers.
+    """
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(len(participants))
+    batches: list[list[int]] = []
+    present: list[set[str]] = []
+    first_open = 0
+    for number in order.tolist():
+        for place in range(first_open, len(batches)):
+            if len(batches[place]) < batch_size and participants[number] not in present[place]:
+                break
+        else:
+            place = len(batches)
+            batches.append([])
+            present.append(set())
+        batches[place].append(number)
+        present[place].add(participants[number])
+        while first_open < len(batches) and len(batches[first_open]) == batch_size:
+            first_open += 1
+    full = [batch for batch in batches if len(batch) == batch_size]
+    return full or batches
+
+
+def load(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
+    """Load batches in the given order, with pinned memory where there is a CUDA device."""
+    options = {"multiprocessing_context": "spawn", "prefetch_factor": 2} if workers else {}
+    return iter(DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                           pin_memory=torch.cuda.is_available(), **options))
+
+
+def in_order(count: int, batch_size: int) -> list[list[int]]:
+    """Batches of `0 … count - 1` in order, the last one smaller."""
+    return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]

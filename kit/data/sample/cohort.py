@@ -1,0 +1,267 @@
+"""The procedural cohort on disk: who takes part, their scans as a BIDS folder, made once and kept.
+
+A scan's bits depend on the generator's version, the seed, and its row in the table; the table depends on
+the seed and the number of participants, so that cohorts of different sizes hold different people.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from kit.data.nifti import write_nifti
+from kit.data.sample.anatomy import GENERATOR_VERSION, stream
+from kit.data.sample.atlas import load_atlas
+from kit.data.sample.scan import SITES, make_scan, rigid
+from kit.runs import outputs_dir, write_json, write_table, write_whole
+
+# Shares of the participants. Half of those in pretrain have a second session.
+SPLITS = {"pretrain": 0.35, "train": 0.20, "validation": 0.10, "test": 0.21, "out_of_distribution": 0.14}
+DIAGNOSES = ("CN", "AD", "stroke")
+AGES = (20, 90)  # years, alike for each diagnosis, or age alone would tell it
+YEARS_TO_SECOND_SESSION = (1.0, 2.5)
+MOST_DEGREES, MOST_MM = 20, 30
+MARKER = "complete.json"
+NO_PERSON = "procedural: no person was scanned"
+COLUMNS = {
+    "age": {"Description": "age at the first session", "Units": "years"},
+    "sex": {"Levels": {"F": "female", "M": "male"}},
+    "diagnosis": {"Levels": {"CN": "healthy", "AD": "Alzheimer's disease", "stroke": "stroke"}},
+    "alzheimers": {"Levels": {"1": "Alzheimer's disease", "0": "healthy"}},
+    "stroke": {"Levels": {"1": "stroke", "0": "healthy"}},
+    "site": {"Description": "scanner; OOD is seen in the split out_of_distribution alone"},
+    "split": {"Description": "use of the participant"},
+    "dataset": {"Description": "one name a site"},
+}
+
+
+def sample_cohort(participants: int = 60, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None) -> Path:
+    """Return the BIDS folder of the procedural cohort, made now or found in the cache.
+
+    An interrupted making goes on where it was: each file is there whole or not at all, and the folder is
+    finished once it holds `complete.json`.
+
+    Args:
+        participants: how many. From 30 on, each split has healthy participants and both diseases.
+        seed: of the table and the scans.
+        workers: processes that make scans, each on one thread; the result is the same for any number.
+        cache_dir: folder of all sample cohorts; `sample` under the outputs folder if not given.
+
+    Raises:
+        ValueError: participants or workers below 1.
+    """
+    _check_positive(participants=participants, workers=workers)
+    cache = _cache(cache_dir)
+    folder = cache / f"v{GENERATOR_VERSION}-seed{seed}-n{participants}"
+    if not (folder / MARKER).exists():
+        scans = draw_participants(participants, seed)
+        make_scans(scans, folder, seed, workers, cache)
+    return folder
+
+
+def moved_cohort(scans: int = 12, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None) -> Path:
+    """Return a BIDS folder of scans with moved heads, to measure registration against the known move.
+
+    Each participant has `ses-01`, near template space, and `ses-02`: the same scan with other noise and its
+    head turned by up to 20 degrees and shifted by up to 30 mm, on a grid that holds it whole. `moves.csv`
+    gives `participant, session, m00 ... m33, rotation_deg, translation_mm`; the matrix takes a point of
+    the head from `ses-01` to `ses-02` in RAS mm, and `translation_mm` is the shift of the head's middle.
+
+    Args:
+        scans: how many heads are moved.
+        seed, workers, cache_dir: as in `sample_cohort`; these participants are in no other cohort.
+
+    Raises:
+        ValueError: scans or workers below 1.
+    """
+    _check_positive(scans=scans, workers=workers)
+    cache = _cache(cache_dir)
+    folder = cache / f"moved-v{GENERATOR_VERSION}-seed{seed}-n{scans}"
+    if (folder / MARKER).exists():
+        return folder
+    still = draw_participants(scans, seed, prefix="sub-moved").drop_duplicates("participant")
+    still = still.drop(columns="split").assign(dataset="procedural-moved")
+    moves = [draw_move(seed, participant) for participant in still["participant"]]
+    write_table(folder / "moves.csv", pd.DataFrame(
+        {"participant": participant, "session": "ses-02"}
+        | {f"m{i}{j}": move[i, j] for i in range(4) for j in range(4)}
+        | {"rotation_deg": degrees, "translation_mm": mm}
+        for participant, (move, degrees, mm) in zip(still["participant"], moves, strict=True)))
+    moved = still.assign(session="ses-02", move=[move for move, _, _ in moves])
+    both = pd.concat([still.assign(move=None), moved]).sort_values(["participant", "session"])
+    make_scans(both, folder, seed, workers, cache)
+    return folder
+
+
+def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.DataFrame:
+    """Draw who takes part: one row a scan, in the order of the participants' names.
+
+    Diagnoses are dealt by quota within each split; site, sex, age and number of sessions are dealt alike
+    within each diagnosis, so that none of them gives a diagnosis away.
+
+    Returns:
+        Columns participant, session, age (years at this session), sex, diagnosis, alzheimers and stroke
+        (Int64, missing where the other disease is present), site, split, dataset.
+    """
+    rng = stream(seed, f"{participants} participants")
+    ends = np.round(np.cumsum([0, *SPLITS.values()]) * participants).astype(int)
+    people = []
+    for split, count in zip(SPLITS, np.diff(ends), strict=True):
+        sites = [site for site in SITES if (site == "OOD") == (split == "out_of_distribution")]
+        for diagnosis, group in zip(DIAGNOSES, np.array_split(np.arange(count), len(DIAGNOSES)), strict=True):
+            size = len(group)
+            strata = (rng.permutation(size) + rng.uniform(size=size)) / max(size, 1)
+            people.append(pd.DataFrame({
+                "age": (AGES[0] + (AGES[1] - AGES[0]) * strata).round(1), "sex": _deal("FM", size, rng),
+                "diagnosis": diagnosis, "site": _deal(sites, size, rng), "split": split,
+                "sessions": _deal([1, 2], size, rng) if split == "pretrain" else 1}))
+    table = pd.concat(people).sample(frac=1, random_state=rng, ignore_index=True)
+    table.insert(0, "participant", [f"{prefix}{number:04d}" for number in range(1, participants + 1)])
+    for disease, column in (("AD", "alzheimers"), ("stroke", "stroke")):
+        table[column] = table["diagnosis"].map({disease: 1, "CN": 0}).astype("Int64")
+    table["dataset"] = "procedural-" + table["site"]
+    again = table[table["sessions"] == 2].copy()
+    again["age"] = (again["age"] + rng.uniform(*YEARS_TO_SECOND_SESSION, len(again))).round(1)
+    scans = pd.concat([table.assign(session="ses-01"), again.assign(session="ses-02")])
+    columns = ["participant", "session", *COLUMNS]
+    return scans.sort_values(["participant", "session"], ignore_index=True)[columns]
+
+
+def draw_move(seed: int, participant: str) -> tuple[np.ndarray, float, float]:
+    """Draw a rigid move, (4, 4) in RAS mm, with its rotation in degrees and its shift in mm."""
+    rng = stream(seed, participant, "move")
+    axis, direction = (vector / np.linalg.norm(vector) for vector in rng.standard_normal((2, 3)))
+    degrees, mm = rng.uniform(MOST_DEGREES / 4, MOST_DEGREES), rng.uniform(MOST_MM / 4, MOST_MM)
+    return rigid(axis * degrees, direction * mm), degrees, mm
+
+
+def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache: Path) -> None:
+    """Write a BIDS folder: its tables, each scan that is not there yet, and at last the marker.
+
+    Args:
+        scans: rows as from `draw_participants`, with a column `move` ((4, 4) or None) if heads are moved.
+        folder: the BIDS folder.
+        seed: of the scans.
+        workers: processes.
+        cache: folder that keeps the atlas.
+    """
+    start = time.perf_counter()
+    write_tables(scans, folder, seed)
+    rows = scans.to_dict("records")
+    missing = [row for row in rows if not _image_path(folder, row["participant"], row["session"]).exists()]
+    atlas_path = cache / f"atlas-v{GENERATOR_VERSION}.npz"
+    if missing:
+        load_atlas(atlas_path)  # made here, so that the workers find it
+    make = partial(_write_scan, folder=folder, seed=seed, atlas_path=atlas_path)
+    with _mapper(min(workers, len(missing))) as run:
+        done = tqdm(run(make, missing), "procedural scans", total=len(rows), initial=len(rows) - len(missing),
+                    unit="scan", leave=False)
+        for _ in done:
+            pass
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1),
+                                 "seconds": round(time.perf_counter() - start, 1)})
+
+
+def effect_masks(bids_folder: Path | str, participant: str, session: str) -> dict[str, Path]:
+    """Return where age, sex and disease are known to act in a scan: the mask's file by its name.
+
+    The names are `ventricles`, `cortex`, `hippocampus`, `cerebellum`, and `lesion` after a stroke.
+
+    Raises:
+        FileNotFoundError: the folder has no such masks; it is not a sample cohort, or not this scan's.
+    """
+    folder = _derivatives(Path(bids_folder)) / participant / session / "anat"
+    masks = {path.name.split("_label-")[1].split("_")[0]: path
+             for path in sorted(folder.glob("*_label-*_mask.nii.gz"))}
+    if not masks:
+        raise FileNotFoundError(f"{folder}: no masks of known effects; only a folder made by "
+                                "kit.data.sample has them, for its own participants and sessions")
+    return masks
+
+
+def write_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
+    """Write participants.tsv, what its columns mean, sessions.tsv where age varies, and descriptions."""
+    first = scans.drop_duplicates("participant").rename(columns={"participant": "participant_id"})
+    columns = [name for name in COLUMNS if name in scans]
+    _write_tsv(folder / "participants.tsv", first[["participant_id", *columns]])
+    write_json(folder / "participants.json", {name: COLUMNS[name] for name in columns})
+    for participant, sessions in scans.groupby("participant"):
+        if sessions["age"].nunique() > 1:
+            table = sessions.rename(columns={"session": "session_id"})[["session_id", "age"]]
+            _write_tsv(folder / participant / f"{participant}_sessions.tsv", table)
+    description: dict[str, Any] = {
+        "Name": f"Sample cohort ({NO_PERSON})", "BIDSVersion": "1.10.0", "DatasetType": "raw",
+        "Acknowledgements": "Shaped from the ICBM152 2009 maps (Fonov et al. 2011), as shipped with nilearn.",
+        "GeneratedBy": [{"Name": "kit.data.sample", "Version": str(GENERATOR_VERSION),
+                         "Description": f"{NO_PERSON}; seed {seed}, {len(first)} participants"}]}
+    write_json(folder / "dataset_description.json", description)
+    write_json(_derivatives(folder) / "dataset_description.json", description | {"DatasetType": "derivative"})
+    write_whole(folder / ".bidsignore", lambda aside: aside.write_text(f"{MARKER}\nmoves.csv\n"))
+
+
+def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) -> None:
+    """Make one scan and write its files, the image last: where it is, all of the scan is."""
+    participant, session = row["participant"], row["session"]
+    move = row.get("move")
+    # A moved head keeps the first session's pose and contrast, so that the move alone differs.
+    scan = make_scan(participant, session if move is None else "ses-01", seed=seed, move=move,
+                     atlas=load_atlas(atlas_path), **{name: row[name] for name in ("age", "sex", "diagnosis", "site")})
+    image = _image_path(folder, participant, session)
+    masks = _derivatives(folder) / image.parent.relative_to(folder)
+    write_nifti(masks / f"{participant}_{session}_desc-brain_mask.nii.gz", scan.brain, scan.affine)
+    for label, mask in scan.effects.items():
+        write_nifti(masks / f"{participant}_{session}_label-{label}_mask.nii.gz", mask, scan.affine)
+    write_json(image.with_name(f"{participant}_{session}_T1w.json"), {"Procedural": True, "Latent": scan.latent})
+    write_nifti(image, scan.image, scan.affine)
+
+
+@contextmanager
+def _mapper(workers: int) -> Iterator[Any]:
+    """Give a `map` that runs here, or in several processes of one thread each."""
+    if workers < 2:
+        yield map
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        yield pool.map
+    finally:  # after an error or an interrupt, don't make the rest
+        pool.shutdown(cancel_futures=True)
+
+
+def _deal(levels: Any, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return each level as often as the others, give or take one, in random order."""
+    return rng.permutation(np.resize(rng.permutation(list(levels)), count))
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected a whole number from 1 on, got {value!r}")
+
+
+def _cache(cache_dir: Path | str | None) -> Path:
+    return outputs_dir() / "sample" if cache_dir is None else Path(cache_dir).resolve()
+
+
+def _derivatives(folder: Path) -> Path:
+    return folder / "derivatives" / "sample"
+
+
+def _image_path(folder: Path, participant: str, session: str) -> Path:
+    return folder / participant / session / "anat" / f"{participant}_{session}_T1w.nii.gz"
+
+
+def _write_tsv(path: Path, table: pd.DataFrame) -> None:
+    write_whole(path, lambda aside: table.to_csv(aside, sep="\t", index=False, na_rep="n/a"))

@@ -1,0 +1,148 @@
+"""Run notebooks headless: parameters checked first, papermill, then an HTML report beside the results.
+
+    python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml -p epochs 10
+    python -m kit.execute params/demo        # every file of a folder, in the order of their names
+    python -m kit.execute --renew            # the committed notebooks, at their default parameters
+
+Plain `papermill notebooks/2_pretrain.ipynb OUTPUT.ipynb -f FILE.yaml` does the same without the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from kit.params import NOTEBOOKS, ParameterError, assigned_names, check, read_yaml
+from kit.runs import ROOT, resolve, shown, write_json, write_whole
+
+FOLDER = ROOT / "notebooks"
+
+
+def defaults(notebook: str) -> dict[str, Any]:
+    """The values in a notebook's `parameters` cell, which holds literals only."""
+    cells = nbformat.read(FOLDER / f"{notebook}.ipynb", as_version=4).cells
+    source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    return {name: ast.literal_eval(node.value) for node in ast.parse(source).body
+            for name in assigned_names([ast.unparse(node)])}
+
+
+def run(notebook: str, values: dict[str, Any]) -> Path:
+    """Execute a notebook with these parameters over its defaults.
+
+    Returns:
+        the run's folder; the executed notebook and `report.html` lie in it.
+
+    Raises:
+        ParameterError: before the notebook starts.
+        papermill.exceptions.PapermillExecutionError: a cell failed; the notebook so far is written.
+    """
+    import papermill
+
+    params = check(NOTEBOOKS[notebook], {**defaults(notebook), **values})
+    params.output_dir.mkdir(parents=True, exist_ok=True)
+    executed = params.output_dir / f"{notebook}.ipynb"
+    try:
+        papermill.execute_notebook(FOLDER / f"{notebook}.ipynb", executed, values, cwd=ROOT, kernel_name="python3")
+    finally:
+        if executed.exists():
+            report(executed)
+    return params.output_dir
+
+
+def report(executed: Path) -> Path:
+    """Write `report.html` beside an executed notebook."""
+    from nbconvert import HTMLExporter
+
+    html = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))[0]
+    return write_whole(executed.with_name("report.html"), lambda aside: aside.write_text(html))
+
+
+def run_folder(folder: Path) -> None:
+    """Execute every parameter file of a folder in the order of their names, then print where things lie.
+
+    `budget.yaml` in it holds the seconds that each is meant to take on two cores.
+    """
+    budget = read_yaml(folder / "budget.yaml")
+    files = [folder / f"{name}.yaml" for name in budget]
+    lines, started = [], time.monotonic()
+    for number, file in enumerate(files, start=1):
+        print(f"\n[{number}/{len(files)}] {file.stem}, about {budget[file.stem]} s", flush=True)
+        begun = time.monotonic()
+        where = run(notebook_of(file), read_yaml(file))
+        lines.append((file.stem, time.monotonic() - begun, where))
+    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Reports to open in a browser, "
+          "each with its executed notebook beside it:")
+    for name, seconds, where in lines:
+        print(f"  {seconds:5.0f} s  {name:28s} {shown(where / 'report.html')}")
+    write_json(lines[-1][2] / "seconds.json", {name: round(seconds, 1) for name, seconds, _ in lines})
+    if (summary := lines[-1][2] / "summary.txt").exists():
+        print("\n" + summary.read_text())
+
+
+def notebook_of(file: Path) -> str:
+    """The notebook that a parameter file is for: `2_pretrain_mae.yaml` belongs to `2_pretrain`.
+
+    Raises:
+        ParameterError: the file's name starts with no notebook's.
+    """
+    for notebook in NOTEBOOKS:
+        if file.stem.startswith(notebook):
+            return notebook
+    raise ParameterError(f"{shown(file)}: its name must start with a notebook's: {', '.join(NOTEBOOKS)}")
+
+
+def renew() -> None:
+    """Execute the committed notebooks in place, in order, in a fresh outputs folder."""
+    from nbclient import NotebookClient
+
+    with tempfile.TemporaryDirectory() as outputs:
+        os.environ.update(KIT_OUTPUTS=outputs, KIT_PROGRESS="off")
+        for notebook in NOTEBOOKS:
+            begun = time.monotonic()
+            path = FOLDER / f"{notebook}.ipynb"
+            book = nbformat.read(path, as_version=4)
+            NotebookClient(book, timeout=1200, kernel_name="python3", store_widget_state=False,
+                           resources={"metadata": {"path": str(FOLDER)}}).execute()
+            for cell in book.cells:
+                cell.metadata.pop("execution", None)  # times of day
+            book.metadata = {"kernelspec": book.metadata["kernelspec"], "language_info": {"name": "python"}}
+            write_whole(path, lambda aside, book=book: nbformat.write(book, aside))
+            print(f"{notebook}: {time.monotonic() - begun:.0f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True)
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m kit.execute", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", nargs="?", help="a notebook's name, or a folder of parameter files")
+    parser.add_argument("-f", "--file", help="YAML file of parameters")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--renew", action="store_true", help="execute the committed notebooks in place")
+    arguments = parser.parse_args()
+    try:
+        if arguments.renew:
+            renew()
+        elif arguments.what in NOTEBOOKS:
+            values = read_yaml(arguments.file) if arguments.file else {}
+            values.update({name: yaml.safe_load(value) for name, value in arguments.parameter})
+            print(shown(run(arguments.what, values) / "report.html"))
+        elif arguments.what and resolve(arguments.what).is_dir():
+            run_folder(resolve(arguments.what))
+        else:
+            parser.error(f"name a notebook ({', '.join(NOTEBOOKS)}) or a folder of parameter files")
+    except ParameterError as error:
+        print(f"kit.execute: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

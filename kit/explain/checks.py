@@ -1,0 +1,78 @@
+"""Does a saliency map depend on what the model has learnt? The model parameter randomisation check.
+
+Adebayo et al., Sanity Checks for Saliency Maps, arXiv 1810.03292: draw the map again from a model whose
+weights are random, and compare. A rank correlation near 0 means that the map comes from the learnt weights.
+Near 1 means that the picture would look the same had the model learnt nothing: it shows the scan (edges, bright
+voxels) or the network's layout, and must not be read as what the model uses. Integrated gradients multiply by
+the image, so that part of any agreement is the image itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from kit.explain.saliency import saliency
+
+
+def reinitialised(model: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a model with the weights of all layers drawn anew; the model itself is left alone.
+
+    Layers draw by their own `reset_parameters`; BatchNorm forgets its running statistics too. Parameters that
+    no such layer owns (class tokens, position embeddings) are drawn from a normal distribution of the mean
+    and standard deviation they had. Drawn on the CPU, so that a seed gives the same copy on every device.
+    """
+    device = next(model.parameters()).device
+    fresh = copy.deepcopy(model).cpu()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        # A stream of its own: the plain seed could draw the very weights that training started from.
+        torch.manual_seed(int(np.random.SeedSequence([1810, 3292, seed]).generate_state(1)[0]))
+        for module in fresh.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+                continue
+            for parameter in module.parameters(recurse=False):
+                parameter.normal_(parameter.mean().item(), parameter.std(correction=0).item())
+    return fresh.to(device)
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray) -> float:
+    """Spearman's rank correlation, -1 to 1, of two maps' absolute values inside a mask.
+
+    All are (depth, height, width). nan where a map is constant inside the mask: it then has no ranks.
+    """
+    inside = np.asarray(mask, dtype=bool)
+    first, second = np.abs(first[inside]), np.abs(second[inside])
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(spearmanr(first, second).statistic)
+
+
+def randomisation_check(
+    model: nn.Module, image: np.ndarray, mask: np.ndarray, maps: Mapping[str, np.ndarray], target: int = 0,
+    seeds: Sequence[int] = (0,), n_steps: int = 32,
+) -> pd.DataFrame:
+    """Compare each map with the one that a randomly initialised copy of the model gives for the same scan.
+
+    Args:
+        model, image, mask, target, n_steps: as given to `saliency` for these maps.
+        maps: method -> the trained model's map (depth, height, width).
+        seeds: one randomised copy each.
+
+    Returns:
+        A row per seed and method: `method`, `seed`, `rank_correlation` (the module's text says what it
+            means).
+    """
+    rows = []
+    for seed in seeds:
+        fresh = reinitialised(model, seed)
+        for method, found in maps.items():
+            random_map = saliency(fresh, image, mask, method, target, n_steps)
+            rows.append((method, seed, rank_correlation(found, random_map, mask)))
+    return pd.DataFrame(rows, columns=["method", "seed", "rank_correlation"])

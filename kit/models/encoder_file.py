@@ -1,0 +1,92 @@
+"""encoder.safetensors: an encoder's weights with the record of how to use them again.
+
+The record says the architecture, the preparation of the scans that it was trained on, and salted hashes of
+the participants that it saw. It is read without torch, so that a misfit is refused before work starts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kit.models.encoders import build_encoder
+from kit.runs import resolve, shown, write_whole
+
+PREPARATION = ("axes", "shape", "spacing_mm", "origin_mm", "intensity", "template")  # what must agree
+
+
+class EncoderError(ValueError):
+    """An encoder does not fit; the message says what it has and what was asked for."""
+
+
+def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -> Path:
+    """Write weights and record, whole or not at all.
+
+    Args:
+        path: of the file.
+        encoder: from `build_encoder`.
+        record: JSON values: architecture, objective, preparation, participants (hashes).
+    """
+    weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    return write_whole(path, lambda aside: save_file(weights, aside, metadata={"record": json.dumps(record)}))
+
+
+def read_record(encoder: str | Path) -> dict[str, Any]:
+    """The record in an encoder's file, without its weights.
+
+    Raises:
+        EncoderError: the file is no encoder of this kit.
+    """
+    path = resolve(encoder)
+    path = path / "encoder.safetensors" if path.is_dir() else path
+    try:
+        with safe_open(path, framework="np") as file:
+            return json.loads(file.metadata()["record"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise EncoderError(f"{shown(path)} is no encoder of this kit ({type(error).__name__})") from None
+    except Exception as error:  # safetensors has its own error type, not exported everywhere
+        raise EncoderError(f"{shown(path)} cannot be read: {error}") from None
+
+
+def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+    """An encoder with its record, checked against the scans that it is to read.
+
+    Args:
+        encoder: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2.
+        preparation: the record of the prepared scans.
+        seed: of random weights.
+
+    Raises:
+        EncoderError: the file is none, or the scans were prepared otherwise (every difference is listed).
+    """
+    shape = tuple(preparation["shape"])
+    kind, _, architecture = str(encoder).partition(":")
+    if kind == "random":
+        architecture = architecture or "resnet18"
+        return build_encoder(architecture, shape, seed), {"architecture": architecture, "objective": "random",
+                                                          "participants": []}
+    record = read_record(encoder)
+    differences = [f"{name}: the encoder's scans have {record['preparation'].get(name)}, these {preparation.get(name)}"
+                   for name in PREPARATION if record["preparation"].get(name) != preparation.get(name)]
+    if differences:
+        raise EncoderError(f"{shown(resolve(encoder))} does not fit these scans:\n  " + "\n  ".join(differences))
+    network = build_encoder(record["architecture"], shape)
+    path = resolve(encoder)
+    network.load_state_dict(load_file(path / "encoder.safetensors" if path.is_dir() else path), strict=True)
+    return network, record
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers that training may change."""
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+
+
+def device() -> torch.device:
+    """The CUDA device of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,41 @@
+"""What stands on an encoder: the projection head of SimCLR, and a prediction head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def projection_head(features: int, widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers without bias and ReLU between them (SimCLR, Chen et al. 2020; sizes as in the paper's code).
+
+    Args:
+        features: the encoder's.
+        widths: of the layers, such as 512, 512, 64; the last is the embedding's.
+    """
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Linear(features, width, bias=False), nn.ReLU()]
+        features = width
+    return nn.Sequential(*layers[:-1])
+
+
+class Predictor(nn.Module):
+    """An encoder and one linear output: a logit, or a number in units of the training labels' spread.
+
+    Attributes:
+        mean, sd: of the training labels; 0 and 1 for classification.
+    """
+
+    def __init__(self, encoder: nn.Module, mean: float = 0.0, sd: float = 1.0) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.features, 1)
+        self.register_buffer("mean", torch.tensor(float(mean)))
+        self.register_buffer("sd", torch.tensor(float(sd)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, depth, height, width) -> (batch, 1): a logit, or a standardised number."""
+        return self.head(self.encoder(images))

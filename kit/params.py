@@ -1,0 +1,347 @@
+"""Every knob of every notebook: its name, unit, default and bounds.
+
+One pydantic model a notebook. `read` builds it from the notebook's `parameters` cell and what papermill
+injected below it, and refuses what it does not know before any work starts, all faults in one message.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kit.runs import resolve, shown
+
+Architecture = Literal["resnet18", "resnet18_narrow", "vit", "vit_narrow"]
+ARCHITECTURES: tuple[str, ...] = Architecture.__args__
+SALIENCY_METHODS = ("gradient", "integrated_gradients")
+
+
+class ParameterError(ValueError):
+    """Parameters or the files that they name cannot be used; the message lists everything that is wrong."""
+
+
+def _resolved(value: Any) -> Any:
+    return resolve(value) if isinstance(value, str | Path) and str(value) else value
+
+
+ProjectPath = Annotated[Path, BeforeValidator(_resolved)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Shape = tuple[Positive, Positive, Positive]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Parameters(BaseModel):
+    """What all notebooks share: unknown names are errors, and paths mean the project's root."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
+
+    output_dir: ProjectPath
+
+    def problems(self) -> list[str]:
+        """What is wrong with the files that the parameters name; looked at before any work."""
+        return []
+
+    def plain(self) -> dict[str, Any]:
+        """The parameters as YAML values, paths as the project's people write them."""
+        return {name: _plain(value) for name, value in self}
+
+
+class Explore(Parameters):
+    """0_explore_augmentations: look at views before a network does."""
+
+    cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
+    prepared: ProjectPath | None = None  # prepared scans, instead of `cohort`
+    sample_participants: Annotated[int, Field(ge=40)] = 60  # size of the sample cohort
+    scans: Positive = 3  # scans to look at
+    recipe: str = "weak"  # a recipe's name, or a YAML file
+    seed: Seed = 0
+    spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0  # of the grid that `cohort` is prepared on
+    shape: Shape = (36, 48, 40)  # voxels (z, y, x)
+    workers: Positive = 2  # processes
+
+    def problems(self) -> list[str]:
+        if self.prepared is not None:
+            return _prepared_problems("prepared", self.prepared)
+        return _cohort_problems(self.cohort)
+
+
+class Preprocess(Parameters):
+    """1_preprocess: from files to prepared scans."""
+
+    cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
+    sample_participants: Annotated[int, Field(ge=40)] = 60
+    moved_scans: Annotated[int, Field(ge=0)] = 2  # scans with moved heads that registration is checked on
+    seed: Seed = 0
+    registration: Literal["none", "rigid", "affine"] = "none"
+    mask: Literal["given", "nonzero", "template"] = "given"
+    spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0
+    shape: Shape = (36, 48, 40)  # voxels (z, y, x); the paper: 150, 192, 192 at 1 mm
+    max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # above it the last cell fails
+    workers: Positive = 2  # processes, one thread each
+
+    def problems(self) -> list[str]:
+        return _cohort_problems(self.cohort)
+
+
+class Pretrain(Parameters):
+    """2_pretrain: an encoder from unlabelled scans."""
+
+    may_change: ClassVar[frozenset[str]] = frozenset({"workers", "loader_workers"})
+
+    prepared: ProjectPath
+    split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
+    objective: Literal["simclr", "mae"] = "simclr"
+    architecture: Architecture = "resnet18_narrow"
+    recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
+    epochs: Positive = 4
+    batch_size: Annotated[int, Field(ge=2)] = 16  # scans, over all workers
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of all steps
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    temperature: Annotated[float, Field(gt=0)] = 0.1  # NT-Xent
+    projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches that the MAE must fill in
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants, held out
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
+    workers: Positive = 1  # processes; 1 trains in the kernel
+    loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes of each worker
+    seed: Seed = 0
+
+    def problems(self) -> list[str]:
+        problems = _prepared_problems("prepared", self.prepared)
+        if self.objective == "mae" and not self.architecture.startswith("vit"):
+            problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
+        if self.batch_size % self.workers:
+            problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers")
+        return problems
+
+
+class Finetune(Parameters):
+    """3_finetune: a label predicted from an encoder."""
+
+    prepared: ProjectPath
+    out_of_distribution: ProjectPath | None = None  # prepared scans of other sites, tested beside the test set
+    encoder: str  # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain
+    task: str = "age"  # a label column
+    task_type: Literal["auto", "classification", "regression"] = "auto"
+    mode: Literal["probe", "finetune"] = "finetune"
+    label_fraction: Fraction = 1.0  # of the training participants
+    epochs: Positive = 12
+    batch_size: Annotated[int, Field(ge=2)] = 16
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    schedule: Literal["cosine", "constant"] = "cosine"
+    flip: bool = True  # mirror left and right at random while fine-tuning
+    allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
+    seed: Seed = 0
+
+    def problems(self) -> list[str]:
+        problems = _prepared_problems("prepared", self.prepared)
+        if self.out_of_distribution is not None:
+            problems += _prepared_problems("out_of_distribution", self.out_of_distribution)
+        return problems + _encoder_problems("encoder", self.encoder) + (
+            [] if problems else _label_problems(self.prepared, self.task, self.task_type))
+
+
+class Saliency(Parameters):
+    """4_saliency: where a fine-tuned model looks."""
+
+    prepared: ProjectPath
+    model: ProjectPath  # a run of 3_finetune in mode finetune
+    methods: list[Literal["gradient", "integrated_gradients"]] = list(SALIENCY_METHODS)
+    participants: Positive = 2  # test participants to draw
+    steps: Positive = 16  # of integrated gradients
+    cohort: ProjectPath | None = None  # BIDS folder of the sample cohort, for the known places of its effects
+    seed: Seed = 0
+
+    def problems(self) -> list[str]:
+        problems = _prepared_problems("prepared", self.prepared)
+        if not (self.model / "model.safetensors").exists():
+            problems.append(f"model: {shown(self.model)} holds no model.safetensors; "
+                            "run 3_finetune (mode finetune) first")
+        return problems
+
+
+class Benchmark(Parameters):
+    """5_benchmark: encoders against each other, on several tasks, in and out of distribution."""
+
+    prepared: ProjectPath
+    out_of_distribution: ProjectPath | None = None
+    encoders: dict[str, str]  # a family's name: `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2
+    tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
+    label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for the probes
+    finetune_tasks: list[str] = ["stroke"]  # tasks to fine-tune on besides
+    finetune_fractions: list[Fraction] = [0.2]
+    seeds: list[Seed] = [0]
+    epochs: Positive = 6  # of fine-tuning
+    batch_size: Annotated[int, Field(ge=2)] = 16
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    schedule: Literal["cosine", "constant"] = "cosine"
+    flip: bool = True
+    allow_seen_participants: bool = False
+    seed: Seed = 0  # of the random encoders
+
+    def problems(self) -> list[str]:
+        problems = _prepared_problems("prepared", self.prepared)
+        if self.out_of_distribution is not None:
+            problems += _prepared_problems("out_of_distribution", self.out_of_distribution)
+        for name, encoder in self.encoders.items():
+            problems += _encoder_problems(f"encoders.{name}", encoder)
+        problems += [f"finetune_tasks: {task} is not among tasks"
+                     for task in self.finetune_tasks if task not in self.tasks]
+        if not _prepared_problems("prepared", self.prepared):
+            for task in self.tasks:
+                problems += _label_problems(self.prepared, task, "auto")
+        return problems
+
+
+NOTEBOOKS: dict[str, type[Parameters]] = {
+    "0_explore_augmentations": Explore,
+    "1_preprocess": Preprocess,
+    "2_pretrain": Pretrain,
+    "3_finetune": Finetune,
+    "4_saliency": Saliency,
+    "5_benchmark": Benchmark,
+}
+
+Model = TypeVar("Model", bound=Parameters)
+
+
+def read(model: type[Model]) -> Model:
+    """The running notebook's parameters, checked.
+
+    Takes the names assigned in the notebook's cells that start with ``# Parameters`` (the cell of defaults
+    and the one that papermill injects) and their present values.
+
+    Raises:
+        ParameterError: with every unknown name, wrong type, impossible value and unusable file.
+    """
+    shell = sys.modules["IPython"].get_ipython()
+    sources = [source for source in shell.user_ns["In"] if source.lstrip().startswith("# Parameters")]
+    return check(model, {name: shell.user_ns[name] for name in assigned_names(sources)})
+
+
+def load(model: type[Model], path: str | Path, **overrides: Any) -> Model:
+    """Parameters from a YAML file, with overrides, checked as `read` does."""
+    return check(model, {**read_yaml(path), **overrides})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Names and values of a YAML file.
+
+    Raises:
+        ParameterError: the file is missing, is no YAML, or does not map names to values.
+    """
+    path = resolve(path)
+    if not path.is_file():
+        raise ParameterError(f"{shown(path)}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{shown(path)} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ParameterError(f"{shown(path)}: expected `name: value` lines, found a {type(values).__name__}")
+    return values
+
+
+def check(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """Build the model, then look at the files that it names.
+
+    Raises:
+        ParameterError: one message that lists all that is wrong.
+    """
+    try:
+        params = model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ParameterError(_listing([_wording(model, fault) for fault in error.errors()])) from None
+    if problems := params.problems():
+        raise ParameterError(_listing(problems))
+    return params
+
+
+def assigned_names(sources: Iterable[str]) -> list[str]:
+    """Names assigned at the top level of the cells' sources, in order, each once."""
+    names: dict[str, None] = {}
+    for source in sources:
+        for node in ast.parse(source).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names.update({target.id: None for target in targets if isinstance(target, ast.Name)})
+    return list(names)
+
+
+def _wording(model: type[Parameters], fault: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, model.model_fields, n=1)
+        return f"{name}: unknown parameter" + (f"; did you mean {near[0]}?" if near else "")
+    if fault["type"] == "missing":
+        return f"{name}: missing"
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{name}: got {fault['input']!r}; {message}"
+
+
+def _listing(problems: list[str]) -> str:
+    head = "1 thing is wrong" if len(problems) == 1 else f"{len(problems)} things are wrong"
+    return f"{head}:\n  " + "\n  ".join(problems)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return shown(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _cohort_problems(cohort: str) -> list[str]:
+    if cohort == "sample":
+        return []
+    from kit.data.cohort import CohortError, read_cohort
+
+    try:
+        read_cohort(cohort)
+    except CohortError as error:
+        return [f"cohort: {error}"]
+    return []
+
+
+def _prepared_problems(name: str, folder: Path) -> list[str]:
+    missing = [file for file in ("index.csv", "preparation.json") if not (folder / file).is_file()]
+    return [f"{name}: {shown(folder)} holds no {' and no '.join(missing)}; run 1_preprocess first"] if missing else []
+
+
+def _encoder_problems(name: str, encoder: str) -> list[str]:
+    if encoder.partition(":")[0] == "random":
+        architecture = encoder.partition(":")[2]
+        if architecture and architecture not in ARCHITECTURES:
+            return [f"{name}: got {encoder!r}; the architectures are {', '.join(ARCHITECTURES)}"]
+        return []
+    path = resolve(encoder)
+    path = path / "encoder.safetensors" if path.is_dir() else path
+    return [] if path.is_file() else [f"{name}: no file {shown(path)}; run 2_pretrain first, or say `random`"]
+
+
+def _label_problems(prepared: Path, task: str, task_type: str) -> list[str]:
+    import pandas as pd
+
+    from kit.data.labels import LabelError, read_labels
+
+    try:
+        read_labels(pd.read_csv(prepared / "index.csv", low_memory=False), task, task_type)
+    except LabelError as error:
+        return [f"task: {error}"]
+    return []

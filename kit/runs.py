@@ -1,0 +1,171 @@
+"""A run's folder: what a notebook leaves behind, each file whole or not at all.
+
+``params.yaml`` (enough to run again), ``environment.txt``, ``metrics.json`` (flat names to numbers),
+``figures/*.png`` and whatever the notebook itself names. One writer at a time holds ``.lock``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be used: another writer, or other parameters, as the message says."""
+
+
+def outputs_dir() -> Path:
+    """Folder that all runs lie under: ``$KIT_OUTPUTS``, or ``outputs`` at the project's root."""
+    return Path(os.environ.get("KIT_OUTPUTS") or ROOT / "outputs").resolve()
+
+
+def resolve(path: str | Path) -> Path:
+    """Absolute path: relative ones mean the project's root, and ``outputs/...`` follows ``$KIT_OUTPUTS``."""
+    path = Path(path).expanduser()
+    if path.is_absolute():
+        return path
+    if path.parts[:1] == ("outputs",):
+        return outputs_dir().joinpath(*path.parts[1:])
+    return ROOT / path
+
+
+def shown(path: str | Path) -> str:
+    """The path as the project's people write it, the same on every machine (the inverse of `resolve`)."""
+    path = Path(path)
+    for folder, prefix in ((outputs_dir(), Path("outputs")), (ROOT, Path())):
+        if path.is_relative_to(folder):
+            return (prefix / path.relative_to(folder)).as_posix()
+    return path.as_posix()
+
+
+def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Make a file that appears whole or not at all: written aside by `write(aside)`, fsynced, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write JSON, whole or not at all."""
+    return write_whole(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_table(path: str | Path, table: pd.DataFrame) -> Path:
+    """Write a CSV without its row numbers, whole or not at all."""
+    return write_whole(path, lambda aside: table.to_csv(aside, index=False))
+
+
+def progress(items: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> Any:
+    """A tqdm bar with the time left, gone when it is done; ``KIT_PROGRESS=off`` hides all bars.
+
+    Bars are hidden where outputs are compared or committed: a stored bar stands frozen at 0 %.
+    """
+    from tqdm.auto import tqdm
+
+    hidden = disable or os.environ.get("KIT_PROGRESS") == "off"
+    return tqdm(items, leave=False, disable=hidden, **options)
+
+
+def environment() -> str:
+    """Python, machine type and the installed packages with their versions, a line each."""
+    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    lines = [f"python=={platform.python_version()}", f"machine {platform.machine()} {platform.system()}"]
+    return "\n".join(lines + [f"{name}=={installed[name]}" for name in sorted(installed, key=str.lower)]) + "\n"
+
+
+class Run:
+    """A run folder that this process holds. Open one with `Run.open`."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder = folder
+        self._lock = lock
+
+    @classmethod
+    def open(cls, folder: str | Path, params: Mapping[str, Any], may_change: frozenset[str] = frozenset()) -> Run:
+        """Take the folder for these parameters; the same parameters resume what is there.
+
+        Args:
+            folder: the run's folder, made if absent.
+            params: resolved parameters, plain YAML values.
+            may_change: names that may differ when a run is resumed (such as ``workers``).
+
+        Raises:
+            RunError: another process holds the folder, or it holds a run of other parameters
+                (every difference is listed).
+        """
+        folder = resolve(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise RunError(f"{shown(folder)}: another process is writing this run; "
+                           "wait for it, or give another output_dir") from None
+        stored = folder / "params.yaml"
+        if stored.exists():
+            differences = _differences(yaml.safe_load(stored.read_text()) or {}, params, may_change)
+            if differences:
+                os.close(lock)
+                raise RunError(f"{shown(folder)} holds a run of other parameters:\n  " + "\n  ".join(differences)
+                               + "\ngive another output_dir, or delete that folder")
+        text = yaml.safe_dump(dict(params), sort_keys=False)
+        write_whole(stored, lambda aside: aside.write_text(text))
+        write_whole(folder / "environment.txt", lambda aside: aside.write_text(environment()))
+        return cls(folder, lock)
+
+    @classmethod
+    def of(cls, params: Any) -> Run:
+        """Take the folder that a notebook's parameters name; see `open`."""
+        return cls.open(params.output_dir, params.plain(), params.may_change)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def close(self) -> None:
+        """Let another process write this run. Leaving the process does the same."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def figure(self, figure: Figure, name: str) -> Figure:
+        """Save `figures/<name>.png` and hand the figure back, to be shown."""
+        write_whole(self.folder / "figures" / f"{name}.png",
+                    lambda aside: figure.savefig(aside, format="png", bbox_inches="tight"))
+        return figure
+
+    def metrics(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Add flat names and numbers to `metrics.json`; returns all that it holds now."""
+        path = self.folder / "metrics.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known.update({name: float(value) for name, value in values.items()})
+        write_json(path, known)
+        return known
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:
+    names = [name for name in {**old, **new} if name not in may_change]
+    return [f"{name}: the folder has {old.get(name)!r}, asked for {new.get(name)!r}"
+            for name in names if old.get(name) != new.get(name)]

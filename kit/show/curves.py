@@ -1,0 +1,219 @@
+"""Curves and tables of what was trained and measured. `title` and `note`: see `kit.show.figure.blank`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from sklearn.decomposition import PCA
+from sklearn.metrics import RocCurveDisplay, mean_absolute_error
+
+from kit.show.figure import TEXT, blank, label
+
+_COMPARED = ["encoder", "mode", "task", "metric", "distribution", "label_fraction"]
+_LEGEND = {"fontsize": TEXT - 1, "title_fontsize": TEXT - 1, "frameon": False}
+
+
+def training_curves(log: pd.DataFrame, title: str = "", note: str = "") -> Figure:
+    """Draw losses, learning rate and seconds against epochs.
+
+    Args:
+        log: a row per epoch: `epoch`, at least one column that ends in `loss` (validation may have gaps) and,
+            drawn if present, `learning_rate` and `seconds`.
+    """
+    losses = [name for name in log.columns if name.endswith("loss")]
+    _need(log, "log", ["epoch", *(losses or ["loss"])])
+    panels = {"loss": losses, "learning rate": ["learning_rate"], "seconds per epoch": ["seconds"]}
+    panels = {name: columns for name, columns in panels.items() if set(columns) <= set(log.columns)}
+    figure = blank(300 * len(panels), 260, title, note)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, columns) in zip(row, panels.items(), strict=True):
+        for column in columns:
+            known = log[["epoch", column]].dropna()
+            axes.plot(known["epoch"], known[column], marker=".", markersize=4, label=_readable(column))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        label(axes, "epoch", name)
+        if len(columns) > 1:
+            axes.legend(**_LEGEND)
+        if name == "seconds per epoch":
+            axes.set_ylim(bottom=0)
+    return figure
+
+
+def label_efficiency(tidy: pd.DataFrame, title: str = "", note: str = "") -> Figure:
+    """Draw each metric against the share of labels: a row per task and metric, a column per distribution.
+
+    A line per encoder and mode (probe solid, others dashed): means over seeds of the value and of both ends
+    of its interval.
+
+    Args:
+        tidy: `encoder, mode, task, metric, distribution, label_fraction` (0-1), `value, low, high` (95 %
+            interval).
+    """
+    means = _over_seeds(tidy)
+    rows = list(means.groupby(["task", "metric"], sort=False))
+    columns, encoders = sorted(means["distribution"].unique()), list(means["encoder"].unique())
+    figure = blank(360 * len(columns) + 180, 220 * len(rows) + 20, title, note)
+    panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
+    for ((task, metric), of_task), row in zip(rows, panels, strict=True):
+        for distribution, axes in zip(columns, row, strict=True):
+            here = of_task[of_task["distribution"] == distribution].sort_values("label_fraction")
+            for (encoder, mode), line in here.groupby(["encoder", "mode"], sort=False):
+                number = encoders.index(encoder)
+                beside = 1 + 0.02 * (number - (len(encoders) - 1) / 2)  # so that bars do not hide each other
+                reach = [(line["value"] - line["low"]).clip(0), (line["high"] - line["value"]).clip(0)]
+                axes.errorbar(line["label_fraction"] * beside, line["value"], yerr=reach, color=f"C{number}",
+                              linestyle="-" if mode == "probe" else "--", linewidth=1.2, marker="o",
+                              markersize=3.5, capsize=2, label=f"{encoder}, {mode}")
+            axes.set_xscale("log")
+            axes.set_xticks(sorted(means["label_fraction"].unique()))
+            axes.set_xticks([], minor=True)
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
+            label(axes, "labels used" if row is panels[-1] else "", _readable(metric) if axes is row[0] else
+                  "", f"{_readable(task)}, {_readable(distribution)}")
+    lines = {}
+    for axes in panels.flat:
+        lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", **_LEGEND)
+    return figure
+
+
+def benchmark_table(tidy: pd.DataFrame) -> pd.DataFrame:
+    """Pivot results to a row per comparison and a column per encoder, as text "mean [low, high]".
+
+    Means over seeds of value and of both ends of the interval; one decimal for metrics in years, else two.
+    The row's index says task, metric, distribution, mode, share of labels, and how many participants were
+    tested.
+
+    Args:
+        tidy: as for `label_efficiency`, with `participants`.
+    """
+    means = _over_seeds(tidy, "participants")
+    digits = np.where(means["metric"].str.endswith("years"), 1, 2)
+    means["text"] = [f"{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]" for value, low, high, d
+                     in zip(means["value"], means["low"], means["high"], digits, strict=True)]
+    rows = ["task", "metric", "distribution", "mode", "label_fraction", "participants"]
+    table = means.pivot(index=rows, columns="encoder", values="text").fillna("")
+    return table[list(means["encoder"].unique())]
+
+
+def predictions(table: pd.DataFrame, metric: str, title: str = "", note: str = "") -> Figure:
+    """Draw predictions against the truth: a ROC curve for `auc`, a scatter in years for any other metric.
+
+    Args:
+        table: `true` (0/1, or years) and `predicted` (score of class 1, or years); with a column
+            `distribution`, a curve or a colour for each.
+        metric: `auc`, or the name of a regression metric, such as `mae_years`.
+    """
+    _need(table, "predictions", ["true", "predicted"])
+    figure = blank(460, 410, title, note)
+    axes = figure.subplots()
+    for name, group in table.groupby("distribution") if "distribution" in table.columns else [("", table)]:
+        name = ", ".join(filter(None, (_readable(name), f"n = {len(group)}")))
+        true, predicted = group["true"], group["predicted"]
+        if metric == "auc":  # scikit-learn adds the area to the name
+            RocCurveDisplay.from_predictions(true, predicted, ax=axes, name=name)
+        else:
+            name += f", error {mean_absolute_error(true, predicted):.1f} years"
+            axes.scatter(true, predicted, s=12, alpha=0.7, label=name)
+    if metric == "auc":
+        ends = [0, 1]
+        label(axes, "false positive rate", "true positive rate")
+    else:
+        ends = [table[["true", "predicted"]].min().min(), table[["true", "predicted"]].max().max()]
+        label(axes, "true (years)", "predicted (years)")
+    axes.plot(ends, ends, color="grey", linewidth=0.8)
+    axes.set_aspect("equal")
+    axes.legend(**_LEGEND)
+    return figure
+
+
+def embedding_map(
+    embeddings: np.ndarray, values: Sequence, title: str = "", note: str = "", name: str = ""
+) -> Figure:
+    """Draw embeddings on their first two principal components, coloured by a number or a category.
+
+    Args:
+        embeddings: (scans, features).
+        values: one per scan; more than two different numbers get a colour bar, anything else a legend.
+        name: what the values are.
+    """
+    fit = PCA(n_components=2, random_state=0)
+    points, values = fit.fit_transform(embeddings), pd.Series(list(values))
+    figure = blank(540, 380, title, note)
+    axes = figure.subplots()
+    if pd.api.types.is_numeric_dtype(values) and values.nunique() > 2:
+        bar = figure.colorbar(axes.scatter(*points.T, c=values, s=14), ax=axes)
+        bar.set_label(name, fontsize=TEXT)
+        bar.ax.tick_params(labelsize=TEXT - 1)
+    else:
+        for value, rows in values.groupby(values).groups.items():
+            axes.scatter(*points[rows].T, s=14, label=str(value))
+        axes.legend(title=name, **_LEGEND)
+    first, second = 100 * fit.explained_variance_ratio_
+    label(axes, f"component 1 ({first:.0f} % of variance)", f"component 2 ({second:.0f} %)")
+    return figure
+
+
+def histograms_by_site(
+    index: pd.DataFrame, column: str, by: str = "site", title: str = "", note: str = ""
+) -> Figure:
+    """Count scans by a column for each site: outlines over shared bins for numbers, bars for categories."""
+    _need(index, "index", [column, by])
+    known = index.dropna(subset=[column, by])
+    figure = blank(560, 300, title, note)
+    axes = figure.subplots()
+    if pd.api.types.is_numeric_dtype(known[column]):
+        edges = np.histogram_bin_edges(known[column], bins=20)
+        for site, group in known.groupby(by):
+            name = f"{site} (n = {len(group)})"
+            axes.hist(group[column], bins=edges, histtype="step", linewidth=1.4, label=name)
+    else:
+        known.groupby([column, by]).size().unstack(fill_value=0).plot.bar(ax=axes, rot=0, width=0.8)
+    label(axes, _readable(column), "scans")
+    axes.legend(title=by, **_LEGEND)
+    return figure
+
+
+def registration_errors(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
+    """Draw, per scan, how far the head had been moved and how much of it registration left.
+
+    Args:
+        table: `scan`, `moved_mm` (the known move) and `error_mm` (what remains), mean displacements over the
+            brain.
+    """
+    _need(table, "table", ["scan", "moved_mm", "error_mm"])
+    places = np.arange(len(table))[::-1]
+    figure = blank(620, 24 * len(table) + 90, title, note)
+    axes = figure.subplots()
+    axes.hlines(places, table["error_mm"], table["moved_mm"], color="#bbbbbb", linewidth=1.2)
+    axes.scatter(table["moved_mm"], places, s=24, color="#999999", label="moved by")
+    axes.scatter(table["error_mm"], places, s=24, color="C0", label="left after registration")
+    axes.set_yticks(places, table["scan"])
+    axes.set_xlim(left=0)
+    label(axes, "mean displacement over the brain (mm)", "")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, **_LEGEND)
+    return figure
+
+
+def _over_seeds(tidy: pd.DataFrame, *more: str) -> pd.DataFrame:
+    """Average value, low and high over seeds; rows in the order in which they came."""
+    keys = [*_COMPARED, *more]
+    _need(tidy, "tidy", [*keys, "value", "low", "high"])
+    return tidy.groupby(keys, sort=False, as_index=False)[["value", "low", "high"]].mean()
+
+
+def _need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in table.columns]
+    if missing or table.empty:
+        lacks = f"lacks {', '.join(missing)}" if missing else "has no rows"
+        raise ValueError(f"{name} {lacks}; its columns are {', '.join(map(str, table.columns))}")
+
+
+def _readable(name: str) -> str:
+    known = {"auc": "AUC", "mae_years": "mean absolute error (years)"}
+    return known.get(name, str(name).replace("_", " "))

@@ -1,0 +1,149 @@
+"""Scans as pictures: three planes with a map over them, many scans on a sheet, views beside an original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
+
+from kit.data.grid import Grid
+from kit.show.figure import MAX_WIDTH, TEXT, bare, blank
+from kit.show.planes import EDGES, PLANES, Pair, Point, cut, footer, grey, slice_name, voxel_at, window
+
+
+def three_planes(
+    image: np.ndarray, grid: Grid, overlay: np.ndarray | None = None, outline: np.ndarray | None = None,
+    title: str = "", note: str = "", crosshair: Point | None = None, overlay_label: str = "",
+) -> Figure:
+    """Draw one scan in an axial, a coronal and a sagittal slice, left on the left.
+
+    Args:
+        image: (depth, height, width) on the grid; exact zeros are drawn black.
+        grid: where it lies in MNI152.
+        overlay: (depth, height, width), a map drawn in colour, the stronger the more opaque; a signed one in
+            red and blue around 0. Full colour from the 99.5th percentile of its absolute values that are not
+            0.
+        outline: (depth, height, width), a mask drawn as a contour, such as the template's brain.
+        title, note: see `kit.show.figure.blank`.
+        crosshair: (x, y, z) MNI mm to cut through, marked by lines; without it the grid's middle, unmarked.
+        overlay_label: what the overlay is, beside its colour bar.
+
+    Raises:
+        ValueError: if an array's shape is not the grid's.
+    """
+    _same_shape(grid, image=image, overlay=overlay, outline=outline)
+    depth, height, width = grid.shape
+    voxel, limits = voxel_at(grid, crosshair), window(image)
+    page = MAX_WIDTH if overlay is not None else MAX_WIDTH - 60
+    tall = max(depth, height) / (2 * width + height) * (MAX_WIDTH - 60)
+    figure = blank(page, tall + 30, title, footer(note))
+    panels = figure.subplots(1, 3, width_ratios=(width, width, height))
+    for axes, plane, index in zip(panels, PLANES, voxel, strict=True):
+        _draw_grey(axes, cut(image, plane, index), limits)
+        if overlay is not None:
+            coloured = _draw_overlay(axes, overlay, plane, index)
+        if outline is not None and cut(outline, plane, index).any():
+            edge = cut(outline, plane, index).astype(float)
+            axes.contour(edge, levels=[0.5], colors="#ffd54a", linewidths=0.9)
+        if crosshair is not None:
+            z, y, x = voxel
+            line = {"color": "#4fc3f7", "linewidth": 0.6}
+            axes.axvline(y if plane == "sagittal" else x, **line)
+            axes.axhline(height - 1 - y if plane == "axial" else depth - 1 - z, **line)  # rows run down
+        _letters(axes, plane)
+        bare(axes, slice_name(grid, plane, index))
+    if overlay is not None:
+        bar = figure.colorbar(coloured, ax=list(panels), fraction=0.02, pad=0.01)
+        bar.set_label(overlay_label, fontsize=TEXT - 1)
+        bar.ax.tick_params(labelsize=TEXT - 1)
+    return figure
+
+
+def montage(
+    images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str] | None = None, note: str = "",
+    columns: int = 6, coronal: bool = False, position: Point | None = None, title: str = "",
+) -> Figure:
+    """Draw one axial slice per scan, with a coronal one below it if asked.
+
+    Args:
+        images: (depth, height, width) each, on the grid; each with its own grey levels.
+        titles: a short line per scan.
+        columns: scans per row.
+        position: (x, y, z) MNI mm through which all are cut; the grid's middle by default.
+    """
+    (z, y, _), (depth, height, width) = voxel_at(grid, position), grid.shape
+    rows = math.ceil(len(images) / columns)
+    tile = MAX_WIDTH / columns * (height + depth * coronal) / width + 24
+    figure = blank(MAX_WIDTH, rows * tile, title, footer(note))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for number, axes in enumerate(panels):
+        bare(axes, titles[number] if titles is not None and number < len(images) else "")
+    for axes, image in zip(panels, images, strict=False):
+        _same_shape(grid, image=image)
+        below = [cut(image, "coronal", y)] if coronal else []
+        _draw_grey(axes, np.vstack([cut(image, "axial", z), *below]), window(image))
+    _letters(panels[0], "axial")
+    return figure
+
+
+def views_sheet(
+    pairs: Sequence[Pair], grid: Grid, titles: Sequence[str] | None = None, note: str = "",
+    plane: str = "axial", position: Point | None = None, title: str = "",
+) -> Figure:
+    """Draw a row per pair: original, view 1, view 2, and view 1 minus view 2 (red where view 1 is brighter).
+
+    All of a row share the original's grey levels, so that changes of contrast show.
+
+    Args:
+        pairs: what to draw; volumes (depth, height, width) on the grid.
+        titles: one per row, such as the scan or the transform.
+        plane, position: which slice; position in MNI mm (x, y, z), the grid's middle by default.
+    """
+    index = voxel_at(grid, position)[list(PLANES).index(plane)]
+    rows, columns = cut(np.empty(grid.shape, dtype=bool), plane, 0).shape
+    figure = blank(870, len(pairs) * (210 * rows / columns + 6) + 20, title, footer(note))
+    panels = figure.subplots(len(pairs), 4, squeeze=False)
+    for number, (row, pair) in enumerate(zip(panels, pairs, strict=True)):
+        _same_shape(grid, original=pair.original, view_1=pair.view_1, view_2=pair.view_2)
+        low, high = window(pair.original)
+        pictures = [cut(volume, plane, index) for volume in (pair.original, pair.view_1, pair.view_2)]
+        for axes, picture in zip(row, pictures, strict=False):
+            _draw_grey(axes, picture, (low, high))
+        change = pictures[1].astype(np.float32) - pictures[2]
+        row[3].imshow(change, cmap="RdBu_r", vmin=low - high, vmax=high - low)
+        for axes, name in zip(row, ("original", "view 1", "view 2", "view 1 − view 2"), strict=True):
+            bare(axes, name if number == 0 else "")
+        row[0].set_ylabel(titles[number] if titles is not None else "", fontsize=TEXT)
+        _letters(row[0], plane)
+    return figure
+
+
+def _draw_grey(axes: Axes, picture: np.ndarray, limits: tuple[float, float]) -> None:
+    axes.imshow(grey(picture, limits), cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+
+
+def _draw_overlay(axes: Axes, overlay: np.ndarray, plane: str, index: int) -> AxesImage:
+    strength = np.abs(overlay[overlay != 0])
+    top = float(np.percentile(strength, 99.5)) if strength.size else 1.0
+    signed, picture = bool((overlay < 0).any()), cut(overlay, plane, index)
+    opacity = np.clip(np.abs(picture) / top, 0, 1) ** 0.5
+    return axes.imshow(picture, cmap="RdBu_r" if signed else "inferno", vmin=-top if signed else 0, vmax=top,
+                       alpha=opacity, interpolation="nearest")
+
+
+def _letters(axes: Axes, plane: str) -> None:
+    places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"))
+    for letter, (x, y, ha, va) in zip(EDGES[plane], places, strict=True):
+        axes.text(x, y, letter, transform=axes.transAxes, ha=ha, va=va, color="white", fontsize=TEXT,
+                  fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="black")])
+
+
+def _same_shape(grid: Grid, **volumes: np.ndarray | None) -> None:
+    for name, volume in volumes.items():
+        if volume is not None and volume.shape != grid.shape:
+            raise ValueError(f"{name} has shape {volume.shape}; the grid's is {grid.shape}, as (z, y, x)")

@@ -1,0 +1,13 @@
+"""One loop and what runs on it.
+
+- ``loss``        NT-Xent, with a gather whose gradients sum over processes
+- ``distributed`` processes: launch, threads, BatchNorm over all of them
+- ``objectives``  SimCLR, the masked autoencoder, supervised: a batch in, a loss out
+- ``checkpoint``  last, previous, best: whole or not at all
+- ``loop``        the loop
+- ``pretrain``    2_pretrain
+- ``evaluate``    predictions, embeddings, metrics with intervals
+- ``probe``       linear probes on embeddings
+- ``finetune``    3_finetune
+- ``benchmark``   5_benchmark
+"""

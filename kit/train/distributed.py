@@ -1,0 +1,128 @@
+"""Processes that train together: launch, threads, BatchNorm over all of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+
+def rank() -> int:
+    """This process's number among those that train together, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def set_threads(workers: int) -> int:
+    """Share this machine's cores among the processes; torch repeats its bits for one number of threads only.
+
+    Returns:
+        threads of this process.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    torch.set_num_threads(threads)
+    return threads
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that the launcher started: NCCL where each has a CUDA device, else gloo."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield
+        dist.barrier()  # with gloo, one that leaves early aborts the others
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
+    """Run `function(*arguments)` in `workers` processes of this machine, through torch elastic.
+
+    Args:
+        function: lives in a module: a worker cannot find what a notebook defines.
+        arguments: for each worker, picklable.
+        workers: processes.
+
+    Returns:
+        what rank 0 returned.
+
+    Raises:
+        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a worker failed.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.1,
+                          start_method="spawn")
+    try:
+        return elastic_launch(config, function)(*arguments)[0]
+    finally:  # torch elastic leaves its own handlers behind
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars that each process holds, as their mean over the processes; the same numbers in all of them."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
+
+
+def synchronise_batch_norm(module: nn.Module) -> nn.Module:
+    """BatchNorm over the whole batch of all processes: torch's on CUDA, `AllReducedBatchNorm` on the CPU."""
+    if torch.cuda.is_available():
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, AllReducedBatchNorm.of(child))
+        else:
+            synchronise_batch_norm(child)
+    return module
+
+
+class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose mean and variance are taken over all processes; torch's SyncBatchNorm refuses the CPU."""
+
+    @classmethod
+    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> AllReducedBatchNorm:
+        """The same parameters and running statistics, shared with `norm`."""
+        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        new.__dict__.update(norm.__dict__)
+        return new
+
+    def _check_input_dim(self, images: torch.Tensor) -> None:
+        """Any number of dimensions, channels second."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, channel, ...) -> the same shape."""
+        if not self.training or world_size() == 1:
+            return super().forward(images)
+        dims = [0, *range(2, images.dim())]
+        shape = [1, -1] + [1] * (images.dim() - 2)
+        count = images.numel() / images.shape[1] * world_size()
+        mean = all_reduce(images.sum(dims)) / count
+        centred = images - mean.view(shape)
+        variance = all_reduce(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        normal = centred * (variance + self.eps).rsqrt().view(shape)
+        return normal * self.weight.view(shape) + self.bias.view(shape)

@@ -1,0 +1,203 @@
+"""3_finetune: a label predicted from an encoder, as a probe on frozen features or with all weights trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kit.data.labels import Labels, read_labels
+from kit.data.loader import PreparedScans, epoch_batches
+from kit.data.split import check_unseen, label_subset, participant_ids, splits
+from kit.data.store import Store
+from kit.models.encoder_file import load_encoder
+from kit.models.encoders import build_encoder
+from kit.models.heads import Predictor
+from kit.params import Finetune
+from kit.runs import Run, write_json, write_table, write_whole
+from kit.train import checkpoint
+from kit.train.evaluate import METRICS, outputs, score
+from kit.train.loop import Settings, fit
+from kit.train.objectives import Supervised
+from kit.train.probe import fit_probe, predict_probe
+
+TESTED = {"test": "in_distribution", "out_of_distribution": "out_of_distribution"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some labelled scans: rows of a store's index with their labels and participants."""
+
+    store: Store
+    rows: pd.DataFrame
+    labels: np.ndarray
+    participants: pd.Series
+
+    def scans(self) -> PreparedScans:
+        """As a torch dataset."""
+        return PreparedScans(self.store, self.rows, self.labels)
+
+    def only(self, keep: np.ndarray) -> Part:
+        """The rows where `keep` (rows,) is true."""
+        return Part(self.store, self.rows[keep], self.labels[keep], self.participants[keep])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A label with its participants split: train, validation, test and perhaps out_of_distribution."""
+
+    labels: Labels
+    parts: dict[str, Part]
+
+    def with_labels_for(self, fraction: float, seed: int) -> Task:
+        """The task with labels for a fraction of the training participants."""
+        train = self.parts["train"]
+        keep = label_subset(train.participants, train.labels, self.labels.kind, fraction, seed)
+        return replace(self, parts={**self.parts, "train": train.only(keep)})
+
+
+def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: str, seed: int) -> Task:
+    """Split the labelled scans of one store by participant, and take those of another as out of distribution.
+
+    Where the other store's index has a column `split`, its rows of `out_of_distribution` are taken, else all.
+
+    Raises:
+        LabelError: the label cannot be used, or a part has no scans or only one class.
+    """
+    labels = read_labels(store.index, task, kind)
+    place = splits(store.index, seed)
+    parts = {name: _part(store, labels, (place == name).to_numpy()) for name in ("train", "validation", "test")}
+    if out_of_distribution is not None:
+        index = out_of_distribution.index
+        theirs = read_labels(index, task, labels.kind)
+        keep = (index["split"] == "out_of_distribution").to_numpy() if "split" in index else np.ones(len(index), bool)
+        parts["out_of_distribution"] = _part(out_of_distribution, theirs, keep)
+    for name, part in parts.items():
+        if len(part.rows) < 2 or (labels.kind == "classification" and len(np.unique(part.labels)) < 2):
+            raise ValueError(f"{task}: the {name} split has {len(part.rows)} labelled scans, "
+                             f"of classes {sorted(set(part.labels))}; it needs both classes, or another split")
+    return Task(labels, parts)
+
+
+def _part(store: Store, labels: Labels, keep: np.ndarray) -> Part:
+    keep = keep & ~np.isnan(labels.values)
+    rows = store.index[keep]
+    return Part(store, rows, labels.values[keep], participant_ids(rows))
+
+
+def evaluate(task: Task, predictions: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, float]]:
+    """Score each tested part's predictions; see `kit.train.evaluate.score`."""
+    return {name: score(task.parts[name].labels, values, task.labels.kind, task.parts[name].participants, seed)
+            for name, values in predictions.items()}
+
+
+def probe(task: Task, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fit a linear probe on the training part's features; predictions for each tested part."""
+    kind, parts = task.labels.kind, task.parts
+    fitted = fit_probe(features["train"], parts["train"].labels, features["validation"], parts["validation"].labels,
+                       kind)
+    return {name: predict_probe(fitted, features[name], kind) for name in TESTED if name in parts}
+
+
+def finetune(task: Task, encoder: nn.Module, settings: Settings, flip: bool,
+             folder: Path | None = None) -> tuple[Predictor, pd.DataFrame]:
+    """Train a copy of the encoder with a new head on the task's training part.
+
+    The epoch of the lowest loss on the validation part is kept; the test part is not looked at.
+
+    Args:
+        task: see `read_task`.
+        encoder: left as it is.
+        settings: of the loop; a batch larger than the training part is cut to it.
+        flip: mirror left and right at random.
+        folder: of the run, to resume; None keeps nothing on disk.
+
+    Returns:
+        the predictor and one row an epoch.
+    """
+    train = task.parts["train"]
+    number = task.labels.kind == "regression"
+    mean, sd = (float(train.labels.mean()), float(train.labels.std()) or 1.0) if number else (0.0, 1.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        predictor = Predictor(copy.deepcopy(encoder), mean, sd)
+    objective = Supervised(predictor, task.labels.kind, flip=flip, seed=settings.seed)
+    participants = train.participants.tolist()
+    size = min(settings.batch_size, train.participants.nunique())
+    log = fit(objective, train.scans(), lambda epoch: epoch_batches(participants, size, settings.seed, epoch),
+              task.parts["validation"].scans(), settings, folder)
+    if folder:
+        objective.load_state_dict(checkpoint.load(folder / "checkpoints", "best")["model"])
+    return predictor, log
+
+
+def predict(task: Task, predictor: Predictor) -> dict[str, np.ndarray]:
+    """A predictor's log-odds or numbers for each tested part."""
+    raw = {name: outputs(predictor, task.parts[name].scans())[:, 0] for name in TESTED if name in task.parts}
+    return {name: values * float(predictor.sd) + float(predictor.mean) for name, values in raw.items()}
+
+
+def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[str, float]]:
+    """3_finetune: train, predict, score; a finished run is only read.
+
+    Leaves `predictions.csv`, `metrics.json`, `task.json` and, where all weights are trained,
+    `model.safetensors`, `log.csv` and `checkpoints/`.
+
+    Returns:
+        the task, the predictions (one scan a row), the metrics.
+
+    Raises:
+        LabelError, EncoderError, LeakageError: before any training; each says what does not fit.
+    """
+    store = Store.open(params.prepared)
+    other = Store.open(params.out_of_distribution) if params.out_of_distribution else None
+    encoder, record = load_encoder(params.encoder, store.record, params.seed)
+    task = read_task(store, other, params.task, params.task_type, params.seed)
+    for name in set(task.parts) & set(TESTED):
+        check_unseen(task.parts[name].participants, record["participants"], params.allow_seen_participants)
+    task = task.with_labels_for(params.label_fraction, params.seed)
+    if (run / "predictions.csv").exists() and (run / "metrics.json").exists():
+        return task, pd.read_csv(run / "predictions.csv"), json.loads((run / "metrics.json").read_text())
+    predictions = _train_and_predict(params, run, task, encoder, record)
+    table = pd.concat([_table(task, name, values) for name, values in predictions.items()], ignore_index=True)
+    scores = evaluate(task, predictions, params.seed)
+    metric = METRICS[task.labels.kind]
+    flat = {f"{TESTED[part]}_{metric if name == 'value' else f'{metric}_{name}'}": value
+            for part, values in scores.items() for name, value in values.items()}
+    metrics = run.metrics({**flat, "train_participants": task.parts["train"].participants.nunique()})
+    write_table(run / "predictions.csv", table)
+    return task, table, metrics
+
+
+def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Module,
+                       record: dict[str, Any]) -> dict[str, np.ndarray]:
+    if params.mode == "probe":
+        return probe(task, {name: outputs(encoder, part.scans()) for name, part in task.parts.items()})
+    predictor, _ = finetune(task, encoder, Settings.of(params), params.flip, run.folder)
+    weights = {name: value.detach().cpu().contiguous() for name, value in predictor.state_dict().items()}
+    write_json(run / "task.json", {"task": task.labels.task, "kind": task.labels.kind, "classes": task.labels.classes,
+                                   "architecture": record["architecture"]})
+    write_whole(run / "model.safetensors", lambda aside: save_file(weights, aside))
+    return predict(task, predictor)
+
+
+def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor, dict[str, Any]]:
+    """The model that a run of 3_finetune left, and its `task.json`."""
+    record = json.loads((folder / "task.json").read_text())
+    predictor = Predictor(build_encoder(record["architecture"], tuple(preparation["shape"])))
+    predictor.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return predictor.eval(), record
+
+
+def _table(task: Task, part: str, values: np.ndarray) -> pd.DataFrame:
+    rows = task.parts[part].rows
+    return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "distribution": TESTED[part],
+                         "true": task.parts[part].labels, "predicted": values})

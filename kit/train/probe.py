@@ -1,0 +1,40 @@
+"""Linear probes: how much of a label can be read off frozen features by a linear model."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from kit.train.evaluate import _auc
+
+PENALTIES = tuple(10.0 ** power for power in range(-4, 5))
+
+
+def fit_probe(features: np.ndarray, labels: np.ndarray, held_out_features: np.ndarray, held_out_labels: np.ndarray,
+              kind: str) -> Pipeline:
+    """Standardise, then logistic or ridge regression; the penalty is the best on held-out participants.
+
+    Args:
+        features, held_out_features: (scans, width) float.
+        labels, held_out_labels: (scans,) class 0 or 1, or the number.
+        kind: "classification" or "regression".
+    """
+    def fitted(penalty: float) -> Pipeline:
+        last = LogisticRegression(C=1 / penalty, max_iter=2000) if kind == "classification" else Ridge(penalty)
+        return make_pipeline(StandardScaler(), last).fit(features, labels)
+
+    def loss(probe: Pipeline) -> float:
+        guess = predict_probe(probe, held_out_features, kind)
+        if kind == "classification":
+            return -float(_auc(held_out_labels, guess, np.ones((1, len(guess))))[0])
+        return float(np.square(held_out_labels - guess).mean())
+
+    # among equals the stronger penalty: it comes first
+    return min((fitted(penalty) for penalty in reversed(PENALTIES)), key=loss)
+
+
+def predict_probe(probe: Pipeline, features: np.ndarray, kind: str) -> np.ndarray:
+    """(scans,) log-odds of class 1, or the number."""
+    return probe.decision_function(features) if kind == "classification" else probe.predict(features)

@@ -1,0 +1,49 @@
+"""Splits are by participant, stay when the cohort grows, and find leakage."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kit.data.split import LeakageError, check_unseen, label_subset, participant_hash, participant_ids, splits
+
+
+@pytest.fixture
+def index():
+    names = np.repeat([f"{n:03d}" for n in range(100)], 2)
+    return pd.DataFrame({"dataset": "a", "participant": names, "session": ["1", "2"] * 100})
+
+
+def test_no_participant_on_two_sides(index):
+    place = splits(index, seed=0)
+    assert place.groupby(index["participant"]).nunique().max() == 1
+    assert place.value_counts().to_dict() == {"train": 120, "validation": 40, "test": 40}
+    assert (splits(index, seed=1) != place).any()
+
+
+def test_order_of_rows_does_not_matter(index):
+    turned = index.iloc[::-1]
+    assert splits(turned, 0).sort_index().tolist() == splits(index, 0).tolist()
+
+
+def test_own_split_column_is_taken_and_checked(index):
+    index["split"] = ["train", "train"] * 99 + ["train", "test"]
+    with pytest.raises(LeakageError, match="1 participants have scans in two splits"):
+        splits(index, 0)
+
+
+def test_label_fractions_are_nested_and_keep_classes(index):
+    labels = np.repeat(np.arange(100) < 30, 2).astype(float)
+    ids = participant_ids(index)
+    few, more = (label_subset(ids, labels, "classification", fraction, 0) for fraction in (0.2, 0.5))
+    assert (few <= more).all()
+    assert ids[few].nunique() == 20 and labels[few].mean() == pytest.approx(0.3)
+    assert label_subset(ids, labels, "regression", 1.0, 0).all()
+
+
+def test_leakage_is_an_error_that_names_how_many(index):
+    ids = participant_ids(index)
+    seen = [participant_hash(name) for name in set(ids[:6])]
+    with pytest.raises(LeakageError, match="3 of 100 participants to be evaluated were seen in pretraining"):
+        check_unseen(ids, seen)
+    assert check_unseen(ids, seen, allow=True) == 3
+    assert check_unseen(ids.str.replace("a/", "b/"), seen) == 0  # the same label in another dataset

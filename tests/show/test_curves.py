@@ -1,0 +1,147 @@
+"""Curves and tables: the numbers that stand in them."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from kit.show.curves import (
+    benchmark_table,
+    embedding_map,
+    histograms_by_site,
+    label_efficiency,
+    predictions,
+    registration_errors,
+    training_curves,
+)
+
+NOTE = "procedural data"
+COMPARED = (("simclr", "probe", 0.2), ("random", "probe", 0.0), ("simclr", "finetune", 0.3))
+
+
+@pytest.fixture
+def tidy() -> pd.DataFrame:
+    """Two seeds; the value says which row it is."""
+    rows = []
+    for task, metric, base in (("stroke", "auc", 0.5), ("age", "mae_years", 10)):
+        for distribution in ("in_distribution", "out_of_distribution"):
+            for encoder, mode, better in COMPARED:
+                for fraction in (1.0, 0.2):
+                    for seed in (0, 1):
+                        value = base + better + 0.1 * fraction + 0.02 * seed
+                        rows.append({"encoder": encoder, "mode": mode, "task": task, "metric": metric,
+                                     "distribution": distribution, "label_fraction": fraction, "seed": seed,
+                                     "value": value, "low": value - 0.08, "high": value + 0.06, "participants": 120})
+    return pd.DataFrame(rows)
+
+
+def names(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_training_curves_draw_what_the_log_has():
+    log = pd.DataFrame({"epoch": [0, 1, 2], "train_loss": [3.0, 2, 1], "validation_loss": [3.5, np.nan, 1.5],
+                        "learning_rate": [1e-3, 5e-4, 0], "seconds": [6.0, 5, 5.5]})
+    figure = training_curves(log, note=NOTE)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "learning rate", "seconds per epoch"]
+    assert names(figure.axes[0]) == ["train loss", "validation loss"]
+    np.testing.assert_array_equal(figure.axes[0].lines[1].get_xydata(), [[0, 3.5], [2, 1.5]])
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [1e-3, 5e-4, 0])
+    assert figure.axes[2].get_ylim()[0] == 0
+    assert figure.get_supxlabel() == NOTE
+    assert len(training_curves(log[["epoch", "train_loss"]]).axes) == 1
+    with pytest.raises(ValueError, match="log lacks loss; its columns are epoch, seconds"):
+        training_curves(log[["epoch", "seconds"]])
+    with pytest.raises(ValueError, match="no rows"):
+        training_curves(log[:0])
+
+
+def test_label_efficiency_has_a_panel_per_task_and_distribution(tidy):
+    figure = label_efficiency(tidy, note=NOTE)
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{task}, {where} distribution" for task in ("stroke", "age") for where in ("in", "out of")]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["AUC", "", "mean absolute error (years)", ""]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["simclr, probe", "random, probe",
+                                                                         "simclr, finetune"]
+    line, _, (bars,) = figure.axes[0].containers[0]
+    np.testing.assert_allclose(line.get_xydata()[:, 0], [0.2, 1], rtol=0.05)  # sorted, and a little beside each other
+    np.testing.assert_allclose(line.get_xydata()[:, 1], [0.73, 0.81])  # means over the two seeds
+    np.testing.assert_allclose(bars.get_segments()[0][:, 1], [0.65, 0.79])
+    assert figure.axes[0].containers[2][0].get_linestyle() == "--"
+    assert figure.get_supxlabel() == NOTE
+
+
+def test_benchmark_table_reads_as_text(tidy):
+    table = benchmark_table(tidy)
+    assert list(table.columns) == ["simclr", "random"]
+    row = ("stroke", "auc", "in_distribution", "probe", 0.2, 120)
+    assert table.loc[row, "simclr"] == "0.73 [0.65, 0.79]"
+    assert table.loc[("age", "mae_years", "out_of_distribution", "probe", 1.0, 120), "random"] == "10.1 [10.0, 10.2]"
+    assert table.loc[("stroke", "auc", "in_distribution", "finetune", 1.0, 120), "random"] == ""
+    assert table.index.names[-1] == "participants" and len(table) == 16
+    with pytest.raises(ValueError, match="tidy lacks participants"):
+        benchmark_table(tidy.drop(columns="participants"))
+
+
+def test_roc_curves_name_their_area_and_their_number():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"true": rng.integers(0, 2, 60)})
+    table["predicted"] = table["true"] + rng.normal(size=60)
+    table["distribution"] = ["in_distribution"] * 40 + ["out_of_distribution"] * 20
+    figure = predictions(table, "auc", note=NOTE)
+    area = roc_auc_score(table["true"][:40], table["predicted"][:40])
+    assert names(figure.axes[0])[0] == f"in distribution, n = 40 (AUC = {area:.2f})"
+    curve = figure.axes[0].lines[0].get_xydata()
+    assert np.trapezoid(curve[:, 1], curve[:, 0]) == pytest.approx(area)
+    assert figure.axes[0].get_xlabel() == "false positive rate" and figure.get_supxlabel() == NOTE
+    assert names(predictions(table.drop(columns="distribution"), "auc").axes[0])[0].startswith("n = 60 (AUC")
+
+
+def test_ages_are_drawn_true_against_predicted():
+    table = pd.DataFrame({"true": [50.0, 60, 70], "predicted": [53.0, 60, 64]})
+    axes = predictions(table, "mae_years").axes[0]
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), table.to_numpy())
+    assert names(axes) == ["n = 3, error 3.0 years"]
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[50, 50], [70, 70]])
+
+
+def test_embedding_map_finds_the_direction_that_varies():
+    rng = np.random.default_rng(0)
+    age = rng.uniform(50, 80, 40)
+    embeddings = 0.01 * rng.normal(size=(40, 6))
+    embeddings[:, 4] += age
+    figure = embedding_map(embeddings, age, note=NOTE, name="age (years)")
+    first = figure.axes[0].collections[0].get_offsets()[:, 0]
+    assert abs(np.corrcoef(first, age)[0, 1]) > 0.999
+    assert figure.axes[0].get_xlabel() == "component 1 (100 % of variance)"
+    assert figure.axes[1].get_ylabel() == "age (years)" and figure.get_supxlabel() == NOTE
+    by_site = embedding_map(embeddings, ["A", "B"] * 20, name="site").axes[0]
+    assert names(by_site) == ["A", "B"] and by_site.get_legend().get_title().get_text() == "site"
+    assert [len(dots.get_offsets()) for dots in by_site.collections] == [20, 20]
+
+
+def test_histograms_share_their_bins():
+    index = pd.DataFrame({"site": ["A"] * 3 + ["B"] * 2, "age": [50.0, 51, 90, 70, np.nan], "sex": list("FFMFM")})
+    axes = histograms_by_site(index, "age", note=NOTE).axes[0]
+    assert sorted(names(axes)) == ["A (n = 3)", "B (n = 1)"]
+    outlines = [patch.get_xy() for patch in axes.patches]
+    np.testing.assert_array_equal(np.unique(outlines[0][:, 0]), np.unique(outlines[1][:, 0]))
+    bars = histograms_by_site(index, "sex").axes[0].containers
+    assert [[bar.get_height() for bar in group] for group in bars] == [[2, 1], [1, 1]]  # A: F M, B: F M
+    with pytest.raises(ValueError, match="index lacks diagnosis"):
+        histograms_by_site(index, "diagnosis")
+
+
+def test_registration_errors_join_before_and_after():
+    table = pd.DataFrame({"scan": ["s1", "s2"], "moved_mm": [12.0, 8.0], "error_mm": [0.5, 1.5]})
+    axes = registration_errors(table, note=NOTE).axes[0]
+    np.testing.assert_array_equal(axes.collections[2].get_offsets(), [[0.5, 1], [1.5, 0]])
+    assert {tick.get_position()[1]: tick.get_text() for tick in axes.get_yticklabels()} == {1: "s1", 0: "s2"}
+
+
+def test_pyplot_keeps_no_figure(tidy):
+    label_efficiency(tidy)
+    histograms_by_site(pd.DataFrame({"site": ["A", "B"], "sex": ["F", "M"]}), "sex")
+    predictions(pd.DataFrame({"true": [0, 1], "predicted": [0.2, 0.3]}), "auc")
+    assert plt.get_fignums() == []

@@ -1,0 +1,188 @@
+"""The explorer: its picture, and what its controls do to it. The widgets run here without a browser."""
+
+import base64
+import io
+import threading
+import time
+
+import ipywidgets as widgets
+import numpy as np
+import pytest
+from PIL import Image
+
+from kit.data.grid import Grid
+from kit.show import explorer as module
+from kit.show.explorer import Pair, display_explorer, explorer, render_pair, static_picture
+
+GRID = Grid((12, 16, 14), 12.0)
+TOP, LEFT, SIDE = 20, 110, 600  # of the first picture; the width of all slices
+
+
+def scan() -> np.ndarray:
+    """Tissue of 1, with a bright block left, anterior and superior of the middle."""
+    volume = np.zeros(GRID.shape, dtype=np.float32)
+    volume[2:10, 2:14, 2:12] = 1
+    volume[6:9, 8:13, 2:5] = 3
+    return volume
+
+
+def make_pair(name: str, recipe: str, strength: float, seed: int) -> Pair:
+    """A view that is brighter by seed and strength, and one that is flipped left to right."""
+    if recipe == "broken":
+        raise RuntimeError("no such <recipe>")
+    original = scan() * (2 if name == "second" else 1)
+    original[2:5, 2:5, 8:12] *= 1 + strength + seed
+    return Pair(original, original + 0.3 * strength * (original > 0), original[:, :, ::-1],
+                f"{name} by {recipe}, strength {strength}, seed {seed}", 0.25)
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png))).astype(int)
+
+
+def find(box: widgets.Widget, description: str = "", kind: type = widgets.Widget) -> widgets.Widget:
+    stack, found = [box], []
+    while stack:
+        widget = stack.pop()
+        stack += getattr(widget, "children", ())
+        if isinstance(widget, kind) and getattr(widget, "description", "") == description:
+            found.append(widget)
+    return found[-1] if kind is widgets.Widget else next(w for w in found if type(w) is kind)
+
+
+def until(condition) -> None:
+    """Wait for the background thread, 5 s at most."""
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end, "the explorer did not answer"
+        time.sleep(0.005)
+
+
+def test_block_is_left_and_up_in_the_picture_and_right_in_the_flipped_view():
+    page = pixels(render_pair(Pair(scan(), scan(), scan()[:, :, ::-1]), GRID))
+    scale = SIDE / (14 + 14 + 16)
+    tall = round(scale * 16)
+    width = round(scale * 14)
+
+    def bright(row: int) -> np.ndarray:
+        cell = page[TOP + row * (tall + 4) :, LEFT:][:tall, :width]
+        return (cell.min(axis=-1) > 250)[: tall // 2]
+
+    for row, side in ((0, "left"), (1, "left"), (2, "right")):
+        left, right = bright(row)[:, : width // 2].sum(), bright(row)[:, width // 2 :].sum()
+        assert (left > 10 * right) if side == "left" else (right > 10 * left)
+    change = page[TOP + 3 * (tall + 4) :, LEFT:][:tall, :width]
+    red, blue = change[..., 0] - change[..., 2] > 100, change[..., 2] - change[..., 0] > 100
+    assert red[:, : width // 2].sum() > 500 and red[:, width // 2 :].sum() == 0  # view 1 is brighter at the left
+    assert blue[:, width // 2 :].sum() > 500 and blue[:, : width // 2].sum() == 0
+
+
+def test_the_note_stands_below_and_changes_nothing_else():
+    pair = Pair(scan(), scan(), scan())
+    plain, noted = (pixels(render_pair(pair, GRID, note=note)) for note in ("", "procedural data"))
+    differs = np.flatnonzero((plain != noted).any(axis=(1, 2)))
+    assert len(differs) and differs.min() >= len(plain) - 20
+    assert (plain[-18:] != 0).any()  # the side's convention is always written
+
+
+def test_slices_go_through_the_position():
+    volume = np.zeros(GRID.shape, dtype=np.float32)
+    volume[3] = 1.0
+    pair = Pair(volume, volume, volume)
+    at, off = (pixels(render_pair(pair, GRID, (0, 0, GRID.origin_mm[2] + index * 12.0)))[TOP:200, LEFT:280].mean()
+               for index in (3, 4))
+    assert at > 10 * off
+
+
+def test_a_picture_of_96_cubed_is_quick():
+    volume = np.random.default_rng(0).normal(size=(96, 96, 96)).astype(np.float32)
+    pair, grid, seconds = Pair(volume, volume[::-1], volume[:, ::-1]), Grid((96, 96, 96), 2.0), []
+    for _ in range(5):
+        start = time.perf_counter()
+        png = render_pair(pair, grid)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.15
+    assert pixels(png).shape[1] <= 900
+
+
+def test_first_picture_is_the_static_one():
+    box = explorer(make_pair, ["first", "second"], ["paper"], GRID, seed=3, note="procedural data")
+    picture, words = find(box, kind=widgets.Image), find(box, kind=widgets.HTML)
+    still = static_picture(make_pair, "first", "paper", GRID, strength=1.0, seed=3, note="procedural data")
+    np.testing.assert_array_equal(pixels(picture.value), pixels(still))
+    assert words.value == "first by paper, strength 1.0, seed 3 <i>(0.25 s)</i>"
+
+
+@pytest.mark.parametrize(("control", "value", "word"), [
+    ("scan", "second", "second by"), ("strength", 2.0, "strength 2.0"), ("seed", 7, "seed 7"),
+])
+def test_a_changed_control_makes_a_new_picture(control, value, word):
+    box = explorer(make_pair, ["first", "second"], ["paper"], GRID)
+    picture, words = find(box, kind=widgets.Image), find(box, kind=widgets.HTML)
+    before = picture.value
+    find(box, control).value = value
+    until(lambda: word in words.value and picture.value != before)
+
+
+def test_draw_again_takes_the_next_seed():
+    box = explorer(make_pair, ["first"], ["paper"], GRID, seed=4)
+    find(box, "Draw again").click()
+    assert find(box, "seed").value == 5
+    until(lambda: "seed 5" in find(box, kind=widgets.HTML).value)
+
+
+def test_a_slice_slider_redraws_without_a_new_pair():
+    made = []
+
+    def counted(*asked) -> Pair:
+        made.append(asked)
+        return make_pair(*asked)
+
+    box = explorer(counted, ["first"], ["paper"], GRID)
+    for axis in "xyz":
+        slider = find(box, f"{axis} (mm)")
+        before = find(box, kind=widgets.Image).value
+        slider.value = slider.min + 3 * GRID.spacing_mm
+        assert find(box, kind=widgets.Image).value != before
+    assert len(made) == 1
+    assert find(box, "x (mm)").max == pytest.approx(GRID.origin_mm[0] + 13 * 12)
+
+
+def test_overtaken_requests_are_never_made():
+    made, held = [], threading.Event()
+
+    def slow(name: str, recipe: str, strength: float, seed: int) -> Pair:
+        if made:
+            held.wait(5)
+        made.append(seed)
+        return make_pair(name, recipe, strength, seed)
+
+    box = explorer(slow, ["first"], ["paper"], GRID)
+    seed, words = find(box, "seed"), find(box, kind=widgets.HTML)
+    for value in (1, 2, 3, 4):
+        seed.value = value
+    time.sleep(0.05)
+    held.set()
+    until(lambda: "seed 4" in words.value)
+    assert made[0] == 0 and made[-1] == 4 and not {2, 3} & set(made)
+
+
+def test_errors_are_seen():
+    with pytest.raises(RuntimeError, match="recipe"):  # the first: a notebook's run must fail
+        explorer(make_pair, ["first"], ["broken"], GRID)
+    box = explorer(make_pair, ["first"], ["paper", "broken"], GRID)
+    words = find(box, kind=widgets.HTML)
+    find(box, "recipe").value = "broken"
+    until(lambda: words.value == "<b>RuntimeError</b>: no such &lt;recipe&gt;")
+    find(box, "recipe").value = "paper"
+    until(lambda: "first by paper" in words.value)
+
+
+def test_widget_and_png_are_one_output(monkeypatch):
+    shown = []
+    monkeypatch.setattr(module, "display", lambda bundle, raw: shown.append((bundle, raw)))
+    box = explorer(make_pair, ["first"], ["paper"], GRID)
+    display_explorer(box)
+    bundle, raw = shown[0]
+    assert raw and bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == box.model_id
+    assert base64.b64decode(bundle["image/png"]) == find(box, kind=widgets.Image).value
