@@ -163,7 +163,9 @@ class Saliency(Parameters):
     methods: list[Literal["gradient", "integrated_gradients"]] = list(SALIENCY_METHODS)
     participants: Positive = 2  # test participants to draw
     steps: Positive = 16  # of integrated gradients
-    cohort: ProjectPath | None = None  # BIDS folder of the sample cohort, for the known places of its effects
+    cohort: str | None = "sample"  # `sample` or its BIDS folder, for the known places of its effects; or None
+    sample_participants: Annotated[int, Field(ge=40)] = 60
+    workers: Positive = 2
     seed: Seed = 0
 
     def problems(self) -> list[str]:

@@ -91,7 +91,7 @@ def find_transform(array: np.ndarray, affine: np.ndarray, kind: str) -> tuple[np
         raise ValueError(f"registration: expected one of {', '.join(KINDS)}, got {kind!r}")
     with _one_thread():
         try:
-            scan = _levels(np.clip(array, None, np.percentile(array[array > array.min()], 99.5)), affine)
+            scan = _levels(np.clip(array, None, np.percentile(array[array > array.min()], 99.5)), affine, MARGIN_MM)
             pose = _find_pose(scan)
             if kind == "affine":
                 pose = _climb(scan, _freed(pose), MIDDLE_MM, step_mm=0.2)
@@ -147,7 +147,7 @@ def resample(
 @lru_cache(maxsize=1)
 def _template() -> _Template:
     values, mask, affine = template()
-    levels = _levels(values, affine)
+    levels = _levels(values, affine, RIM_MM)
     (fine, fine_affine), (coarse, coarse_affine) = levels[FINE_MM], levels[COARSE_MM]
     brain = resample(mask, affine, np.eye(4), fine.shape, fine_affine) > 0.5
     rim = ndimage.distance_transform_edt(~brain, sampling=FINE_MM) <= RIM_MM
@@ -159,14 +159,14 @@ def _template() -> _Template:
     return _Template(images, masks, brain, _centre_of_mass(coarse, coarse_affine))
 
 
-def _levels(array: np.ndarray, affine: np.ndarray) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float) -> dict[float, tuple[np.ndarray, np.ndarray]]:
     """Return the array and its affine at each level's voxel size, each made from the finer one, with a margin."""
     levels = {}
     for size in (FINE_MM, MIDDLE_MM, COARSE_MM):
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         extent = np.array(array.shape[::-1]) * spacing
-        margin = MARGIN_MM if size == FINE_MM else 0.0
-        sides = np.ceil((extent + 2 * margin) / size).astype(int)
+        sides = np.ceil((extent + 2 * margin_mm) / size).astype(int)
+        margin_mm = 0.0  # coarser levels inherit it
         # The new grid has the same directions and the same middle as the old one.
         voxels = np.diag([*(size / spacing), 1.0])
         voxels[:3, 3] = (np.array(array.shape[::-1]) - 1 - (sides - 1) * size / spacing) / 2

@@ -2,8 +2,8 @@
 
 Adebayo et al., Sanity Checks for Saliency Maps, arXiv 1810.03292: draw the map again from a model whose
 weights are random, and compare. A rank correlation near 0 means that the map comes from the learnt weights.
-Near 1 means that the picture would look the same had the model learnt nothing: it shows the scan (edges, bright
-voxels) or the network's layout, and must not be read as what the model uses. Integrated gradients multiply by
+Near 1 means that the picture would look the same had the model learnt nothing: it shows the scan (its edges)
+or the network's layout, and must not be read as what the model uses. Integrated gradients multiply by
 the image, so that part of any agreement is the image itself.
 """
 
@@ -66,8 +66,7 @@ def randomisation_check(
         seeds: one randomised copy each.
 
     Returns:
-        A row per seed and method: `method`, `seed`, `rank_correlation` (the module's text says what it
-            means).
+        A row per seed and method: `method`, `seed`, `rank_correlation` (what it means: the module's text).
     """
     rows = []
     for seed in seeds:

@@ -31,8 +31,7 @@ def saliency(
     - `gradient`: |d output / d voxel| (Simonyan et al., arXiv 1312.6034); never negative.
     - `integrated_gradients`: the gradient averaged along the straight path from the baseline to the scan,
       times their difference (Sundararajan et al., arXiv 1703.01365). Signed: a positive voxel raises the
-      output. The
-      baseline is zero everywhere: after z-scoring, a brain of one uniform, mean intensity.
+      output. The baseline is zero everywhere: after z-scoring, a brain of one uniform, mean intensity.
 
     Neither draws random numbers. The model runs in evaluation mode and is left as it was found.
 

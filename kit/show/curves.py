@@ -51,8 +51,8 @@ def label_efficiency(tidy: pd.DataFrame, title: str = "", note: str = "") -> Fig
     of its interval.
 
     Args:
-        tidy: `encoder, mode, task, metric, distribution, label_fraction` (0-1), `value, low, high` (95 %
-            interval).
+        tidy: `encoder, mode, task, metric, distribution, label_fraction` (0-1), `value`, `low` and `high` (of
+            its 95 % interval).
     """
     means = _over_seeds(tidy)
     rows = list(means.groupby(["task", "metric"], sort=False))
@@ -86,8 +86,7 @@ def benchmark_table(tidy: pd.DataFrame) -> pd.DataFrame:
     """Pivot results to a row per comparison and a column per encoder, as text "mean [low, high]".
 
     Means over seeds of value and of both ends of the interval; one decimal for metrics in years, else two.
-    The row's index says task, metric, distribution, mode, share of labels, and how many participants were
-    tested.
+    The rows' index: task, metric, distribution, mode, share of labels, number of participants tested.
 
     Args:
         tidy: as for `label_efficiency`, with `participants`.
@@ -183,8 +182,7 @@ def registration_errors(table: pd.DataFrame, title: str = "", note: str = "") ->
     """Draw, per scan, how far the head had been moved and how much of it registration left.
 
     Args:
-        table: `scan`, `moved_mm` (the known move) and `error_mm` (what remains), mean displacements over the
-            brain.
+        table: `scan`, `moved_mm` (known) and `error_mm` (what remains): mean displacements over the brain.
     """
     _need(table, "table", ["scan", "moved_mm", "error_mm"])
     places = np.arange(len(table))[::-1]

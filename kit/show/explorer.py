@@ -80,9 +80,8 @@ def explorer(
 ) -> widgets.VBox:
     """Build the explorer; its first picture is made before this returns, and an error in making it is raised.
 
-    Moving a slice's slider redraws the pair at hand. Any other change makes a new pair in a background
-    thread: requests overtaken by a later one are dropped, and an error is written where the pair's words
-        would stand.
+    Moving a slice's slider redraws the pair at hand. Any other change makes a pair in a background thread:
+    requests overtaken by a later one are dropped, and an error is written in place of the pair's words.
 
     Args:
         make_pair: (scan, recipe, strength, seed) -> Pair.

@@ -1,7 +1,6 @@
 """Cut volumes into pictures the right way up: the one place that knows how slices lie on the page.
 
-Neurological convention: the participant's left is on the picture's left. Points are (x, y, z) MNI
-    millimetres.
+Neurological convention: the participant's left is on the picture's left. Points are (x, y, z) MNI mm.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     """Cut a slice out of a (depth, height, width) volume: rows from the picture's top, columns from its left.
 
     axial: anterior up, left to right; coronal: superior up, left to right; sagittal: superior up, posterior
-    to anterior. `index` counts along z, y or x. A view, not a copy.
+    to anterior. `index` counts along z, y or x.
     """
     if plane not in PLANES:
         raise ValueError(f"plane: {plane!r} is unknown; choose one of {', '.join(PLANES)}")
@@ -51,8 +50,8 @@ def voxel_at(grid: Grid, position: Point | None = None) -> tuple[int, int, int]:
 
 
 def slice_name(grid: Grid, plane: str, index: int) -> str:
-    """Name a slice for its title: "axial, z = 8 mm"."""
-    return f"{plane}, {PLANES[plane]} = {slice_mm(grid, plane, index):.0f} mm"
+    """Name a slice for its title: "axial, z = 8.5 mm"."""
+    return f"{plane}, {PLANES[plane]} = {slice_mm(grid, plane, index):g} mm"
 
 
 def slice_mm(grid: Grid, plane: str, index: int) -> float:

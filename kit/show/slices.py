@@ -26,8 +26,7 @@ def three_planes(
         image: (depth, height, width) on the grid; exact zeros are drawn black.
         grid: where it lies in MNI152.
         overlay: (depth, height, width), a map drawn in colour, the stronger the more opaque; a signed one in
-            red and blue around 0. Full colour from the 99.5th percentile of its absolute values that are not
-            0.
+            red and blue around 0. Full colour from the 99.5th percentile of its absolute values, zeros apart.
         outline: (depth, height, width), a mask drawn as a contour, such as the template's brain.
         title, note: see `kit.show.figure.blank`.
         crosshair: (x, y, z) MNI mm to cut through, marked by lines; without it the grid's middle, unmarked.

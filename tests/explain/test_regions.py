@@ -47,6 +47,7 @@ def test_a_marked_left_hemisphere_is_left_and_unequal_sides_stay_unequal(brain):
 @pytest.mark.parametrize(("point", "region", "side"), [
     ((-26, -20, -16), "medial temporal", "left"),  # hippocampus
     ((26, -20, -16), "medial temporal", "right"),
+    ((26, -40, -26), "medial temporal", "right"),  # also in the cerebellum's box: the first box wins
     ((-10, -6, 22), "ventricles", "left"),
     ((12, -18, 8), "deep grey matter", "right"),  # thalamus
     ((-26, -30, 30), "white matter", "left"),  # corona radiata

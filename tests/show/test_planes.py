@@ -47,7 +47,7 @@ def test_voxel_and_millimetres_agree():
             assert slice_mm(GRID, plane, index) == pytest.approx(mm)
     assert voxel_at(GRID, (1e4, -1e4, 0)) == (3, 0, 8)
     assert voxel_at(GRID) == (3, 4, 4)
-    assert slice_name(GRID, "coronal", 0) == "coronal, y = -88 mm"
+    assert slice_name(GRID, "coronal", 0) == "coronal, y = -87.5 mm"
 
 
 def test_grey_keeps_the_outside_black_and_tissue_above_it():

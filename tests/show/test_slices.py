@@ -61,7 +61,7 @@ def test_three_planes_draw_the_arrays_and_say_what_they_are(scan):
     written = texts(figure)
     assert "".join(text for text in written if len(text) == 1) == "LRALRSPAS"
     assert "procedural data · neurological view: left is on the left" in figure.get_supxlabel()
-    assert figure.get_suptitle() == "a scan" and "axial, z = 24 mm" in written
+    assert figure.get_suptitle() == "a scan" and "axial, z = 24.5 mm" in written
 
 
 def test_an_unsigned_overlay_starts_at_zero_and_weak_values_let_the_scan_through(scan):

@@ -43,31 +43,19 @@ def stream(seed: int, *names: str) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What is special about one head.
+    """What is special about one head; points and sizes along (x, y, z)."""
 
-    Args:
-        head_scale: size along (x, y, z) relative to the template.
-        cerebellum: size of the cerebellum beyond that, as a share.
-        dark_white: darkening of the white matter near the ventricles, 0 to 1.
-        ventricles_mm: how far the ventricles' walls lie outside the template's.
-        sulci: opening of the sulci, in units of CSF log-odds.
-        hippocampus: medial temporal atrophy (left, right), about 0 in a healthy person of 60.
-        lesion_side: "left", "right", or "" for none.
-        lesion_centre, lesion_stretch: (x, y, z), atlas mm and factors.
-        lesion_radius_mm, lesion_depth: mean radius; share of the tissue that is lost.
-    """
-
-    head_scale: tuple[float, float, float]
-    cerebellum: float
-    dark_white: float
-    ventricles_mm: float
-    sulci: float
-    hippocampus: tuple[float, float]
-    lesion_side: str = ""
-    lesion_centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    lesion_stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    lesion_radius_mm: float = 0.0
-    lesion_depth: float = 0.0
+    head_scale: tuple[float, float, float]  # relative to the template
+    cerebellum: float  # share by which it is larger than the head's scale says
+    dark_white: float  # darkening of the white matter near the ventricles, 0 to 1
+    ventricles_mm: float  # how far their walls lie outside the template's
+    sulci: float  # their opening, in log-odds of CSF
+    hippocampus: tuple[float, float]  # medial temporal atrophy (left, right); about 0 in health at 60
+    lesion_side: str = ""  # "left", "right", or "" for none
+    lesion_centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # atlas mm
+    lesion_stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)  # the larger, the thinner
+    lesion_radius_mm: float = 0.0  # before the random edge
+    lesion_depth: float = 0.0  # share of the tissue that is lost
 
 
 def draw_anatomy(seed: int, participant: str, age: float, sex: str, diagnosis: str) -> Anatomy:

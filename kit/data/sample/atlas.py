@@ -24,11 +24,11 @@ SHAPE_STEP_MM = 2
 
 @dataclass(frozen=True)
 class Volume:
-    """Channels on an axis-aligned grid: values float32 (1, channel, z, y, x), spacing and first voxel in mm."""
+    """Channels on an axis-aligned grid."""
 
-    values: torch.Tensor
+    values: torch.Tensor  # float32 (1, channel, z, y, x)
     spacing_mm: float
-    origin_mm: tuple[float, float, float]
+    origin_mm: tuple[float, float, float]  # the first voxel's centre (x, y, z)
 
     def at(self, points: torch.Tensor) -> torch.Tensor:
         """Interpolate linearly at points (3, z, y, x) in mm; (channel, z, y, x), the edge's value outside."""
@@ -45,10 +45,9 @@ class Atlas:
     """The template, ready to be sampled.
 
     Args:
-        tissue: CSF, grey matter, white matter (probabilities), the template's intensity that these do not
-            explain, brain mask (0 to 1); 1 mm.
-        shape: distance to the surface of the lateral ventricles (mm, negative inside), the gradient of that
-            distance (x, y, z), depth below the brain's surface (mm); 2 mm.
+        tissue: CSF, grey and white matter (0 to 1), the intensity that these leave unexplained, brain (0 to 1).
+        shape: distance to the lateral ventricles' walls (mm, negative inside), its gradient (x, y, z), depth
+            below the brain's surface (mm).
     """
 
     tissue: Volume
@@ -123,5 +122,6 @@ def _ventricle_distance(csf: np.ndarray, depth: np.ndarray, origin: np.ndarray) 
     centre_x = ndimage.mean(np.broadcast_to(x, csf.shape), labels, numbers)
     # Left and right ventricle are the two large pieces off the midline; the rest is cisterns and sulci.
     ventricles = np.isin(labels, numbers[(volume > 4000) & (np.abs(centre_x) > 5)])
-    outside, inside = ndimage.distance_transform_edt(~ventricles), ndimage.distance_transform_edt(ventricles)
-    return ndimage.gaussian_filter((outside - inside).astype(np.float32), 1.5)
+    surface = ventricles & ~ndimage.binary_erosion(ventricles)
+    distance = ndimage.distance_transform_edt(~surface).astype(np.float32)
+    return ndimage.gaussian_filter(np.where(ventricles, -1 - distance, distance), 1.5)

@@ -6,7 +6,6 @@ the seed and the number of participants, so that cohorts of different sizes hold
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -35,18 +34,14 @@ MOST_DEGREES, MOST_MM = 20, 30
 MARKER = "complete.json"
 NO_PERSON = "procedural: no person was scanned"
 COLUMNS = {
-    "age": {"Description": "age at the first session", "Units": "years"},
-    "sex": {"Levels": {"F": "female", "M": "male"}},
-    "diagnosis": {"Levels": {"CN": "healthy", "AD": "Alzheimer's disease", "stroke": "stroke"}},
-    "alzheimers": {"Levels": {"1": "Alzheimer's disease", "0": "healthy"}},
-    "stroke": {"Levels": {"1": "stroke", "0": "healthy"}},
-    "site": {"Description": "scanner; OOD is seen in the split out_of_distribution alone"},
-    "split": {"Description": "use of the participant"},
-    "dataset": {"Description": "one name a site"},
-}
+    "age": "years, at the first session", "sex": "F or M", "diagnosis": "CN (healthy), AD or stroke",
+    "alzheimers": "1: AD, 0: healthy", "stroke": "1: stroke, 0: healthy", "site": "scanner; OOD is in no other split",
+    "split": "what the participant is for", "dataset": "one name a site"}
 
 
-def sample_cohort(participants: int = 60, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None) -> Path:
+def sample_cohort(
+    participants: int = 60, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None,
+) -> Path:
     """Return the BIDS folder of the procedural cohort, made now or found in the cache.
 
     An interrupted making goes on where it was: each file is there whole or not at all, and the folder is
@@ -61,12 +56,10 @@ def sample_cohort(participants: int = 60, seed: int = 0, workers: int = 2, cache
     Raises:
         ValueError: participants or workers below 1.
     """
-    _check_positive(participants=participants, workers=workers)
-    cache = _cache(cache_dir)
+    cache = _cache(cache_dir, participants=participants, workers=workers)
     folder = cache / f"v{GENERATOR_VERSION}-seed{seed}-n{participants}"
     if not (folder / MARKER).exists():
-        scans = draw_participants(participants, seed)
-        make_scans(scans, folder, seed, workers, cache)
+        make_scans(draw_participants(participants, seed), folder, seed, workers, cache)
     return folder
 
 
@@ -85,8 +78,7 @@ def moved_cohort(scans: int = 12, seed: int = 0, workers: int = 2, cache_dir: Pa
     Raises:
         ValueError: scans or workers below 1.
     """
-    _check_positive(scans=scans, workers=workers)
-    cache = _cache(cache_dir)
+    cache = _cache(cache_dir, scans=scans, workers=workers)
     folder = cache / f"moved-v{GENERATOR_VERSION}-seed{seed}-n{scans}"
     if (folder / MARKER).exists():
         return folder
@@ -119,12 +111,11 @@ def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.
     people = []
     for split, count in zip(SPLITS, np.diff(ends), strict=True):
         sites = [site for site in SITES if (site == "OOD") == (split == "out_of_distribution")]
-        for diagnosis, group in zip(DIAGNOSES, np.array_split(np.arange(count), len(DIAGNOSES)), strict=True):
-            size = len(group)
-            strata = (rng.permutation(size) + rng.uniform(size=size)) / max(size, 1)
+        for diagnosis, size in zip(*np.unique(_deal(DIAGNOSES, count, rng), return_counts=True), strict=True):
+            strata = (rng.permutation(size) + rng.uniform(size=size)) / size
             people.append(pd.DataFrame({
                 "age": (AGES[0] + (AGES[1] - AGES[0]) * strata).round(1), "sex": _deal("FM", size, rng),
-                "diagnosis": diagnosis, "site": _deal(sites, size, rng), "split": split,
+                "diagnosis": str(diagnosis), "site": _deal(sites, size, rng), "split": split,
                 "sessions": _deal([1, 2], size, rng) if split == "pretrain" else 1}))
     table = pd.concat(people).sample(frac=1, random_state=rng, ignore_index=True)
     table.insert(0, "participant", [f"{prefix}{number:04d}" for number in range(1, participants + 1)])
@@ -149,14 +140,9 @@ def draw_move(seed: int, participant: str) -> tuple[np.ndarray, float, float]:
 def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache: Path) -> None:
     """Write a BIDS folder: its tables, each scan that is not there yet, and at last the marker.
 
-    Args:
-        scans: rows as from `draw_participants`, with a column `move` ((4, 4) or None) if heads are moved.
-        folder: the BIDS folder.
-        seed: of the scans.
-        workers: processes.
-        cache: folder that keeps the atlas.
+    `scans` has rows as from `draw_participants`, and a column `move` ((4, 4) or None) if heads are moved;
+    `cache` is the folder that keeps the atlas.
     """
-    start = time.perf_counter()
     write_tables(scans, folder, seed)
     rows = scans.to_dict("records")
     missing = [row for row in rows if not _image_path(folder, row["participant"], row["session"]).exists()]
@@ -165,13 +151,11 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
         load_atlas(atlas_path)  # made here, so that the workers find it
     make = partial(_write_scan, folder=folder, seed=seed, atlas_path=atlas_path)
     with _mapper(min(workers, len(missing))) as run:
-        done = tqdm(run(make, missing), "procedural scans", total=len(rows), initial=len(rows) - len(missing),
-                    unit="scan", leave=False)
-        for _ in done:
+        for _ in tqdm(run(make, missing), "procedural scans", len(rows), leave=False, unit="scan",
+                      initial=len(rows) - len(missing)):
             pass
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1),
-                                 "seconds": round(time.perf_counter() - start, 1)})
+    write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1)})
 
 
 def effect_masks(bids_folder: Path | str, participant: str, session: str) -> dict[str, Path]:
@@ -180,7 +164,7 @@ def effect_masks(bids_folder: Path | str, participant: str, session: str) -> dic
     The names are `ventricles`, `cortex`, `hippocampus`, `cerebellum`, and `lesion` after a stroke.
 
     Raises:
-        FileNotFoundError: the folder has no such masks; it is not a sample cohort, or not this scan's.
+        FileNotFoundError: the folder has no such masks: another cohort, or an unknown participant or session.
     """
     folder = _derivatives(Path(bids_folder)) / participant / session / "anat"
     masks = {path.name.split("_label-")[1].split("_")[0]: path
@@ -196,7 +180,7 @@ def write_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
     first = scans.drop_duplicates("participant").rename(columns={"participant": "participant_id"})
     columns = [name for name in COLUMNS if name in scans]
     _write_tsv(folder / "participants.tsv", first[["participant_id", *columns]])
-    write_json(folder / "participants.json", {name: COLUMNS[name] for name in columns})
+    write_json(folder / "participants.json", {name: {"Description": COLUMNS[name]} for name in columns})
     for participant, sessions in scans.groupby("participant"):
         if sessions["age"].nunique() > 1:
             table = sessions.rename(columns={"session": "session_id"})[["session_id", "age"]]
@@ -217,7 +201,8 @@ def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) 
     move = row.get("move")
     # A moved head keeps the first session's pose and contrast, so that the move alone differs.
     scan = make_scan(participant, session if move is None else "ses-01", seed=seed, move=move,
-                     atlas=load_atlas(atlas_path), **{name: row[name] for name in ("age", "sex", "diagnosis", "site")})
+                     age=row["age"], sex=row["sex"], diagnosis=row["diagnosis"], site=row["site"],
+                     atlas=load_atlas(atlas_path))
     image = _image_path(folder, participant, session)
     masks = _derivatives(folder) / image.parent.relative_to(folder)
     write_nifti(masks / f"{participant}_{session}_desc-brain_mask.nii.gz", scan.brain, scan.affine)
@@ -245,13 +230,11 @@ def _deal(levels: Any, count: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(np.resize(rng.permutation(list(levels)), count))
 
 
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
+def _cache(cache_dir: Path | str | None, **at_least_one: int) -> Path:
+    """Return the folder of all sample cohorts, once the numbers are found to be possible."""
+    for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name}: expected a whole number from 1 on, got {value!r}")
-
-
-def _cache(cache_dir: Path | str | None) -> Path:
     return outputs_dir() / "sample" if cache_dir is None else Path(cache_dir).resolve()
 
 

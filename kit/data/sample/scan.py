@@ -73,13 +73,11 @@ def make_scan(
     """Make one scan, in about 0.3 s on one core.
 
     Args:
-        participant: the participant's name: two sessions of one share all but ageing.
+        participant: the participant's name: two sessions of one share the anatomy, and age alone changes it.
         session: the session's name: it decides pose, contrast, bias field and noise.
         seed: the cohort's seed.
         age: years at this session.
-        sex: "F" or "M".
-        diagnosis: "CN", "AD" or "stroke".
-        site: a name in `SITES`.
+        sex, diagnosis, site: "F" or "M"; "CN", "AD" or "stroke"; a name in `SITES`.
         move: (4, 4) rigid, RAS mm: the same scan with its head moved, on the larger `MOVED_GRID`.
         atlas: the template; loaded if not given.
 
@@ -102,7 +100,10 @@ def make_scan(
     finally:
         torch.set_num_threads(threads)
     brain = (tissue["brain"] > 0.5).numpy()
-    effects = _effects(tissue, brain)
+    marks = {"ventricles": tissue["distance"] < 3, "cortex": tissue["depth"] < 6,
+             "hippocampus": tissue["medial_temporal"] > 0.15, "cerebellum": tissue["cerebellum"] > 0.5,
+             "lesion": tissue["lesion"] > 0.5}
+    effects = {name: mark.numpy() & brain for name, mark in marks.items()}
     levels = np.round(image * INTENSITY_UNIT).clip(1, np.iinfo(np.int16).max) * brain
     latent = {**asdict(person), "lesion_ml": effects["lesion"].sum().item() * 0.008, "pose": pose.tolist()}
     if not person.lesion_side:
@@ -165,14 +166,6 @@ def _tissue(
             "dark": patches * white * person.dark_white, "lesion": lesion, "lost": lesion * lost,
             "distance": distance, "depth": depth, "medial_temporal": sum(bumps),
             "cerebellum": head.bump(points, *head.CEREBELLUM)[0]}
-
-
-def _effects(tissue: dict[str, torch.Tensor], brain: np.ndarray) -> dict[str, np.ndarray]:
-    """Mark where each effect acts: bool (z, y, x)."""
-    marks = {"ventricles": tissue["distance"] < 3, "cortex": tissue["depth"] < 6,
-             "hippocampus": tissue["medial_temporal"] > 0.15, "cerebellum": tissue["cerebellum"] > 0.5,
-             "lesion": tissue["lesion"] > 0.5}
-    return {name: mark.numpy() & brain for name, mark in marks.items()}
 
 
 def _acquire(

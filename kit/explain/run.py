@@ -1,0 +1,112 @@
+"""4_saliency: whom to look at, their maps, and what the maps hold against regions, known places and chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from nilearn.image import resample_img
+from torch import nn
+
+from kit.data.nifti import write_nifti
+from kit.data.sample import effect_masks
+from kit.data.store import Store
+from kit.explain.checks import randomisation_check
+from kit.explain.regions import inside_share, region_table
+from kit.explain.saliency import saliency
+from kit.runs import Run, write_table
+
+Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, width) float32
+
+EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
+
+
+def choose_scans(model: Path, store: Store, count: int) -> pd.DataFrame:
+    """Rows of the index: test participants of whom a model rightly predicts the most.
+
+    Of the positive class those with the highest score; of a number those with the highest prediction. One scan
+    a participant, in distribution only.
+
+    Args:
+        model: a run of 3_finetune.
+        store: the scans that it was tested on.
+        count: participants.
+    """
+    predictions = pd.read_csv(model / "predictions.csv")
+    known = predictions[predictions["distribution"] == "in_distribution"]
+    if set(known["true"]) == {0.0, 1.0}:
+        known = known[known["true"] == 1]
+    best = known.sort_values("predicted", ascending=False, kind="stable").drop_duplicates("participant").head(count)
+    return store.index.set_index("scan", drop=False).loc[best["scan"]].reset_index(drop=True)
+
+
+def saliency_maps(model: nn.Module, store: Store, rows: pd.DataFrame, methods: list[str], steps: int, run: Run) -> Maps:
+    """Maps of each scan by each method, written as `maps/<scan>_<method>.nii.gz` in MNI152 millimetres."""
+    maps: Maps = {}
+    for scan in rows["scan"]:
+        image, mask = store.read(scan)
+        for method in methods:
+            values = saliency(model, image.astype(np.float32), mask, method, n_steps=steps)
+            maps[scan, method] = values
+            write_nifti(run / "maps" / f"{scan}_{method}.nii.gz", values, store.grid.affine)
+    return maps
+
+
+def region_means(maps: Maps, store: Store, run: Run) -> pd.DataFrame:
+    """Regions' shares of each method's maps, as means over scans; also written to `regions.csv`."""
+    tables = [region_table(values, store.read(scan)[1], store.grid).assign(scan=scan, method=method)
+              for (scan, method), values in maps.items()]
+    table = pd.concat(tables, ignore_index=True)
+    means = table.groupby(["method", "region", "side"], sort=False).mean(numeric_only=True).reset_index()
+    write_table(run / "regions.csv", means)
+    return means
+
+
+def known_place(cohort: Path | None, store: Store, scan: str, task: str) -> np.ndarray | None:
+    """Where the sample cohort's generator put a task's effect in a scan, on the store's grid.
+
+    Args:
+        cohort: BIDS folder of the sample cohort; None for data whose truth nobody knows.
+        store: prepared without registration, so that the scan's own millimetres are the grid's.
+        scan: of the store.
+        task: a label column.
+
+    Returns:
+        (depth, height, width) bool, or None where nothing is known.
+    """
+    if cohort is None or task not in EFFECTS or store.record["registration"] != "none":
+        return None
+    row = store.index.set_index("scan").loc[scan]
+    path = effect_masks(cohort, row["participant"], row["session"]).get(EFFECTS[task])
+    if path is None:
+        return None
+    there = resample_img(str(path), target_affine=store.grid.affine, target_shape=store.grid.shape[::-1],
+                         interpolation="linear", force_resample=True, copy_header=True)
+    return np.asarray(there.dataobj).transpose(2, 1, 0) > 0.5
+
+
+def inside_known_places(maps: Maps, cohort: Path | None, store: Store, task: str, run: Run) -> pd.DataFrame:
+    """How much of each map lies in the known place, beside the place's share of the brain; `known_places.csv`."""
+    rows = []
+    for (scan, method), values in maps.items():
+        place = known_place(cohort, store, scan, task)
+        if place is not None and (place & store.read(scan)[1]).any():
+            share = inside_share(values, place, store.read(scan)[1])
+            rows.append({"scan": scan, "method": method, "place": EFFECTS[task], "share_of_saliency": share.saliency,
+                         "share_of_brain": share.brain, "ratio": share.ratio})
+    table = pd.DataFrame(rows, columns=["scan", "method", "place", "share_of_saliency", "share_of_brain", "ratio"])
+    write_table(run / "known_places.csv", table)
+    return table
+
+
+def randomisation(model: nn.Module, store: Store, rows: pd.DataFrame, methods: list[str], steps: int, seed: int,
+                  run: Run) -> pd.DataFrame:
+    """The randomisation check for the first scan, written to `randomisation.csv`."""
+    scan = rows["scan"].iloc[0]
+    image, mask = store.read(scan)
+    image = image.astype(np.float32)
+    maps = {method: saliency(model, image, mask, method, n_steps=steps) for method in methods}
+    table = randomisation_check(model, image, mask, maps, seeds=(seed, seed + 1, seed + 2), n_steps=steps)
+    write_table(run / "randomisation.csv", table)
+    return table
