@@ -44,8 +44,7 @@ class Grid:
         """MNI millimetres (x, y, z) of the first voxel's centre."""
         sides_xyz = self.shape[::-1]
         return tuple(
-            centre - (side - 1) / 2 * self.spacing_mm
-            for centre, side in zip(PAPER_CENTRE_MM, sides_xyz, strict=True)
+            centre - (side - 1) / 2 * self.spacing_mm for centre, side in zip(PAPER_CENTRE_MM, sides_xyz, strict=True)
         )
 
     @property

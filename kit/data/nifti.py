@@ -10,6 +10,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from kit.runs import write_whole
+
 # A header can claim any size: more voxels than this (4 GB as float32) is taken for a broken header.
 MOST_VOXELS = 10**9
 
@@ -46,6 +48,23 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(values.T), canonical.affine
 
 
+def read_mask(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Read a scan's mask, bool (z, y, x): what is above one half.
+
+    Raises:
+        ScanError: as `read_nifti`, an empty mask among it, or the mask lies on other voxels than the scan.
+    """
+    try:
+        values, mask_affine = read_nifti(path)
+    except ScanError as error:
+        raise ScanError(f"mask: {error}") from error
+    if values.shape != array_zyx.shape:
+        raise ScanError(f"mask: its shape {values.shape} is not the scan's {array_zyx.shape} (z, y, x)")
+    if not np.allclose(mask_affine, affine, atol=1e-2):
+        raise ScanError("mask: it lies elsewhere in space than the scan (their affines differ)")
+    return values > 0.5
+
+
 def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> None:
     """Write a (z, y, x) array as NIfTI-1, gzipped if the name ends in `.gz`; the same bytes each time.
 
@@ -54,8 +73,6 @@ def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> 
         array_zyx: 3D; bool is stored as uint8, float16 and float64 as float32, int64 as int32.
         affine: (4, 4), voxel (x, y, z) to millimetres, RAS+.
     """
-    from kit.runs import write_whole
-
     stored = {"bool": "uint8", "float16": "float32", "float64": "float32", "int64": "int32"}
     array = np.asarray(array_zyx)
     array = array.astype(stored.get(array.dtype.name, array.dtype), copy=False)

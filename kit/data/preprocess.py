@@ -1,271 +1,314 @@
-"""From a scan's file to its prepared array, then a whole cohort, in parallel, each scan whole or not at all.
+"""From a cohort's scans to a store: read, register, mask, resample once, z-score, write.
 
-Steps: read and turn to RAS, find where it lies in MNI152 (`registration`), find the brain (`mask`), resample once from
-native space to the grid, z-score inside the mask, write.
+Scans are prepared in parallel, one process and one thread each. One that fails is set aside with its reason;
+one that is prepared already, from the same files with the same settings, is not prepared again.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import multiprocessing
 import re
-import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
 from scipy import ndimage
 
-from kit.data.cohort import COLUMNS
 from kit.data.grid import Grid
-from kit.data.nifti import ScanError, read_nifti
-from kit.data.register import (
-    TEMPLATE_NAME,
-    RegistrationError,
-    correlation,
-    find_transform,
-    resample,
-    template,
-)
-from kit.data.store import FORMAT, read_meta, scan_path, write_scan
-from kit.runs import progress, shown, write_json, write_table
+from kit.data.nifti import ScanError, read_mask, read_nifti
+from kit.data.register import KINDS, TEMPLATE_NAME, correlation, find_transform, resample, template, template_on
+from kit.data.store import FORMAT, StoreError, claim, read_facts, scan_path, write_scan
+from kit.runs import progress, write_table
 
-LEAST_BRAIN_ML = 100.0  # less is no brain: a child's at birth has 350
-IN_FLIGHT = 4  # scans handed to each process ahead
+REGISTRATIONS = ("none", *KINDS)
+MASKS = ("given", "nonzero", "template")
+QUALITY_COLUMNS = ("brain_ml", "template_similarity", "seconds")
+FAILED_COLUMNS = ("scan", "participant", "session", "image_path", "reason")
+# No brain is larger: where "nonzero" finds more, the scan still has its head or a background above zero.
+MOST_BRAIN_ML = 2500.0
 
 
-class PreparationError(RuntimeError):
-    """A cohort cannot be prepared as asked; the message says why and what to do."""
+class PreparationError(ValueError):
+    """A preparation that cannot start or that prepared nothing. Its message lists all that is wrong."""
 
 
-class Preparation(BaseModel):
-    """How every scan of a store is prepared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    shape: tuple[int, int, int] = (150, 192, 192)  # voxels (z, y, x)
-    spacing_mm: float = 1.0
-    registration: Literal["none", "rigid", "affine"] = "rigid"
-    mask: Literal["given", "nonzero", "template"] = "given"
-
-    @property
-    def grid(self) -> Grid:
-        """Where the prepared arrays lie."""
-        return Grid(self.shape, self.spacing_mm)
-
-    def record(self) -> dict[str, Any]:
-        """What `preparation.json` says of all scans of a store."""
-        return {"format": FORMAT, "axes": "zyx", "shape": list(self.grid.shape), "spacing_mm": self.grid.spacing_mm,
-                "origin_mm": list(self.grid.origin_mm), "registration": self.registration, "mask": self.mask,
-                "intensity": "zscore", "template": TEMPLATE_NAME,
-                "versions": {name: version(name) for name in ("SimpleITK", "nibabel", "blosc2")}}
-
-
-def prepare(cohort: pd.DataFrame, output_dir: Path, settings: Preparation,
-            workers: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Prepare every scan of a cohort; a scan that fails is set aside with its reason, and the run goes on.
-
-    Scans that were made from the same file by the same settings are not made again.
+@dataclass(frozen=True)
+class Preparation:
+    """How scans are prepared.
 
     Args:
-        cohort: one scan a row, from `kit.data.cohort.read_cohort`.
-        output_dir: of the store.
-        settings: for all scans.
-        workers: processes, one thread each.
-
-    Returns:
-        the index (scan, participant, session, dataset, labels, brain_ml, template_similarity, seconds, checksum) and
-        the failed scans (scan, participant, session, reason).
+        grid: where prepared arrays lie.
+        registration: "affine", "rigid", or "none" for scans that already lie near MNI space.
+        mask: "given" (the cohort's mask_path), "nonzero" (a skull-stripped scan's voxels above zero, holes
+            filled) or "template" (the template's brain, moved with the registration).
 
     Raises:
-        PreparationError: the folder holds scans prepared otherwise, or two scans would have one name.
+        ValueError: a word that is none of these.
     """
-    _claim(output_dir, settings)
-    names = scan_names(cohort)
-    jobs = [(name, row["image_path"], row["mask_path"]) for name, row in zip(names, cohort.to_dict("records"), strict=True)]
-    results: dict[str, dict[str, Any]] = {}
-    for name, result in progress(_in_parallel(jobs, output_dir, settings, workers), total=len(jobs), desc="scans"):
-        results[name] = result
-    labels = cohort.drop(columns=["image_path", "mask_path"]).assign(scan=names)
-    table = labels[["scan", *(column for column in labels if column != "scan")]].merge(
-        pd.DataFrame([{"scan": name, **result} for name, result in results.items()]), on="scan")
-    if "reason" not in table:
-        table["reason"] = None
-    good = table["reason"].isna()
-    index = table[good].drop(columns="reason").reset_index(drop=True)
-    failed = table.loc[~good, ["scan", *COLUMNS[:3], "reason"]].reset_index(drop=True)
-    write_table(output_dir / "failed.csv", failed)
-    write_table(output_dir / "index.csv", index)
+
+    grid: Grid
+    registration: str = "affine"
+    mask: str = "given"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("registration", REGISTRATIONS), ("mask", MASKS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    def record(self) -> dict[str, Any]:
+        """Return what `preparation.json` says: what a store, and an encoder trained on it, must agree on."""
+        return {
+            "format": FORMAT,
+            "axes": "zyx",
+            "shape": list(self.grid.shape),
+            "spacing_mm": self.grid.spacing_mm,
+            "origin_mm": list(self.grid.origin_mm),
+            "registration": self.registration,
+            "mask": self.mask,
+            "intensity": "zscore",
+            "template": TEMPLATE_NAME,
+            "versions": {name: version(name) for name in ("SimpleITK", "nibabel", "blosc2")},
+        }
+
+
+class Task(NamedTuple):
+    """One scan to prepare."""
+
+    scan: str
+    image_path: str
+    mask_path: str
+    output: Path
+    settings: Preparation
+
+
+def prepare(
+    cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation, workers: int = 1
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Prepare a cohort's scans into a folder, going on from what is there.
+
+    Args:
+        cohort: a row a scan: participant, session, dataset, image_path, perhaps mask_path, and labels.
+        output_dir: the folder, described in `kit.data.store`.
+        settings: how.
+        workers: processes, one scan each; 0 works in this process, for debugging.
+
+    Returns:
+        The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
+        index has all the cohort's columns but those that end in `_path`, brain_ml (the brain's volume in
+        the scan, millilitres), template_similarity (correlation with the template inside its brain mask on the
+        grid) and seconds (time taken).
+
+    Raises:
+        PreparationError: the cohort cannot be prepared so, the folder holds another preparation, or no
+            scan at all could be prepared.
+    """
+    folder = Path(output_dir)
+    names = _scan_names(cohort)
+    _check(cohort, names, settings)
+    try:
+        claim(folder, settings.record())
+    except StoreError as error:
+        raise PreparationError(str(error)) from error
+    masks = cohort["mask_path"].fillna("") if "mask_path" in cohort else [""] * len(cohort)
+    tasks = [
+        Task(name, str(image), str(mask), scan_path(folder, name), settings)
+        for name, image, mask in zip(names, cohort["image_path"], masks, strict=True)
+    ]
+    outcomes = {task.scan: found for task in tasks if (found := _found(task))}
+    waiting = [task for task in tasks if task.scan not in outcomes]
+    with progress(total=len(tasks), initial=len(outcomes), desc="prepare", unit="scan") as bar:
+        for task, outcome in _run(prepare_scan, waiting, workers):
+            outcomes[task.scan] = outcome or "its process was killed, twice: most likely not enough memory"
+            bar.update()
+    index, failed = _tables(cohort, names, outcomes)
+    write_table(folder / "failed.csv", failed)
+    write_table(folder / "index.csv", index)
+    if index.empty:
+        first = f"{failed.scan[0]}: {failed.reason[0]}"
+        raise PreparationError(f"none of {len(failed)} scans could be prepared; the first, {first}")
     return index, failed
 
 
-def scan_names(cohort: pd.DataFrame) -> list[str]:
-    """A name for each scan that is safe as a file's: dataset, participant, session.
+def prepare_scan(task: Task) -> dict[str, float] | str:
+    """Prepare one scan; return its quality numbers, or the reason why it failed."""
+    start = perf_counter()
+    try:
+        source = _source(task)
+        image, mask, notes = _to_template_space(task)
+        notes["quality"]["seconds"] = round(perf_counter() - start, 2)
+        write_scan(task.output, image, mask, task.scan, task.settings.grid.affine, notes | {"source": source})
+        return notes["quality"]
+    except Exception as error:  # whatever one scan does, the others go on
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # but a full disk concerns them all
+        if isinstance(error, ValueError | RuntimeError) and type(error).__module__.startswith("kit."):
+            return str(error)
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first_line}"
+
+
+def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the image with mean 0 and deviation 1 inside the mask and 0 outside, float32.
 
     Raises:
-        PreparationError: two scans would have the same name.
+        ScanError: the mask is empty, or the image constant inside it.
     """
-    joined = cohort["dataset"].astype(str) + "_" + cohort["participant"] + "_" + cohort["session"]
-    names = [re.sub(r"[^\w.-]+", "-", name) for name in joined]
-    if doubled := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-        raise PreparationError(f"{len(doubled)} scan names are used twice, the first: {doubled[0]}; "
-                               "give each scan its own participant and session")
-    return names
-
-
-def prepare_scan(image_path: str, mask_path: str, settings: Preparation) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Prepare one scan.
-
-    Returns:
-        image (depth, height, width) float32 and mask (depth, height, width) bool, on the grid; and brain_ml (of the
-        native brain), template_similarity (correlation with the template inside the mask) and the transform
-        (MNI millimetres to the scan's, 16 numbers in rows).
-
-    Raises:
-        ScanError, RegistrationError: the scan is set aside; the message is the reason.
-    """
-    grid = settings.grid
-    array, affine = read_nifti(image_path)
-    matrix = np.eye(4) if settings.registration == "none" else find_transform(array, affine, settings.registration)[0]
-    mask, brain_ml = _brain(array, affine, mask_path, matrix, settings)
     if not mask.any():
-        raise ScanError("the brain mask is empty on the grid: the scan lies elsewhere; register it")
-    if brain_ml < LEAST_BRAIN_ML:
-        raise ScanError(f"the brain mask holds {brain_ml:.0f} ml, no brain is smaller than {LEAST_BRAIN_ML:.0f} ml")
-    image = resample(array, affine, matrix, grid.shape, grid.affine)
+        raise ScanError("no brain inside the grid: check the registration and the mask")
     inside = image[mask].astype(np.float64)
-    if inside.std() == 0:
-        raise ScanError("constant inside the brain mask")
-    image = np.where(mask, (image - inside.mean()) / inside.std(), 0).astype(np.float32)
-    similarity = correlation(image, _template_on(grid)[0], mask)
-    return image, mask, {"brain_ml": round(brain_ml, 1), "template_similarity": round(similarity, 4),
-                         "transform": matrix.ravel().tolist()}
+    if inside.std() <= 1e-6 * np.abs(inside).max():
+        raise ScanError("constant inside the brain mask: scan and mask do not overlap on the grid")
+    scored = np.zeros(image.shape, np.float32)
+    scored[mask] = (inside - inside.mean()) / inside.std()
+    return scored
 
 
-def read_transform(folder: Path, scan: str) -> np.ndarray:
-    """The (4, 4) matrix from MNI millimetres to the scan's own, RAS+, that a scan was prepared with."""
-    return np.reshape(read_meta(scan_path(folder, scan))["transform"], (4, 4))
+def _to_template_space(task: Task) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Return the z-scored image and the mask on the grid, and the transform and quality numbers as notes."""
+    settings, grid = task.settings, task.settings.grid
+    array, affine = read_nifti(task.image_path)
+    native_mask = _native_mask(task, array, affine)
+    matrix = np.eye(4)
+    if settings.registration != "none":
+        matrix, _ = find_transform(array, affine, settings.registration)
+    image = resample(array, affine, matrix, grid.shape, grid.affine)
+    like, like_mask = template_on(grid)
+    if native_mask is None:
+        mask = like_mask
+        brain_ml = _millilitres(template()[1], template()[2]) * abs(np.linalg.det(matrix))
+    else:
+        # Smoothed as the image is, then cut at a half: as many voxels on a coarse grid as volume.
+        mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
+        brain_ml = _millilitres(native_mask, affine)
+    quality = {
+        "brain_ml": round(float(brain_ml), 1),
+        "template_similarity": round(correlation(image, like, like_mask), 4),
+    }
+    return z_score(image, mask), mask, {"transform": matrix.tolist(), "quality": quality}
 
 
-def _brain(array: np.ndarray, affine: np.ndarray, mask_path: str, matrix: np.ndarray,
-           settings: Preparation) -> tuple[np.ndarray, float]:
-    """The brain mask on the grid, and the native brain's volume in ml."""
-    grid = settings.grid
-    if settings.mask == "template":
-        on_grid = _template_on(grid)[1]
-        return on_grid, float(template()[1].sum()) / 1000 * abs(np.linalg.det(matrix[:3, :3]))
-    native = _given_mask(mask_path, array.shape, affine) if settings.mask == "given" else _nonzero_mask(array)
-    volume = float(native.sum()) * abs(np.linalg.det(affine[:3, :3])) / 1000
-    return resample(native, affine, matrix, grid.shape, grid.affine) > 0.5, volume
+def _native_mask(task: Task, array: np.ndarray, affine: np.ndarray) -> np.ndarray | None:
+    """Return the brain in the scan's own voxels, bool (z, y, x); None where the template's brain serves."""
+    if task.settings.mask == "template":
+        return None
+    if task.settings.mask == "nonzero":
+        mask = ndimage.binary_fill_holes(array > 0)
+        if _millilitres(mask, affine) > MOST_BRAIN_ML:
+            raise ScanError(
+                f"{_millilitres(mask, affine):.0f} ml above zero, more than a brain: is the scan skull-stripped? "
+                "Otherwise use mask: given or template"
+            )
+        return mask
+    if not task.mask_path:
+        raise ScanError("mask: no mask_path given for this scan")
+    return read_mask(task.mask_path, array, affine)
 
 
-def _given_mask(mask_path: str, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    if not mask_path:
-        raise ScanError("mask is `given`, but the cohort names no mask_path for this scan")
+def _millilitres(mask: np.ndarray, affine: np.ndarray) -> float:
+    return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
+def _scan_names(cohort: pd.DataFrame) -> list[str]:
+    """Return a name a row that any file system takes: dataset_participant_session."""
+    parts = cohort[["dataset", "participant", "session"]].fillna("").astype(str)
+    safe = parts.map(lambda part: re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-."))
+    return ["_".join(filter(None, row)) for row in safe.itertuples(index=False)]
+
+
+def _check(cohort: pd.DataFrame, names: list[str], settings: Preparation) -> None:
+    wrong = []
+    if cohort.empty:
+        wrong.append("the cohort has no scans")
+    if any(not name for name in names):
+        wrong.append("a row names no dataset, no participant and no session")
+    folded = pd.Series(names, dtype=str).str.casefold()
+    if folded.duplicated().any():
+        twice = sorted({names[row] for row in np.flatnonzero(folded.duplicated())})
+        wrong.append(
+            f"several rows are called {', '.join(twice[:5])}{' ...' * (len(twice) > 5)}: each scan "
+            "needs its own dataset, participant and session"
+        )
+    taken = sorted({"scan", *QUALITY_COLUMNS} & set(cohort))
+    if taken:
+        wrong.append(f"columns that the index adds itself: {', '.join(taken)}; rename them in the cohort")
+    if settings.mask == "given" and ("mask_path" not in cohort or not cohort["mask_path"].fillna("").any()):
+        wrong.append("mask: 'given' needs a column mask_path; otherwise use 'nonzero' or 'template'")
+    if wrong:
+        raise PreparationError("; ".join(wrong))
+
+
+def _source(task: Task) -> str:
+    """Return a digest of what a scan is made from: its files' paths, sizes and dates, and the settings."""
+    files = []
+    for path in filter(None, (task.image_path, task.mask_path)):
+        try:
+            stat = Path(path).stat()
+        except OSError as error:
+            kind = "no such file" if path == task.image_path else "mask: no such file"
+            raise ScanError(kind) from error
+        files.append([path, stat.st_size, stat.st_mtime_ns])
+    settings = {name: value for name, value in task.settings.record().items() if name != "versions"}
+    return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
+
+
+def _found(task: Task) -> dict[str, float] | None:
+    """Return the quality numbers of a scan that is prepared already from these files, else None."""
     try:
-        mask, mask_affine = read_nifti(mask_path)
-    except ScanError as error:
-        raise ScanError(f"its mask: {error}") from None
-    if mask.shape != shape:
-        raise ScanError(f"its mask has shape {mask.shape}, the scan {shape}, as (z, y, x)")
-    if not np.allclose(mask_affine, affine, atol=0.01):
-        raise ScanError("its mask lies elsewhere: the affines differ")
-    return mask > 0.5
+        notes = read_facts(task.output)["notes"]
+        return notes["quality"] if notes["source"] == _source(task) else None
+    except (StoreError, ScanError):
+        return None
 
 
-def _nonzero_mask(array: np.ndarray) -> np.ndarray:
-    """What is above zero in a skull-stripped scan, its largest piece, holes filled."""
-    above = array > 0
-    if above.mean() > 0.9:
-        raise ScanError("mask is `nonzero`, but the scan is not skull-stripped: it has hardly any zeros")
-    pieces, count = ndimage.label(above)
-    largest = pieces == np.argmax(np.bincount(pieces.ravel())[1:]) + 1 if count else above
-    return ndimage.binary_fill_holes(largest)
+def _tables(cohort: pd.DataFrame, names: list[str], outcomes: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the index and the failed scans; the index says nothing of where files lay."""
+    table = cohort.reset_index(drop=True)
+    table.insert(0, "scan", names)
+    good = np.array([isinstance(outcomes[name], dict) for name in names], dtype=bool)
+    index = table[good].drop(columns=[name for name in table if name.endswith("_path")]).reset_index(drop=True)
+    for column in QUALITY_COLUMNS:
+        index[column] = [outcomes[name][column] for name in index["scan"]]
+    failed = table[~good].reset_index(drop=True)
+    failed["reason"] = [outcomes[name] for name in failed["scan"]]
+    return index, failed[list(FAILED_COLUMNS)]
 
 
-_ON_GRID: dict[Grid, tuple[np.ndarray, np.ndarray]] = {}
+def _run(function: Callable[[Task], Any], tasks: list[Task], workers: int) -> Iterator[tuple[Task, Any]]:
+    """Yield each task with its result, in the order they end; with None if it kills its process, twice.
 
-
-def _template_on(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """The template (depth, height, width) float32 and its brain mask, bool, on a grid; made once a process."""
-    if grid not in _ON_GRID:
-        values, mask, affine = template()
-        on = [resample(part, affine, np.eye(4), grid.shape, grid.affine) for part in (values, mask)]
-        _ON_GRID[grid] = (on[0], on[1] > 0.5)
-    return _ON_GRID[grid]
-
-
-def _claim(output_dir: Path, settings: Preparation) -> None:
-    """Write the folder's record, or refuse a folder whose scans were prepared otherwise."""
-    path, record = output_dir / "preparation.json", settings.record()
-    if path.exists():
-        old = json.loads(path.read_text())
-        differences = [f"{name}: the folder has {old.get(name)}, asked for {value}" for name, value in record.items()
-                       if name != "versions" and old.get(name) != value]
-        if differences:
-            raise PreparationError(f"{shown(output_dir)} holds scans prepared otherwise:\n  " + "\n  ".join(differences)
-                                   + "\ngive another output_dir, or delete that folder")
-    write_json(path, record)
-
-
-def _one(name: str, image_path: str, mask_path: str, output_dir: Path, settings: Preparation) -> dict[str, Any]:
-    """Prepare one scan into its file, unless it is there; what the index says of it, or the reason it failed."""
-    started, path = time.monotonic(), scan_path(output_dir, name)
-    try:
-        source = _identity(image_path, mask_path, settings)
-        meta = read_meta(path)
-        if meta is None or meta.get("source") != source:
-            image, mask, quality = prepare_scan(image_path, mask_path, settings)
-            kept = {"scan": name, "source": source, **quality, "seconds": round(time.monotonic() - started, 2)}
-            meta = {**kept, "checksum": write_scan(path, image, mask, kept)}
-    except (ScanError, RegistrationError) as error:
-        return {"reason": str(error)}
-    except MemoryError:
-        return {"reason": "not enough memory for this scan"}
-    return {key: meta[key] for key in ("brain_ml", "template_similarity", "seconds", "checksum")}
-
-
-def _identity(image_path: str, mask_path: str, settings: Preparation) -> str:
-    """Changes when a scan's files or the settings do: a digest, so that no path is stored."""
-    parts = [json.dumps({**settings.record(), "versions": None})]
-    for path in filter(None, (image_path, mask_path if settings.mask == "given" else "")):
-        if not Path(path).is_file():
-            raise ScanError("no such file" if path == image_path else "its mask: no such file")
-        stat = Path(path).stat()
-        parts.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def _in_parallel(jobs: list[tuple[str, str, str]], output_dir: Path, settings: Preparation,
-                 workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each scan's result as it comes; a scan whose process is killed twice by the system is set aside."""
-    if workers == 1 or len(jobs) == 1:
-        for job in jobs:
-            yield job[0], _one(*job, output_dir, settings)
+    A killed process breaks its whole pool. Tasks in flight are then tried again one by one, so that the one at
+    fault is known, and the others go on together.
+    """
+    if workers == 0:
+        yield from ((task, function(task)) for task in tasks)
         return
-    waiting, suspects = list(reversed(jobs)), []
-    while waiting:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            flying: dict[Future, tuple[str, str, str]] = {}
+    waiting, suspects = deque(tasks), deque()
+    while waiting or suspects:
+        queue, together = (suspects, 1) if suspects else (waiting, workers)
+        flying: dict = {}
+        with ProcessPoolExecutor(together, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
-                while waiting or flying:
-                    while waiting and len(flying) < workers * IN_FLIGHT:
-                        job = waiting.pop()
-                        flying[pool.submit(_one, *job, output_dir, settings)] = job
+                while queue or flying:
+                    # A few in flight are enough: the rest of a large cohort waits here, not in the pool.
+                    while queue and len(flying) < (1 if queue is suspects else together + 1):
+                        flying[pool.submit(function, queue[0])] = queue[0]
+                        queue.popleft()
                     for future in wait(flying, return_when=FIRST_COMPLETED).done:
                         result = future.result()
-                        yield flying.pop(future)[0], result
+                        yield flying.pop(future), result
             except BrokenProcessPool:
-                suspects += [job for future, job in flying.items()]
-    for job in suspects:  # one at a time, so that the scan that kills its process is known
-        try:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                yield job[0], pool.submit(_one, *job, output_dir, settings).result()
-        except BrokenProcessPool:
-            yield job[0], {"reason": "the process that prepared it was killed by the system, perhaps for its memory"}
+                if queue is suspects:
+                    yield from ((task, None) for task in flying.values())
+                else:
+                    suspects.extend(flying.values())

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from kit.data.cohort import read_cohort
-from kit.data.preprocess import Preparation, prepare, read_transform
-from kit.data.store import Store
+from kit.data.grid import Grid
+from kit.data.preprocess import Preparation, prepare
+from kit.data.store import Store, read_transform
 
 
 def registration_check(moved: Path, folder: Path, workers: int) -> pd.DataFrame:
@@ -28,7 +29,7 @@ def registration_check(moved: Path, folder: Path, workers: int) -> pd.DataFrame:
         (mean displacement of the brain before registration), error_mm (95th percentile over the brain after it).
     """
     cohort = read_cohort(moved)
-    settings = Preparation(shape=(36, 48, 40), spacing_mm=4.0, registration="rigid", mask="given")
+    settings = Preparation(Grid((36, 48, 40), 4.0), registration="rigid", mask="given")
     index, _ = prepare(cohort, folder, settings, workers)
     store = Store.open(folder)
     moves = pd.read_csv(moved / "moves.csv", dtype={"participant": str, "session": str})

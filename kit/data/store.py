@@ -1,15 +1,17 @@
-"""Prepared scans on disk: a folder with an index and one blosc2 array a scan.
+"""The store of prepared scans: one blosc2 array a scan, beside an index and a record of the preparation.
 
-``index.csv`` (a scan a row, with labels and quality figures), ``failed.csv``, ``preparation.json`` (the record of how
-all of them were prepared) and ``scans/<scan>.b2nd``: (2, depth, height, width) float16, the z-scored image and its
-mask, compressed by LZ4 after bit-shuffling. Crops are read without reading the whole.
+A prepared folder holds
+
+    index.csv          a row a scan: scan, participant, session, dataset, labels, quality numbers
+    failed.csv         scans set aside, with the reason
+    preparation.json   the record: axes, grid, registration, mask, intensity, template, versions
+    scans/<scan>.b2nd  float16 (2, z, y, x): the image, z-scored inside the mask and 0 outside; the mask, 0 or 1
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass, field
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,124 +20,201 @@ import numpy as np
 import pandas as pd
 
 from kit.data.grid import Grid
-from kit.runs import shown, write_whole
+from kit.runs import write_json, write_whole
 
-FORMAT = 1  # of the arrays and their metadata
-CHUNK_DEPTH = 32  # slices that are compressed together
-
-Crop = tuple[slice, slice, slice]
+# Raised when files written before can no longer be read, or would mean something else.
+FORMAT = 1
+# Slices of a chunk: a small crop reads a few chunks, a whole scan not too many.
+CHUNK_SLICES = 32
+IDENTITY_COLUMNS = ("scan", "participant", "session", "dataset")
 
 
 class StoreError(RuntimeError):
-    """Prepared scans are missing or damaged; the message names the file and what to do."""
+    """A prepared folder or scan that cannot be read. Its message names the file and says what to do."""
 
 
-@dataclass
-class Store:
-    """A folder of prepared scans. Open one with `Store.open`.
-
-    Attributes:
-        folder: where it lies.
-        index: one scan a row: scan, participant, session, dataset, labels, brain_ml, template_similarity, checksum.
-        record: how the scans were prepared: axes, shape, spacing_mm, origin_mm, registration, mask, intensity, ...
-        grid: where the arrays lie in MNI152 millimetres.
-    """
-
-    folder: Path
-    index: pd.DataFrame
-    record: dict[str, Any]
-    grid: Grid
-    _verified: set[str] = field(default_factory=set, repr=False)
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Store:
-        """Open a folder that 1_preprocess made.
-
-        Raises:
-            StoreError: the folder lacks its index or record, or is of another format.
-        """
-        folder = Path(folder)
-        for name in ("index.csv", "preparation.json"):
-            if not (folder / name).is_file():
-                raise StoreError(f"{shown(folder)} holds no {name}; run 1_preprocess first")
-        record = json.loads((folder / "preparation.json").read_text())
-        if record.get("format") != FORMAT:
-            raise StoreError(f"{shown(folder)} has format {record.get('format')}, this kit reads {FORMAT}; "
-                             "prepare the scans again")
-        index = pd.read_csv(folder / "index.csv", low_memory=False,
-                            dtype={"scan": str, "participant": str, "session": str, "dataset": str, "checksum": str})
-        return cls(folder, index, record, Grid(record["shape"], record["spacing_mm"]))
-
-    def read(self, scan: str, crop: Crop | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Read a scan, or a box of it.
-
-        The checksum is verified when a scan is first read whole.
-
-        Args:
-            scan: its name in the index.
-            crop: slices along (z, y, x); the whole without one.
-
-        Returns:
-            image (depth, height, width) float16, zero outside the mask; mask (depth, height, width) bool.
-
-        Raises:
-            StoreError: the scan's file is missing or damaged.
-        """
-        path = scan_path(self.folder, scan)
-        try:
-            array = blosc2.open(str(path), mode="r")
-            both = array[(slice(None), *(crop or (slice(None),) * 3))]
-            expected = array.schunk.vlmeta["checksum"]
-        except Exception as error:  # blosc2 raises several kinds for a damaged file
-            raise StoreError(f"{shown(path)} cannot be read ({type(error).__name__}); "
-                             "delete it and run 1_preprocess again") from None
-        if crop is None and scan not in self._verified:
-            if checksum(both) != expected:
-                raise StoreError(f"{shown(path)} is damaged: its checksum differs; delete it and run 1_preprocess again")
-            self._verified.add(scan)
-        return both[0], both[1] != 0
-
-
-def scan_path(folder: Path, scan: str) -> Path:
-    """File of a prepared scan."""
+def scan_path(folder: str | Path, scan: str) -> Path:
+    """Return where the array of a scan lies in a prepared folder."""
     return Path(folder) / "scans" / f"{scan}.b2nd"
 
 
-def checksum(array: np.ndarray) -> str:
-    """16 hex digits of the array's bytes."""
-    return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
+def claim(folder: str | Path, record: dict[str, Any]) -> None:
+    """Write a preparation's record before its scans, so that no other preparation mixes with them.
+
+    Raises:
+        StoreError: the folder holds another preparation; versions of libraries may differ.
+    """
+    path = Path(folder) / "preparation.json"
+    if not path.exists():
+        write_json(path, record)
+        return
+    before = json.loads(path.read_text())
+    differ = [
+        f"{name}: {before.get(name)} there, {value} asked"
+        for name, value in record.items()
+        if name != "versions" and before.get(name) != value
+    ]
+    if differ:
+        raise StoreError(f"{folder} holds another preparation ({'; '.join(differ)}); choose another output_dir")
 
 
-def write_scan(path: str | Path, image: np.ndarray, mask: np.ndarray, meta: dict[str, Any]) -> str:
-    """Write a prepared scan, whole or not at all.
+def write_scan(
+    path: str | Path,
+    image: np.ndarray,
+    mask: np.ndarray,
+    scan: str,
+    affine: np.ndarray,
+    notes: dict[str, Any] | None = None,
+) -> None:
+    """Write one prepared scan, whole or not at all.
 
     Args:
-        path: of the file, see `scan_path`.
-        image: (depth, height, width) float; stored as float16, zero outside the mask.
-        mask: (depth, height, width) bool.
-        meta: JSON values kept with the array: the scan's name, its transform, what it was made from.
-
-    Returns:
-        the checksum, which is kept with the array too.
+        path: the `.b2nd` file; its folder is made.
+        image: (z, y, x), z-scored inside the mask, 0 outside; stored as float16.
+        mask: bool (z, y, x).
+        scan: the scan's name.
+        affine: (4, 4), voxel (x, y, z) to MNI millimetres.
+        notes: numbers, text, lists and dicts to keep with the scan.
     """
-    both = np.stack([np.where(mask, image, 0), mask]).astype(np.float16)
-    chunk = (1, min(CHUNK_DEPTH, both.shape[1]), *both.shape[2:])
-    settings = {"codec": blosc2.Codec.LZ4, "filters": [blosc2.Filter.BITSHUFFLE], "clevel": 5, "nthreads": 1}
-    found = checksum(both)
+    array = np.stack([image, mask]).astype(np.float16)
+    facts = {
+        "format": FORMAT,
+        "scan": scan,
+        "affine": np.asarray(affine, float).tolist(),
+        "checksum": _checksum(array),
+        "notes": notes or {},
+    }
 
     def write(aside: Path) -> None:
-        array = blosc2.asarray(both, urlpath=str(aside), mode="w", chunks=chunk, cparams=settings)
-        for name, value in {**meta, "format": FORMAT, "checksum": found}.items():
-            array.schunk.vlmeta[name] = value
+        stored = blosc2.asarray(
+            array,
+            urlpath=str(aside),
+            mode="w",
+            contiguous=True,
+            chunks=(1, min(CHUNK_SLICES, array.shape[1]), *array.shape[2:]),
+            cparams={
+                "codec": blosc2.Codec.LZ4,
+                "clevel": 5,
+                "filters": [blosc2.Filter.BITSHUFFLE],
+                "nthreads": 1,
+            },
+        )
+        for name, value in facts.items():
+            stored.schunk.vlmeta[name] = value
 
-    write_whole(path, write)
-    return found
+    write_whole(Path(path), write)
 
 
-def read_meta(path: Path) -> dict[str, Any] | None:
-    """What is kept with a prepared scan; None where the file is missing or cannot be read."""
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """Return what stands in a scan's file beside its array: format, scan, affine, checksum, notes.
+
+    Raises:
+        StoreError: the file is missing, damaged, or of another format.
+    """
+    return _facts(_open(Path(path)), Path(path))
+
+
+def read_transform(folder: str | Path, scan: str) -> np.ndarray:
+    """Return the (4, 4) matrix by which a scan was moved: MNI millimetres to the scan's own, RAS+ (x, y, z).
+
+    Raises:
+        StoreError: the scan is not there, or is damaged.
+    """
+    return np.array(read_facts(scan_path(folder, scan))["notes"]["transform"])
+
+
+class Store:
+    """A prepared folder, open for reading. Holds no open file: it can be copied to other processes.
+
+    Attributes:
+        folder: where it lies.
+        index: a row a scan; the columns scan, participant, session and dataset are text.
+        record: what `preparation.json` says.
+        grid: where the arrays lie.
+    """
+
+    def __init__(self, folder: Path, index: pd.DataFrame, record: dict[str, Any]) -> None:
+        self.folder, self.index, self.record = folder, index, record
+        self.grid = Grid(tuple(record["shape"]), record["spacing_mm"])
+        self._verified: set[str] = set()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Store:
+        """Open a prepared folder.
+
+        Raises:
+            StoreError: a file is missing or unreadable, or the folder is of another format.
+        """
+        folder = Path(folder)
+        missing = [name for name in ("preparation.json", "index.csv") if not (folder / name).is_file()]
+        if missing:
+            raise StoreError(f"{folder}: no {' and no '.join(missing)}; run 1_preprocess first, to its end")
+        try:
+            record = json.loads((folder / "preparation.json").read_text())
+            index = pd.read_csv(folder / "index.csv", converters=dict.fromkeys(IDENTITY_COLUMNS, str))
+        except (ValueError, OSError) as error:
+            raise StoreError(f"{folder}: preparation.json or index.csv is damaged: {error}") from error
+        if record.get("format") != FORMAT:
+            raise StoreError(
+                f"{folder}: format {record.get('format')}, this version reads {FORMAT}; run 1_preprocess again"
+            )
+        return cls(folder, index, record)
+
+    def read(self, scan: str, crop: tuple[slice, slice, slice] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Read a scan, or a crop of it without reading the rest.
+
+        The first whole read of a scan verifies its checksum; crops do not.
+
+        Args:
+            scan: a name from the index.
+            crop: slices along (z, y, x).
+
+        Returns:
+            The image, float16 (z, y, x), and the mask, bool (z, y, x).
+
+        Raises:
+            StoreError: the scan is not there, or is damaged.
+        """
+        path = scan_path(self.folder, scan)
+        stored = _open(path)
+        try:
+            array = stored[(slice(None), *(crop or ()))]
+        except Exception as error:  # blosc2 raises what it likes
+            raise _damaged(path) from error
+        if crop is None and scan not in self._verified:
+            if _checksum(array) != _facts(stored, path)["checksum"]:
+                raise _damaged(path)
+            self._verified.add(scan)
+        return array[0], array[1].view(np.uint16) != 0  # ten times faster than comparing float16
+
+
+def _open(path: Path) -> blosc2.NDArray:
+    if not path.is_file():
+        raise StoreError(f"scan {path.stem}: no file {path}; run 1_preprocess again")
     try:
-        meta = blosc2.open(str(path), mode="r").schunk.vlmeta
-        return {name: meta[name] for name in meta}
-    except Exception:  # blosc2 raises several kinds for a damaged file
-        return None
+        stored = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
+    except Exception as error:  # blosc2 raises what it likes
+        raise _damaged(path) from error
+    if not isinstance(stored, blosc2.NDArray) or stored.ndim != 4 or stored.shape[0] != 2:
+        raise _damaged(path)
+    return stored
+
+
+def _facts(stored: blosc2.NDArray, path: Path) -> dict[str, Any]:
+    try:
+        facts = dict(stored.schunk.vlmeta.getall())
+    except Exception as error:  # blosc2 raises what it likes
+        raise _damaged(path) from error
+    if not {"checksum", "scan", "affine", "notes"} <= set(facts):
+        raise _damaged(path)
+    if facts.get("format") != FORMAT:
+        raise StoreError(f"scan {path.stem}: {path} is of format {facts.get('format')}, not {FORMAT}; prepare again")
+    return facts
+
+
+def _damaged(path: Path) -> StoreError:
+    return StoreError(f"scan {path.stem}: {path} is damaged; delete it and run 1_preprocess again")
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)

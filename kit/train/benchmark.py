@@ -12,7 +12,7 @@ from torch import nn
 
 from kit.data.loader import PreparedScans
 from kit.data.split import check_unseen
-from kit.data.store import Store
+from kit.data.store import Store, read_facts, scan_path
 from kit.models.encoder_file import load_encoder
 from kit.params import Benchmark
 from kit.runs import Run, progress, write_table, write_whole
@@ -102,7 +102,8 @@ def _looked_up(features: dict[str, np.ndarray], task: Task, part: str) -> np.nda
 
 def _digest(encoder: nn.Module, store: Store) -> str:
     """Of the weights and the scans: other weights or scans have other embeddings."""
-    digest = hashlib.blake2b(str(store.index[["scan", "checksum"]].values.tolist()).encode(), digest_size=6)
+    scans = [(scan, read_facts(scan_path(store.folder, scan))["checksum"]) for scan in store.index["scan"]]
+    digest = hashlib.blake2b(str(scans).encode(), digest_size=6)
     for weight in encoder.state_dict().values():
         digest.update(weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -80,8 +80,9 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
     rows, losses = state.get("log", []), state.get("losses", [])
     best, best_weights = min((row["monitor"] for row in rows), default=math.inf), None
     saved = time.monotonic()
-    bar = progress(total=settings.epochs, initial=len(rows), desc="training", disable=rank() > 0,
-                   bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    each = len(batches(0))
+    bar = progress(total=each * settings.epochs, initial=each * len(rows) + len(losses), desc="training", unit="step",
+                   disable=rank() > 0)
 
     for epoch in range(len(rows), settings.epochs):
         started = time.monotonic()
@@ -104,7 +105,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
             out["loss"].backward()
             optimizer.step()
             losses.append(report)
-            bar.update(1 / len(todo))
+            bar.update()
             bar.set_postfix(loss=f"{losses[-1]['loss']:.3f}", refresh=False)
             if folder and rank() == 0 and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
                 checkpoint.save(folder / "checkpoints", _state(objective, optimizer, rows, losses, threads))
@@ -180,7 +181,7 @@ def _means(reports: list[dict[str, float]]) -> dict[str, float]:
 def _state(objective: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict], losses: list[dict],
            threads: int) -> dict[str, Any]:
     return {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "log": rows, "losses": losses,
-            "workers": world_size(), "threads": threads, "torch": torch.__version__}
+            "workers": world_size(), "threads": threads, "torch": str(torch.__version__)}
 
 
 def _resume(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def _resume(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer
         return {}
     objective.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    now = {"workers": world_size(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    now = {"workers": world_size(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     if changed := [f"{name} {state[name]} -> {value}" for name, value in now.items() if state[name] != value]:
         print(f"resumed with {', '.join(changed)}: the results stay sound, their last digits differ")
     return state

@@ -1,0 +1,41 @@
+"""Shared by the tests: a small store of made-up scans, on a grid of three different sides."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kit.data.grid import Grid
+from kit.data.store import FORMAT, Store, scan_path, write_scan
+
+SHAPE = (12, 18, 24)  # unequal, so that swapped axes cannot hide
+
+
+def make_store(folder, participants=24, shape=SHAPE, seed=0):
+    """Noise in an ellipsoid; a bright corner says `lesion`, the mean brightness of the lower half says `age`."""
+    grid = Grid(shape, 4.0)
+    rng = np.random.default_rng(seed)
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in shape), indexing="ij")
+    mask = z**2 + y**2 + x**2 < 0.9
+    rows = []
+    for number in range(participants):
+        lesion, age = number % 2, 20 + 60 * rng.random()
+        for session in ("01", "02")[: 1 + number % 3 // 2]:
+            image = rng.normal(size=shape) + 4 * lesion * ((x > 0.2) & (y > 0.2)) + (age - 50) / 15 * (z < 0)
+            image = np.where(mask, (image - image[mask].mean()) / image[mask].std(), 0)
+            scan = f"made_{number:03d}_{session}"
+            write_scan(scan_path(folder, scan), image, mask, scan, grid.affine)
+            rows.append({"scan": scan, "participant": f"{number:03d}", "session": session, "dataset": "made",
+                         "lesion": lesion, "age": age, "site": "AB"[number % 4 // 2]})
+    pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    (folder / "preparation.json").write_text(json.dumps({
+        "format": FORMAT, "axes": "zyx", "shape": list(shape), "spacing_mm": 4.0, "origin_mm": list(grid.origin_mm),
+        "registration": "none", "mask": "given", "intensity": "zscore", "template": "t"}))
+    return Store.open(folder)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """24 participants, 32 scans. Tests read it and leave it as it is."""
+    return make_store(tmp_path_factory.mktemp("store"))

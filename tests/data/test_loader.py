@@ -1,0 +1,50 @@
+"""Batches: every scan, a participant at most once in each, an order that (seed, epoch) alone decide."""
+
+import numpy as np
+import torch
+
+from kit.data.loader import PreparedScans, collate, epoch_batches, in_order, load, scan_key
+
+PARTICIPANTS = [f"p{number // 2}" for number in range(50)]
+
+
+def test_a_participant_comes_once_in_a_batch():
+    for epoch in range(5):
+        batches = epoch_batches(PARTICIPANTS, 8, seed=0, epoch=epoch)
+        assert {len(batch) for batch in batches} == {8}
+        for batch in batches:
+            assert len({PARTICIPANTS[number] for number in batch}) == 8
+        assert len({number for batch in batches for number in batch}) == sum(map(len, batches)) >= 40
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    first = epoch_batches(PARTICIPANTS, 8, seed=0, epoch=0)
+    assert first == epoch_batches(PARTICIPANTS, 8, seed=0, epoch=0)
+    assert first != epoch_batches(PARTICIPANTS, 8, seed=0, epoch=1) != epoch_batches(PARTICIPANTS, 8, seed=1, epoch=1)
+
+
+def test_a_cohort_smaller_than_a_batch_is_one_batch():
+    assert sorted(epoch_batches(["a", "b", "c"], 8, seed=0, epoch=0)[0]) == [0, 1, 2]
+
+
+def test_keys_are_the_same_everywhere():
+    assert scan_key("made_000_01") == 40552930559249981 and scan_key("made_000_02") != scan_key("made_000_01")
+
+
+def test_loading_in_processes_changes_nothing(store):
+    scans = PreparedScans(store, store.index, store.index["age"].to_numpy())
+    batches = in_order(len(scans), 5)
+    here, there = list(load(scans, batches)), list(load(scans, batches, workers=1))
+    assert len(here) == len(there) == 7
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.images, other.images) and one.keys == other.keys
+        assert torch.equal(one.labels, other.labels) and torch.equal(one.masks, other.masks)
+
+
+def test_a_batch_holds_what_the_store_holds(store):
+    scans = PreparedScans(store, store.index.iloc[3:5])
+    batch = collate([scans[0], scans[1]]).to(torch.device("cpu"))
+    image, mask = store.read(store.index["scan"][4])
+    assert batch.images.dtype == torch.float32 and batch.images.shape == (2, 1, 12, 18, 24)
+    assert np.array_equal(batch.images[1, 0].numpy(), image.astype(np.float32))
+    assert np.array_equal(batch.masks[1, 0].numpy(), mask) and torch.isnan(batch.labels).all()

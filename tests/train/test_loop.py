@@ -1,0 +1,222 @@
+"""The loop: it learns, resumes to the bit, and two processes equal one."""
+
+import os
+import re
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from kit.augment.recipe import Recipe
+from kit.data.loader import PreparedScans, collate
+from kit.data.split import LeakageError
+from kit.data.store import scan_path, write_scan
+from kit.models.encoder_file import read_record
+from kit.models.encoders import build_encoder
+from kit.params import Finetune, Pretrain
+from kit.runs import Run
+from kit.train import checkpoint
+from kit.train.distributed import (
+    AllReducedBatchNorm,
+    launch,
+    process_group,
+    rank,
+    synchronise_batch_norm,
+    world_size,
+)
+from kit.train.finetune import load_predictor, run_finetune
+from kit.train.loop import Settings, TrainingError, learning_rate
+from kit.train.objectives import SimCLR
+from kit.train.pretrain import pretrain
+from tests.conftest import SHAPE, make_store
+
+RECIPE = Recipe.model_validate({"gamma": {"range": [0.7, 1.4]}, "noise": {"range": [0.1, 0.3]}})
+SETTINGS = Settings(epochs=10, batch_size=8, learning_rate=0.1, weight_decay=0.0, optimizer="adamw", schedule="cosine",
+                    seed=0, warmup_fraction=0.2)
+
+
+def params(store, folder, **changes):
+    return Pretrain.model_validate({"prepared": store.folder, "output_dir": folder, "epochs": 3, "batch_size": 8,
+                                    "validation_fraction": 0.2, **changes})
+
+
+def weights(folder):
+    return checkpoint.load(folder / "checkpoints")["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Killed(Exception):
+    """Stands for the machine going away."""
+
+
+@pytest.mark.parametrize("objective", ["simclr", "mae"])
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(store, tmp_path, monkeypatch, objective):
+    changes = {"objective": objective, "architecture": "vit_narrow" if objective == "mae" else "resnet18_narrow",
+               "checkpoint_minutes": 0}  # after every step
+    whole = params(store, tmp_path / "whole", **changes)
+    log = pretrain(whole, Run.of(whole))
+
+    broken, real, calls = params(store, tmp_path / "broken", **changes), checkpoint.save, []
+
+    def save(*arguments, **options):
+        real(*arguments, **options)
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+
+    run = Run.of(broken)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", save)
+        pretrain(broken, run)
+    state = checkpoint.load(run / "checkpoints")
+    assert len(state["log"]) == 1 and len(state["losses"]) == 1  # within the second epoch
+    resumed = pretrain(broken, run)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert resumed["loss"].tolist() == log["loss"].tolist()
+
+
+def test_pretraining_learns_and_says_what_it_saw(store, tmp_path):
+    learned = params(store, tmp_path / "run", epochs=12, learning_rate=3e-3, temperature=0.2)
+    log = pretrain(learned, run := Run.of(learned))
+    assert log["loss"].iloc[-1] < 0.8 * log["loss"].iloc[0]
+    assert {"epoch", "loss", "top1", "validation_loss", "learning_rate", "seconds"} <= set(log.columns)
+    record = read_record(tmp_path / "run")
+    assert record["architecture"] == "resnet18_narrow" and len(record["participants"]) == 24
+    assert not set(record["participants"]) & set(store.index["participant"])  # hashes, not names
+    assert pretrain(learned, run).equals(log)  # a finished run is only read
+
+
+def test_participants_seen_in_pretraining_are_refused(store, tmp_path):
+    learned = params(store, tmp_path / "run", epochs=1)
+    pretrain(learned, Run.of(learned))
+    values = {"prepared": store.folder, "encoder": str(tmp_path / "run"), "task": "lesion", "mode": "probe"}
+    refused = Finetune.model_validate({**values, "output_dir": tmp_path / "a"})
+    with pytest.raises(LeakageError, match=r"\d of \d participants to be evaluated were seen in pretraining"):
+        run_finetune(refused, Run.of(refused))
+    allowed = Finetune.model_validate({**values, "output_dir": tmp_path / "b", "allow_seen_participants": True})
+    assert 0 <= run_finetune(allowed, Run.of(allowed))[2]["in_distribution_auc"] <= 1
+
+
+@pytest.mark.parametrize(("task", "mode", "metric"), [("lesion", "finetune", "auc"), ("lesion", "probe", "auc"),
+                                                      ("age", "finetune", "mean_absolute_error")])
+def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
+    tuned = Finetune.model_validate({
+        "prepared": store.folder, "output_dir": tmp_path / "run", "encoder": "random:resnet18_narrow", "task": task,
+        "mode": mode, "epochs": 15, "batch_size": 8, "flip": False, "learning_rate": 3e-3})
+    found, predictions, metrics = run_finetune(tuned, run := Run.of(tuned))
+    value, low, high = (metrics[f"in_distribution_{metric}{end}"] for end in ("", "_low", "_high"))
+    assert low <= value <= high
+    assert value > 0.9 if metric == "auc" else value < predictions["true"].sub(predictions["true"].mean()).abs().mean()
+    assert predictions.columns.tolist() == ["scan", "participant", "distribution", "true", "predicted"]
+    again = run_finetune(tuned, run)[1]
+    assert np.allclose(again["predicted"], predictions["predicted"])
+    if mode == "finetune":  # the model that is left gives the predictions that were written
+        model, record = load_predictor(tmp_path / "run", store.record)
+        image = torch.from_numpy(store.read(predictions["scan"][0])[0].astype(np.float32))[None, None]
+        with torch.no_grad():
+            alone = float(model(image) * model.sd + model.mean)
+        assert record["task"] == task and alone == pytest.approx(predictions["predicted"][0], rel=1e-3, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_names_the_scans(tmp_path):
+    store = make_store(tmp_path / "store", participants=8)
+    image, mask = store.read("made_003_01")
+    image[5, 9, 12] = np.nan
+    write_scan(scan_path(store.folder, "made_003_01"), image, mask, "made_003_01", store.grid.affine)
+    broken = params(store, tmp_path / "run", objective="mae", architecture="vit_narrow", validation_fraction=0.0)
+    with pytest.raises(TrainingError, match=r"the loss is nan at epoch 0, step \d+; scans: .*made_003_01"):
+        pretrain(broken, Run.of(broken))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
+    learned = params(store, tmp_path / "run", epochs=2)
+    pretrain(learned, Run.of(learned))
+    folder = tmp_path / "run/checkpoints"
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = checkpoint.load(folder)
+    assert len(state["log"]) == 1 and (folder / "last.pt").exists()
+    assert any(re.search(r"last.pt cannot be read .*it is left as it is", str(item.message)) for item in caught)
+
+
+def test_learning_rate_warms_up_and_falls():
+    rates = [learning_rate(SETTINGS, place) for place in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    assert rates == pytest.approx([0.0005, 0.05, 0.1, 0.05, 0.0], abs=1e-9)
+    assert learning_rate(replace(SETTINGS, schedule="constant"), 0.9) == 0.1
+
+
+def _gradient(store, folder: str) -> None:
+    """One SimCLR step in float64 on this process's share of eight scans; the first layer's gradient."""
+    torch.manual_seed(0)
+    objective = SimCLR(build_encoder("resnet18_narrow", SHAPE), RECIPE, projection=[16, 8], temperature=0.2, seed=0,
+                       spacing_mm=4.0).double()
+    with process_group() if "RANK" in os.environ else nullcontext():
+        synchronise_batch_norm(objective)
+        each = 8 // world_size()
+        batch = collate([PreparedScans(store, store.index)[rank() * each + number] for number in range(each)])
+        batch = replace(batch, images=batch.images.double())
+        model = DistributedDataParallel(objective) if world_size() > 1 else objective
+        model(batch, 0)["loss"].backward()
+        np.save(f"{folder}/{world_size()}-{rank()}.npy", objective.encoder.network.conv1.weight.grad.numpy())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradient_of_one(store, tmp_path):
+    _gradient(store, str(tmp_path))
+    launch(_gradient, (store, str(tmp_path)), 2)
+    one = np.load(tmp_path / "1-0.npy")
+    print(np.abs(np.load(tmp_path / "2-0.npy") - one).max() / np.abs(one).max())
+    for number in (0, 1):  # the loss is float32 in the middle: 2e-7 of the largest gradient was seen
+        assert np.abs(np.load(tmp_path / f"2-{number}.npy") - one).max() < 1e-5 * np.abs(one).max()
+
+
+@pytest.mark.slow
+def test_a_run_in_two_processes(store, tmp_path):
+    logs = []
+    for workers in (1, 2):
+        run = params(store, tmp_path / str(workers), workers=workers, epochs=1)
+        logs.append(pretrain(run, Run.of(run)))
+    # Adam's first steps follow the signs of gradients, which rounding turns where they are near zero: 3e-4 were seen
+    assert np.allclose(logs[0]["loss"], logs[1]["loss"], atol=5e-3)
+    assert read_record(tmp_path / "2")["participants"]
+
+
+def _normalise(folder: str) -> None:
+    with process_group():
+        norm, images = _norm_and_images()
+        mine = images[4 * rank():4 * rank() + 4].requires_grad_()
+        (synchronise_batch_norm(torch.nn.Sequential(norm))(mine) ** 3).sum().backward()
+        np.savez(f"{folder}/{rank()}.npz", gradient=mine.grad, mean=norm.running_mean, var=norm.running_var)
+
+
+def _norm_and_images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.nn.BatchNorm3d(3).double(), torch.randn(8, 3, 2, 3, 4, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.slow
+def test_batch_norm_over_two_processes_is_that_of_the_whole_batch(tmp_path):
+    launch(_normalise, (str(tmp_path),), 2)
+    norm, images = _norm_and_images()
+    images.requires_grad_()
+    (norm(images) ** 3).sum().backward()
+    for number in (0, 1):
+        there = np.load(tmp_path / f"{number}.npz")
+        assert np.allclose(there["gradient"], images.grad[4 * number:4 * number + 4].numpy(), atol=1e-12)
+        assert np.allclose(there["mean"], norm.running_mean) and np.allclose(there["var"], norm.running_var)
+    assert isinstance(synchronise_batch_norm(torch.nn.Sequential(norm))[0], AllReducedBatchNorm)
+
+
+def test_logs_are_tables(store, tmp_path):
+    learned = params(store, tmp_path / "run", epochs=1, validation_fraction=0.0)
+    log = pretrain(learned, Run.of(learned))
+    assert pd.read_csv(tmp_path / "run/log.csv").equals(log) and "validation_loss" not in log
