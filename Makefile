@@ -33,7 +33,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 bench: $(READY)  ## ratios against the peers, into outputs/bench/bench.json
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 notebooks: $(READY)  ## renew the committed notebooks
 	$(BIN)/python -m kit.execute --renew

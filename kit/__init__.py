@@ -2,9 +2,10 @@
 
 In the order in which the data flow:
 
-- ``kit.params``   every knob of every notebook: name, unit, default, bounds
 - ``kit.runs``     a run's folder: what each notebook reads and leaves behind
+- ``kit.reading``  parameters from cells and files, refused where they cannot be used
 - ``kit.data``     cohort tables, the procedural sample cohort, preprocessing, the store, loading
+- ``kit.params``   every knob of every notebook: name, unit, default, bounds
 - ``kit.augment``  random views, made in batches on the training device
 - ``kit.models``   encoders, heads, the masked autoencoder, encoder files
 - ``kit.train``    one loop, its objectives, distributed launch, probes, fine-tuning, the benchmark
@@ -12,7 +13,7 @@ In the order in which the data flow:
 - ``kit.show``     slices, montages, curves, tables, the augmentation explorer
 - ``kit.execute``  runs a notebook headless and leaves its HTML report
 
-Imports point one way, from the top of this list to the bottom.
+Imports point one way: a module may use what stands above it in this list.
 """
 
 __version__ = "0.1.0"

@@ -21,7 +21,8 @@ from typing import Any
 import nbformat
 import yaml
 
-from kit.params import NOTEBOOKS, ParameterError, assigned_names, check, read_yaml
+from kit.params import NOTEBOOKS
+from kit.reading import ParameterError, assigned_names, check, read_yaml
 from kit.runs import ROOT, resolve, shown, write_json, write_whole
 
 FOLDER = ROOT / "notebooks"

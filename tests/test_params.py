@@ -6,7 +6,8 @@ import sys
 import pytest
 import yaml
 
-from kit.params import NOTEBOOKS, Explore, ParameterError, Preprocess, Pretrain, assigned_names, check
+from kit.params import NOTEBOOKS, Explore, Preprocess, Pretrain
+from kit.reading import ParameterError, assigned_names, check
 from kit.runs import ROOT, outputs_dir, resolve, shown
 
 

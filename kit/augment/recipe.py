@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from kit.params import check, read_yaml
+from kit.reading import check, read_yaml
 from kit.runs import resolve
 
 FOLDER = Path(__file__).parent / "recipes"

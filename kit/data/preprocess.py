@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -25,16 +25,15 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
+from kit.data import register
 from kit.data.grid import Grid
 from kit.data.nifti import ScanError, read_mask, read_nifti
-from kit.data.register import KINDS, TEMPLATE_NAME, correlation, find_transform, resample, template, template_on
 from kit.data.store import FORMAT, StoreError, claim, read_facts, scan_path, write_scan
 from kit.runs import progress, write_table
 
-REGISTRATIONS = ("none", *KINDS)
+REGISTRATIONS = ("none", *register.KINDS)
 MASKS = ("given", "nonzero", "template")
 QUALITY_COLUMNS = ("brain_ml", "template_similarity", "seconds")
-FAILED_COLUMNS = ("scan", "participant", "session", "image_path", "reason")
 # No brain is larger: where "nonzero" finds more, the scan still has its head or a background above zero.
 MOST_BRAIN_ML = 2500.0
 
@@ -77,7 +76,7 @@ class Preparation:
             "registration": self.registration,
             "mask": self.mask,
             "intensity": "zscore",
-            "template": TEMPLATE_NAME,
+            "template": register.TEMPLATE_NAME,
             "versions": {name: version(name) for name in ("SimpleITK", "nibabel", "blosc2")},
         }
 
@@ -110,33 +109,30 @@ def prepare(
         grid) and seconds (time taken).
 
     Raises:
-        PreparationError: the cohort cannot be prepared so, the folder holds another preparation, or no
-            scan at all could be prepared.
+        PreparationError: the cohort cannot be prepared so, or none of its scans could be.
+        StoreError: the folder holds another preparation.
     """
     folder = Path(output_dir)
     names = _scan_names(cohort)
     _check(cohort, names, settings)
-    try:
-        claim(folder, settings.record())
-    except StoreError as error:
-        raise PreparationError(str(error)) from error
-    masks = cohort["mask_path"].fillna("") if "mask_path" in cohort else [""] * len(cohort)
+    claim(folder, settings.record())
+    masks = cohort["mask_path"].fillna("") if settings.mask == "given" else [""] * len(cohort)
     tasks = [
         Task(name, str(image), str(mask), scan_path(folder, name), settings)
         for name, image, mask in zip(names, cohort["image_path"], masks, strict=True)
     ]
     outcomes = {task.scan: found for task in tasks if (found := _found(task))}
-    waiting = [task for task in tasks if task.scan not in outcomes]
     with progress(total=len(tasks), initial=len(outcomes), desc="prepare", unit="scan") as bar:
-        for task, outcome in _run(prepare_scan, waiting, workers):
+        for task, outcome in _run(prepare_scan, [task for task in tasks if task.scan not in outcomes], workers):
             outcomes[task.scan] = outcome or "its process was killed, twice: most likely not enough memory"
             bar.update()
     index, failed = _tables(cohort, names, outcomes)
     write_table(folder / "failed.csv", failed)
     write_table(folder / "index.csv", index)
     if index.empty:
-        first = f"{failed.scan[0]}: {failed.reason[0]}"
-        raise PreparationError(f"none of {len(failed)} scans could be prepared; the first, {first}")
+        raise PreparationError(
+            f"none of {len(failed)} scans could be prepared; the first, {failed.scan[0]}: {failed.reason[0]}"
+        )
     return index, failed
 
 
@@ -152,10 +148,9 @@ def prepare_scan(task: Task) -> dict[str, float] | str:
     except Exception as error:  # whatever one scan does, the others go on
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise  # but a full disk concerns them all
-        if isinstance(error, ValueError | RuntimeError) and type(error).__module__.startswith("kit."):
+        if isinstance(error, ScanError | register.RegistrationError):
             return str(error)
-        first_line = (str(error).splitlines() or [""])[0]
-        return f"{type(error).__name__}: {first_line}"
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -181,19 +176,19 @@ def _to_template_space(task: Task) -> tuple[np.ndarray, np.ndarray, dict[str, An
     native_mask = _native_mask(task, array, affine)
     matrix = np.eye(4)
     if settings.registration != "none":
-        matrix, _ = find_transform(array, affine, settings.registration)
-    image = resample(array, affine, matrix, grid.shape, grid.affine)
-    like, like_mask = template_on(grid)
+        matrix, _ = register.find_transform(array, affine, settings.registration)
+    image = register.resample(array, affine, matrix, grid.shape, grid.affine)
+    like, like_mask = register.template_on(grid)
     if native_mask is None:
         mask = like_mask
-        brain_ml = _millilitres(template()[1], template()[2]) * abs(np.linalg.det(matrix))
+        brain_ml = _millilitres(register.template()[1], register.template()[2]) * abs(np.linalg.det(matrix))
     else:
         # Smoothed as the image is, then cut at a half: as many voxels on a coarse grid as volume.
-        mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
+        mask = register.resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
         brain_ml = _millilitres(native_mask, affine)
     quality = {
         "brain_ml": round(float(brain_ml), 1),
-        "template_similarity": round(correlation(image, like, like_mask), 4),
+        "template_similarity": round(register.correlation(image, like, like_mask), 4),
     }
     return z_score(image, mask), mask, {"transform": matrix.tolist(), "quality": quality}
 
@@ -204,11 +199,8 @@ def _native_mask(task: Task, array: np.ndarray, affine: np.ndarray) -> np.ndarra
         return None
     if task.settings.mask == "nonzero":
         mask = ndimage.binary_fill_holes(array > 0)
-        if _millilitres(mask, affine) > MOST_BRAIN_ML:
-            raise ScanError(
-                f"{_millilitres(mask, affine):.0f} ml above zero, more than a brain: is the scan skull-stripped? "
-                "Otherwise use mask: given or template"
-            )
+        if (volume := _millilitres(mask, affine)) > MOST_BRAIN_ML:
+            raise ScanError(f"{volume:.0f} ml above zero, more than a brain: is the scan skull-stripped?")
         return mask
     if not task.mask_path:
         raise ScanError("mask: no mask_path given for this scan")
@@ -230,15 +222,11 @@ def _check(cohort: pd.DataFrame, names: list[str], settings: Preparation) -> Non
     wrong = []
     if cohort.empty:
         wrong.append("the cohort has no scans")
-    if any(not name for name in names):
-        wrong.append("a row names no dataset, no participant and no session")
     folded = pd.Series(names, dtype=str).str.casefold()
     if folded.duplicated().any():
         twice = sorted({names[row] for row in np.flatnonzero(folded.duplicated())})
-        wrong.append(
-            f"several rows are called {', '.join(twice[:5])}{' ...' * (len(twice) > 5)}: each scan "
-            "needs its own dataset, participant and session"
-        )
+        some = ", ".join(twice[:5]) + " ..." * (len(twice) > 5)
+        wrong.append(f"several rows are called {some}: each needs its own dataset, participant and session")
     taken = sorted({"scan", *QUALITY_COLUMNS} & set(cohort))
     if taken:
         wrong.append(f"columns that the index adds itself: {', '.join(taken)}; rename them in the cohort")
@@ -255,11 +243,9 @@ def _source(task: Task) -> str:
         try:
             stat = Path(path).stat()
         except OSError as error:
-            kind = "no such file" if path == task.image_path else "mask: no such file"
-            raise ScanError(kind) from error
+            raise ScanError("no such file" if path == task.image_path else "mask: no such file") from error
         files.append([path, stat.st_size, stat.st_mtime_ns])
-    settings = {name: value for name, value in task.settings.record().items() if name != "versions"}
-    return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([FORMAT, files, asdict(task.settings)]).encode()).hexdigest()
 
 
 def _found(task: Task) -> dict[str, float] | None:
@@ -281,7 +267,7 @@ def _tables(cohort: pd.DataFrame, names: list[str], outcomes: dict) -> tuple[pd.
         index[column] = [outcomes[name][column] for name in index["scan"]]
     failed = table[~good].reset_index(drop=True)
     failed["reason"] = [outcomes[name] for name in failed["scan"]]
-    return index, failed[list(FAILED_COLUMNS)]
+    return index, failed[["scan", "participant", "session", "image_path", "reason"]]
 
 
 def _run(function: Callable[[Task], Any], tasks: list[Task], workers: int) -> Iterator[tuple[Task, Any]]:

@@ -32,13 +32,14 @@ def registration_check(moved: Path, folder: Path, workers: int) -> pd.DataFrame:
     settings = Preparation(Grid((36, 48, 40), 4.0), registration="rigid", mask="given")
     index, _ = prepare(cohort, folder, settings, workers)
     store = Store.open(folder)
-    moves = pd.read_csv(moved / "moves.csv", dtype={"participant": str, "session": str})
+    moves = pd.read_csv(moved / "moves.csv", dtype={"participant": str})
+    moves.index = moves["participant"].str.removeprefix("sub-")
     rows = []
     for participant, scans in index.groupby("participant", sort=False):
         if len(scans) < 2:
             continue  # one session failed; failed.csv says why
         still, turned = scans.sort_values("session")["scan"]
-        move = moves[moves["participant"] == participant].iloc[-1]
+        move = moves.loc[participant]
         known = move[[f"m{i}{j}" for i in range(4) for j in range(4)]].to_numpy(np.float64).reshape(4, 4)
         points = _brain_points(store, still)
         native = points @ read_transform(folder, still).T  # where the first session has them

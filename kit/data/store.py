@@ -151,8 +151,11 @@ class Store:
             raise StoreError(f"{folder}: no {' and no '.join(missing)}; run 1_preprocess first, to its end")
         try:
             record = json.loads((folder / "preparation.json").read_text())
-            index = pd.read_csv(folder / "index.csv", converters=dict.fromkeys(IDENTITY_COLUMNS, str))
-        except (ValueError, OSError) as error:
+            index = pd.read_csv(folder / "index.csv")
+            # Names stay the text that they are: "0001" no number, "NA" not missing.
+            names = pd.read_csv(folder / "index.csv", dtype=str, keep_default_na=False)
+            index[list(IDENTITY_COLUMNS)] = names[list(IDENTITY_COLUMNS)]
+        except (ValueError, KeyError, OSError) as error:
             raise StoreError(f"{folder}: preparation.json or index.csv is damaged: {error}") from error
         if record.get("format") != FORMAT:
             raise StoreError(

@@ -14,7 +14,8 @@ def summary(tidy: pd.DataFrame, note: str = "") -> str:
         tidy: of `kit.train.benchmark.run_benchmark`.
         note: what must be said of the data.
     """
-    lines = ["Main result" + (f" ({note})" if note else "") + ", mean over seeds [95 % interval over test participants]"]
+    about = f" ({note})" if note else ""
+    lines = [f"Main result{about}, mean over seeds [95 % interval over test participants]"]
     for mode, group in tidy.groupby("mode", sort=False):
         fraction = group["label_fraction"].max()
         what = {"probe": "linear probe on frozen features", "finetune": "all weights trained"}[mode]

@@ -7,7 +7,7 @@ import torch
 from kit.augment.draws import Draw, draw
 from kit.augment.recipe import Recipe, at_strength, names, read_recipe
 from kit.augment.views import apply, make_views
-from kit.params import ParameterError
+from kit.reading import ParameterError
 
 SHAPE = (10, 14, 12)  # unequal, so that swapped axes cannot hide
 

@@ -112,7 +112,7 @@ def test_missing_scan_and_files_are_named(folder: Path) -> None:
 
 def test_claimed_folder_refuses_another_preparation(folder: Path) -> None:
     claim(folder, RECORD | {"versions": {"SimpleITK": "newer"}})
-    with pytest.raises(StoreError, match="mask: given there, template asked; choose another"):
+    with pytest.raises(StoreError, match="mask: given there, template asked.; choose another"):
         claim(folder, RECORD | {"mask": "template"})
 
 

@@ -17,7 +17,7 @@ from kit.data.preprocess import Preparation, prepare
 from kit.data.register import find_transform, resample, template, template_on
 from kit.data.store import Store, read_transform
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("KIT_REAL_SCANS", ROOT.parent / "shared" / "data"))
@@ -110,6 +110,7 @@ def test_left_stays_left(prepared: Store) -> None:
     assert -20 < z < 40
 
 
+@pytest.mark.slow
 def test_found_transform_undoes_a_known_move(real_files: dict[str, Path]) -> None:
     array, affine = read_nifti(real_files["head"])
     still, _ = find_transform(array, affine, "rigid")

@@ -174,8 +174,7 @@ def test_two_processes_give_the_gradient_of_one(store, tmp_path):
     _gradient(store, str(tmp_path))
     launch(_gradient, (store, str(tmp_path)), 2)
     one = np.load(tmp_path / "1-0.npy")
-    print(np.abs(np.load(tmp_path / "2-0.npy") - one).max() / np.abs(one).max())
-    for number in (0, 1):  # the loss is float32 in the middle: 2e-7 of the largest gradient was seen
+    for number in (0, 1):  # the loss is float32 in the middle: 7e-8 of the largest gradient was seen
         assert np.abs(np.load(tmp_path / f"2-{number}.npy") - one).max() < 1e-5 * np.abs(one).max()
 
 

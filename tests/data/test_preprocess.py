@@ -1,0 +1,198 @@
+"""Scans go in in any orientation and come out upright, scored, indexed; bad ones are set aside."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+
+from kit.data.grid import Grid
+from kit.data.nifti import ScanError, write_nifti
+from kit.data.preprocess import Preparation, PreparationError, Task, _run, prepare, z_score
+from kit.data.store import Store, StoreError, read_transform
+
+GRID = Grid((25, 32, 33), 6.0)  # coarse, so that the box is small
+# The scans' voxels, near MNI space: 4 mm, three unequal sides.
+SHAPE_XYZ = (46, 52, 42)
+AFFINE = nib.affines.from_matvec(np.diag([4.0, 4.0, 4.0]), [-90, -122, -75])
+
+
+def points_mm() -> np.ndarray:
+    """The MNI millimetres (x, y, z) of a scan's voxels, (46, 52, 42, 3)."""
+    return nib.affines.apply_affine(AFFINE, np.moveaxis(np.indices(SHAPE_XYZ), 0, -1))
+
+
+def brain() -> np.ndarray:
+    """(x, y, z) an ellipsoid with a hole in it, brighter towards the top, zero outside: 1,290 ml."""
+    middle, radii = np.array([0, -18, 8]), np.array([62, 78, 64])
+    reach = (((points_mm() - middle) / radii) ** 2).sum(-1)
+    values = np.where(reach < 1, 100 + points_mm()[..., 2] / 4, 0).astype(np.float32)
+    values[np.linalg.norm(points_mm() - middle, axis=-1) < 12] = 0
+    return values
+
+
+def save(path: Path, values: np.ndarray, codes: str = "RAS") -> str:
+    image = nib.Nifti1Image(values, AFFINE)
+    nib.save(image.as_reoriented(ornt_transform(io_orientation(AFFINE), axcodes2ornt(codes))), path)
+    return str(path)
+
+
+def table(paths: list[str], **columns: list) -> pd.DataFrame:
+    names = [f"00{row}" for row in range(len(paths))]
+    return pd.DataFrame({"participant": names, "session": "ses 1", "dataset": "Test", "image_path": paths, **columns})
+
+
+def settings(mask: str = "nonzero", registration: str = "none") -> Preparation:
+    return Preparation(GRID, registration, mask)
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> pd.DataFrame:
+    """Four scans, the second one truncated."""
+    paths = [save(tmp_path / f"{row}.nii.gz", brain() * (row + 1)) for row in range(4)]
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:3000])
+    return table(paths, age=[60.5, 61, 62, 63], lesion_path=["/private/lesion.nii"] * 4)
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "PIR", "ASL", "SRP"])
+def test_marked_left_front_top_stays_there(tmp_path: Path, codes: str) -> None:
+    values = brain()
+    values[np.linalg.norm(points_mm() - [-30, 20, 30], axis=-1) < 9] = 2000
+    prepare(table([save(tmp_path / "a.nii.gz", values, codes)]), tmp_path / "out", settings(), workers=0)
+    image, _ = Store.open(tmp_path / "out").read("Test_000_ses-1")
+    brightest = np.unravel_index(image.argmax(), image.shape)
+    np.testing.assert_allclose(nib.affines.apply_affine(GRID.affine, brightest[::-1]), [-30, 20, 30], atol=6)
+
+
+def test_prepared_folder(cohort: pd.DataFrame, tmp_path: Path) -> None:
+    index, failed = prepare(cohort, tmp_path / "out", settings(), workers=0)
+    assert index.scan.tolist() == ["Test_000_ses-1", "Test_002_ses-1", "Test_003_ses-1"]
+    assert index.age.tolist() == [60.5, 62, 63]
+    assert failed.scan.tolist() == ["Test_001_ses-1"]
+    assert "truncated gzip" in failed.reason[0]
+    assert failed.image_path[0] == cohort.image_path[1]
+    text = (tmp_path / "out" / "index.csv").read_text()
+    assert str(tmp_path) not in text and "lesion" not in text
+    store = Store.open(tmp_path / "out")
+    assert store.index.participant.tolist() == ["000", "002", "003"]
+    assert (store.record["registration"], store.record["mask"]) == ("none", "nonzero")
+    np.testing.assert_array_equal(read_transform(tmp_path / "out", "Test_000_ses-1"), np.eye(4))
+    image, mask = store.read("Test_000_ses-1")
+    assert image[mask].astype(float).mean() == pytest.approx(0, abs=1e-3)
+    assert image[mask].astype(float).std() == pytest.approx(1, abs=1e-3)
+    assert not image[~mask].any()
+    # Brighter towards the top: scored, not only shifted. Other scales are the same scan.
+    assert image[20][mask[20]].mean() > image[5][mask[5]].mean() + 1
+    np.testing.assert_allclose(store.read("Test_002_ses-1")[0], image, atol=2e-3)
+
+
+def test_brain_volume_is_the_scans_and_holes_are_filled(cohort: pd.DataFrame, tmp_path: Path) -> None:
+    index, _ = prepare(cohort, tmp_path / "out", settings(), workers=0)
+    ellipsoid_ml = 4 / 3 * np.pi * 62 * 78 * 64 / 1000
+    assert index.brain_ml[0] == pytest.approx(ellipsoid_ml, rel=0.02)
+    _, mask = Store.open(tmp_path / "out").read(index.scan[0])
+    assert mask.sum() * 6**3 / 1000 == pytest.approx(ellipsoid_ml, rel=0.05)
+
+
+def test_similarity_tells_upright_from_upside_down(tmp_path: Path) -> None:
+    from kit.data.register import template
+
+    values, _, affine = template()
+    paths = [tmp_path / "upright.nii.gz", tmp_path / "upside_down.nii.gz"]
+    for path, scan in zip(paths, (values, values[::-1]), strict=True):
+        write_nifti(path, scan[::2, ::2, ::2], affine @ np.diag([2, 2, 2, 1]))
+    index, _ = prepare(table([str(path) for path in paths]), tmp_path / "out", settings("template"), workers=0)
+    assert index.template_similarity[0] > 0.97
+    assert index.template_similarity[1] < 0.5
+    assert index.brain_ml[0] == pytest.approx(1883, abs=1)
+
+
+def test_same_scans_are_not_prepared_again(cohort: pd.DataFrame, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    first, _ = prepare(cohort, folder, settings(), workers=0)
+    dates = {path.name: path.stat().st_mtime_ns for path in (folder / "scans").iterdir()}
+    save(tmp_path / "1.nii.gz", brain())  # repaired
+    save(tmp_path / "2.nii.gz", brain() + 5 * (brain() > 0))  # changed
+    (folder / "scans" / "Test_003_ses-1.b2nd").write_bytes(b"damaged")
+    second, failed = prepare(cohort, folder, settings(), workers=0)
+    assert failed.empty
+    assert len(second) == 4
+    assert second.seconds[0] == first.seconds[0]
+    now = {path.name: path.stat().st_mtime_ns for path in (folder / "scans").iterdir()}
+    assert [name[5:8] for name in sorted(now) if now[name] != dates.get(name)] == ["001", "002", "003"]
+    assert Store.open(folder).read("Test_003_ses-1")[1].any()
+
+
+def test_folder_of_other_settings_is_refused(cohort: pd.DataFrame, tmp_path: Path) -> None:
+    prepare(cohort, tmp_path / "out", settings(), workers=0)
+    with pytest.raises(StoreError, match="mask: nonzero there, template asked"):
+        prepare(cohort, tmp_path / "out", settings("template"), workers=0)
+
+
+def test_impossible_cohort_is_refused_before_work(cohort: pd.DataFrame, tmp_path: Path) -> None:
+    cohort.loc[3, "participant"] = "00 0"
+    cohort.loc[2, "participant"] = "00-0"
+    with pytest.raises(PreparationError) as caught:
+        prepare(cohort.assign(seconds=1), tmp_path / "out", settings("given"), workers=0)
+    for part in ("called Test_00-0_ses-1", "adds itself: seconds", "needs a column mask_path"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    for name in ("registration", "mask"):
+        with pytest.raises(ValueError, match=f"{name}: expected one of"):
+            Preparation(GRID, **{name: "best"})
+
+
+def test_unusable_masks_are_reasons(tmp_path: Path) -> None:
+    scan = save(tmp_path / "a.nii.gz", brain())
+    good = save(tmp_path / "m.nii.gz", (brain() > 0).astype(np.uint8), "LPS")
+    corner = np.zeros(SHAPE_XYZ, np.uint8)
+    corner[:2, :2, :2] = 1
+    masks = [good, None, str(tmp_path / "absent.nii"), save(tmp_path / "c.nii.gz", corner)]
+    index, failed = prepare(table([scan] * 4, mask_path=masks), tmp_path / "out", settings("given"), workers=0)
+    assert index.participant.tolist() == ["000"]
+    expected = ["no mask_path", "mask: no such file", "constant inside the brain mask|no brain inside the grid"]
+    for reason, pattern in zip(failed.reason, expected, strict=True):
+        assert pd.Series([reason]).str.contains(pattern)[0], reason
+
+
+def test_whole_head_is_no_nonzero_mask(tmp_path: Path) -> None:
+    head = np.random.default_rng(0).uniform(1, 9, SHAPE_XYZ).astype(np.float32)
+    with pytest.raises(PreparationError, match="is the scan skull-stripped"):
+        prepare(table([save(tmp_path / "a.nii.gz", head)]), tmp_path / "out", settings(), workers=0)
+    assert len(pd.read_csv(tmp_path / "out" / "failed.csv")) == 1
+
+
+@pytest.mark.parametrize(("image", "reason"), [(np.zeros((2, 3, 4)), "constant"), (np.ones((2, 3, 4)), "constant")])
+def test_constant_brain_is_refused(image: np.ndarray, reason: str) -> None:
+    with pytest.raises(ScanError, match=reason):
+        z_score(image, image == image)
+    with pytest.raises(ScanError, match="no brain inside the grid"):
+        z_score(image, image != image)
+
+
+def test_two_processes_prepare_what_one_prepares(cohort: pd.DataFrame, tmp_path: Path) -> None:
+    one, _ = prepare(cohort, tmp_path / "one", settings(), workers=0)
+    two, failed = prepare(cohort, tmp_path / "two", settings(), workers=2)
+    pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"))
+    assert len(failed) == 1
+    for scan in one.scan:
+        for left, right in zip(*(Store.open(tmp_path / name).read(scan) for name in ("one", "two")), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def _shout_or_die(task: Task) -> str:
+    if task.scan == "deadly":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task.scan.upper()
+
+
+def test_killed_process_costs_its_own_scan_only() -> None:
+    tasks = [Task(name, "", "", Path(), settings()) for name in ("a", "b", "deadly", "c", "d")]
+    results = {task.scan: result for task, result in _run(_shout_or_die, tasks, workers=2)}
+    assert results == {"a": "A", "b": "B", "c": "C", "d": "D", "deadly": None}
