@@ -35,7 +35,8 @@ class Ratio:
 
     def row(self) -> dict[str, Any]:
         """As JSON values, rounded to four digits."""
-        return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(self).items()}
+        return {name: float(f"{value:.4g}") if isinstance(value, float) else value
+                for name, value in asdict(self).items()}
 
     def met(self) -> bool:
         """Whether the goal is reached."""
