@@ -251,6 +251,7 @@ def test_the_folder_is_bids_and_says_procedural(cohort):
         assert image.get_data_dtype() == np.int16 and nib.aff2axcodes(image.affine) == ("R", "A", "S")
         assert np.array_equal(np.asarray(image.dataobj) > 0, np.asarray(brain.dataobj) == 1)
         masks = effect_masks(cohort, participant, session)
+        assert masks == effect_masks(cohort, participant.removeprefix("sub-"), session.removeprefix("ses-"))
         assert {"ventricles", "cortex", "hippocampus", "cerebellum"} <= set(masks)
         assert ("lesion" in masks) == (row["diagnosis"] == "stroke")
         if session == "ses-02":

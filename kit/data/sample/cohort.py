@@ -161,12 +161,14 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
 def effect_masks(bids_folder: Path | str, participant: str, session: str) -> dict[str, Path]:
     """Return where age, sex and disease are known to act in a scan: the mask's file by its name.
 
-    The names are `ventricles`, `cortex`, `hippocampus`, `cerebellum`, and `lesion` after a stroke.
+    The names are `ventricles`, `cortex`, `hippocampus`, `cerebellum`, and `lesion` after a stroke. Participant and
+    session may be named as in BIDS (`sub-0001`, `ses-01`) or as in a cohort's table (`0001`, `01`).
 
     Raises:
         FileNotFoundError: the folder has no such masks: another cohort, or an unknown participant or session.
     """
-    folder = _derivatives(Path(bids_folder)) / participant / session / "anat"
+    subject, visit = f"sub-{participant.removeprefix('sub-')}", f"ses-{session.removeprefix('ses-')}"
+    folder = _derivatives(Path(bids_folder)) / subject / visit / "anat"
     masks = {path.name.split("_label-")[1].split("_")[0]: path
              for path in sorted(folder.glob("*_label-*_mask.nii.gz"))}
     if not masks:
