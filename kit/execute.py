@@ -52,7 +52,8 @@ def run(notebook: str, values: dict[str, Any]) -> Path:
     params.output_dir.mkdir(parents=True, exist_ok=True)
     executed = params.output_dir / f"{notebook}.ipynb"
     try:
-        papermill.execute_notebook(FOLDER / f"{notebook}.ipynb", executed, values, cwd=ROOT, kernel_name="python3")
+        papermill.execute_notebook(FOLDER / f"{notebook}.ipynb", executed, values, cwd=ROOT, kernel_name="python3",
+                                   extra_arguments=["--log-level=ERROR"])  # of the kernel, not its cells
     finally:
         if executed.exists():
             report(executed)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from nilearn.image import resample_img
 from torch import nn
 
-from kit.data.nifti import write_nifti
+from kit.data.nifti import read_nifti, write_nifti
+from kit.data.register import resample
 from kit.data.sample import effect_masks
 from kit.data.store import Store
 from kit.explain.checks import randomisation_check
@@ -81,9 +81,8 @@ def known_place(cohort: Path | None, store: Store, scan: str, task: str) -> np.n
     path = effect_masks(cohort, row["participant"], row["session"]).get(EFFECTS[task])
     if path is None:
         return None
-    there = resample_img(str(path), target_affine=store.grid.affine, target_shape=store.grid.shape[::-1],
-                         interpolation="linear", force_resample=True, copy_header=True)
-    return np.asarray(there.dataobj).transpose(2, 1, 0) > 0.5
+    place, affine = read_nifti(path)
+    return resample(place, affine, np.eye(4), store.grid.shape, store.grid.affine) > 0.5
 
 
 def inside_known_places(maps: Maps, cohort: Path | None, store: Store, task: str, run: Run) -> pd.DataFrame:

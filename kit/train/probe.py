@@ -22,7 +22,8 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, held_out_features: np.nd
         kind: "classification" or "regression".
     """
     def fitted(penalty: float) -> Pipeline:
-        last = LogisticRegression(C=1 / penalty, max_iter=2000) if kind == "classification" else Ridge(penalty)
+        last = (LogisticRegression(C=1 / penalty, max_iter=2000) if kind == "classification"
+                else Ridge(penalty, solver="svd"))  # more features than scans: the default solver warns
         return make_pipeline(StandardScaler(), last).fit(features, labels)
 
     def loss(probe: Pipeline) -> float:

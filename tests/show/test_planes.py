@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kit.data.grid import Grid
-from kit.show.planes import PLANES, cut, footer, grey, slice_mm, slice_name, voxel_at, window
+from kit.show.planes import PLANES, cut, focus, footer, grey, slice_mm, slice_name, voxel_at, window
 
 GRID = Grid((7, 8, 9), 20.0)  # three different sides, so that swapped axes cannot hide
 
@@ -68,3 +68,9 @@ def test_window_ignores_the_outside():
 def test_footer_says_both():
     assert footer("procedural data") == "procedural data · neurological view: left is on the left"
     assert footer("") == "neurological view: left is on the left"
+
+
+def test_focus_is_the_place_of_a_mask_and_of_the_strongest_spot():
+    assert voxel_at(GRID, focus(mark(-60, 40, 6), GRID)) == tuple(np.argwhere(mark(-60, 40, 6))[0])
+    two = mark(60, 40, 6) - 2 * mark(-60, -70, 50)
+    assert focus(two, GRID) == pytest.approx(focus(mark(-60, -70, 50), GRID))

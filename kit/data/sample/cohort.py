@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from kit.data.nifti import write_nifti
 from kit.data.sample.anatomy import GENERATOR_VERSION, stream
 from kit.data.sample.atlas import load_atlas
 from kit.data.sample.scan import SITES, make_scan, rigid
-from kit.runs import outputs_dir, write_json, write_table, write_whole
+from kit.runs import outputs_dir, progress, write_json, write_table, write_whole
 
 # Shares of the participants. Half of those in pretrain have a second session.
 SPLITS = {"pretrain": 0.35, "train": 0.20, "validation": 0.10, "test": 0.21, "out_of_distribution": 0.14}
@@ -151,8 +150,8 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
         load_atlas(atlas_path)  # made here, so that the workers find it
     make = partial(_write_scan, folder=folder, seed=seed, atlas_path=atlas_path)
     with _mapper(min(workers, len(missing))) as run:
-        for _ in tqdm(run(make, missing), "procedural scans", len(rows), leave=False, unit="scan",
-                      initial=len(rows) - len(missing)):
+        for _ in progress(run(make, missing), desc="procedural scans", total=len(rows), unit="scan",
+                          initial=len(rows) - len(missing)):
             pass
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1)})

@@ -1,0 +1,31 @@
+"""Three real scans, which are not in the repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kit.runs import ROOT
+
+FOLDER = Path(os.environ.get("KIT_REAL_SCANS", ROOT.parent / "shared" / "data"))
+HEAD = Path("/usr/share/mricron/templates/ch2.nii.gz")
+SCANS = {"child": FOLDER / "subpixar009_T1w.nii.gz", "tumour": FOLDER / "00001_t1n.nii.gz", "head": HEAD}
+BRAINS = SCANS | {"head": HEAD.with_name("ch2bet.nii.gz")}
+
+
+@pytest.fixture(scope="session")
+def real_files() -> dict[str, Path]:
+    """Paths of a child's and a patient's skull-stripped scans and of one whole head."""
+    missing = [str(path) for path in {*SCANS.values(), *BRAINS.values()} if not path.is_file()]
+    if missing:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say(f"real scans absent: {', '.join(missing)} (KIT_REAL_SCANS names their folder; mricron-data, the head)")
+    return SCANS
+
+
+@pytest.fixture(scope="session")
+def brain_files(real_files: dict[str, Path]) -> dict[str, Path]:
+    """The brains alone, on the scans' own voxels."""
+    return BRAINS

@@ -1,0 +1,67 @@
+"""The project's own promises: one list of dependencies, commands that exist, budgets that add up, small modules."""
+
+import re
+import tomllib
+from importlib import metadata
+
+import pytest
+import yaml
+
+from kit.params import NOTEBOOKS
+from kit.runs import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NAMED = {re.match(r"[\w.-]+", line).group().lower(): line for line in PROJECT["dependencies"]}
+LOCK = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text().splitlines()
+            if line and not line.startswith("#"))
+CARD = {"jupyterlab", "torch", "monai", "nibabel", "nilearn", "matplotlib", "ipywidgets", "papermill", "pytest",
+        "nbval"}
+
+
+def test_the_lock_pins_every_dependency_within_its_range():
+    requirement = pytest.importorskip("packaging.requirements").Requirement
+    assert set(NAMED) >= CARD
+    for name, line in NAMED.items():
+        assert name in LOCK, f"requirements.lock does not pin {name}"
+        assert requirement(line).specifier.contains(LOCK[name]), f"{line} against {LOCK[name]}"
+    assert LOCK["torch"] == "2.13.0"
+
+
+def test_every_dependency_says_what_it_is_for():
+    text = (ROOT / "pyproject.toml").read_text()
+    for line in PROJECT["dependencies"]:
+        assert re.search(rf'"{re.escape(line)}",\s+# \w', text), f"{line}: no reason beside it"
+
+
+def test_the_lock_is_what_is_installed():
+    installed = {dist.metadata["Name"].lower(): dist.version.partition("+")[0] for dist in metadata.distributions()}
+    differ = {name: (version, installed.get(name)) for name, version in LOCK.items() if installed.get(name) != version}
+    assert not differ, "run `make clean setup`: the tests must run on what the lock pins"
+
+
+def test_conda_takes_the_same_list():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    python, pip = (next(part for part in environment if str(part).startswith(name)) for name in ("python=", "pip"))
+    assert tuple(map(int, python.removeprefix("python=").split("."))) >= (3, 11) and pip == "pip"
+    assert environment[-1] == {"pip": ["-r requirements.lock", "-e ."]}
+
+
+def test_readme_names_every_command_and_no_other():
+    makefile = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    readme = set(re.findall(r"`make ([a-z]+)`", (ROOT / "README.md").read_text()))
+    assert readme <= set(makefile)
+    assert set(makefile) - {"help", "setup"} <= readme
+
+
+def test_the_demo_fits_in_its_fifteen_minutes():
+    folder = ROOT / "params" / "demo"
+    budget = yaml.safe_load((folder / "budget.yaml").read_text())
+    assert {f"{name}.yaml" for name in budget} == {path.name for path in folder.glob("[0-9]*.yaml")}
+    assert list(budget) == sorted(budget) and {name[0] for name in budget} == {name[0] for name in NOTEBOOKS}
+    assert sum(budget.values()) <= 15 * 60
+
+
+def test_modules_are_small():
+    lines = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in (ROOT / "kit").rglob("*.py")}
+    assert not {path: count for path, count in lines.items() if count > 300}
+    assert sum(lines.values()) <= 6000
