@@ -23,7 +23,7 @@ import yaml
 
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError, assigned_names, check, read_yaml
-from kit.runs import ROOT, resolve, shown, write_json, write_whole
+from kit.runs import ROOT, Run, RunError, resolve, shown, write_json, write_whole
 
 FOLDER = ROOT / "notebooks"
 
@@ -43,13 +43,13 @@ def run(notebook: str, values: dict[str, Any]) -> Path:
         the run's folder; the executed notebook and `report.html` lie in it.
 
     Raises:
-        ParameterError: before the notebook starts.
+        ParameterError, RunError: before the notebook starts.
         papermill.exceptions.PapermillExecutionError: a cell failed; the notebook so far is written.
     """
     import papermill
 
     params = check(NOTEBOOKS[notebook], {**defaults(notebook), **values})
-    params.output_dir.mkdir(parents=True, exist_ok=True)
+    Run.of(params).close()  # another run's folder is refused here, not after the kernel has started
     executed = params.output_dir / f"{notebook}.ipynb"
     try:
         papermill.execute_notebook(FOLDER / f"{notebook}.ipynb", executed, values, cwd=ROOT, kernel_name="python3",
@@ -140,7 +140,7 @@ def main() -> int:
             run_folder(resolve(arguments.what))
         else:
             parser.error(f"name a notebook ({', '.join(NOTEBOOKS)}) or a folder of parameter files")
-    except ParameterError as error:
+    except (ParameterError, RunError) as error:
         print(f"kit.execute: {error}", file=sys.stderr)
         return 2
     return 0

@@ -90,3 +90,13 @@ def count_parameters(module: nn.Module) -> int:
 def device() -> torch.device:
     """The CUDA device of this process, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_device(module: nn.Module) -> nn.Module:
+    """Move a module to `device()`; on the CPU its kernels lie channels-last.
+
+    A training step of resnet18_narrow, 64 views of 36x48x40 on two threads, then takes 1.3 s instead of 2.0. On
+    CUDA nobody has measured it: kernels stay as they are.
+    """
+    where = device()
+    return module.to(where, memory_format=torch.channels_last_3d if where.type == "cpu" else torch.preserve_format)

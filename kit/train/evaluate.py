@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kit.data.loader import PreparedScans, in_order, load
-from kit.models.encoder_file import device
+from kit.models.encoder_file import device, on_device
 from kit.runs import progress
 
 METRICS = {"classification": "auc", "regression": "mean_absolute_error"}  # area under the ROC curve; label's unit
@@ -30,7 +30,7 @@ def outputs(model: nn.Module, scans: PreparedScans, batch_size: int = 32) -> np.
         (scans, width) float32.
     """
     where = device()
-    model.to(where).eval()
+    on_device(model).eval()
     parts = []
     batches = in_order(len(scans), batch_size)
     for batch in progress(load(scans, batches), total=len(batches), desc="reading scans"):

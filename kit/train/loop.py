@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kit.data.loader import PreparedScans, in_order, load
-from kit.models.encoder_file import device
+from kit.models.encoder_file import device, on_device
 from kit.runs import progress, write_table
 from kit.train import checkpoint
 from kit.train.distributed import mean_over_processes, rank, set_threads, world_size
@@ -73,7 +73,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
     """
     threads = set_threads(world_size())
     where = device()
-    objective.to(where)
+    on_device(objective)
     model = DistributedDataParallel(objective) if world_size() > 1 else objective
     optimizer = _optimizer(objective, settings)
     state = _resume(folder, objective, optimizer) if folder else {}

@@ -1,0 +1,76 @@
+"""Notebooks headless: mistakes are refused before work, by the command line and by plain papermill."""
+
+import subprocess
+import sys
+
+import papermill
+import pytest
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+from kit.execute import FOLDER, defaults, notebook_of, run_folder
+from kit.params import NOTEBOOKS
+from kit.reading import ParameterError
+from kit.runs import ROOT, RunError
+
+
+@pytest.fixture(autouse=True)
+def own_outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_OUTPUTS", str(tmp_path / "outputs"))
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", "kit.execute", *arguments], capture_output=True, text=True, cwd=ROOT,
+                          check=False)
+
+
+def test_mistakes_on_the_command_line_are_listed_together():
+    done = command("3_finetune", "-p", "label_fraction", "2", "-p", "temprature", "0.1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in ("2 things are wrong", "label_fraction: got 2", "temprature: unknown parameter"):
+        assert part in done.stderr
+
+
+def test_a_notebook_run_alone_says_what_to_run_first():
+    done = command("3_finetune")
+    assert done.returncode == 2
+    assert "run 1_preprocess first" in done.stderr and "run 2_pretrain first" in done.stderr
+
+
+def test_another_runs_folder_is_refused_before_the_kernel_starts(tmp_path):
+    folder = tmp_path / "outputs" / "quick" / "1_preprocess"
+    folder.mkdir(parents=True)
+    params = NOTEBOOKS["1_preprocess"].model_validate({**defaults("1_preprocess"), "seed": 7})
+    (folder / "params.yaml").write_text(yaml.safe_dump(params.plain()))
+    done = command("1_preprocess")
+    assert done.returncode == 2 and "seed: the folder has 7, asked for 0" in done.stderr
+
+
+def test_plain_papermill_refuses_an_unknown_name_in_the_second_cell(tmp_path):
+    with pytest.raises(PapermillExecutionError) as error:
+        papermill.execute_notebook(FOLDER / "1_preprocess.ipynb", tmp_path / "out.ipynb", {"wrokers": 1}, cwd=tmp_path,
+                                   progress_bar=False)
+    assert error.value.ename == "ParameterError"
+    assert "wrokers: unknown parameter; did you mean workers?" in error.value.evalue
+    assert not (tmp_path / "outputs" / "sample").exists(), "work was done before"
+
+
+def test_a_parameter_file_is_named_after_its_notebook(tmp_path):
+    assert notebook_of(ROOT / "params/demo/2_pretrain_mae.yaml") == "2_pretrain"
+    with pytest.raises(ParameterError, match="must start with a notebook's"):
+        notebook_of(tmp_path / "pretrain.yaml")
+
+
+def test_a_folder_of_parameters_runs_in_order_and_ends_with_where_things_lie(tmp_path, capsys):
+    params = tmp_path / "params"
+    params.mkdir()
+    (params / "budget.yaml").write_text("1_preprocess: 60\n")
+    (params / "1_preprocess.yaml").write_text("sample_participants: 40\nmoved_scans: 0\noutput_dir: outputs/few\n")
+    run_folder(params)
+    text = capsys.readouterr().out
+    assert "[1/1] 1_preprocess, about 60 s" in text and "outputs/few/report.html" in text
+    names = {path.name for path in (tmp_path / "outputs" / "few").iterdir()}
+    assert names >= {"1_preprocess.ipynb", "report.html", "params.yaml", "metrics.json", "index.csv", "seconds.json"}
+    (params / "1_preprocess.yaml").write_text("sample_participants: 41\nmoved_scans: 0\noutput_dir: outputs/few\n")
+    with pytest.raises(RunError, match="sample_participants: the folder has 40, asked for 41"):
+        run_folder(params)
