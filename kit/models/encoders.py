@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from monai.networks.nets import MaskedAutoEncoderViT, ResNet
@@ -80,6 +81,7 @@ def build_encoder(architecture: str, shape: Shape, seed: int = 0) -> nn.Module:
         shape: voxels (z, y, x) of the scans that it is for; a ViT takes no other.
         seed: of the weights; the caller's random state stays as it was.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 calls it in the way that torch will change
         torch.manual_seed(seed)
         return ViTEncoder(architecture, shape) if architecture in VIT_SIZES else ResNetEncoder(architecture)

@@ -85,14 +85,15 @@ def label_efficiency(tidy: pd.DataFrame, title: str = "", note: str = "") -> Fig
 def benchmark_table(tidy: pd.DataFrame) -> pd.DataFrame:
     """Pivot results to a row per comparison and a column per encoder, as text "mean [low, high]".
 
-    Means over seeds of value and of both ends of the interval; one decimal for metrics in years, else two.
+    Means over seeds of value and of both ends of the interval; two decimals for AUC, else one.
     The rows' index: task, metric, distribution, mode, share of labels, number of participants tested.
 
     Args:
         tidy: as for `label_efficiency`, with `participants`.
     """
     means = _over_seeds(tidy, "participants")
-    digits = np.where(means["metric"].str.endswith("years"), 1, 2)
+    digits = np.where(means["metric"] == "auc", 2, 1)
+    means["participants"] = means["participants"].astype(int)
     means["text"] = [f"{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]" for value, low, high, d
                      in zip(means["value"], means["low"], means["high"], digits, strict=True)]
     rows = ["task", "metric", "distribution", "mode", "label_fraction", "participants"]

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import pandas as pd
 
-HIGHER_IS_BETTER = {"auc": True, "mean_absolute_error": False}
+MODES = {"probe": "Linear probe on frozen features", "finetune": "All weights trained"}
+SIGNS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
 
 
 def summary(tidy: pd.DataFrame, note: str = "") -> str:
-    """Each task's scores, encoder by encoder; of each mode with the largest fraction of labels.
+    """Scores of every encoder, a row a task and distribution; of each mode with the largest fraction of labels.
 
     Args:
         tidy: of `kit.train.benchmark.run_benchmark`.
         note: what must be said of the data.
     """
     about = f" ({note})" if note else ""
-    lines = [f"Main result{about}, mean over seeds [95 % interval over test participants]"]
+    lines = [f"Main result{about}: mean over seeds [95 % interval over test participants]"]
     for mode, group in tidy.groupby("mode", sort=False):
         fraction = group["label_fraction"].max()
-        what = {"probe": "linear probe on frozen features", "finetune": "all weights trained"}[mode]
-        lines.append(f"{what}, {fraction:.0%} of the labels:")
-        for (task, distribution), rows in group[group["label_fraction"] == fraction].groupby(
-                ["task", "distribution"], sort=False):
-            lines.append(f"  {task}, {distribution.replace('_', ' ')} ({rows.participants.iloc[0]:.0f} participants, "
-                         f"{rows.metric.iloc[0].replace('_', ' ')}): " + _encoders(rows))
-    return "\n".join(lines) + "\n"
+        rows = group[group["label_fraction"] == fraction]
+        names = list(rows["encoder"].unique())
+        lines += ["", f"{MODES[mode]}, {fraction:.0%} of the labels", _row("", names)]
+        for metric, scored in rows.groupby("metric", sort=False):
+            lines.append(f"  {SIGNS[metric]}")
+            lines += [_line(*place, scores, names, digits=2 if metric == "auc" else 1)
+                      for place, scores in scored.groupby(["task", "distribution"], sort=False)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def _encoders(rows: pd.DataFrame) -> str:
-    means = rows.groupby("encoder", sort=False)[["value", "low", "high"]].mean()
-    digits = 2 if HIGHER_IS_BETTER[rows["metric"].iloc[0]] else 1
-    parts = [f"{name} {row.value:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]"
-             for name, row in means.iterrows()]
-    return ", ".join(parts)
+def _line(task: str, distribution: str, scores: pd.DataFrame, names: list[str], digits: int) -> str:
+    means = scores.groupby("encoder")[["value", "low", "high"]].mean().loc[names]
+    cells = [f"{row.value:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]" for row in means.itertuples()]
+    where = distribution.replace("_distribution", "").replace("_", " ")  # in, out of
+    return _row(f"    {task + ', ' + where:22s} n = {scores['participants'].iloc[0]:.0f}", cells)
+
+
+def _row(head: str, cells: list[str]) -> str:
+    return f"{head:36s}" + "".join(f"{cell:20s}" for cell in cells)
