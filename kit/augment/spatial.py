@@ -1,4 +1,9 @@
-"""All geometry of a view as one affine map, so that a scan is resampled once."""
+"""All geometry of a view as one map, so that a scan is resampled once.
+
+Images are linear and masks nearest neighbour, zero outside the scan. A map that leaves one axis to itself, as the
+paper's does, separates: bilinear in the plane with that axis as channels, then linear along it. Any other map,
+and any elastic bend, takes one 3D `grid_sample`, slab by slab so that no grid of the whole volume is ever held.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +13,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kit.augment.draws import Draw
+from kit.augment.draws import Draw, detail
 
 
-def view_to_scan(draw: Draw, shape: tuple[int, int, int]) -> np.ndarray:
+def view_to_scan(draw: Draw, shape: tuple[int, int, int], spacing_mm: float = 1.0) -> np.ndarray:
     """Map from a view's coordinates to the scan's, both running from -1 to 1 over the box (z, y, x).
 
-    The view is made as crop, resize, flip, rotation, zoom; the map goes back that way. Rotation and zoom act in
-    voxels about the box's middle, so they stay rigid where the sides differ.
+    The view is made as crop, resize, flip, shear, rotation, zoom, translation; the map goes back that way. All but
+    crop and flip act in voxels about the box's middle, so they stay rigid where the sides differ.
 
     Args:
         draw: the view's numbers.
         shape: voxels (z, y, x).
+        spacing_mm: of the grid, for the translation.
 
     Returns:
         (3, 4) float64.
     """
     half = np.asarray(shape) / 2
-    linear = _rotation(draw.rotation_degrees).T / draw.zoom
-    linear = linear * half[None, :] / half[:, None]
+    forward = draw.zoom * _rotation(draw.rotation_degrees) @ _shear(draw.shear_degrees)
+    linear = np.linalg.inv(forward) * half[None, :] / half[:, None]
     linear = np.where(draw.flip, -1.0, 1.0)[:, None] * linear
+    moved = -linear @ (np.asarray(draw.translation_mm) / spacing_mm / half)
     size, start = np.asarray(draw.crop_size), np.asarray(draw.crop_start)
-    return np.concatenate([size[:, None] * linear, (2 * start + size - 1)[:, None]], axis=1)
+    return np.concatenate([size[:, None] * linear, (size * moved + 2 * start + size - 1)[:, None]], axis=1)
 
 
 def _rotation(degrees: Sequence[float]) -> np.ndarray:
@@ -44,19 +51,136 @@ def _rotation(degrees: Sequence[float]) -> np.ndarray:
     return matrix
 
 
-def resample(images: torch.Tensor, masks: torch.Tensor, maps: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resample images linearly and masks by nearest neighbour through one grid; zero outside the scan.
+def _shear(degrees: Sequence[float]) -> np.ndarray:
+    """Shear matrix on (z, y, x) vectors: z slides with y, z with x, y with x; the volume stays the same."""
+    matrix = np.eye(3)
+    matrix[[0, 0, 1], [1, 2, 2]] = np.tan(np.deg2rad(degrees))
+    return matrix
+
+
+def bend(draw: Draw, shape: tuple[int, int, int], spacing_mm: float, apart_mm: float) -> np.ndarray | None:
+    """Control points of a smooth free-form deformation (Rueckert et al. 1999, cubic B-splines).
 
     Args:
-        images: (batch, 1, depth, height, width) float.
-        masks: (batch, 1, depth, height, width) bool.
-        maps: (batch, 3, 4), from `view_to_scan`.
+        draw: `elastic_mm` is the standard deviation of each control point's displacement along each axis.
+        shape, spacing_mm: of the view's grid.
+        apart_mm: between control points. Displacements below 0.4 of it never fold the image
+            (Choi and Lee 2000).
 
     Returns:
-        images and masks, the same shapes and types; images are zero outside the masks.
+        (3, points z, points y, points x) float64, displacements along (z, y, x) in voxels; None without any.
     """
-    order = [2, 1, 0]  # torch's grids count (x, y, z)
-    theta = torch.from_numpy(maps[:, order][:, :, [*order, 3]].astype(np.float32)).to(images.device)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    moved = F.grid_sample(masks.to(torch.float32), grid, mode="nearest", align_corners=False) > 0.5
-    return F.grid_sample(images, grid, mode="bilinear", align_corners=False) * moved, moved
+    if draw.elastic_mm == 0:
+        return None
+    points = [_spline(side, apart_mm / spacing_mm).shape[1] for side in shape]
+    drawn = detail(draw, "elastic").normal(0, draw.elastic_mm, (3, *points))
+    return np.clip(drawn, -0.4 * apart_mm, 0.4 * apart_mm) / spacing_mm
+
+
+def _spline(side: int, apart: float) -> np.ndarray:
+    """Cubic B-spline weights (side, points) of control points so many voxels apart, centred on the side."""
+    spans = int(np.ceil(side / apart))
+    at = (np.arange(side) + 0.5 - side / 2) / apart + spans / 2
+    distance = np.abs(at[:, None] - np.arange(-1, spans + 2)[None, :])
+    inner = 2 / 3 - distance**2 + distance**3 / 2
+    return np.where(distance < 1, inner, np.where(distance < 2, (2 - distance) ** 3 / 6, 0))
+
+
+def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.ndarray | None = None,
+             apart: float = 1.0, slab: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resample one scan through a map.
+
+    Args:
+        image: (depth, height, width) float32.
+        mask: (depth, height, width) bool.
+        back: (3, 4), from `view_to_scan`.
+        bent: control points from `bend`, which act on the view's coordinates before the map, or None.
+        apart: voxels between the control points.
+        slab: slices that `grid_sample` takes at once: one on a CPU, whose cache holds it, all on a GPU.
+
+    Returns:
+        new image and mask, of the same shapes and types; the image is zero outside the mask.
+    """
+    side = np.asarray(image.shape, float)
+    linear = back[:, :3] * (side[:, None] / side[None, :])  # from voxel to voxel
+    offset = (side * (back[:, :3] @ (1 / side - 1) + back[:, 3] + 1) - 1) / 2
+    linear[np.abs(linear) < 1e-9] = 0  # sines of whole turns
+    alone = [axis for axis in range(3) if not np.delete(linear[axis], axis).any()
+             and not np.delete(linear[:, axis], axis).any()]
+    if bent is None and len(alone) == 3 and np.array_equal(np.abs(np.diag(linear)), np.ones(3)) \
+            and np.allclose(offset, np.where(np.diag(linear) < 0, side - 1, 0), atol=1e-9):
+        axes = [axis for axis in range(3) if linear[axis, axis] < 0]
+        moved = (image.flip(axes), mask.flip(axes)) if axes else (image.clone(), mask.clone())
+    elif bent is None and alone:
+        moved = _separable(image, mask, linear, offset, alone[0])
+    else:
+        slab = slab or (1 if image.device.type == "cpu" else image.shape[0])
+        moved = _by_grid(image, mask, linear, offset, bent, apart, slab)
+    return moved[0].mul_(moved[1]), moved[1]
+
+
+def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray,
+               axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resample through a map that leaves `axis` to itself: in the plane first, then along the axis."""
+    scan, inside = image.movedim(axis, 0), mask.movedim(axis, 0).view(torch.uint8)
+    depth, height, width = scan.shape
+    at = linear[axis, axis] * np.arange(depth) + offset[axis]
+    below = np.floor(at + 1e-9).astype(int)
+    first = int(np.clip(below.min(), 0, depth - 1))
+    last = int(np.clip(below.max() + 1, first, depth - 1))
+    scan, inside = scan[first:last + 1], inside[first:last + 1].reshape(last + 1 - first, -1)  # what is needed
+
+    rest = [other for other in range(3) if other != axis]
+    where = np.tensordot(linear[np.ix_(rest, rest)], np.indices((height, width)), 1) + offset[rest][:, None, None]
+    sides = np.array([height, width])
+    grid = torch.from_numpy(((2 * where + 1) / sides[:, None, None] - 1)[::-1].transpose(1, 2, 0).astype(np.float32))
+    scan = F.grid_sample(scan[None], grid[None].to(image.device), mode="bilinear", align_corners=False)[0]
+    nearest = np.rint(where).astype(int)
+    known = ((nearest >= 0) & (nearest < sides[:, None, None])).all(0).reshape(-1)
+    pixels = torch.from_numpy(np.where(known, (nearest[0] * width + nearest[1]).reshape(-1), 0)).to(image.device)
+    inside = inside.gather(1, pixels.expand(len(inside), -1)) & torch.from_numpy(known).to(image.device)
+
+    view, view_mask = torch.empty_like(image), torch.empty_like(mask)
+    out, nothing = view.movedim(axis, 0), torch.zeros_like(scan[0])
+    for number, low in enumerate(below.tolist()):
+        two = [scan[index - first] if first <= index <= last else nothing for index in (low, low + 1)]
+        torch.lerp(*two, max(at[number] - low, 0.0), out=out[number])
+    near = np.rint(at).astype(int)
+    slices = torch.from_numpy(np.clip(near, first, last) - first).to(image.device)
+    there = torch.from_numpy((near >= 0) & (near < depth)).to(image.device)
+    inside = inside[slices] & there[:, None]
+    view_mask.movedim(axis, 0).copy_(inside.view(depth, height, width))
+    return view, view_mask
+
+
+def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray,
+             bent: np.ndarray | None, apart: float, slab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resample through any map, some slices at a time."""
+    depth, height, width = image.shape
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(image.device)
+
+    plane = tensor(np.tensordot(linear[:, 1:], np.indices((height, width)), 1) + offset[:, None, None])
+    step = tensor(linear[:, 0]).view(1, 3, 1, 1)
+    scale, shift = (tensor(part).view(1, 1, 1, 3) for part in (2 / np.array([width, height, depth]),
+                                                               1 / np.array([width, height, depth]) - 1))
+    if bent is not None:
+        points = tensor(np.tensordot(linear, bent, 1))  # displacements in the scan, as the map is linear
+        along_z, along_y, along_x = (tensor(_spline(side, apart)) for side in image.shape)
+    padded = F.pad(mask.view(torch.uint8), (1, 1, 1, 1, 1, 1)).view(-1)  # what lies outside reads a border of zeros
+    view, view_mask = torch.empty_like(image), torch.empty_like(mask)
+    for start in range(0, depth, slab):
+        part = slice(start, min(start + slab, depth))
+        z = torch.arange(part.start, part.stop, device=image.device, dtype=torch.float32)
+        where = plane + z.view(-1, 1, 1, 1) * step  # (slices, 3, height, width) voxels (z, y, x)
+        if bent is not None:
+            here = torch.einsum("sk,ckij->scij", along_z[part], points)
+            where += along_y @ here @ along_x.T
+        grid = torch.addcmul(shift, where.flip(1).permute(0, 2, 3, 1), scale)
+        view[part] = F.grid_sample(image[None, None], grid[None], mode="bilinear", align_corners=False)[0, 0]
+        z, y, x = (where[:, axis].round_().clamp_(-1, side).to(torch.int32) + 1
+                   for axis, side in enumerate(image.shape))
+        index = z.mul_(height + 2).add_(y).mul_(width + 2).add_(x)
+        view_mask.view(torch.uint8)[part] = padded.take(index.long())
+    return view, view_mask
