@@ -1,8 +1,9 @@
 """Changes of the grey levels of one scan, in place, inside its mask; what lies outside stays zero.
 
-Every function takes the image (depth, height, width) float32, which it changes and returns, and `inside`, the mask
-as float32. Those whose text says "magnitude" want what `magnitude` makes: no voxel below zero, the darkest at
-zero, as a scanner's image has it. The last z-score undoes that shift.
+Every function takes the image (depth, height, width) float32, which it changes and returns; `inside` is its mask as
+zeros and ones of type int8 (`mask.view(torch.int8)`, which multiplies faster than bool). Those whose text says
+"magnitude" want what `magnitude` makes: no voxel below zero, the darkest at zero, as a scanner's image has it. The
+last z-score undoes that shift.
 """
 
 from __future__ import annotations
@@ -13,16 +14,12 @@ import torch
 import torch.nn.functional as F
 
 
-def extremes(image: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the greatest value inside the mask, as tensors without axes."""
-    outside = (1 - inside).mul_(1e30)
-    return (image + outside).amin(), outside.neg_().add_(image).amax()
-
-
 def magnitude(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """Move the darkest value inside the mask to zero, where the outside is."""
-    low, _ = extremes(image, inside)
-    return image.sub_(low).mul_(inside)
+    low = image.amin()
+    if low >= 0:  # of the outside
+        low = image.masked_fill(inside == 0, torch.inf).amin()
+    return keep(image.sub_(low), inside)
 
 
 def shift(image: torch.Tensor, inside: torch.Tensor, amount: float) -> torch.Tensor:
@@ -43,19 +40,18 @@ def gamma(image: torch.Tensor, inside: torch.Tensor, exponent: float, inverted: 
     span = image.amax().clamp(min=1e-7)
     unit = image.div_(span)
     if inverted:
-        unit.neg_().add_(1).clamp_(min=0)
-    torch.pow(unit, exponent, out=unit)
+        unit.neg_().add_(1)
+    unit.clamp_(min=1e-30).log2_().mul_(exponent).exp2_()  # half the time of `pow`, and as exact
     if inverted:
-        unit.neg_().add_(1).mul_(inside)
+        keep(unit.neg_().add_(1), inside)
     return unit.mul_(span)
 
 
 def contrast(image: torch.Tensor, inside: torch.Tensor, factor: float) -> torch.Tensor:
-    """Stretch about the mean inside the mask, then cut to the range that was there (Isensee et al. 2021)."""
-    low, high = extremes(image, inside)
-    mean = image.sum() / inside.sum().clamp(min=1)
-    image.sub_(mean).mul_(factor).add_(mean)
-    return torch.minimum(torch.maximum(image, low, out=image), high, out=image).mul_(inside)
+    """Stretch a magnitude image about the mean inside the mask, then cut to the range that was there."""
+    high, mean = image.amax(), image.sum() / count(inside)
+    image.sub_(mean).mul_(factor).add_(mean).clamp_(min=0)
+    return keep(torch.minimum(image, high, out=image), inside)
 
 
 def histogram(image: torch.Tensor, inside: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
@@ -72,7 +68,7 @@ def histogram(image: torch.Tensor, inside: torch.Tensor, levels: Sequence[float]
     place -= index
     index = index.view(-1)
     rise = knots.diff().index_select(0, index).view_as(place)
-    return place.mul_(rise).add_(knots.index_select(0, index).view_as(place)).mul_(span).mul_(inside)
+    return keep(place.mul_(rise).add_(knots.index_select(0, index).view_as(place)).mul_(span), inside)
 
 
 def bias_field(image: torch.Tensor, inside: torch.Tensor, sd: float, seed: int, points: Sequence[int]) -> torch.Tensor:
@@ -90,22 +86,35 @@ def bias_field(image: torch.Tensor, inside: torch.Tensor, sd: float, seed: int, 
 
 def noise(image: torch.Tensor, inside: torch.Tensor, sd: float, seed: int) -> torch.Tensor:
     """Add Gaussian noise of standard deviation `sd` inside the mask."""
-    return image.add_(normal(image.shape, seed, image).mul_(inside), alpha=sd)
+    return image.add_(keep(normal(image.shape, seed, image), inside), alpha=sd)
 
 
 def rician(image: torch.Tensor, inside: torch.Tensor, sd: float, seed: int) -> torch.Tensor:
     """Noise of a magnitude image: |x + n1 + i n2|, both normal (Gudbjartsson and Patz 1995, eq. 1)."""
     image.add_(normal(image.shape, seed, image), alpha=sd)
-    return torch.hypot(image, normal(image.shape, seed + 1, image).mul_(sd), out=image).mul_(inside)
+    return keep(torch.hypot(image, normal(image.shape, seed + 1, image).mul_(sd), out=image), inside)
 
 
 def z_score(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and standard deviation 1 inside the mask, zero outside; a constant image becomes zero."""
-    count = inside.sum().clamp(min=1)
-    mean = torch.dot(image.view(-1), inside.view(-1)) / count
-    image.sub_(mean).mul_(inside)
-    sd = (torch.dot(image.view(-1), image.view(-1)) / count).sqrt()
+    """Mean 0 and standard deviation 1 inside the mask; the image is zero outside, and a constant one becomes zero."""
+    voxels = count(inside)
+    mean = image.sum() / voxels
+    keep(image.sub_(mean), inside)
+    flat = image.view(-1)
+    sd = (torch.dot(flat, flat) / voxels).sqrt()
     return image.mul_(torch.where(sd > 1e-6 * mean.abs().clamp(min=1), 1 / sd, 0))
+
+
+def keep(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Set what lies outside the mask to zero, in place; a few slices at a time, which a CPU's cache holds."""
+    for part, here in zip(image.split(8), inside.split(8), strict=True):
+        part.mul_(here)
+    return image
+
+
+def count(inside: torch.Tensor) -> torch.Tensor:
+    """Voxels inside the mask, at least 1, as a tensor without axes."""
+    return torch.count_nonzero(inside).clamp(min=1)
 
 
 def normal(shape: Sequence[int], seed: int, like: torch.Tensor) -> torch.Tensor:

@@ -87,74 +87,78 @@ def _spline(side: int, apart: float) -> np.ndarray:
 
 
 def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.ndarray | None = None,
-             apart: float = 1.0, slab: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+             apart: float = 1.0, slab: int | None = None, out: tuple[torch.Tensor, torch.Tensor] | None = None,
+             ) -> tuple[torch.Tensor, torch.Tensor]:
     """Resample one scan through a map.
 
     Args:
-        image: (depth, height, width) float32.
-        mask: (depth, height, width) bool.
+        image: (depth, height, width) float32, contiguous.
+        mask: (depth, height, width) bool, contiguous.
         back: (3, 4), from `view_to_scan`.
         bent: control points from `bend`, which act on the view's coordinates before the map, or None.
         apart: voxels between the control points.
-        slab: slices that `grid_sample` takes at once: one on a CPU, whose cache holds it, all on a GPU.
+        slab: slices that are worked on at once: few on a CPU, whose cache holds them, all on a GPU.
+        out: where the view and its mask go, contiguous; new tensors by default.
 
     Returns:
-        new image and mask, of the same shapes and types; the image is zero outside the mask.
+        the view and its mask, of the same shapes and types; the view is zero outside the mask.
     """
     side = np.asarray(image.shape, float)
     linear = back[:, :3] * (side[:, None] / side[None, :])  # from voxel to voxel
     offset = (side * (back[:, :3] @ (1 / side - 1) + back[:, 3] + 1) - 1) / 2
     linear[np.abs(linear) < 1e-9] = 0  # sines of whole turns
+    view, inside = out or (torch.empty_like(image), torch.empty_like(mask))
+    small = 1 if image.device.type == "cpu" else image.shape[0]
     alone = [axis for axis in range(3) if not np.delete(linear[axis], axis).any()
              and not np.delete(linear[:, axis], axis).any()]
-    if bent is None and len(alone) == 3 and np.array_equal(np.abs(np.diag(linear)), np.ones(3)) \
-            and np.allclose(offset, np.where(np.diag(linear) < 0, side - 1, 0), atol=1e-9):
-        axes = [axis for axis in range(3) if linear[axis, axis] < 0]
-        moved = (image.flip(axes), mask.flip(axes)) if axes else (image.clone(), mask.clone())
+    mirrored = [axis for axis in range(3) if linear[axis, axis] < 0]
+    still = np.diag([-1.0 if axis in mirrored else 1.0 for axis in range(3)])
+    if bent is None and np.array_equal(linear, still) and np.allclose(offset, (side - 1) * (np.diag(still) < 0)):
+        inside.copy_(mask.flip(mirrored))
+        torch.mul(image.flip(mirrored), inside, out=view)
     elif bent is None and alone:
-        moved = _separable(image, mask, linear, offset, alone[0])
+        _separable(image, mask, linear, offset, alone[0], slab or 8 * small, view, inside)
     else:
-        slab = slab or (1 if image.device.type == "cpu" else image.shape[0])
-        moved = _by_grid(image, mask, linear, offset, bent, apart, slab)
-    return moved[0].mul_(moved[1]), moved[1]
+        _by_grid(image, mask, linear, offset, bent, apart, slab or small, view, inside)
+    return view, inside
 
 
-def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray,
-               axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resample through a map that leaves `axis` to itself: in the plane first, then along the axis."""
-    scan, inside = image.movedim(axis, 0), mask.movedim(axis, 0).view(torch.uint8)
+def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray, axis: int,
+               slab: int, view: torch.Tensor, view_mask: torch.Tensor) -> None:
+    """Resample through a map that leaves `axis` to itself: linearly along the axis, bilinearly in the plane."""
+    scan, inside = image.movedim(axis, 0), mask.view(torch.int8).movedim(axis, 0)
+    view, view_mask = view.movedim(axis, 0), view_mask.view(torch.int8).movedim(axis, 0)
     depth, height, width = scan.shape
-    at = linear[axis, axis] * np.arange(depth) + offset[axis]
-    below = np.floor(at + 1e-9).astype(int)
-    first = int(np.clip(below.min(), 0, depth - 1))
-    last = int(np.clip(below.max() + 1, first, depth - 1))
-    scan, inside = scan[first:last + 1], inside[first:last + 1].reshape(last + 1 - first, -1)  # what is needed
-
-    rest = [other for other in range(3) if other != axis]
+    sides, rest = np.array([height, width]), [other for other in range(3) if other != axis]
     where = np.tensordot(linear[np.ix_(rest, rest)], np.indices((height, width)), 1) + offset[rest][:, None, None]
-    sides = np.array([height, width])
-    grid = torch.from_numpy(((2 * where + 1) / sides[:, None, None] - 1)[::-1].transpose(1, 2, 0).astype(np.float32))
-    scan = F.grid_sample(scan[None], grid[None].to(image.device), mode="bilinear", align_corners=False)[0]
+    grid = ((2 * where + 1) / sides[:, None, None] - 1)[::-1].transpose(1, 2, 0)
+    grid = torch.from_numpy(np.ascontiguousarray(grid, np.float32)).to(image.device)[None]
     nearest = np.rint(where).astype(int)
-    known = ((nearest >= 0) & (nearest < sides[:, None, None])).all(0).reshape(-1)
-    pixels = torch.from_numpy(np.where(known, (nearest[0] * width + nearest[1]).reshape(-1), 0)).to(image.device)
-    inside = inside.gather(1, pixels.expand(len(inside), -1)) & torch.from_numpy(known).to(image.device)
+    known = ((nearest >= 0) & (nearest < sides[:, None, None])).all(0)
+    pixels = torch.from_numpy(np.where(known, nearest[0] * width + nearest[1], 0).reshape(-1)).to(image.device)
+    known = torch.from_numpy(known.astype(np.int8)).to(image.device)
 
-    view, view_mask = torch.empty_like(image), torch.empty_like(mask)
-    out, nothing = view.movedim(axis, 0), torch.zeros_like(scan[0])
-    for number, low in enumerate(below.tolist()):
-        two = [scan[index - first] if first <= index <= last else nothing for index in (low, low + 1)]
-        torch.lerp(*two, max(at[number] - low, 0.0), out=out[number])
-    near = np.rint(at).astype(int)
-    slices = torch.from_numpy(np.clip(near, first, last) - first).to(image.device)
-    there = torch.from_numpy((near >= 0) & (near < depth)).to(image.device)
-    inside = inside[slices] & there[:, None]
-    view_mask.movedim(axis, 0).copy_(inside.view(depth, height, width))
-    return view, view_mask
+    at = linear[axis, axis] * np.arange(depth) + offset[axis]
+    below, near = np.floor(at + 1e-9).astype(int), np.rint(at).astype(int)
+    shares, nothing = np.clip(at - below, 0, 1).tolist(), torch.zeros_like(scan[0])
+    for start in range(0, depth, slab):
+        part = range(start, min(start + slab, depth))
+        between = torch.stack([torch.lerp(*(scan[index] if 0 <= index < depth else nothing
+                                            for index in (below[number], below[number] + 1)), shares[number])
+                               for number in part])
+        moved = F.grid_sample(between[None], grid, mode="bilinear", align_corners=False)[0]
+        for number in part:
+            if 0 <= near[number] < depth:
+                torch.mul(inside[near[number]].reshape(-1).take(pixels).view(height, width), known,
+                          out=view_mask[number])
+            else:
+                view_mask[number].zero_()
+        chosen = slice(part.start, part.stop)
+        torch.mul(moved, view_mask[chosen], out=view[chosen])
 
 
 def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray,
-             bent: np.ndarray | None, apart: float, slab: int) -> tuple[torch.Tensor, torch.Tensor]:
+             bent: np.ndarray | None, apart: float, slab: int, view: torch.Tensor, view_mask: torch.Tensor) -> None:
     """Resample through any map, some slices at a time."""
     depth, height, width = image.shape
 
@@ -168,8 +172,8 @@ def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset
     if bent is not None:
         points = tensor(np.tensordot(linear, bent, 1))  # displacements in the scan, as the map is linear
         along_z, along_y, along_x = (tensor(_spline(side, apart)) for side in image.shape)
-    padded = F.pad(mask.view(torch.uint8), (1, 1, 1, 1, 1, 1)).view(-1)  # what lies outside reads a border of zeros
-    view, view_mask = torch.empty_like(image), torch.empty_like(mask)
+    view_mask = view_mask.view(torch.int8)
+    padded = F.pad(mask.view(torch.int8), (1, 1, 1, 1, 1, 1)).view(-1)  # what lies outside reads a border of zeros
     for start in range(0, depth, slab):
         part = slice(start, min(start + slab, depth))
         z = torch.arange(part.start, part.stop, device=image.device, dtype=torch.float32)
@@ -178,9 +182,9 @@ def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset
             here = torch.einsum("sk,ckij->scij", along_z[part], points)
             where += along_y @ here @ along_x.T
         grid = torch.addcmul(shift, where.flip(1).permute(0, 2, 3, 1), scale)
-        view[part] = F.grid_sample(image[None, None], grid[None], mode="bilinear", align_corners=False)[0, 0]
-        z, y, x = (where[:, axis].round_().clamp_(-1, side).to(torch.int32) + 1
+        moved = F.grid_sample(image[None, None], grid[None], mode="bilinear", align_corners=False)[0, 0]
+        z, y, x = (where[:, axis].round_().clamp_(-1, side).to(torch.int32)
                    for axis, side in enumerate(image.shape))
-        index = z.mul_(height + 2).add_(y).mul_(width + 2).add_(x)
-        view_mask.view(torch.uint8)[part] = padded.take(index.long())
-    return view, view_mask
+        index = z.mul_(height + 2).add_(y).mul_(width + 2).add_(x).add_((height + 3) * (width + 2) + 1)
+        torch.take(padded, index.long(), out=view_mask[part])
+        torch.mul(moved, view_mask[part], out=view[part])

@@ -138,14 +138,14 @@ class Scale(Transform):
 class Gamma(Transform):
     """x -> ((x - min) / (max - min)) ** gamma * (max - min) + min, over the image's own range."""
 
-    drawn, neutral, limits, most = "gamma", 1.0, (0.05, 20), 4
+    drawn, neutral, limits, most = "gamma", 1.0, (0.2, 5), 4
     range: Range
 
 
 class GammaInverted(Transform):
     """Gamma of the negative, as nnU-Net has it: dark tissue spreads where gamma spreads bright tissue."""
 
-    drawn, neutral, limits, most = "gamma_inverted", 1.0, (0.05, 20), 4
+    drawn, neutral, limits, most = "gamma_inverted", 1.0, (0.2, 5), 4
     range: Range
 
 

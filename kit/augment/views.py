@@ -40,21 +40,22 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
         views (batch, 1, depth, height, width) float32, z-scored inside the mask, zero outside;
         their masks; and what was drawn, which `apply` repeats.
     """
-    views, view_masks = torch.empty_like(images, dtype=torch.float32), torch.empty_like(masks)
+    views, view_masks = torch.empty(images.shape, device=images.device), torch.empty(masks.shape, dtype=torch.bool,
+                                                                                     device=masks.device)
     draws = []
     for number, key in enumerate(keys):
+        scan, out = (images[number, 0], masks[number, 0]), (views[number, 0], view_masks[number, 0])
         drawn = draw(recipe, seed, epoch, key, view)
-        image, mask = _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm)
-        if _brain(mask) < LEAST_BRAIN:
-            least = min(LEAST_BRAIN, 0.5 * _brain(masks[number, 0]))
+        _geometry(*scan, drawn, recipe, spacing_mm, out)
+        if _brain(out[1]) < LEAST_BRAIN:
+            least = min(LEAST_BRAIN, 0.5 * _brain(scan[1]))
             for attempt in range(1, ATTEMPTS + 1):
-                if _brain(mask) >= least:
+                if _brain(out[1]) >= least:
                     break
                 drawn = draw(recipe, seed, epoch, key, view, attempt)
-                drawn = _centred(drawn, masks[number, 0]) if attempt == ATTEMPTS else drawn
-                image, mask = _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm)
-        views[number, 0] = _grey_levels(image, mask, drawn, recipe, spacing_mm)
-        view_masks[number, 0] = mask
+                drawn = _centred(drawn, scan[1]) if attempt == ATTEMPTS else drawn
+                _geometry(*scan, drawn, recipe, spacing_mm, out)
+        _grey_levels(*out, drawn, recipe, spacing_mm)
         draws.append(drawn)
     return views, view_masks, draws
 
@@ -63,40 +64,42 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
 def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
           spacing_mm: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Make the views that these draws describe; the arguments as for `make_views`."""
-    views, view_masks = torch.empty_like(images, dtype=torch.float32), torch.empty_like(masks)
+    views, view_masks = torch.empty(images.shape, device=images.device), torch.empty(masks.shape, dtype=torch.bool,
+                                                                                     device=masks.device)
     for number, drawn in enumerate(draws):
-        image, view_masks[number, 0] = _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm)
-        views[number, 0] = _grey_levels(image, view_masks[number, 0], drawn, recipe, spacing_mm)
+        out = views[number, 0], view_masks[number, 0]
+        _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm, out)
+        _grey_levels(*out, drawn, recipe, spacing_mm)
     return views, view_masks
 
 
-def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe,
-              spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float,
+              out: tuple[torch.Tensor, torch.Tensor]) -> None:
     shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
-    moved, moved_mask = resample(image.float().contiguous(), mask.contiguous(),
-                                 view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
-                                 apart / spacing_mm)
-    return moved.clamp_(-LARGEST, LARGEST), moved_mask
+    resample(image.float().contiguous(), mask.contiguous(), view_to_scan(drawn, shape, spacing_mm),
+             bend(drawn, shape, spacing_mm, apart), apart / spacing_mm, out=out)
+    out[0].clamp_(-LARGEST, LARGEST)
 
 
-def _grey_levels(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe,
-                 spacing_mm: float) -> torch.Tensor:
-    """Everything after the geometry, on one scan (depth, height, width) that may be changed."""
-    inside = mask.to(torch.float32)
-    if drawn.shift:
-        intensity.shift(image, inside, drawn.shift)
+def _grey_levels(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> None:
+    """Everything after the geometry, on one scan (depth, height, width), in place.
+
+    `drawn.shift` needs no work: what follows begins at the darkest voxel, or is the z-score, and undoes it.
+    """
+    inside, view = mask.view(torch.int8), image
     if any(getattr(drawn, name) != getattr(Draw, name) for name in MAGNITUDE):
-        image = intensity.magnitude(image, inside)
+        intensity.magnitude(image, inside)
         _contrast(image, inside, drawn, recipe, spacing_mm)
         image = _acquisition(image, inside, drawn, recipe, spacing_mm)
     if drawn.noise_sd:
         intensity.noise(image, inside, drawn.noise_sd, drawn.field_seed + 1)
-    intensity.z_score(image, inside)
+    if image is not view:
+        view.copy_(image)
+    intensity.z_score(view, inside)
     if drawn.cutout_mm:
-        physics.cutout(image, drawn.cutout_mm / spacing_mm, _setting(recipe, "cutout", "boxes"), drawn)
+        physics.cutout(view, drawn.cutout_mm / spacing_mm, _setting(recipe, "cutout", "boxes"), drawn)
     if drawn.patches:
-        physics.patches(image, drawn.patches, _setting(recipe, "patches", "size_mm") / spacing_mm, drawn)
-    return image
+        physics.patches(view, drawn.patches, _setting(recipe, "patches", "size_mm") / spacing_mm, drawn)
 
 
 def _contrast(image: torch.Tensor, inside: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> None:
@@ -139,7 +142,7 @@ def _acquisition(image: torch.Tensor, inside: torch.Tensor, drawn: Draw, recipe:
         image = physics.sharpen(image, drawn.sharpen, _setting(recipe, "sharpen", "fwhm_mm") / spacing_mm)
     if drawn.rician_sd:
         image = intensity.rician(image, inside, drawn.rician_sd, drawn.field_seed + 2)
-    return image.mul_(inside)
+    return intensity.keep(image, inside)
 
 
 def _setting(recipe: Recipe, name: str, setting: str) -> float:
@@ -150,7 +153,7 @@ def _setting(recipe: Recipe, name: str, setting: str) -> float:
 
 def _brain(mask: torch.Tensor) -> float:
     """Share of the box that lies inside the mask."""
-    return torch.count_nonzero(mask.view(torch.uint8)).item() / mask.numel()
+    return torch.count_nonzero(mask.view(torch.int8)).item() / mask.numel()
 
 
 def _centred(drawn: Draw, mask: torch.Tensor) -> Draw:
