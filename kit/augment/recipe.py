@@ -67,6 +67,22 @@ def transform_types() -> dict[str, type[kinds.Transform]]:
     return {name: info.annotation.__args__[0] for name, info in Recipe.model_fields.items() if name != "strength"}
 
 
+def alone(name: str, share: float = 1.0) -> Recipe:
+    """A recipe of one transform, always done, as strong as a share of what the explorer's slider reaches.
+
+    Args:
+        name: of the transform.
+        share: 0 changes nothing; the number drawn is always the range's end.
+    """
+    kind = transform_types()[name]
+    end = kind.neutral + share * (kind.most - kind.neutral)
+    strong = {"smallest": [max(1 - 0.8 * share, 0.05)] * 3, "axes": ["x"], "degrees": [share * kind.most] * 3,
+              "mm": [share * kind.most] * 3, "range": [end, end]}
+    fields = {field: strong[field] for field in kind.model_fields
+              if field in strong and (field != "axes" or name == "flip")}
+    return Recipe.model_validate({name: fields | {"probability": float(share > 0)}})
+
+
 def names() -> list[str]:
     """The recipes that come with the kit."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -103,7 +119,7 @@ def at_strength(recipe: Recipe, strength: float) -> Recipe:
     for name, kind in transform_types().items():
         transform = plain.get(name, {})
         if "range" in transform:
-            transform["range"] = [min(max(kind.neutral + strength * (edge - kind.neutral), kind.limits[0]),
+            transform["range"] = [min(max(edge + (strength - 1) * (edge - kind.neutral), kind.limits[0]),
                                       kind.limits[1]) for edge in transform["range"]]
         for widest, limit in (("degrees", 60 if name == "shear" else 180), ("mm", 200)):
             if widest in transform:
@@ -111,6 +127,6 @@ def at_strength(recipe: Recipe, strength: float) -> Recipe:
     if "flip" in plain:
         plain["flip"]["probability"] *= min(strength, 1.0)
     if "crop" in plain:
-        plain["crop"]["smallest"] = [min(max(1 - strength * (1 - share), 0.05), 1.0)
+        plain["crop"]["smallest"] = [min(max(share + (1 - strength) * (1 - share), 0.05), 1.0)
                                      for share in plain["crop"]["smallest"]]
     return Recipe.model_validate(plain)

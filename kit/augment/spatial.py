@@ -129,15 +129,9 @@ def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
     scan, inside = image.movedim(axis, 0), mask.view(torch.int8).movedim(axis, 0)
     view, view_mask = view.movedim(axis, 0), view_mask.view(torch.int8).movedim(axis, 0)
     depth, height, width = scan.shape
-    sides, rest = np.array([height, width]), [other for other in range(3) if other != axis]
-    where = np.tensordot(linear[np.ix_(rest, rest)], np.indices((height, width)), 1) + offset[rest][:, None, None]
-    grid = ((2 * where + 1) / sides[:, None, None] - 1)[::-1].transpose(1, 2, 0)
-    grid = torch.from_numpy(np.ascontiguousarray(grid, np.float32)).to(image.device)[None]
-    nearest = np.rint(where).astype(int)
-    known = ((nearest >= 0) & (nearest < sides[:, None, None])).all(0)
-    pixels = torch.from_numpy(np.where(known, nearest[0] * width + nearest[1], 0).reshape(-1)).to(image.device)
-    known = torch.from_numpy(known.astype(np.int8)).to(image.device)
-
+    rest = [other for other in range(3) if other != axis]
+    grid, pixels, known = (torch.from_numpy(part).to(image.device) for part in
+                           in_plane(linear[np.ix_(rest, rest)], offset[rest], height, width))
     at = linear[axis, axis] * np.arange(depth) + offset[axis]
     below, near = np.floor(at + 1e-9).astype(int), np.rint(at).astype(int)
     shares, nothing = np.clip(at - below, 0, 1).tolist(), torch.zeros_like(scan[0])
@@ -146,7 +140,7 @@ def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
         between = torch.stack([torch.lerp(*(scan[index] if 0 <= index < depth else nothing
                                             for index in (below[number], below[number] + 1)), shares[number])
                                for number in part])
-        moved = F.grid_sample(between[None], grid, mode="bilinear", align_corners=False)[0]
+        moved = F.grid_sample(between[None], grid[None], mode="bilinear", align_corners=False)[0]
         for number in part:
             if 0 <= near[number] < depth:
                 torch.mul(inside[near[number]].reshape(-1).take(pixels).view(height, width), known,
@@ -157,6 +151,21 @@ def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
         torch.mul(moved, view_mask[chosen], out=view[chosen])
 
 
+def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
+    """Where the pixels of a view's slice lie in the scan's, through a (2, 2) map of (row, column) and an offset.
+
+    Returns:
+        grid (height, width, 2) float32 for `grid_sample`; nearest pixels (height * width) int64, rows first; and
+        which of these lie in the scan (height, width) int8.
+    """
+    sides = np.array([height, width])[:, None, None]
+    where = np.tensordot(linear, np.indices((height, width)), 1) + offset[:, None, None]
+    grid = np.ascontiguousarray(((2 * where + 1) / sides - 1)[::-1].transpose(1, 2, 0), np.float32)
+    nearest = np.rint(where).astype(np.int64)
+    known = ((nearest >= 0) & (nearest < sides)).all(0)
+    return grid, np.where(known, nearest[0] * width + nearest[1], 0).reshape(-1), known.astype(np.int8)
+
+
 def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray,
              bent: np.ndarray | None, apart: float, slab: int, view: torch.Tensor, view_mask: torch.Tensor) -> None:
     """Resample through any map, some slices at a time."""
@@ -165,10 +174,10 @@ def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(image.device)
 
-    plane = tensor(np.tensordot(linear[:, 1:], np.indices((height, width)), 1) + offset[:, None, None])
-    step = tensor(linear[:, 0]).view(1, 3, 1, 1)
-    scale, shift = (tensor(part).view(1, 1, 1, 3) for part in (2 / np.array([width, height, depth]),
-                                                               1 / np.array([width, height, depth]) - 1))
+    plane = np.tensordot(linear[:, 1:], np.indices((height, width)), 1) + offset[:, None, None]
+    scale = (2 / np.array([width, height, depth]))[:, None, None]  # `grid_sample` counts (x, y, z), from -1 to 1
+    grid_plane, grid_step = tensor(plane[::-1] * scale + scale / 2 - 1), tensor(linear[::-1, :1, None] * scale)
+    plane, step, scale = tensor(plane), tensor(linear[:, :1, None]), tensor(scale)
     if bent is not None:
         points = tensor(np.tensordot(linear, bent, 1))  # displacements in the scan, as the map is linear
         along_z, along_y, along_x = (tensor(_spline(side, apart)) for side in image.shape)
@@ -176,13 +185,14 @@ def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset
     padded = F.pad(mask.view(torch.int8), (1, 1, 1, 1, 1, 1)).view(-1)  # what lies outside reads a border of zeros
     for start in range(0, depth, slab):
         part = slice(start, min(start + slab, depth))
-        z = torch.arange(part.start, part.stop, device=image.device, dtype=torch.float32)
-        where = plane + z.view(-1, 1, 1, 1) * step  # (slices, 3, height, width) voxels (z, y, x)
+        z = torch.arange(part.start, part.stop, device=image.device, dtype=torch.float32).view(-1, 1, 1, 1)
+        where, grid = plane + z * step, grid_plane + z * grid_step  # (slices, 3, height, width)
         if bent is not None:
-            here = torch.einsum("sk,ckij->scij", along_z[part], points)
-            where += along_y @ here @ along_x.T
-        grid = torch.addcmul(shift, where.flip(1).permute(0, 2, 3, 1), scale)
-        moved = F.grid_sample(image[None, None], grid[None], mode="bilinear", align_corners=False)[0, 0]
+            here = along_y @ torch.einsum("sk,ckij->scij", along_z[part], points) @ along_x.T
+            where += here
+            grid += here.flip(1) * scale
+        moved = F.grid_sample(image[None, None], grid.permute(0, 2, 3, 1)[None], mode="bilinear",
+                              align_corners=False)[0, 0]
         z, y, x = (where[:, axis].round_().clamp_(-1, side).to(torch.int32)
                    for axis, side in enumerate(image.shape))
         index = z.mul_(height + 2).add_(y).mul_(width + 2).add_(x).add_((height + 3) * (width + 2) + 1)
