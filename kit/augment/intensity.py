@@ -18,7 +18,7 @@ def magnitude(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """Move the darkest value inside the mask to zero, where the outside is."""
     low = image.amin()
     if low >= 0:  # of the outside
-        low = image.masked_fill(inside == 0, torch.inf).amin()
+        low = image.masked_fill(inside == 0, 1e30).amin()  # finite: an empty mask must not give nan
     return keep(image.sub_(low), inside)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -16,7 +16,7 @@ RECIPES = {name: alone(name) for name in TRANSFORMS} | {name: read_recipe(name) 
 KEY = {"seed": 0, "epoch": 0, "view": 0}
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
 volumes = arrays(np.float32, SHAPE, elements=st.one_of(finite, st.floats(-3, 3, width=32)))
-quick = settings(max_examples=12, deadline=None, derandomize=True)
+quick = settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.mark.parametrize("name", RECIPES)
