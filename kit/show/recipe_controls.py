@@ -62,10 +62,10 @@ class _Row:
         self.sliders = _sliders(kind)
         self.box = widgets.HBox([self.on, self.probability, *self.sliders.values()])
         self.kept: dict[str, Any] = {}
-        for widget in (self.on, self.probability, *self.sliders.values()):
-            widget.observe(changed, "value")
         self.on.observe(self._enable, "value")
         self.show(None)
+        for widget in (self.on, self.probability, *self.sliders.values()):
+            widget.observe(changed, "value")
 
     def _enable(self, _change: object = None) -> None:
         for widget in (self.probability, *self.sliders.values()):
@@ -116,7 +116,7 @@ def _sliders(kind: type[Transform]) -> dict[tuple[str, int | None], widgets.Widg
     for field in kind.model_fields:
         if field == "range":
             low = -kind.most if kind.limits[0] < 0 else kind.limits[0]
-            found[field, None] = widgets.FloatRangeSlider((kind.neutral, kind.most), min=low, max=kind.most,
+            found[field, None] = widgets.FloatRangeSlider(value=(kind.neutral, kind.most), min=low, max=kind.most,
                                                           step=kind.most / 100, readout_format=".2f",
                                                           description=_unit(kind), layout=wide, style=style)
         elif field == "axes" and kind.drawn == "flip":
