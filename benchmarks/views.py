@@ -19,8 +19,8 @@ from benchmarks.data import template_scan
 from benchmarks.ratio import Ratio, cpu_seconds, share, times_better
 from kit.augment.draws import Draw, draw
 from kit.augment.recipe import read_recipe
-from kit.augment.spatial import in_plane, view_to_scan
-from kit.augment.views import apply, make_views
+from kit.augment.spatial import in_plane, resample, view_to_scan
+from kit.augment.views import make_views
 from kit.data.grid import PAPER_GRID
 from kit.data.nifti import write_nifti
 from kit.data.store import Store, scan_path, write_scan
@@ -115,18 +115,20 @@ def measure() -> list[Ratio]:
         return make_views(images, masks, [repeat], recipe, **key)
 
     grid = F.affine_grid(torch.eye(3, 4)[None] * 0.9, [1, 1, *SHAPE], align_corners=False)
-    turned = Draw(rotation_degrees=(20, 10, 5), zoom=1.1, translation_mm=(2, 3, 4))
-    monai = monai_views()
-    view, paper, one, affine = cpu_seconds(
+    back = view_to_scan(Draw(rotation_degrees=(20, 10, 5), zoom=1.1, translation_mm=(2, 3, 4)), SHAPE)
+    theta = torch.from_numpy(back[::-1][:, [2, 1, 0, 3]].astype(np.float32))[None]  # torch counts (x, y, z)
+    oblique, monai = F.affine_grid(theta, [1, 1, *SHAPE], align_corners=False), monai_views()
+    view, paper, one, affine, same = cpu_seconds(
         ours, lambda _: monai(image, mask), lambda _: F.grid_sample(images, grid, align_corners=False),
-        lambda _: apply(images, masks, [turned], recipe), repeats=40)
+        lambda _: resample(images[0, 0], masks[0, 0], back),
+        lambda _: F.grid_sample(images, oblique, align_corners=False), repeats=40)
     ratios = [
         times_better("views_paper_vs_monai", view, paper, 4.5, "CPU-seconds",
                      "the paper's view, image and mask, z-score inside it: " + SAME.format(40)),
         share("views_vs_one_grid_sample", view, one, 0.5, "CPU-seconds",
               "the paper's whole view as a share of one 3D grid_sample of the image, grid given: " + SAME.format(40)),
-        share("affine_vs_one_grid_sample", affine, one, 1.5, "CPU-seconds",
-              "a view turned about three axes, with mask and z-score, as a share of the same grid_sample"),
+        share("affine_vs_one_grid_sample", affine, same, 1.5, "CPU-seconds",
+              "image and mask turned about three axes, as a share of one grid_sample of the image by the same map"),
     ]
     for name, peer in (("torchio", torchio_views()), ("kornia", kornia_views())):
         view, other = cpu_seconds(ours, lambda _, peer=peer: peer(image, mask), repeats=12)

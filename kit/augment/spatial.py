@@ -108,7 +108,7 @@ def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np
     offset = (side * (back[:, :3] @ (1 / side - 1) + back[:, 3] + 1) - 1) / 2
     linear[np.abs(linear) < 1e-9] = 0  # sines of whole turns
     view, inside = out or (torch.empty_like(image), torch.empty_like(mask))
-    small = 1 if image.device.type == "cpu" else image.shape[0]
+    slab = slab or (8 if image.device.type == "cpu" else image.shape[0])
     alone = [axis for axis in range(3) if not np.delete(linear[axis], axis).any()
              and not np.delete(linear[:, axis], axis).any()]
     mirrored = [axis for axis in range(3) if linear[axis, axis] < 0]
@@ -117,9 +117,9 @@ def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np
         inside.copy_(mask.flip(mirrored))
         torch.mul(image.flip(mirrored), inside, out=view)
     elif bent is None and alone:
-        _separable(image, mask, linear, offset, alone[0], slab or 8 * small, view, inside)
+        _separable(image, mask, linear, offset, alone[0], slab, view, inside)
     else:
-        _by_grid(image, mask, linear, offset, bent, apart, slab or small, view, inside)
+        _by_grid(image, mask, linear, offset, bent, apart, slab, view, inside)
     return view, inside
 
 

@@ -22,6 +22,7 @@ from kit.augment.recipe import Recipe, save_recipe
 from kit.data.grid import Grid
 from kit.runs import shown
 from kit.show import planes
+from kit.show.figure import small
 from kit.show.pair_facts import pair_facts_png
 from kit.show.planes import EDGES, PLANES, Pair, Point
 from kit.show.recipe_controls import RecipeControls
@@ -215,8 +216,8 @@ def _middle(grid: Grid) -> Point:
 
 
 def display_explorer(box: widgets.VBox) -> None:
-    """Show the explorer and, in the same output, its present picture as PNG for pages that run no widgets."""
-    picture = base64.b64encode(box.children[0].children[1].value).decode("ascii")
+    """Show the explorer and, in the same output, its present picture as a small PNG for pages that run no widgets."""
+    picture = base64.b64encode(small(bytes(box.children[0].children[1].value)).data).decode("ascii")
     display({**box._repr_mimebundle_(), "image/png": picture}, raw=True)
 
 
