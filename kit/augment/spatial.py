@@ -191,8 +191,8 @@ def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset
             here = along_y @ torch.einsum("sk,ckij->scij", along_z[part], points) @ along_x.T
             where += here
             grid += here.flip(1) * scale
-        moved = F.grid_sample(image[None, None], grid.permute(0, 2, 3, 1)[None], mode="bilinear",
-                              align_corners=False)[0, 0]
+        moved = F.grid_sample(image.expand(len(grid), 1, *image.shape), grid.permute(0, 2, 3, 1)[:, None],
+                              mode="bilinear", align_corners=False)[:, 0, 0]  # slices as a batch: on every thread
         z, y, x = (where[:, axis].round_().clamp_(-1, side).to(torch.int32)
                    for axis, side in enumerate(image.shape))
         index = z.mul_(height + 2).add_(y).mul_(width + 2).add_(x).add_((height + 3) * (width + 2) + 1)

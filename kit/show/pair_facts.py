@@ -36,7 +36,7 @@ def pair_facts(pair: Pair, similar: Similar | None = None, note: str = "") -> Fi
         for height, values, name, colour in ((2, similar.pairs, "two views of another scan", "#2471a3"),
                                              (1, similar.strangers, "views of different scans", "#888888")):
             right.plot(values, np.full(len(values), height), "|", color=colour, markersize=16, label=name)
-        right.axvline(similar.pair, color="#c0392b", label=f"this pair: {similar.pair:.3f}")
+        right.axvline(similar.pair, ymax=0.55, color="#c0392b", label=f"this pair: {similar.pair:.3f}")
         right.set_ylim(0.4, 4.6)
         right.legend(fontsize=TEXT - 1, frameon=False, loc="upper left")
     return figure

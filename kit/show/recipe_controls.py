@@ -93,11 +93,19 @@ class _Row:
         """The transform's plain values; settings without a widget stay what the recipe said."""
         values = self.kept | {"probability": self.probability.value}
         for (field, axis), slider in self.sliders.items():
-            if axis is None:
+            if field == "axes":
                 values[field] = list(slider.value)
+            elif axis is None:
+                values[field] = [_moved(slider, *both) for both in zip(slider.value, values[field], strict=True)]
             else:
-                values[field] = [slider.value if number == axis else old for number, old in enumerate(values[field])]
+                values[field] = [_moved(slider, slider.value, old) if number == axis else old
+                                 for number, old in enumerate(values[field])]
         return values
+
+
+def _moved(slider: widgets.Widget, new: float, old: float) -> float:
+    """A slider's number; the recipe's own where the browser only rounded it to the slider's steps."""
+    return old if abs(new - old) <= 0.51 * slider.step else round(new, 6)
 
 
 def _start(name: str) -> dict[str, Any]:
@@ -117,18 +125,18 @@ def _sliders(kind: type[Transform]) -> dict[tuple[str, int | None], widgets.Widg
         if field == "range":
             low = -kind.most if kind.limits[0] < 0 else kind.limits[0]
             found[field, None] = widgets.FloatRangeSlider(value=(kind.neutral, kind.most), min=low, max=kind.most,
-                                                          step=kind.most / 100, readout_format=".2f",
+                                                          step=0.1 if kind.most > 4 else 0.01, readout_format=".2f",
                                                           description=_unit(kind), layout=wide, style=style)
         elif field == "axes" and kind.drawn == "flip":
             found[field, None] = widgets.SelectMultiple(options=AXES, description="along", rows=3, style=style,
                                                         layout=widgets.Layout(width="140px"))
         elif field in _TRIPLES:
             most, unit = (1.0, "share") if field == "smallest" else (kind.most, {"degrees": "°"}.get(field, field))
-            for number, axis in enumerate(AXES):
+            low, step = (0.05, 0.01) if field == "smallest" else (0, 0.5)
+            for number, axis in enumerate(("zy", "zx", "yx") if kind.drawn == "shear_degrees" else AXES):
                 found[field, number] = widgets.FloatSlider(
-                    0, min=0.05 if field == "smallest" else 0, max=most, step=most / 100, readout_format=".2g",
-                    description=f"{'' if unit == 'share' else '±'}{axis} {unit}", style=style,
-                    layout=widgets.Layout(width="210px"))
+                    low, min=low, max=most, step=step, readout_format=".2f" if low else ".1f", style=style,
+                    description=f"{'' if low else '±'}{axis} {unit}", layout=widgets.Layout(width="210px"))
     return found
 
 

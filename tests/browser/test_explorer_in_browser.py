@@ -153,7 +153,9 @@ def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object) -> None:
     browser.get(address)
     _until(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook'))"), 90,
            "JupyterLab showed no notebook")
-    _until(lambda: "Idle" in browser.page_source, 90, "no kernel")
+    _until(lambda: browser.execute_script(
+        "return window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status") == "idle", 90,
+        "no kernel")
     browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     _until(lambda: all_of("img.widget-image"), 240, "the explorer did not appear")
     _until(lambda: "similarity.png" in browser.page_source, 120, "the notebook did not run to its end")

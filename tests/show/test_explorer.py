@@ -232,6 +232,16 @@ def test_every_recipe_survives_the_widgets():
         assert controls.recipe() == alone(name)
 
 
+def test_what_the_browser_rounds_is_not_a_change():
+    controls, odd = RecipeControls(lambda: None), Recipe.model_validate({"gamma": {"range": [0.7004, 1.5]}})
+    controls.show(odd)
+    slider = controls.rows["gamma"].sliders["range", None]
+    slider.value = (0.7, 1.5)  # noUiSlider sends back the nearest step
+    assert controls.recipe() == odd
+    slider.value = (0.71, 1.5)
+    assert controls.recipe().gamma.range == (0.71, 1.5)
+
+
 def test_grey_levels_and_similarity_follow(monkeypatch):
     found = []
 
