@@ -1,5 +1,9 @@
 """Views: keyed by (seed, epoch, scan, view) alone, geometry that keeps left left, masks that keep up."""
 
+import hashlib
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ import torch
 from kit.augment.draws import TRANSFORMS, Draw, draw
 from kit.augment.recipe import Recipe, alone, at_strength, names, read_recipe, save_recipe, transform_types
 from kit.augment.views import apply, make_views
+from kit.data.loader import PreparedScans, epoch_batches, load
 from kit.reading import ParameterError
 
 SHAPE = (10, 14, 12)  # unequal, so that swapped axes cannot hide
@@ -34,6 +39,41 @@ def test_a_view_depends_on_its_key_alone(batch, recipe):
     assert torch.equal(whole[1], alone[1]) and all(torch.equal(whole[i], turned[i]) for i in range(3))
     for other in ({"seed": 1}, {"epoch": 1}, {"view": 1}):
         assert not torch.equal(whole[0], views([0, 1, 2], **other)[0])
+
+
+def hashes(store, workers):
+    """Of both views of every scan, over two epochs, by scan and epoch; what two runs must agree in."""
+    made, recipe = {}, read_recipe("physics")
+    for epoch in (0, 1):
+        order = epoch_batches(store.index.participant.tolist(), 8, 0, epoch)
+        for batch in load(PreparedScans(store, store.index), order, workers):
+            batch = batch.to(torch.device("cpu"))
+            for view in (0, 1):
+                views, _, _ = make_views(batch.images, batch.masks, batch.keys, recipe, seed=0, epoch=epoch, view=view,
+                                         spacing_mm=4.0)
+                made |= {(key, epoch, view): hashlib.sha256(one.numpy().tobytes()).hexdigest()
+                         for key, one in zip(batch.keys, views, strict=True)}
+    return made
+
+
+@pytest.mark.slow
+def test_runs_agree_and_workers_epochs_and_views_differ(store):
+    # MONAI's random transforms in a plain DataLoader draw the same in every worker and every epoch
+    here = hashes(store, workers=0)
+    assert len(set(here.values())) == len(here) > 60
+    assert hashes(store, workers=2) == here
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(hashes, store, 0).result() == here
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_makes_the_views_of_a_cpu(batch):
+    images, masks, keys = batch
+    for recipe in (read_recipe("paper"), alone("rotate", 0.3), alone("elastic"), alone("motion")):
+        one, mask, _ = make_views(images, masks, keys, recipe, seed=0, epoch=0, view=0)
+        other, other_mask, _ = make_views(images.cuda(), masks.cuda(), keys, recipe, seed=0, epoch=0, view=0)
+        assert (mask == other_mask.cpu()).float().mean() > 0.999 and (one - other.cpu()).abs().median() < 1e-3
 
 
 def test_known_draw():
