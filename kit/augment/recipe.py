@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from kit.augment import transforms as kinds
+from kit.augment.transforms import Flip
 from kit.reading import check, read_yaml
 from kit.runs import resolve, write_whole
 
@@ -24,7 +25,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     strength: Annotated[float, Field(ge=0, le=4)] = 1.0  # scales all ranges about what changes nothing
     crop: kinds.Crop | None = None
-    flip: kinds.Flip | None = None
+    flip: Flip | None = None
     shear: kinds.Shear | None = None
     rotate: kinds.Rotate | None = None
     zoom: kinds.Zoom | None = None

@@ -116,7 +116,8 @@ def explorer(
     strength = widgets.FloatSlider(1, min=0, max=2, step=0.1, description="strength")
     again = widgets.Button(description="Draw again")
     sliders = [_slice_slider(grid, plane) for plane in ("sagittal", "coronal", "axial")]  # x, y, z
-    words, picture, facts = widgets.HTML(), widgets.Image(format="png"), widgets.Image(format="png")
+    words, picture = widgets.HTML(), widgets.Image(format="png")
+    facts = widgets.Image(format="png", layout=widgets.Layout(width="760px"))
     worker, now = ThreadPoolExecutor(max_workers=1), {"request": 0, "pair": None}
 
     def redraw(_change: object = None) -> None:

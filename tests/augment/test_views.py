@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kit.augment.draws import TRANSFORMS, Draw, draw
-from kit.augment.recipe import Recipe, alone, at_strength, names, read_recipe, save_recipe, transform_types
+from kit.augment.recipe import Flip, Recipe, alone, at_strength, names, read_recipe, save_recipe, transform_types
 from kit.augment.views import apply, make_views
 from kit.data.loader import PreparedScans, epoch_batches, load
 from kit.reading import ParameterError
@@ -163,6 +163,12 @@ def test_strength_scales_about_what_changes_nothing(batch, recipe):
     plain = make_views(images, masks, keys, Recipe(), seed=0, epoch=0, view=0)
     assert torch.equal(still[0], plain[0]) and torch.equal(still[1], masks)
     assert {item.in_words() for item in still[2]} == {"unchanged"}
+
+
+def test_a_recipe_is_written_in_code_too():
+    recipe = Recipe(flip=Flip(probability=0.5, axes=["x"]))
+    assert recipe.plain() == {"strength": 1.0, "flip": {"probability": 0.5, "axes": ["x"]}}
+    assert {draw(recipe, 0, 0, key, 0).flip for key in range(20)} == {(False, False, False), (False, False, True)}
 
 
 def test_a_saved_recipe_reads_back(tmp_path):
