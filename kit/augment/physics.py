@@ -15,7 +15,7 @@ from kit.augment.spatial import resample, view_to_scan
 
 def along(image: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
     """Apply a (side, side) matrix along an axis; a new image."""
-    small = torch.from_numpy(matrix.astype(np.float32)).to(image.device)
+    small = torch.from_numpy(matrix).to(image.device, image.dtype)
     if axis == 0:
         return torch.mm(small, image.reshape(len(small), -1)).view_as(image)
     return torch.matmul(small, image) if axis == 1 else torch.matmul(image, small.T)

@@ -92,7 +92,7 @@ def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np
     """Resample one scan through a map.
 
     Args:
-        image: (depth, height, width) float32, contiguous.
+        image: (depth, height, width) float32 or float64, contiguous.
         mask: (depth, height, width) bool, contiguous.
         back: (3, 4), from `view_to_scan`.
         bent: control points from `bend`, which act on the view's coordinates before the map, or None.
@@ -140,7 +140,7 @@ def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
         between = torch.stack([torch.lerp(*(scan[index] if 0 <= index < depth else nothing
                                             for index in (below[number], below[number] + 1)), shares[number])
                                for number in part])
-        moved = F.grid_sample(between[None], grid[None], mode="bilinear", align_corners=False)[0]
+        moved = F.grid_sample(between[None], grid[None].to(image.dtype), mode="bilinear", align_corners=False)[0]
         for number in part:
             if 0 <= near[number] < depth:
                 torch.mul(inside[near[number]].reshape(-1).take(pixels).view(height, width), known,
@@ -172,7 +172,7 @@ def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset
     depth, height, width = image.shape
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(image.device)
+        return torch.from_numpy(np.ascontiguousarray(array, np.float64)).to(image)
 
     plane = np.tensordot(linear[:, 1:], np.indices((height, width)), 1) + offset[:, None, None]
     scale = (2 / np.array([width, height, depth]))[:, None, None]  # `grid_sample` counts (x, y, z), from -1 to 1
@@ -185,7 +185,7 @@ def _by_grid(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset
     padded = F.pad(mask.view(torch.int8), (1, 1, 1, 1, 1, 1)).view(-1)  # what lies outside reads a border of zeros
     for start in range(0, depth, slab):
         part = slice(start, min(start + slab, depth))
-        z = torch.arange(part.start, part.stop, device=image.device, dtype=torch.float32).view(-1, 1, 1, 1)
+        z = torch.arange(part.start, part.stop, device=image.device, dtype=image.dtype).view(-1, 1, 1, 1)
         where, grid = plane + z * step, grid_plane + z * grid_step  # (slices, 3, height, width)
         if bent is not None:
             here = along_y @ torch.einsum("sk,ckij->scij", along_z[part], points) @ along_x.T

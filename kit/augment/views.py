@@ -37,11 +37,11 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
         spacing_mm: of the grid, for ranges in mm.
 
     Returns:
-        views (batch, 1, depth, height, width) float32, z-scored inside the mask, zero outside;
+        views (batch, 1, depth, height, width) float32 (float64 where the scans are), z-scored inside the mask, zero
+        outside;
         their masks; and what was drawn, which `apply` repeats.
     """
-    views, view_masks = torch.empty(images.shape, device=images.device), torch.empty(masks.shape, dtype=torch.bool,
-                                                                                     device=masks.device)
+    views, view_masks = _empty(images, masks)
     draws = []
     for number, key in enumerate(keys):
         scan, out = (images[number, 0], masks[number, 0]), (views[number, 0], view_masks[number, 0])
@@ -64,8 +64,7 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
 def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
           spacing_mm: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Make the views that these draws describe; the arguments as for `make_views`."""
-    views, view_masks = torch.empty(images.shape, device=images.device), torch.empty(masks.shape, dtype=torch.bool,
-                                                                                     device=masks.device)
+    views, view_masks = _empty(images, masks)
     for number, drawn in enumerate(draws):
         out = views[number, 0], view_masks[number, 0]
         _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm, out)
@@ -73,10 +72,17 @@ def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], reci
     return views, view_masks
 
 
+def _empty(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for views and their masks: float32, or float64 where the scans are."""
+    kind = torch.promote_types(images.dtype, torch.float32)
+    return (torch.empty(images.shape, dtype=kind, device=images.device),
+            torch.empty(masks.shape, dtype=torch.bool, device=masks.device))
+
+
 def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float,
               out: tuple[torch.Tensor, torch.Tensor]) -> None:
     shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
-    resample(image.float().contiguous(), mask.contiguous(), view_to_scan(drawn, shape, spacing_mm),
+    resample(image.to(out[0].dtype).contiguous(), mask.contiguous(), view_to_scan(drawn, shape, spacing_mm),
              bend(drawn, shape, spacing_mm, apart), apart / spacing_mm, out=out)
     out[0].clamp_(-LARGEST, LARGEST)
 

@@ -60,6 +60,8 @@ def test_odd_inputs(name):
     turned = images.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)  # not contiguous
     assert torch.equal(make_views(turned, whole.expand(2, -1, -1, -1, -1), [1, 2], recipe, **KEY,
                                   spacing_mm=20.0)[0], wanted)
+    double = make_views(images.double(), whole.expand(2, -1, -1, -1, -1), [1, 2], recipe, **KEY, spacing_mm=20.0)[0]
+    assert double.dtype == torch.float64 and (double - wanted).abs().median() < 1e-4
     for kind in (torch.float16, torch.bfloat16):
         small = images.to(kind)
         same = make_views(small.float(), whole.expand(2, -1, -1, -1, -1), [1, 2], recipe, **KEY, spacing_mm=20.0)[0]
