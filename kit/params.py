@@ -21,17 +21,19 @@ class Explore(Parameters):
     cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
     prepared: ProjectPath | None = None  # prepared scans, instead of `cohort`
     sample_participants: Annotated[int, Field(ge=40)] = 60  # size of the sample cohort
-    scans: Positive = 3  # scans to look at
+    scans: Annotated[int, Field(ge=2)] = 6  # scans to look at; similarity compares them
     recipe: str = "weak"  # a recipe's name, or a YAML file
+    encoder: str = "random:resnet18_narrow"  # whose similarity is shown: as in 3_finetune
     seed: Seed = 0
     spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0  # of the grid that `cohort` is prepared on
     shape: Shape = (36, 48, 40)  # voxels (z, y, x)
     workers: Positive = 2  # processes
 
     def problems(self) -> list[str]:
+        problems = _encoder_problems("encoder", self.encoder)
         if self.prepared is not None:
-            return _prepared_problems("prepared", self.prepared)
-        return _cohort_problems(self.cohort)
+            return problems + _prepared_problems("prepared", self.prepared)
+        return problems + _cohort_problems(self.cohort)
 
 
 class Preprocess(Parameters):

@@ -2,48 +2,93 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from kit.augment.recipe import Recipe
+from kit.augment.recipe import Recipe, at_strength
+from kit.augment.transforms import AXES
 
-TRANSFORMS = ("crop", "flip", "rotate", "zoom", "shift", "gamma", "bias", "noise")
-AXES = ("z", "y", "x")
+# A transform's place is the number of its random stream: new ones go to the end, or old views change.
+TRANSFORMS = ("crop", "flip", "rotate", "zoom", "shift", "gamma", "bias", "noise", "shear", "translate", "elastic",
+              "scale", "gamma_inverted", "contrast", "histogram", "rician", "blur", "sharpen", "thick_slices", "gibbs",
+              "motion", "ghosting", "spike", "cutout", "patches")
+
+Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The numbers of one view; the defaults change nothing.
+    """The numbers of one view; the defaults change nothing. Each one's range stands in the recipe.
 
     Attributes:
         crop_start, crop_size: shares of each side (z, y, x).
         flip: mirror along (z, y, x).
         rotation_degrees: about (z, y, x).
+        shear_degrees: z with y, z with x, y with x.
         zoom: above 1 the brain becomes larger.
-        shift: added inside the mask.
-        gamma: exponent.
+        translation_mm: along (z, y, x).
+        elastic_mm: standard deviation of the control points' displacement.
+        shift, scale: added to, and multiplied with, what lies inside the mask.
+        gamma, gamma_inverted: exponents, of the image and of its negative.
+        contrast: factor about the mean, cut to the range that was there.
+        histogram_sd: standard deviation of the knots of the grey levels' warp, as a share of their range.
         bias_sd: standard deviation of the log bias field.
-        noise_sd: standard deviation of the noise.
-        field_seed: of the bias field and the noise, which are drawn voxel by voxel on the device.
+        noise_sd, rician_sd: standard deviation of Gaussian noise, and in both channels of a magnitude image.
+        blur_mm: full width at half maximum.
+        sharpen: how much of the blurred image is taken away.
+        slice_mm, slice_axis: thickness of slices, and the axis (0 z, 1 y, 2 x) across them.
+        gibbs_mm: voxel of the acquisition whose k-space is cut off.
+        motion_mm, motion_axis: standard deviation of the head's poses (mm and degrees), and the phase-encoding axis.
+        ghosting, ghosting_axis: share of the signal lost in every few lines, and the phase-encoding axis.
+        spike: the stripes' amplitude.
+        cutout_mm: side of the boxes.
+        patches: share of the patches.
+        field_seed: of everything that is drawn voxel by voxel or in detail.
     """
 
-    crop_start: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    crop_size: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    crop_start: Triple = (0.0, 0.0, 0.0)
+    crop_size: Triple = (1.0, 1.0, 1.0)
     flip: tuple[bool, bool, bool] = (False, False, False)
-    rotation_degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rotation_degrees: Triple = (0.0, 0.0, 0.0)
+    shear_degrees: Triple = (0.0, 0.0, 0.0)
     zoom: float = 1.0
+    translation_mm: Triple = (0.0, 0.0, 0.0)
+    elastic_mm: float = 0.0
     shift: float = 0.0
+    scale: float = 1.0
     gamma: float = 1.0
+    gamma_inverted: float = 1.0
+    contrast: float = 1.0
+    histogram_sd: float = 0.0
     bias_sd: float = 0.0
     noise_sd: float = 0.0
+    rician_sd: float = 0.0
+    blur_mm: float = 0.0
+    sharpen: float = 0.0
+    slice_mm: float = 0.0
+    slice_axis: int = 0
+    gibbs_mm: float = 0.0
+    motion_mm: float = 0.0
+    motion_axis: int = 0
+    ghosting: float = 0.0
+    ghosting_axis: int = 0
+    spike: float = 0.0
+    cutout_mm: float = 0.0
+    patches: float = 0.0
     field_seed: int = field(default=0, repr=False)
 
     def in_words(self) -> str:
         """What was drawn, in words and numbers; what changes nothing is left out."""
-        changed = {name: value for name, value in asdict(self).items()
-                   if value != getattr(Draw, name, None) and name != "field_seed"}
-        words = [f"{name.replace('_', ' ')} {_numbers(value)}" for name, value in changed.items()]
+        words = []
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if value == part.default or part.name == "field_seed" or part.name.endswith("_axis"):
+                continue
+            name, _, unit = part.name.rpartition("_")
+            name, unit = (name, f" {unit}") if unit in ("mm", "degrees") else (part.name.replace("_", " "), "")
+            axis = getattr(self, part.name.removesuffix("_mm") + "_axis", None)
+            words.append(f"{name} {_numbers(value)}{unit}" + ("" if axis is None else f" along {AXES[axis]}"))
         return "; ".join(words) or "unchanged"
 
 
@@ -51,7 +96,7 @@ def _numbers(value: object) -> str:
     if isinstance(value, tuple) and isinstance(value[0], bool):
         return "along " + " and ".join(axis for axis, on in zip(AXES, value, strict=True) if on)
     if isinstance(value, tuple):
-        return "(" + ", ".join(f"{part:.2f}" for part in value) + ")"
+        return "(" + ", ".join(f"{part + 0.0:.2f}" for part in value) + ")"
     return f"{value:.2f}"
 
 
@@ -65,28 +110,39 @@ def draw(recipe: Recipe, seed: int, epoch: int, scan: int, view: int, attempt: i
         seed, epoch, scan, view: the view's key; `scan` as `kit.data.loader.scan_key` gives it.
         attempt: above 0 when earlier draws left no brain in the box.
     """
-    streams = {name: np.random.Generator(np.random.Philox(np.random.SeedSequence(
-        [seed, epoch, scan, view, attempt, number]))) for number, name in enumerate(TRANSFORMS)}
-    values: dict[str, object] = {"field_seed": int(streams["noise"].integers(2**31))}
-    for name in TRANSFORMS:
+    if recipe.strength != 1:
+        recipe = at_strength(recipe, 1)
+    values: dict[str, object] = {}
+    for number, name in enumerate(TRANSFORMS):
         transform = getattr(recipe, name)
-        if transform is None:
+        if transform is None and name != "noise":
             continue
-        stream = streams[name]
+        stream = np.random.Generator(np.random.Philox(np.random.SeedSequence(
+            [seed, epoch, scan, view, attempt, number])))
+        if name == "noise":
+            values["field_seed"] = int(stream.integers(2**31))
+            if transform is None:
+                continue
         if name == "flip":
             on = stream.random(3) < transform.probability
             values["flip"] = tuple(bool(on[i]) and axis in transform.axes for i, axis in enumerate(AXES))
         elif stream.random() < transform.probability:
-            values.update(_values(name, transform, stream))
+            values.update(_values(transform, stream))
     return Draw(**values)
 
 
-def _values(name: str, transform: object, stream: np.random.Generator) -> dict[str, object]:
-    if name == "crop":
+def _values(transform: object, stream: np.random.Generator) -> dict[str, object]:
+    if transform.drawn == "crop_size":
         size = stream.uniform(transform.smallest, 1.0)
         return {"crop_size": tuple(size.tolist()), "crop_start": tuple((stream.random(3) * (1 - size)).tolist())}
-    if name == "rotate":
-        degrees = stream.uniform(-1, 1, 3) * np.asarray(transform.degrees)
-        return {"rotation_degrees": tuple(degrees.tolist())}
-    value = float(stream.uniform(*transform.range))
-    return {{"bias": "bias_sd", "noise": "noise_sd"}.get(name, name): value}
+    if transform.widest is not None:
+        return {transform.drawn: tuple((stream.uniform(-1, 1, 3) * np.asarray(transform.widest)).tolist())}
+    values = {transform.drawn: float(stream.uniform(*transform.range))}
+    if axes := getattr(transform, "axes", None):
+        values[transform.drawn.removesuffix("_mm") + "_axis"] = AXES.index(axes[stream.integers(len(axes))])
+    return values
+
+
+def detail(draw: Draw, name: str) -> np.random.Generator:
+    """The stream of what a transform draws beyond its strength, such as places; the same on every machine."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([draw.field_seed, TRANSFORMS.index(name)])))

@@ -1,99 +1,54 @@
 """Recipes: which transforms a view is made of, and from which ranges they are drawn.
 
-A recipe is data: a YAML file beside this module, or the user's own. Every transform has a probability; what
-a recipe does not name is not done.
+A recipe is data: a YAML file beside this module, or the user's own. What a recipe does not name is not done.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
+from kit.augment import transforms as kinds
+from kit.augment.transforms import Flip
 from kit.reading import check, read_yaml
-from kit.runs import resolve
+from kit.runs import resolve, write_whole
 
 FOLDER = Path(__file__).parent / "recipes"
 
 
-def _ordered(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError(f"the range starts above its end: {value[0]:g} > {value[1]:g}")
-    return value
-
-
-Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-
-
-class Transform(BaseModel):
-    """What all transforms share."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    probability: Annotated[float, Field(ge=0, le=1)] = 1.0
-
-
-class Crop(Transform):
-    """A box of random size and place, resized to the full box; `smallest` is a share of each side (z, y, x)."""
-
-    smallest: tuple[float, float, float]
-
-
-class Flip(Transform):
-    """Mirror along each of the axes, each with the probability."""
-
-    axes: list[Literal["z", "y", "x"]]
-
-
-class Rotate(Transform):
-    """Rotation about z, y and x, each within plus or minus so many degrees."""
-
-    degrees: tuple[float, float, float]
-
-
-class Zoom(Transform):
-    """One factor for all axes; above 1 the brain becomes larger."""
-
-    range: Range
-
-
-class Shift(Transform):
-    """A number added inside the mask, in standard deviations of the z-scored image."""
-
-    range: Range
-
-
-class Gamma(Transform):
-    """x -> ((x - min) / (max - min)) ** gamma * (max - min) + min, over the image's own range."""
-
-    range: Range
-
-
-class Bias(Transform):
-    """Multiplication by exp(smooth field), as of a receive coil; `range` is the field's standard deviation."""
-
-    range: Range
-    spacing_mm: Annotated[float, Field(gt=0)] = 60  # between the field's control points
-
-
-class Noise(Transform):
-    """Gaussian noise inside the mask; `range` is its standard deviation on the z-scored image."""
-
-    range: Range
-
-
 class Recipe(BaseModel):
-    """A view, in the order in which it is made; the z-score inside the mask always comes last."""
+    """A view, in the order in which it is made; the z-score inside the mask comes last, but for what is cut out."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    crop: Crop | None = None
+    strength: Annotated[float, Field(ge=0, le=4)] = 1.0  # scales all ranges about what changes nothing
+    crop: kinds.Crop | None = None
     flip: Flip | None = None
-    rotate: Rotate | None = None
-    zoom: Zoom | None = None
-    shift: Shift | None = None
-    gamma: Gamma | None = None
-    bias: Bias | None = None
-    noise: Noise | None = None
+    shear: kinds.Shear | None = None
+    rotate: kinds.Rotate | None = None
+    zoom: kinds.Zoom | None = None
+    translate: kinds.Translate | None = None
+    elastic: kinds.Elastic | None = None
+    shift: kinds.Shift | None = None
+    scale: kinds.Scale | None = None
+    gamma: kinds.Gamma | None = None
+    gamma_inverted: kinds.GammaInverted | None = None
+    contrast: kinds.Contrast | None = None
+    histogram: kinds.Histogram | None = None
+    bias: kinds.Bias | None = None
+    motion: kinds.Motion | None = None
+    ghosting: kinds.Ghosting | None = None
+    spike: kinds.Spike | None = None
+    gibbs: kinds.Gibbs | None = None
+    thick_slices: kinds.ThickSlices | None = None
+    blur: kinds.Blur | None = None
+    sharpen: kinds.Sharpen | None = None
+    rician: kinds.Rician | None = None
+    noise: kinds.Noise | None = None
+    cutout: kinds.Cutout | None = None
+    patches: kinds.Patches | None = None
 
     def problems(self) -> list[str]:
         """Nothing outside the recipe to check."""
@@ -101,7 +56,32 @@ class Recipe(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """The recipe as YAML values."""
-        return self.model_dump(exclude_none=True, mode="json")
+        return self.model_dump(exclude_none=True, exclude_unset=False, mode="json")
+
+    def text(self) -> str:
+        """The recipe as YAML, a line a transform; `read_recipe` reads it back."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, default_flow_style=None, width=110)
+
+
+def transform_types() -> dict[str, type[kinds.Transform]]:
+    """Every transform's name and type, in the order in which they act."""
+    return {name: info.annotation.__args__[0] for name, info in Recipe.model_fields.items() if name != "strength"}
+
+
+def alone(name: str, share: float = 1.0) -> Recipe:
+    """A recipe of one transform, always done, as strong as a share of what the explorer's slider reaches.
+
+    Args:
+        name: of the transform.
+        share: 0 changes nothing; the number drawn is always the range's end.
+    """
+    kind = transform_types()[name]
+    end = kind.neutral + share * (kind.most - kind.neutral)
+    strong = {"smallest": [max(1 - 0.8 * share, 0.05)] * 3, "axes": ["x"], "degrees": [share * kind.most] * 3,
+              "mm": [share * kind.most] * 3, "range": [end, end]}
+    fields = {field: strong[field] for field in kind.model_fields
+              if field in strong and (field != "axes" or name == "flip")}
+    return Recipe.model_validate({name: fields | {"probability": float(share > 0)}})
 
 
 def names() -> list[str]:
@@ -119,23 +99,35 @@ def read_recipe(recipe: str | Path) -> Recipe:
     return check(Recipe, read_yaml(named if named.is_file() else resolve(recipe)))
 
 
+def save_recipe(recipe: Recipe, path: str | Path) -> Path:
+    """Write a recipe that `read_recipe`, and so `2_pretrain`, takes; whole or not at all."""
+    return write_whole(resolve(path), lambda aside: aside.write_text(recipe.text()))
+
+
 def at_strength(recipe: Recipe, strength: float) -> Recipe:
     """The recipe with every range scaled about the value that changes nothing.
 
     Args:
-        recipe: any recipe.
-        strength: 0 changes nothing but the probability of flips, 1 leaves the recipe as it is.
+        recipe: any recipe; its own `strength` counts too.
+        strength: 0 changes nothing, 1 leaves the recipe as it is. Below 1 it also scales the flips' probability;
+            ranges stop at the limits of their transform.
+
+    Returns:
+        a recipe of strength 1.
     """
-    neutral = {"zoom": 1.0, "gamma": 1.0}
-    plain = recipe.plain()
-    for name, transform in plain.items():
-        middle = neutral.get(name, 0.0)
+    strength *= recipe.strength
+    plain = recipe.plain() | {"strength": 1.0}
+    for name, kind in transform_types().items():
+        transform = plain.get(name, {})
         if "range" in transform:
-            transform["range"] = [max(middle + strength * (edge - middle), 0.05 if name in neutral else -1e9)
-                                  for edge in transform["range"]]
-    if "rotate" in plain:
-        plain["rotate"]["degrees"] = [strength * degrees for degrees in plain["rotate"]["degrees"]]
+            transform["range"] = [min(max(edge + (strength - 1) * (edge - kind.neutral), kind.limits[0]),
+                                      kind.limits[1]) for edge in transform["range"]]
+        for widest, limit in (("degrees", 60 if name == "shear" else 180), ("mm", 200)):
+            if widest in transform:
+                transform[widest] = [min(strength * edge, limit) for edge in transform[widest]]
+    if "flip" in plain:
+        plain["flip"]["probability"] *= min(strength, 1.0)
     if "crop" in plain:
-        plain["crop"]["smallest"] = [min(max(1 - strength * (1 - share), 0.05), 1.0)
+        plain["crop"]["smallest"] = [min(max(share + (1 - strength) * (1 - share), 0.05), 1.0)
                                      for share in plain["crop"]["smallest"]]
     return Recipe.model_validate(plain)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from kit.augment import intensity
-from kit.augment.draws import Draw, draw
-from kit.augment.recipe import Recipe
-from kit.augment.spatial import resample, view_to_scan
+from kit.augment import intensity, physics
+from kit.augment.draws import Draw, detail, draw
+from kit.augment.recipe import Recipe, transform_types
+from kit.augment.spatial import bend, resample, view_to_scan
 
 ATTEMPTS = 8  # draws of a view before it is centred on the brain
 LEAST_BRAIN = 0.01  # share of the box that must be brain
+MAGNITUDE = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "motion_mm", "ghosting",
+             "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen", "rician_sd")  # need the darkest voxel at zero
+LARGEST = 1e15  # values beyond it are cut, so that no sum of squares overflows
 
 
 @torch.no_grad()
@@ -24,7 +29,7 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
     A view whose box misses the brain is drawn again, at most `ATTEMPTS` times, then centred on the brain.
 
     Args:
-        images: (batch, 1, depth, height, width) float32, zero outside the mask.
+        images: (batch, 1, depth, height, width) of any floating type, zero outside the mask; left as they are.
         masks: (batch, 1, depth, height, width) bool.
         keys: (batch,) the scans' keys, see `kit.data.loader.scan_key`.
         recipe: what to draw.
@@ -32,64 +37,134 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
         spacing_mm: of the grid, for ranges in mm.
 
     Returns:
-        views (batch, 1, depth, height, width) float32, z-scored inside the mask, zero outside;
+        views (batch, 1, depth, height, width) float32 (float64 where the scans are), z-scored inside the mask, zero
+        outside;
         their masks; and what was drawn, which `apply` repeats.
     """
-    draws = [draw(recipe, seed, epoch, key, view) for key in keys]
-    moved, moved_masks = _geometry(images, masks, draws)
-    for attempt in range(1, ATTEMPTS + 1):
-        least = np.minimum(LEAST_BRAIN, 0.5 * _brain_share(masks))
-        empty = np.flatnonzero(_brain_share(moved_masks) < least).tolist()
-        if not empty:
-            break
-        for item in empty:
-            again = draw(recipe, seed, epoch, keys[item], view, attempt)
-            draws[item] = _centred(again, masks[item, 0]) if attempt == ATTEMPTS else again
-        some, some_masks = _geometry(images[empty], masks[empty], [draws[item] for item in empty])
-        moved[empty], moved_masks[empty] = some, some_masks
-    return _intensity(moved, moved_masks, draws, recipe, spacing_mm), moved_masks, draws
+    views, view_masks = _empty(images, masks)
+    draws = []
+    for number, key in enumerate(keys):
+        scan, out = (images[number, 0], masks[number, 0]), (views[number, 0], view_masks[number, 0])
+        drawn = draw(recipe, seed, epoch, key, view)
+        _geometry(*scan, drawn, recipe, spacing_mm, out)
+        if _brain(out[1]) < LEAST_BRAIN:
+            least = min(LEAST_BRAIN, 0.5 * _brain(scan[1]))
+            for attempt in range(1, ATTEMPTS + 1):
+                if _brain(out[1]) >= least:
+                    break
+                drawn = draw(recipe, seed, epoch, key, view, attempt)
+                drawn = _centred(drawn, scan[1]) if attempt == ATTEMPTS else drawn
+                _geometry(*scan, drawn, recipe, spacing_mm, out)
+        _grey_levels(*out, drawn, recipe, spacing_mm)
+        draws.append(drawn)
+    return views, view_masks, draws
 
 
 @torch.no_grad()
 def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
           spacing_mm: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Make the views that these draws describe; the arguments as for `make_views`."""
-    moved, moved_masks = _geometry(images, masks, draws)
-    return _intensity(moved, moved_masks, draws, recipe, spacing_mm), moved_masks
+    views, view_masks = _empty(images, masks)
+    for number, drawn in enumerate(draws):
+        out = views[number, 0], view_masks[number, 0]
+        _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm, out)
+        _grey_levels(*out, drawn, recipe, spacing_mm)
+    return views, view_masks
 
 
-def _geometry(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = tuple(images.shape[2:])
-    maps = np.stack([view_to_scan(item, shape) for item in draws])
-    if np.array_equal(maps, np.broadcast_to(np.eye(3, 4), maps.shape)):
-        return images.clone(), masks.clone()
-    return resample(images, masks, maps)
+def _empty(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for views and their masks: float32, or float64 where the scans are."""
+    kind = torch.promote_types(images.dtype, torch.float32)
+    return (torch.empty(images.shape, dtype=kind, device=images.device),
+            torch.empty(masks.shape, dtype=torch.bool, device=masks.device))
 
 
-def _intensity(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
-               spacing_mm: float) -> torch.Tensor:
-    def column(name: str) -> torch.Tensor:
-        return torch.tensor([getattr(item, name) for item in draws], device=images.device, dtype=torch.float32)
-
-    seeds = [item.field_seed for item in draws]
-    if recipe.shift:
-        images = intensity.shift(images, masks, column("shift"))
-    if recipe.gamma:
-        images = intensity.gamma(images, masks, column("gamma"))
-    if recipe.bias:
-        images = intensity.bias_field(images, masks, column("bias_sd"), seeds, recipe.bias.spacing_mm / spacing_mm)
-    if recipe.noise:
-        images = intensity.noise(images, masks, column("noise_sd"), seeds)
-    return intensity.z_score(images, masks)
+def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float,
+              out: tuple[torch.Tensor, torch.Tensor]) -> None:
+    shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
+    resample(image.to(out[0].dtype).contiguous(), mask.contiguous(), view_to_scan(drawn, shape, spacing_mm),
+             bend(drawn, shape, spacing_mm, apart), apart / spacing_mm, out=out)
+    out[0].clamp_(-LARGEST, LARGEST)
 
 
-def _brain_share(masks: torch.Tensor) -> np.ndarray:
-    return masks.float().mean((1, 2, 3, 4)).cpu().numpy()
+def _grey_levels(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> None:
+    """Everything after the geometry, on one scan (depth, height, width), in place.
+
+    `drawn.shift` needs no work: what follows begins at the darkest voxel, or is the z-score, and undoes it.
+    """
+    inside, view = mask.view(torch.int8), image
+    if any(getattr(drawn, name) != getattr(Draw, name) for name in MAGNITUDE):
+        intensity.magnitude(image, inside)
+        _contrast(image, inside, drawn, recipe, spacing_mm)
+        image = _acquisition(image, inside, drawn, recipe, spacing_mm)
+    if drawn.noise_sd:
+        intensity.noise(image, inside, drawn.noise_sd, drawn.field_seed + 1)
+    if image is not view:
+        view.copy_(image)
+    intensity.z_score(view, inside)
+    if drawn.cutout_mm:
+        physics.cutout(view, drawn.cutout_mm / spacing_mm, _setting(recipe, "cutout", "boxes"), drawn)
+    if drawn.patches:
+        physics.patches(view, drawn.patches, _setting(recipe, "patches", "size_mm") / spacing_mm, drawn)
 
 
-def _centred(item: Draw, mask: torch.Tensor) -> Draw:
-    """The same draw with its crop moved to the brain's centre, as far as the scan reaches."""
+def _contrast(image: torch.Tensor, inside: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> None:
+    """What the tissue's grey levels and the coil do to a magnitude image, in place."""
+    if drawn.scale != 1:
+        intensity.scale(image, inside, drawn.scale)
+    if drawn.gamma != 1:
+        intensity.gamma(image, inside, drawn.gamma)
+    if drawn.gamma_inverted != 1:
+        intensity.gamma(image, inside, drawn.gamma_inverted, inverted=True)
+    if drawn.contrast != 1:
+        intensity.contrast(image, inside, drawn.contrast)
+    if drawn.histogram_sd:
+        knots = _setting(recipe, "histogram", "knots")
+        levels = np.linspace(0, 1, knots + 2)
+        levels[1:-1] += detail(drawn, "histogram").normal(0, drawn.histogram_sd, knots)
+        intensity.histogram(image, inside, np.sort(np.clip(levels, 0, 1)).tolist())
+    if drawn.bias_sd:
+        apart = _setting(recipe, "bias", "spacing_mm") / spacing_mm
+        points = [max(2, math.ceil(side / apart) + 1) for side in image.shape]
+        intensity.bias_field(image, inside, drawn.bias_sd, drawn.field_seed, points)
+
+
+def _acquisition(image: torch.Tensor, inside: torch.Tensor, drawn: Draw, recipe: Recipe,
+                 spacing_mm: float) -> torch.Tensor:
+    """What the scanner does to a magnitude image; the image is then cut to the mask again."""
+    if drawn.motion_mm:
+        image = physics.motion(image, drawn, _setting(recipe, "motion", "movements"), spacing_mm)
+    if drawn.ghosting:
+        image = physics.ghosting(image, drawn.ghosting, _setting(recipe, "ghosting", "ghosts"), drawn.ghosting_axis)
+    if drawn.spike:
+        image = physics.spike(image, drawn.spike, drawn)
+    if drawn.gibbs_mm > spacing_mm:
+        image = physics.gibbs(image, drawn.gibbs_mm / spacing_mm)
+    if drawn.slice_mm > spacing_mm:
+        image = physics.thick_slices(image, drawn.slice_mm / spacing_mm, drawn.slice_axis)
+    if drawn.blur_mm:
+        image = physics.blur(image, drawn.blur_mm / spacing_mm)
+    if drawn.sharpen:
+        image = physics.sharpen(image, drawn.sharpen, _setting(recipe, "sharpen", "fwhm_mm") / spacing_mm)
+    if drawn.rician_sd:
+        image = intensity.rician(image, inside, drawn.rician_sd, drawn.field_seed + 2)
+    return intensity.keep(image, inside)
+
+
+def _setting(recipe: Recipe, name: str, setting: str) -> float:
+    """What a recipe says beside a transform's range, or the default where it has no such transform."""
+    transform = getattr(recipe, name)
+    return transform_types()[name].model_fields[setting].default if transform is None else getattr(transform, setting)
+
+
+def _brain(mask: torch.Tensor) -> float:
+    """Share of the box that lies inside the mask."""
+    return torch.count_nonzero(mask.view(torch.int8)).item() / mask.numel()
+
+
+def _centred(drawn: Draw, mask: torch.Tensor) -> Draw:
+    """The same draw with its crop moved to the brain's centre, as far as the scan reaches, and no way from there."""
     points = mask.nonzero().float().mean(0).cpu().numpy() if mask.any() else np.asarray(mask.shape) / 2
-    size = np.asarray(item.crop_size)
+    size = np.asarray(drawn.crop_size)
     start = np.clip((points + 0.5) / np.asarray(mask.shape) - size / 2, 0, 1 - size)
-    return Draw(**{**item.__dict__, "crop_start": tuple(start.tolist())})
+    return replace(drawn, crop_start=tuple(start.tolist()), translation_mm=(0.0, 0.0, 0.0))

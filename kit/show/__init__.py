@@ -2,8 +2,11 @@
 pyplot.
 
 - `planes`: cut a volume the right way up; millimetres to voxels; grey levels
-- `figure`: an empty figure with its title and its note ("procedural data")
-- `slices`: a scan in three planes with overlay and outline; many scans; views beside their original
+- `figure`: an empty figure with its title and its note ("procedural data"); a small PNG for a notebook's page
+- `slices`: a scan in three planes with overlay and outline; many scans; views beside their original; a
+  transform at several strengths
 - `curves`: training, label efficiency, predictions, embeddings, cohort, registration; the benchmark's table
 - `explorer`: the interactive explorer of augmentations, and the same picture as a PNG
+- `recipe_controls`: its list of transforms, to be switched and dragged
+- `similarity`, `pair_facts`: how alike an encoder finds two views; the figure of it, beside the grey levels
 """

@@ -1,6 +1,6 @@
-"""The interactive explorer of augmentations: choose scan, recipe, strength and seed; look at two views.
+"""The interactive explorer of augmentations: choose scan and recipe, drag every range; look at two views.
 
-It knows nothing of how views are made: it takes a function `make_pair(scan, recipe, strength, seed) -> Pair`.
+It knows nothing of how views are made: it takes a function `make_pair(scan, recipe, seed) -> Pair`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -18,11 +18,18 @@ import numpy as np
 from IPython.display import display
 from PIL import Image, ImageDraw, ImageFont
 
+from kit.augment.recipe import Recipe, save_recipe
 from kit.data.grid import Grid
+from kit.runs import shown
 from kit.show import planes
+from kit.show.figure import small
+from kit.show.pair_facts import pair_facts_png
 from kit.show.planes import EDGES, PLANES, Pair, Point
+from kit.show.recipe_controls import RecipeControls
+from kit.show.similarity import Similarity
 
-MakePair = Callable[[str, str, float, int], Pair]
+Asked = tuple[str, Recipe, int]  # scan, recipe, seed
+MakePair = Callable[[str, Recipe, int], Pair]
 
 _MARGIN, _HEADER, _GAP, _SLICES = 110, 20, 4, 600  # pixels: rows' names, columns' names, gaps, all slices
 _ROWS = ("original", "view 1", "view 2", "view 1 − view 2")
@@ -36,7 +43,8 @@ def render_pair(pair: Pair, grid: Grid, position: Point | None = None, note: str
 
     Args:
         pair: volumes (depth, height, width) on the grid.
-        position: (x, y, z) MNI mm of the voxel that all slices go through; the grid's middle by default.
+        position: (x, y, z) MNI mm of the voxel that all slices go through, marked by lines; without it the
+            grid's middle, unmarked.
         note: small print below, such as "procedural data".
     """
     depth, height, width = grid.shape
@@ -48,7 +56,8 @@ def render_pair(pair: Pair, grid: Grid, position: Point | None = None, note: str
     for name, top in zip(_ROWS, tops, strict=False):
         draw.text((6, top + row_height // 2), name, "white", _font(11), anchor="lm")
     draw.text((6, tops[-1]), planes.footer(note), "#ff9d8a", _font(11))
-    for plane, index in zip(PLANES, planes.voxel_at(grid, position), strict=True):
+    voxel = planes.voxel_at(grid, position)
+    for plane, index in zip(PLANES, voxel, strict=True):
         draw.text((left, 3), planes.slice_name(grid, plane, index), "white", _font(11))
         slices = [planes.cut(volume, plane, index) for volume in (pair.original, pair.view_1, pair.view_2)]
         pictures = [(255 * planes.grey(picture, limits)).astype(np.uint8) for picture in slices]
@@ -58,6 +67,11 @@ def render_pair(pair: Pair, grid: Grid, position: Point | None = None, note: str
             above = top + (row_height - size[1]) // 2
             page.paste(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR), (left, above))
             middle = above + size[1] // 2
+            if position is not None:
+                across, up = (voxel[1 if plane == "sagittal" else 2], voxel[1 if plane == "axial" else 0])
+                x, y = left + scale * (across + 0.5), above + size[1] - scale * (up + 0.5)
+                draw.line((x, above, x, above + size[1] - 1), "#4fc3f7")
+                draw.line((left, y, left + size[0] - 1, y), "#4fc3f7")
             for letter, x, side in zip(EDGES[plane], (left + 3, left + size[0] - 3), "lr", strict=False):
                 draw.text((x, middle), letter, "white", _font(12), f"{side}m", stroke_width=1, stroke_fill=0)
         left += size[0] + _GAP
@@ -67,42 +81,43 @@ def render_pair(pair: Pair, grid: Grid, position: Point | None = None, note: str
 
 
 def static_picture(
-    make_pair: MakePair, scan: str, recipe: str, grid: Grid, strength: float = 1.0, seed: int = 0,
-    position: Point | None = None, note: str = "",
+    make_pair: MakePair, scan: str, recipe: Recipe, grid: Grid, seed: int = 0, position: Point | None = None,
+    note: str = "",
 ) -> bytes:
     """Return, as PNG, the picture that the explorer shows for these choices; needs no browser."""
-    return render_pair(make_pair(scan, recipe, strength, seed), grid, position, note)
+    return render_pair(make_pair(scan, recipe, seed), grid, position or _middle(grid), note)
 
 
 def explorer(
-    make_pair: MakePair, scans: Sequence[str], recipes: Sequence[str], grid: Grid, seed: int = 0,
-    note: str = "",
+    make_pair: MakePair, scans: Sequence[str], recipes: Mapping[str, Recipe], grid: Grid, seed: int = 0,
+    note: str = "", similarity: Similarity | None = None, recipe_path: str = "outputs/recipes/mine.yaml",
 ) -> widgets.VBox:
     """Build the explorer; its first picture is made before this returns, and an error in making it is raised.
 
     Moving a slice's slider redraws the pair at hand. Any other change makes a pair in a background thread:
-    requests overtaken by a later one are dropped, and an error is written in place of the pair's words.
+    requests overtaken by a later one are dropped, and an error is written in place of the pair's words. Grey
+    levels and similarity follow the picture, unless another request has come.
 
     Args:
-        make_pair: (scan, recipe, strength, seed) -> Pair.
-        scans, recipes: what to choose from; the first of each is shown first.
+        make_pair: (scan, recipe, seed) -> Pair.
+        scans, recipes: what to choose from, recipes by their names; the first of each is shown first.
         grid: the grid of the pair's volumes.
         seed: the first seed; "Draw again" takes the next.
         note: printed on every picture, such as "procedural data".
+        similarity: (number of the scan, recipe, seed) -> Similar, see `kit.show.similarity`.
+        recipe_path: where "Save recipe" writes, unless another path is typed in.
 
     Returns:
-        A box of controls, picture and words: give it to `display_explorer`.
+        A box of controls, picture, words and plots: give it to `display_explorer`.
     """
     number = widgets.IntText(seed, description="seed")
-    choices = [
-        widgets.Dropdown(options=list(scans), description="scan"),
-        widgets.Dropdown(options=list(recipes), description="recipe"),
-        widgets.FloatSlider(1, min=0, max=2, step=0.1, description="strength", continuous_update=False),
-        number,
-    ]
+    scan = widgets.Dropdown(options=list(scans), description="scan")
+    named = widgets.Dropdown(options=list(recipes), description="recipe")
+    strength = widgets.FloatSlider(1, min=0, max=2, step=0.1, description="strength")
     again = widgets.Button(description="Draw again")
     sliders = [_slice_slider(grid, plane) for plane in ("sagittal", "coronal", "axial")]  # x, y, z
     words, picture = widgets.HTML(), widgets.Image(format="png")
+    facts = widgets.Image(format="png", layout=widgets.Layout(width="760px"))
     worker, now = ThreadPoolExecutor(max_workers=1), {"request": 0, "pair": None}
 
     def redraw(_change: object = None) -> None:
@@ -113,32 +128,97 @@ def explorer(
         words.value = f"{html.escape(pair.drawn)} <i>({pair.seconds:.2f} s)</i>"
         redraw()
 
-    def make(request: int, asked: list) -> None:
+    def add_facts(request: int, asked: Asked) -> None:
+        if request == now["request"]:
+            found = similarity(list(scans).index(asked[0]), *asked[1:]) if similarity else None
+            if request == now["request"]:
+                facts.value = pair_facts_png(now["pair"], found, note)
+
+    def make(request: int, asked: Asked) -> None:
         if request != now["request"]:  # overtaken while it waited
             return
         try:
             pair = make_pair(*asked)
             if request == now["request"]:
                 show(pair)
+                add_facts(request, asked)
         except Exception as error:  # a thread's error would be seen by nobody
-            words.value = f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
+            words.value = _wrong(error)
+
+    def asked() -> Asked:
+        return scan.value, controls.recipe(strength.value), number.value
 
     def ask(_change: object = None) -> None:
         now["request"] += 1
-        worker.submit(make, now["request"], [choice.value for choice in choices])
+        try:
+            worker.submit(make, now["request"], asked())
+        except ValueError as error:  # of a recipe that cannot be
+            words.value = _wrong(error)
 
-    show(make_pair(*(choice.value for choice in choices)))
-    for choice in choices:
-        choice.observe(ask, "value")
+    controls = RecipeControls(ask)
+
+    def choose(_change: object = None) -> None:
+        controls.show(recipes[named.value])
+        strength.unobserve(ask, "value")
+        strength.value = recipes[named.value].strength
+        strength.observe(ask, "value")
+        ask()
+
+    controls.show(recipes[named.value])
+    strength.value = recipes[named.value].strength
+    first = asked()
+    show(make_pair(*first))
+    worker.submit(add_facts, 0, first)
+    for widget, answer in ((scan, ask), (named, choose), (strength, ask), (number, ask)):
+        widget.observe(answer, "value")
     for slider in sliders:
         slider.observe(redraw, "value")
     again.on_click(lambda _button: setattr(number, "value", number.value + 1))
-    return widgets.VBox([widgets.HBox([widgets.VBox([*choices, again, *sliders]), picture]), words])
+    transforms = widgets.Accordion([controls.box], titles=("transforms: switch on and off, drag the ranges",))
+    return widgets.VBox([
+        widgets.HBox([widgets.VBox([scan, named, strength, number, again, *sliders]), picture]), words, facts,
+        transforms, _keep(lambda: asked()[1], recipe_path)])
+
+
+def _keep(recipe: Callable[[], Recipe], path: str) -> widgets.VBox:
+    """A row that writes the recipe as YAML, and one that shows it to be copied."""
+    where = widgets.Text(path, description="file")
+    save, copy = widgets.Button(description="Save recipe"), widgets.Button(description="Copy")
+    said = widgets.HTML()
+    text = widgets.Textarea(layout=widgets.Layout(width="760px", height="200px", display="none"))
+
+    def keep(_button: object) -> None:
+        try:
+            said.value = (f"saved; 2_pretrain takes it: <code>recipe = "
+                          f"&quot;{html.escape(shown(save_recipe(recipe(), where.value)))}&quot;</code>")
+        except (OSError, ValueError) as error:
+            said.value = _wrong(error)
+
+    def reveal(_button: object) -> None:
+        try:
+            text.value = recipe().text()
+            text.layout.display = "none" if text.layout.display == "flex" else "flex"
+        except ValueError as error:
+            said.value = _wrong(error)
+
+    save.on_click(keep)
+    copy.on_click(reveal)
+    return widgets.VBox([widgets.HBox([where, save, copy, said]), text])
+
+
+def _wrong(error: Exception) -> str:
+    return f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
+
+
+def _middle(grid: Grid) -> Point:
+    """MNI mm of the middle voxel."""
+    return tuple(planes.slice_mm(grid, plane, grid.shape[list(PLANES).index(plane)] // 2)
+                 for plane in ("sagittal", "coronal", "axial"))
 
 
 def display_explorer(box: widgets.VBox) -> None:
-    """Show the explorer and, in the same output, its present picture as PNG for pages that run no widgets."""
-    picture = base64.b64encode(box.children[0].children[1].value).decode("ascii")
+    """Show the explorer and, in the same output, its present picture as a small PNG for pages that run no widgets."""
+    picture = base64.b64encode(small(bytes(box.children[0].children[1].value)).data).decode("ascii")
     display({**box._repr_mimebundle_(), "image/png": picture}, raw=True)
 
 

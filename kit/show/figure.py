@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import matplotlib_inline.backend_inline  # noqa: F401  a notebook then draws figures that pyplot never saw
+import PIL.Image
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -26,6 +30,17 @@ def blank(width: float, height: float, title: str = "", note: str = "") -> Figur
     if note:  # a label of the whole figure has its own room in the layout: nothing is drawn over it
         figure.supxlabel(note, fontsize=TEXT - 1, color="#b03a2e", x=0.01, ha="left")
     return figure
+
+
+def small(figure: Figure | bytes, colours: int = 64) -> Image:
+    """A figure, or a PNG, as a PNG of few colours for a notebook's page: a third of the size, and looks the same."""
+    if isinstance(figure, Figure):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", bbox_inches="tight")
+        figure = buffer.getvalue()
+    picture, buffer = PIL.Image.open(io.BytesIO(figure)).convert("RGB"), io.BytesIO()
+    picture.quantize(colours, dither=PIL.Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    return Image(buffer.getvalue())
 
 
 def bare(axes: Axes, title: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ def montage(
 
 def views_sheet(
     pairs: Sequence[Pair], grid: Grid, titles: Sequence[str] | None = None, note: str = "",
-    plane: str = "axial", position: Point | None = None, title: str = "",
+    plane: str = "axial", position: Point | None = None, title: str = "", height: float = 210,
 ) -> Figure:
     """Draw a row per pair: original, view 1, view 2, and view 1 minus view 2 (red where view 1 is brighter).
 
@@ -102,10 +102,11 @@ def views_sheet(
         pairs: what to draw; volumes (depth, height, width) on the grid.
         titles: one per row, such as the scan or the transform.
         plane, position: which slice; position in MNI mm (x, y, z), the grid's middle by default.
+        height: pixels of a slice as high as it is wide.
     """
     index = voxel_at(grid, position)[list(PLANES).index(plane)]
     rows, columns = cut(np.empty(grid.shape, dtype=bool), plane, 0).shape
-    figure = blank(870, len(pairs) * (210 * rows / columns + 6) + 20, title, footer(note))
+    figure = blank(height * 29 / 7, len(pairs) * (height * rows / columns + 6) + 20, title, footer(note))
     panels = figure.subplots(len(pairs), 4, squeeze=False)
     for number, (row, pair) in enumerate(zip(panels, pairs, strict=True)):
         _same_shape(grid, original=pair.original, view_1=pair.view_1, view_2=pair.view_2)
@@ -119,6 +120,30 @@ def views_sheet(
             bare(axes, name if number == 0 else "")
         row[0].set_ylabel(titles[number] if titles is not None else "", fontsize=TEXT)
         _letters(row[0], plane)
+    return figure
+
+
+def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndarray, grid: Grid, note: str = "",
+                    columns: int = 3, position: Point | None = None) -> Figure:
+    """Draw, for each transform, one axial slice at each of its strengths, weak to strong from left to right.
+
+    Args:
+        views: by the transform's name; volumes (depth, height, width) on the grid.
+        original: whose grey levels all share.
+        columns: transforms side by side.
+    """
+    index, limits, count = voxel_at(grid, position)[0], window(original), len(next(iter(views.values())))
+    for name, volumes in views.items():
+        _same_shape(grid, **{f"{name} {number}": volume for number, volume in enumerate(volumes, start=1)})
+    rows = math.ceil(len(views) / columns)
+    tile = 600 / (columns * count) * grid.shape[1] / grid.shape[2] + 22
+    figure = blank(600, rows * tile, note=footer(note))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        bare(axes)
+    for axes, (name, volumes) in zip(panels, views.items(), strict=False):
+        _draw_grey(axes, np.hstack([cut(volume, "axial", index) for volume in volumes]), limits)
+        bare(axes, name.replace("_", " "))
     return figure
 
 

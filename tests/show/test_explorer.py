@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kit.augment.draws import TRANSFORMS
+from kit.augment.recipe import Recipe, alone, names, read_recipe
 from kit.data.grid import Grid
 from kit.show import explorer as module
-from kit.show.explorer import Pair, display_explorer, explorer, render_pair, static_picture
+from kit.show.explorer import display_explorer, explorer, render_pair, static_picture
+from kit.show.planes import Pair
+from kit.show.recipe_controls import RecipeControls
+from kit.show.similarity import Similar
 
 GRID = Grid((12, 16, 14), 12.0)
 TOP, LEFT, SIDE = 20, 110, 600  # of the first picture; the width of all slices
@@ -26,28 +31,31 @@ def scan() -> np.ndarray:
     return volume
 
 
-def make_pair(name: str, recipe: str, strength: float, seed: int) -> Pair:
+RECIPES = {"paper": read_recipe("paper"), "none": Recipe()}
+
+
+def make_pair(name: str, recipe: Recipe, seed: int) -> Pair:
     """A view that is brighter by seed and strength, and one that is flipped left to right."""
-    if recipe == "broken":
+    if recipe.crop is None:
         raise RuntimeError("no such <recipe>")
+    strength = recipe.strength
     original = scan() * (2 if name == "second" else 1)
     original[2:5, 2:5, 8:12] *= 1 + strength + seed
     return Pair(original, original + 0.3 * strength * (original > 0), original[:, :, ::-1],
-                f"{name} by {recipe}, strength {strength}, seed {seed}", 0.25)
+                f"{name} by {recipe.crop.probability:g}, strength {strength}, seed {seed}", 0.25)
 
 
 def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png))).astype(int)
 
 
+def walk(box: widgets.Widget) -> list[widgets.Widget]:
+    return [box, *(below for child in getattr(box, "children", ()) for below in walk(child))]
+
+
 def find(box: widgets.Widget, description: str = "", kind: type = widgets.Widget) -> widgets.Widget:
-    stack, found = [box], []
-    while stack:
-        widget = stack.pop()
-        stack += getattr(widget, "children", ())
-        if isinstance(widget, kind) and getattr(widget, "description", "") == description:
-            found.append(widget)
-    return found[-1] if kind is widgets.Widget else next(w for w in found if type(w) is kind)
+    return next(widget for widget in walk(box) if getattr(widget, "description", "") == description
+                and (type(widget) is kind or kind is widgets.Widget))
 
 
 def until(condition) -> None:
@@ -89,7 +97,7 @@ def test_slices_go_through_the_position():
     volume = np.zeros(GRID.shape, dtype=np.float32)
     volume[3] = 1.0
     pair = Pair(volume, volume, volume)
-    at, off = (pixels(render_pair(pair, GRID, (0, 0, GRID.origin_mm[2] + index * 12.0)))[TOP:200, LEFT:280].mean()
+    at, off = (pixels(render_pair(pair, GRID, (0, 0, GRID.origin_mm[2] + index * 12.0)))[TOP:200, LEFT:280, 0].mean()
                for index in (3, 4))
     assert at > 10 * off
 
@@ -106,18 +114,18 @@ def test_a_picture_of_96_cubed_is_quick():
 
 
 def test_first_picture_is_the_static_one():
-    box = explorer(make_pair, ["first", "second"], ["paper"], GRID, seed=3, note="procedural data")
+    box = explorer(make_pair, ["first", "second"], {"paper": RECIPES["paper"]}, GRID, seed=3, note="procedural data")
     picture, words = find(box, kind=widgets.Image), find(box, kind=widgets.HTML)
-    still = static_picture(make_pair, "first", "paper", GRID, strength=1.0, seed=3, note="procedural data")
+    still = static_picture(make_pair, "first", RECIPES["paper"], GRID, seed=3, note="procedural data")
     np.testing.assert_array_equal(pixels(picture.value), pixels(still))
-    assert words.value == "first by paper, strength 1.0, seed 3 <i>(0.25 s)</i>"
+    assert words.value == "first by 1, strength 1.0, seed 3 <i>(0.25 s)</i>"
 
 
 @pytest.mark.parametrize(("control", "value", "word"), [
     ("scan", "second", "second by"), ("strength", 2.0, "strength 2.0"), ("seed", 7, "seed 7"),
 ])
 def test_a_changed_control_makes_a_new_picture(control, value, word):
-    box = explorer(make_pair, ["first", "second"], ["paper"], GRID)
+    box = explorer(make_pair, ["first", "second"], {"paper": RECIPES["paper"]}, GRID)
     picture, words = find(box, kind=widgets.Image), find(box, kind=widgets.HTML)
     before = picture.value
     find(box, control).value = value
@@ -125,7 +133,7 @@ def test_a_changed_control_makes_a_new_picture(control, value, word):
 
 
 def test_draw_again_takes_the_next_seed():
-    box = explorer(make_pair, ["first"], ["paper"], GRID, seed=4)
+    box = explorer(make_pair, ["first"], {"paper": RECIPES["paper"]}, GRID, seed=4)
     find(box, "Draw again").click()
     assert find(box, "seed").value == 5
     until(lambda: "seed 5" in find(box, kind=widgets.HTML).value)
@@ -138,7 +146,7 @@ def test_a_slice_slider_redraws_without_a_new_pair():
         made.append(asked)
         return make_pair(*asked)
 
-    box = explorer(counted, ["first"], ["paper"], GRID)
+    box = explorer(counted, ["first"], {"paper": RECIPES["paper"]}, GRID)
     for axis in "xyz":
         slider = find(box, f"{axis} (mm)")
         before = find(box, kind=widgets.Image).value
@@ -151,13 +159,13 @@ def test_a_slice_slider_redraws_without_a_new_pair():
 def test_overtaken_requests_are_never_made():
     made, held = [], threading.Event()
 
-    def slow(name: str, recipe: str, strength: float, seed: int) -> Pair:
+    def slow(name: str, recipe: Recipe, seed: int) -> Pair:
         if made:
             held.wait(5)
         made.append(seed)
-        return make_pair(name, recipe, strength, seed)
+        return make_pair(name, recipe, seed)
 
-    box = explorer(slow, ["first"], ["paper"], GRID)
+    box = explorer(slow, ["first"], {"paper": RECIPES["paper"]}, GRID)
     seed, words = find(box, "seed"), find(box, kind=widgets.HTML)
     for value in (1, 2, 3, 4):
         seed.value = value
@@ -169,20 +177,81 @@ def test_overtaken_requests_are_never_made():
 
 def test_errors_are_seen():
     with pytest.raises(RuntimeError, match="recipe"):  # the first: a notebook's run must fail
-        explorer(make_pair, ["first"], ["broken"], GRID)
-    box = explorer(make_pair, ["first"], ["paper", "broken"], GRID)
+        explorer(make_pair, ["first"], {"none": Recipe()}, GRID)
+    box = explorer(make_pair, ["first"], RECIPES, GRID)
     words = find(box, kind=widgets.HTML)
-    find(box, "recipe").value = "broken"
+    find(box, "recipe").value = "none"
     until(lambda: words.value == "<b>RuntimeError</b>: no such &lt;recipe&gt;")
     find(box, "recipe").value = "paper"
-    until(lambda: "first by paper" in words.value)
+    until(lambda: "first by 1" in words.value)
 
 
 def test_widget_and_png_are_one_output(monkeypatch):
     shown = []
     monkeypatch.setattr(module, "display", lambda bundle, raw: shown.append((bundle, raw)))
-    box = explorer(make_pair, ["first"], ["paper"], GRID)
+    box = explorer(make_pair, ["first"], {"paper": RECIPES["paper"]}, GRID)
     display_explorer(box)
     bundle, raw = shown[0]
     assert raw and bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == box.model_id
-    assert base64.b64decode(bundle["image/png"]) == find(box, kind=widgets.Image).value
+    still = pixels(base64.b64decode(bundle["image/png"]))  # of a palette
+    assert still.shape[:2] == pixels(find(box, kind=widgets.Image).value).shape[:2]
+
+
+def test_transforms_are_switched_and_dragged(tmp_path):
+    asked = []
+
+    def noted(name: str, recipe: Recipe, seed: int) -> Pair:
+        asked.append(recipe)
+        return make_pair(name, recipe, seed)
+
+    box = explorer(noted, ["first"], {"paper": RECIPES["paper"]}, GRID, recipe_path=str(tmp_path / "mine.yaml"))
+    assert asked[0] == RECIPES["paper"]  # what the widgets say is the recipe itself
+    find(box, "blur", widgets.Checkbox).value = True
+    find(box, "shift", widgets.Checkbox).value = False
+    find(box, "strength").value = 0.5
+    until(lambda: asked[-1].blur is not None and asked[-1].shift is None and asked[-1].strength == 0.5)
+    row = next(w for w in walk(box) if isinstance(w, widgets.HBox) and w.children
+               and getattr(w.children[0], "description", "") == "gamma")
+    row.children[2].value = (0.8, 2.0)
+    row.children[1].value = 0.3
+    until(lambda: asked[-1].gamma.range == (0.8, 2.0) and asked[-1].gamma.probability == 0.3)
+    find(box, "Save recipe").click()
+    assert read_recipe(tmp_path / "mine.yaml") == asked[-1]
+    find(box, "Copy").click()
+    shown = find(box, kind=widgets.Textarea)
+    assert shown.value == (tmp_path / "mine.yaml").read_text() and shown.layout.display == "flex"
+
+
+def test_every_recipe_survives_the_widgets():
+    controls = RecipeControls(lambda: pytest.fail("a change by hand"))
+    for name in names():
+        controls.show(read_recipe(name))
+        assert controls.recipe() == read_recipe(name)
+    for name in TRANSFORMS:
+        controls.show(alone(name))
+        assert controls.recipe() == alone(name)
+
+
+def test_what_the_browser_rounds_is_not_a_change():
+    controls, odd = RecipeControls(lambda: None), Recipe.model_validate({"gamma": {"range": [0.7004, 1.5]}})
+    controls.show(odd)
+    slider = controls.rows["gamma"].sliders["range", None]
+    slider.value = (0.7, 1.5)  # noUiSlider sends back the nearest step
+    assert controls.recipe() == odd
+    slider.value = (0.71, 1.5)
+    assert controls.recipe().gamma.range == (0.71, 1.5)
+
+
+def test_grey_levels_and_similarity_follow(monkeypatch):
+    found = []
+
+    def similarity(number: int, recipe: Recipe, seed: int) -> Similar:
+        found.append((number, recipe.strength, seed))
+        return Similar(0.9, np.array([0.8]), np.array([0.1, 0.2]), "a network")
+
+    box = explorer(make_pair, ["first", "second"], {"paper": RECIPES["paper"]}, GRID, similarity=similarity)
+    facts = [widget for widget in walk(box) if isinstance(widget, widgets.Image)]
+    assert len(facts) == 2
+    until(lambda: all(image.value for image in facts))
+    find(box, "scan").value = "second"
+    until(lambda: found[-1] == (1, 1.0, 0))

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from kit.data.grid import Grid
 from kit.show.planes import Pair
-from kit.show.slices import montage, three_planes, views_sheet
+from kit.show.slices import montage, strengths_sheet, three_planes, views_sheet
 
 GRID = Grid((12, 16, 14), 12.0)
 
@@ -104,3 +104,12 @@ def test_figures_are_small_and_pyplot_keeps_none(scan):
     for figure in (three_planes(scan, GRID, scan), montage([scan] * 7, GRID), views_sheet([pair], GRID)):
         assert figure.get_size_inches()[0] * figure.dpi <= 900
     assert plt.get_fignums() == []
+
+
+def test_strengths_sheet_has_a_panel_per_transform(scan):
+    figure = strengths_sheet({"gamma_inverted": [scan, 2 * scan], "flip": [scan, scan[:, :, ::-1]]}, scan, GRID,
+                             "procedural data", columns=2)
+    assert [axes.get_title() for axes in figure.axes] == ["gamma inverted", "flip"]
+    flip = np.asarray(figure.axes[1].images[0].get_array())
+    assert flip.shape == (16, 28) and flip[5, 3] == 1 and flip[5, 14 + 10] == 1  # left, then right
+    assert "procedural data" in figure.get_supxlabel()

@@ -1,0 +1,146 @@
+"""What the acquisition does to one scan: blur, thick slices, ringing, ghosts, motion, spikes; and what hides it.
+
+All act on a magnitude image (see `kit.augment.intensity`), (depth, height, width) float32. What is linear along an
+axis is a small matrix (side, side) along it, made in float64: exact, and as fast as any convolution at these sizes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kit.augment.draws import Draw, detail
+from kit.augment.spatial import resample, view_to_scan
+
+
+def along(image: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
+    """Apply a (side, side) matrix along an axis; a new image."""
+    small = torch.from_numpy(matrix).to(image.device, image.dtype)
+    if axis == 0:
+        return torch.mm(small, image.reshape(len(small), -1)).view_as(image)
+    return torch.matmul(small, image) if axis == 1 else torch.matmul(image, small.T)
+
+
+def blur(image: torch.Tensor, fwhm: float) -> torch.Tensor:
+    """Blur with a Gaussian of so many voxels full width at half maximum; at the box's edge it repeats the edge."""
+    for axis in range(3):
+        image = along(image, gaussian(image.shape[axis], fwhm), axis)
+    return image
+
+
+def gaussian(side: int, fwhm: float) -> np.ndarray:
+    """Rows of Gaussian weights that sum to 1, as `scipy.ndimage.gaussian_filter1d(mode="nearest")`."""
+    sd = fwhm / np.sqrt(8 * np.log(2))
+    reach = int(4 * sd + 0.5)
+    steps = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (steps / sd) ** 2)
+    matrix = np.zeros((side, side))
+    for step, weight in zip(steps, weights / weights.sum(), strict=True):
+        np.add.at(matrix, (np.arange(side), np.clip(np.arange(side) + step, 0, side - 1)), weight)
+    return matrix
+
+
+def sharpen(image: torch.Tensor, amount: float, fwhm: float) -> torch.Tensor:
+    """Unsharp masking: x + amount * (x - blurred x), no voxel below zero."""
+    return torch.lerp(blur(image, fwhm), image, 1 + amount).clamp_(min=0)
+
+
+def thick_slices(image: torch.Tensor, thickness: float, axis: int) -> torch.Tensor:
+    """Means over slices so many voxels thick across an axis, read out between their middles linearly."""
+    return along(image, slices(image.shape[axis], thickness), axis)
+
+
+def slices(side: int, thickness: float) -> np.ndarray:
+    """The matrix of `thick_slices`; of one voxel or less, the identity."""
+    if thickness <= 1:
+        return np.eye(side)
+    count = int(np.ceil(side / thickness))
+    edges = np.clip(side / 2 + (np.arange(count + 1) - count / 2) * thickness, 0, side)
+    voxels = np.arange(side)
+    share = np.minimum(edges[1:, None], voxels + 1) - np.maximum(edges[:-1, None], voxels)
+    share = np.clip(share, 0, None)
+    middles = (edges[1:] + edges[:-1]) / 2
+    read = np.stack([np.interp(voxels + 0.5, middles, one) for one in np.eye(count)], axis=1)
+    return read @ (share / share.sum(1, keepdims=True))
+
+
+def gibbs(image: torch.Tensor, voxel: float) -> torch.Tensor:
+    """Cut k-space off, along each axis, where an acquisition with voxels so many times larger ends; the magnitude."""
+    for axis in range(3):
+        frequency = np.abs(np.fft.fftfreq(image.shape[axis]))
+        image = along(image, _filter(frequency <= 0.5 / voxel), axis)
+    return image.abs_()
+
+
+def ghosting(image: torch.Tensor, lost: float, ghosts: int, axis: int) -> torch.Tensor:
+    """Weaken every `ghosts`-th line of k-space along an axis, but for its middle, by a share; the magnitude.
+
+    Copies appear a `ghosts`-th of the box apart, as when the signal breathes with the lines.
+    """
+    line = np.abs(np.rint(np.fft.fftfreq(image.shape[axis]) * image.shape[axis])).astype(int)
+    weak = (line % ghosts == 0) & (line > 0)
+    return along(image, _filter(1 - lost * weak), axis).abs_()
+
+
+def _filter(gains: np.ndarray) -> np.ndarray:
+    """The matrix that multiplies each frequency by a gain that is the same for k and -k."""
+    response = np.fft.ifft(np.asarray(gains, float)).real
+    place = np.arange(len(response))
+    return response[(place[:, None] - place[None, :]) % len(response)]
+
+
+def spike(image: torch.Tensor, amplitude: float, draw: Draw) -> torch.Tensor:
+    """Add the plane wave of one wrong value in k-space; the magnitude.
+
+    Its frequency lies up to a quarter of the sampling rate along each axis.
+    """
+    stream = detail(draw, "spike")
+    rates, phase = stream.uniform(0.02, 0.25, 3) * stream.choice([-1, 1], 3), stream.uniform(0, 2 * np.pi)
+    waves = [np.exp(2j * np.pi * rate * np.arange(side)) for rate, side in zip(rates, image.shape, strict=True)]
+    along_z = torch.from_numpy((waves[0] * np.exp(1j * phase)).astype(np.complex64)).to(image.device)
+    plane = torch.from_numpy(np.outer(waves[1], waves[2]).astype(np.complex64)).to(image.device)
+    for number in range(len(image)):
+        image[number].add_((along_z[number] * plane).real, alpha=amplitude)
+    return image.abs_()
+
+
+def motion(image: torch.Tensor, draw: Draw, movements: int, spacing_mm: float) -> torch.Tensor:
+    """The head moves while the lines along an axis are measured, one after the other (Shaw et al. 2019).
+
+    The line of the middle, which carries most of the contrast, is measured in the first pose; after it the head
+    moves `movements` times, at random lines. Lines before the middle mirror those after it, as in a centric order.
+    Each pose's turns (degrees) and ways (mm) have a standard deviation of `draw.motion_mm`.
+    """
+    stream, axis = detail(draw, "motion"), draw.motion_axis
+    everything = torch.ones_like(image, dtype=torch.bool)
+    line = torch.fft.fftfreq(image.shape[axis], device=image.device).abs()
+    starts = np.sort(stream.uniform(0.03, 0.3, movements))  # lines' frequencies, in cycles a voxel
+    k_space = torch.fft.fft(image, dim=axis)
+    for start in starts:
+        turns, ways = stream.normal(0, draw.motion_mm, (2, 3))
+        pose = view_to_scan(Draw(rotation_degrees=tuple(turns), translation_mm=tuple(ways)), image.shape, spacing_mm)
+        moved = torch.fft.fft(resample(image, everything, pose)[0], dim=axis)
+        later = (line >= float(start)).view([-1 if number == axis else 1 for number in range(3)])
+        k_space = torch.where(later, moved, k_space)
+    return torch.fft.ifft(k_space, dim=axis).abs()
+
+
+def cutout(image: torch.Tensor, side: float, boxes: int, draw: Draw) -> torch.Tensor:
+    """Set boxes of so many voxels a side, their middles anywhere in the box, to zero (DeVries and Taylor 2017)."""
+    for middle in detail(draw, "cutout").random((boxes, 3)) * np.asarray(image.shape):
+        low, high = np.clip(np.rint([middle - side / 2, middle + side / 2]), 0, image.shape).astype(int)
+        image[low[0]:high[0], low[1]:high[1], low[2]:high[2]] = 0
+    return image
+
+
+def patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:
+    """Set a share of the patches of a regular grid, so many voxels a side, to zero (He et al. 2022)."""
+    width = max(1, round(size))
+    counts = [-(-side // width) for side in image.shape]
+    order = detail(draw, "patches").permutation(int(np.prod(counts)))
+    kept = np.ones(len(order), dtype=np.float32)
+    kept[order[:round(share * len(order))]] = 0
+    for axis, side in enumerate(image.shape):
+        kept = kept.reshape(counts) if axis == 0 else kept
+        kept = np.repeat(kept, width, axis=axis).take(range(side), axis=axis)
+    return image.mul_(torch.from_numpy(kept).to(image.device))

@@ -1,0 +1,214 @@
+"""JupyterLab in a real Chromium: the explorer is opened, run, used by hand, and its recipe saved.
+
+Screenshots stay in `outputs/browser`, to be looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from kit.augment.recipe import Recipe, read_recipe
+from kit.data.grid import Grid
+from kit.data.register import template_on
+from kit.data.store import FORMAT, scan_path, write_scan
+from kit.execute import FOLDER
+from kit.runs import ROOT, outputs_dir
+
+pytestmark = pytest.mark.slow
+
+NOTEBOOK = "0_explore_augmentations.ipynb"
+SCREENSHOTS = outputs_dir() / "browser"
+SETTINGS = {  # every output on the page, and no questions to the network
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three prepared scans: the template with noise of different seeds."""
+    folder, grid = tmp_path_factory.mktemp("prepared"), Grid((36, 48, 40), 4.0)
+    image, mask = template_on(grid)
+    rows = []
+    for number in range(3):
+        noisy = image + np.random.default_rng(number).normal(0, 0.05, image.shape)
+        scan = f"template_{number}"
+        write_scan(scan_path(folder, scan), np.where(mask, (noisy - noisy[mask].mean()) / noisy[mask].std(), 0), mask,
+                   scan, grid.affine)
+        rows.append({"scan": scan, "participant": str(number), "session": "1", "dataset": "template"})
+    pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    (folder / "preparation.json").write_text(json.dumps({
+        "format": FORMAT, "axes": "zyx", "shape": list(grid.shape), "spacing_mm": 4.0,
+        "origin_mm": list(grid.origin_mm), "registration": "none", "mask": "given", "intensity": "zscore",
+        "template": "t"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A JupyterLab on a copy of the notebook: its address, and the folder of its outputs."""
+    folder = tmp_path_factory.mktemp("lab")
+    book = nbformat.read(FOLDER / NOTEBOOK, as_version=4)
+    for cell in book.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = cell.source.replace("prepared = None", f"prepared = {str(prepared)!r}")
+        if cell.cell_type == "code":
+            cell.outputs = []
+    nbformat.write(book, folder / NOTEBOOK)
+    for name, values in SETTINGS.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "KIT_OUTPUTS": str(folder / "outputs"), "KIT_PROGRESS": "off", "PYTHONPATH": str(ROOT),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "IPYTHONDIR": str(folder / "ipython")}
+    with (folder / "lab.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+             "--IdentityProvider.token=browser-test", "--LabApp.expose_app_in_browser=True",
+             f"--ServerApp.root_dir={folder}"], env=environment, stdout=log, stderr=log)
+    try:
+        _until(lambda: _answers(f"http://127.0.0.1:{port}/api?token=browser-test"), 90, "JupyterLab did not start")
+        yield f"http://127.0.0.1:{port}/lab/tree/{NOTEBOOK}?token=browser-test", folder / "outputs"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """Headless Chromium of 1500 x 1300 pixels."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    try:
+        from selenium import webdriver
+    except ImportError:
+        missing.append("selenium")
+    if missing:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say(f"no {', '.join(missing)}: apt-get install chromium chromium-driver; pip install selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                     "--disable-dev-shm-usage", "--window-size=1500,1300",
+                     f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.select import Select
+
+    address, outputs = lab
+    shots = iter(range(1, 100))
+
+    def all_of(css: str) -> list:
+        return browser.find_elements(By.CSS_SELECTOR, css)
+
+    def shoot(name: str) -> None:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        browser.save_screenshot(str(SCREENSHOTS / f"{next(shots)}_{name}.png"))
+
+    def row(label: str, css: str) -> object:
+        """The first widget that carries this label."""
+        rows = [one for one in all_of(".widget-inline-hbox")
+                if (names := one.find_elements(By.CSS_SELECTOR, ".widget-label")) and names[0].text == label]
+        return rows[0].find_element(By.CSS_SELECTOR, css)
+
+    def button(text: str) -> object:
+        return next(one for one in all_of("button.jupyter-button") if one.text == text)
+
+    def picture() -> str:
+        return all_of("img.widget-image")[0].get_attribute("src")
+
+    def changes(act: object) -> None:
+        before = picture()
+        act()
+        _until(lambda: picture() != before, 60, "the picture did not change")
+
+    browser.get(address)
+    _until(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook'))"), 90,
+           "JupyterLab showed no notebook")
+    _until(lambda: browser.execute_script(
+        "return window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status") == "idle", 90,
+        "no kernel")
+    browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    _until(lambda: all_of("img.widget-image"), 240, "the explorer did not appear")
+    _until(lambda: "similarity.png" in browser.page_source, 120, "the notebook did not run to its end")
+    image = all_of("img.widget-image")[0]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
+    assert image.size["width"] > 500 and image.size["height"] > 500
+    shoot("explorer")
+
+    changes(lambda: Select(row("recipe", "select")).select_by_visible_text("physics"))
+    handle = row("strength", ".noUi-handle")
+    changes(lambda: ActionChains(browser).drag_and_drop_by_offset(handle, 40, 0).perform())
+    changes(lambda: ActionChains(browser).drag_and_drop_by_offset(row("x (mm)", ".noUi-handle"), -30, 0).perform())
+    shoot("physics_stronger")
+    facts = all_of("img.widget-image")[1]
+    _until(lambda: facts.size["height"] > 150, 60, "no grey levels and similarity")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", facts)
+    shoot("facts")
+    title = next(one for one in all_of(".jupyter-widget-Collapse-header, .lm-AccordionPanel-title")
+                 if "transforms" in one.text)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'start'})", title)
+    title.click()
+    _until(lambda: [one for one in all_of(".widget-checkbox label") if one.text == "blur" and one.is_displayed()], 20,
+           "no list of transforms")
+    cutout = next(one for one in all_of(".widget-checkbox label") if one.text == "cutout")
+    changes(lambda: cutout.click())
+    shoot("transforms")
+    save = button("Save recipe")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", save)
+    save.click()
+    saved = outputs / "recipes" / "mine.yaml"
+    _until(saved.is_file, 20, "no recipe was saved")
+    button("Copy").click()
+    _until(lambda: all_of("textarea")[-1].is_displayed(), 20, "no YAML to copy")
+    shoot("saved")
+
+    recipe = read_recipe(saved)
+    assert recipe.cutout is not None and recipe.gibbs == read_recipe("physics").gibbs and recipe.strength > 1
+    assert Recipe.model_validate(yaml.safe_load(saved.read_text())) == recipe
+    errors = all_of(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], "
+                    ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']")
+    assert not [one.text for one in errors]
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+
+
+def _answers(address: str) -> bool:
+    try:
+        return urllib.request.urlopen(address, timeout=2).status == 200
+    except OSError:
+        return False
+
+
+def _until(condition: object, seconds: float, otherwise: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.3)

@@ -1,0 +1,62 @@
+"""Grey levels and similarity of a pair: what the figure says, and what the numbers are."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from kit.augment.recipe import Recipe, read_recipe
+from kit.data.loader import Batch
+from kit.show.figure import small
+from kit.show.pair_facts import pair_facts, pair_facts_png
+from kit.show.planes import Pair
+from kit.show.similarity import similarity_under
+
+SHAPE = (6, 8, 7)
+
+
+def scans(count: int = 3) -> Batch:
+    images = torch.randn(count, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return Batch(images, torch.ones_like(images, dtype=torch.bool), list(range(count)), torch.zeros(count))
+
+
+class Voxels(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def test_similarity_is_the_cosine_of_the_features():
+    similarity = similarity_under(Voxels(), "voxels", scans(), 4.0)
+    same = similarity(1, Recipe(), 0)  # without augmentation both views are the scan
+    assert abs(same.pair - 1) < 1e-6 and np.allclose(same.pairs, 1) and len(same.pairs) == 2
+    z = scans().images.flatten(1)
+    wanted = np.corrcoef(z)[~np.eye(3, dtype=bool)]  # of z-scored voxels the cosine is the correlation
+    assert np.allclose(same.strangers, wanted, atol=1e-5)
+    changed = similarity(1, read_recipe("weak"), 0)
+    assert changed.pair < 0.99 and changed.pair == similarity(1, read_recipe("weak"), 0).pair
+    assert changed.pair != similarity(1, read_recipe("weak"), 1).pair
+
+
+def test_the_figure_shows_both():
+    volume = scans().images[0, 0].numpy()
+    pair = Pair(volume, 2 * volume, volume)
+    waiting = pair_facts(pair)
+    assert "not known yet" in waiting.axes[1].get_title()
+    found = similarity_under(Voxels(), "voxels", scans(), 4.0)(0, read_recipe("weak"), 0)
+    figure = pair_facts(pair, found, "procedural data")
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["original", "view 1", "view 2"]
+    assert right.get_title() == "cosine similarity under voxels" and "procedural data" in figure.get_supxlabel()
+    assert f"this pair: {found.pair:.3f}" in [text.get_text() for text in right.get_legend().get_texts()]
+    assert Image.open(io.BytesIO(pair_facts_png(pair, found))).width <= 900
+
+
+def test_a_small_picture_looks_the_same():
+    volume = scans().images[0, 0].numpy()
+    whole = pair_facts_png(Pair(volume, volume, volume))
+    reduced = small(whole).data
+    assert len(reduced) < 0.7 * len(whole)
+    one, other = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in (whole, reduced))
+    assert one.shape == other.shape and np.abs(one - other).mean() < 3
