@@ -11,8 +11,8 @@ import numpy as np
 from benchmarks.ratio import Ratio, cpu_seconds, times_better
 from kit.data.grid import PAPER_GRID
 from kit.data.nifti import write_nifti
-from kit.data.register import template_on
 from kit.data.store import Store, scan_path, write_scan
+from kit.data.template import template_on
 
 
 def template_scan() -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,10 @@ from scipy import ndimage
 from kit.data.grid import PAPER_GRID
 from kit.data.nifti import read_nifti
 from kit.data.preprocess import Preparation, prepare
-from kit.data.register import find_transform, resample, template, template_on
+from kit.data.register import find_transform
+from kit.data.resample import resample
 from kit.data.store import Store, read_transform
+from kit.data.template import template, template_on
 
 pytestmark = pytest.mark.real
 
