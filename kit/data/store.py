@@ -131,6 +131,15 @@ def read_transform(folder: str | Path, scan: str) -> np.ndarray:
     return np.array(read_facts(scan_path(folder, scan))["notes"]["transform"])
 
 
+def read_index(path: str | Path) -> pd.DataFrame:
+    """Read an index. Names stay the text that they are: "0001" no number, "NA" not missing."""
+    index = pd.read_csv(path, low_memory=False)
+    text = pd.read_csv(path, dtype=str, keep_default_na=False)
+    names = [name for name in (*IDENTITY_COLUMNS, "flags") if name != "flags" or name in index]
+    index[names] = text[names]
+    return index
+
+
 class Store:
     """A prepared folder, open for reading. Holds no open file: it can be copied to other processes.
 
@@ -159,10 +168,7 @@ class Store:
             raise StoreError(f"{folder}: no {' and no '.join(missing)}; run 1_preprocess first, to its end")
         try:
             record = json.loads((folder / "preparation.json").read_text())
-            index = pd.read_csv(folder / "index.csv")
-            # Names stay the text that they are: "0001" no number, "NA" not missing.
-            names = pd.read_csv(folder / "index.csv", dtype=str, keep_default_na=False)
-            index[list(IDENTITY_COLUMNS)] = names[list(IDENTITY_COLUMNS)]
+            index = read_index(folder / "index.csv")
         except (ValueError, KeyError, OSError) as error:
             raise StoreError(f"{folder}: preparation.json or index.csv is damaged: {error}") from error
         if record.get("format") != FORMAT:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,8 @@ import pandas as pd
 
 from kit.data.brain import missing_tool
 from kit.data.quality import FIGURES, flagged
-from kit.runs import write_table
+from kit.data.store import claim, read_index, scan_path
+from kit.runs import write_table, write_whole
 
 # Columns that the index adds to the cohort's.
 QUALITY_COLUMNS = (*FIGURES, "seconds")
@@ -91,3 +96,70 @@ def _written(index: pd.DataFrame, failed: pd.DataFrame, folder: Path) -> tuple[p
             f"none of {len(failed)} scans could be prepared; the first, {failed.scan[0]}: {failed.reason[0]}"
         )
     return index, failed
+
+
+def shard_of(cohort: pd.DataFrame, shard: int, shards: int) -> pd.DataFrame:
+    """Return a shard's rows of a cohort: every `shards`-th from row `shard` on, so that each has some of all sites.
+
+    Raises:
+        PreparationError: the cohort has fewer scans than shards.
+    """
+    if len(cohort) < shards:
+        raise PreparationError(f"shards: {len(cohort)} scans cannot fill {shards} shards")
+    return cohort.iloc[shard::shards].reset_index(drop=True)
+
+
+def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Merge the shards below `<folder>/shards` into the folder, once all are done; the last one to end does it.
+
+    Scans are hard links to the shards' (copies where a file system has none), so that either can be deleted. Flags
+    are made anew, against the whole cohort. Merging twice, or at once, gives the same folder.
+
+    Args:
+        cohort: the whole cohort.
+        folder: of the merged preparation.
+        shards: how many there are.
+
+    Returns:
+        The index and the failed scans, in the cohort's order; None while a shard is missing.
+
+    Raises:
+        StoreError: the shards, or what the folder holds, are of different preparations.
+        PreparationError: no scan of any shard was prepared.
+    """
+    folder = Path(folder)
+    parts = [folder / "shards" / f"{shard}-of-{shards}" for shard in range(shards)]
+    if not all((part / "index.csv").is_file() for part in parts):
+        return None
+    (folder / "scans").mkdir(parents=True, exist_ok=True)
+    with open(folder / ".merge", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for part in parts:
+            claim(folder, json.loads((part / "preparation.json").read_text()))
+        indexes = [read_index(part / "index.csv") for part in parts]
+        fails = [pd.read_csv(part / "failed.csv", dtype=str, keep_default_na=False) for part in parts]
+        index, failed = (_in_order(tables, scan_names(cohort)) for tables in (indexes, fails))
+        for part, table in zip(parts, indexes, strict=True):
+            for scan in table["scan"]:
+                _link(scan_path(part, scan), scan_path(folder, scan))
+        return _written(flagged(index), failed, folder)
+
+
+def _in_order(tables: list[pd.DataFrame], names: list[str]) -> pd.DataFrame:
+    """Return the tables' rows in the order of names."""
+    filled = [table for table in tables if len(table)] or tables[:1]
+    table = pd.concat(filled, ignore_index=True)
+    place = {name: row for row, name in enumerate(names)}
+    return table.iloc[table["scan"].map(place).argsort(kind="stable")].reset_index(drop=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, at once whatever was there."""
+    def link(aside: Path) -> None:
+        try:
+            os.link(source, aside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, aside)
+
+    if not (target.exists() and target.samefile(source)):
+        write_whole(target, link)

@@ -4,6 +4,7 @@ pyplot.
 - `planes`: cut a volume the right way up; millimetres to voxels; grey levels
 - `figure`: an empty figure with its title and its note ("procedural data")
 - `slices`: a scan in three planes with overlay and outline; many scans; views beside their original
+- `quality`: prepared scans under the template's outline; quality figures by site
 - `curves`: training, label efficiency, predictions, embeddings, cohort, registration; the benchmark's table
 - `explorer`: the interactive explorer of augmentations, and the same picture as a PNG
 """
