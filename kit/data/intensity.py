@@ -32,6 +32,8 @@ def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray | None)
     Raises:
         ScanError: N4 did not find a field.
     """
+    if mask is not None and not mask.any():
+        raise ScanError("N4 found no bias field: the mask is empty")
     positive = np.maximum(array, 0)  # its logarithm is taken
     with one_thread():
         image = to_image(positive, affine)
