@@ -41,7 +41,7 @@ def figures(array: np.ndarray, affine: np.ndarray, native_mask: np.ndarray, matr
     both = np.count_nonzero(mask & like_mask)
     return {
         "template_similarity": round(correlation(image, like, like_mask), 4),
-        "mask_overlap": round(2 * both / (np.count_nonzero(mask) + np.count_nonzero(like_mask)), 4),
+        "mask_overlap": round(float(2 * both / (np.count_nonzero(mask) + np.count_nonzero(like_mask))), 4),
         "brain_ml": round(millilitres(native_mask, affine), 1),
         "snr": round(signal_to_noise(array, native_mask), 1),
         "outside_share": round(outside_share(array.shape, affine, matrix), 4),
