@@ -1,39 +1,110 @@
-"""Reading prepared scans."""
+"""Preparing scans, and reading prepared ones."""
 
 from __future__ import annotations
 
+import os
+import resource
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 
-from benchmarks.ratio import Ratio, cpu_seconds, times_better
+from benchmarks.ratio import Ratio, cpu_seconds, share, times_better
 from kit.data.grid import PAPER_GRID
 from kit.data.nifti import write_nifti
-from kit.data.register import template_on
+from kit.data.preprocess import Preparation, Task, prepare, prepare_scan
 from kit.data.store import Store, scan_path, write_scan
+from kit.data.template import template, template_on
+
+# A whole head of one real person, where Debian's package mricron-data is installed.
+HEAD = Path("/usr/share/mricron/templates/ch2.nii.gz")
+EVERYTHING = Preparation(PAPER_GRID, "rigid", "template", "n4")
+CROP = (slice(43, 107), slice(64, 128), slice(64, 128))  # 64 voxels a side
+SECONDS_A_SCAN, GIGABYTES_A_SCAN = 45.0, 2.0
+SCANS = 4
 
 
-def template_scan() -> tuple[np.ndarray, np.ndarray]:
+def measure() -> list[Ratio]:
+    """Reading first, on a quiet process; then preparing."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [*_reading(Path(folder)), *_preparing(Path(folder))]
+
+
+def _reading(folder: Path) -> list[Ratio]:
+    image, mask = _template_scan()
+    files = [folder / name for name in ("image.nii.gz", "mask.nii.gz")]
+    # nibabel's own writer at its own compression, as the peer's files would be made.
+    for file, array in zip(files, (image, mask.astype(np.uint8)), strict=True):
+        nib.save(nib.Nifti1Image(array.T, PAPER_GRID.affine), file)
+    write_scan(scan_path(folder, "scan"), image, mask, "scan", PAPER_GRID.affine)
+    store = Store(folder, None, {"shape": PAPER_GRID.shape, "spacing_mm": 1.0})
+    whole, crop, peer = cpu_seconds(lambda _: store.read("scan"), lambda _: store.read("scan", CROP),
+                                    lambda _: [nib.load(file).get_fdata() for file in files], repeats=21)
+    size, gzip = scan_path(folder, "scan").stat().st_size / 1e6, sum(file.stat().st_size for file in files) / 1e6
+    data = "image and mask of one 150x192x192 scan (the template with noise)"
+    return [
+        times_better("load_vs_nibabel", whole, peer, 30, "CPU-seconds",
+                     f"{data}: the store against nib.load().get_fdata() of two .nii.gz files, one thread"),
+        times_better("crop_vs_whole", crop, whole, 1.3, "CPU-seconds",
+                     f"a 64x64x64 crop against the whole, both from the store; {data}"),
+        share("store_vs_gzip", size, gzip, 0.5, "MB", f"{data}: a file of the store against float32 and uint8 .nii.gz"),
+    ]
+
+
+def _preparing(folder: Path) -> list[Ratio]:
+    heads = _heads(folder)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        seconds, gigabytes = pool.submit(_one_scan, heads[0], folder / "one" / "scans" / "scan.b2nd").result()
+    walls = {workers: _wall_seconds(heads, folder / f"workers_{workers}", workers) for workers in (1, 2)}
+    head = "Colin27, a whole head" if HEAD.is_file() else "the template with noise"
+    what = (f"{head}, 1 mm: N4, rigid registration, template's mask by an affine "
+            "one, 150x192x192, written; one process, one thread")
+    return [
+        share("preprocess_scan", seconds, SECONDS_A_SCAN, 1, "CPU-seconds", f"{what}; peer: the most that it may take"),
+        share("preprocess_memory", gigabytes, GIGABYTES_A_SCAN, 1, "GB", f"{what}: peak resident memory, Python and "
+              "libraries in it; peer: the most that it may take"),
+        times_better("workers_2_vs_1", walls[2], walls[1], 1.8, "seconds",
+                     f"wall time of {SCANS} scans, affine registration, 2 processes against 1, their start in it; "
+                     f"{os.cpu_count()} cores"),
+    ]
+
+
+def _template_scan() -> tuple[np.ndarray, np.ndarray]:
     """The template on the paper's grid with noise, so that it compresses as a scan does; image and mask."""
     image, mask = template_on(PAPER_GRID)
     noisy = image + np.random.default_rng(0).normal(0, 0.03, image.shape).astype(np.float32)
     return np.where(mask, (noisy - noisy[mask].mean()) / noisy[mask].std(), 0).astype(np.float32), mask
 
 
-def measure() -> list[Ratio]:
-    """Reading image and mask of one 1 mm scan: this kit's store against gzipped NIfTI."""
-    image, mask = template_scan()
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("image.nii.gz", "mask.nii.gz")]
-        for file, array in zip(files, (image, mask), strict=True):
-            write_nifti(file, array, PAPER_GRID.affine)
-        write_scan(scan_path(folder, "scan"), image, mask, "scan", PAPER_GRID.affine)
-        store = Store(Path(folder), None, {"shape": PAPER_GRID.shape, "spacing_mm": 1.0})
+def _heads(folder: Path) -> list[str]:
+    """Files to prepare: one real head, several times, or the template with noise."""
+    path = HEAD
+    if not HEAD.is_file():
+        values, _, affine = template()
+        noise = np.random.default_rng(0).normal(0, 0.03, values.shape)
+        path = folder / "head.nii.gz"
+        write_nifti(path, (100 * (values + noise)).clip(0).astype(np.float32), affine)
+    return [str(path)] * SCANS
 
-        ours, peer = cpu_seconds(lambda _: store.read("scan"), lambda _: [nib.load(file).get_fdata() for file in files],
-                                 repeats=15)
-    return [times_better("load_vs_nibabel", ours, peer, 30, "CPU-seconds",
-                         "image and mask of one 150x192x192 scan: blosc2 store against nib.load().get_fdata() of two "
-                         ".nii.gz files, one thread")]
+
+def _one_scan(path: str, output: Path) -> tuple[float, float]:
+    """CPU-seconds (imports and template read before) and peak gigabytes of this process, for one scan."""
+    template_on(PAPER_GRID)
+    begun = time.process_time()
+    done = prepare_scan(Task("scan", path, "", output, EVERYTHING))
+    if isinstance(done, str):
+        raise RuntimeError(done)
+    return time.process_time() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def _wall_seconds(heads: list[str], folder: Path, workers: int) -> float:
+    cohort = pd.DataFrame({"participant": [str(row) for row in range(len(heads))], "session": "1", "dataset": "d",
+                           "image_path": heads})
+    begun = time.perf_counter()
+    prepare(cohort, folder, Preparation(PAPER_GRID, "affine", "template"), workers)
+    return time.perf_counter() - begun

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
@@ -39,19 +39,49 @@ class Explore(Parameters):
 class Preprocess(Parameters):
     """1_preprocess: from files to prepared scans."""
 
+    may_change: ClassVar[frozenset[str]] = frozenset({"workers", "max_failed_fraction"})
+
     cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
     sample_participants: Annotated[int, Field(ge=40)] = 60
     moved_scans: Annotated[int, Field(ge=0)] = 2  # scans with moved heads that registration is checked on
     seed: Seed = 0
+    bias_correction: Literal["none", "n4"] = "none"
     registration: Literal["none", "rigid", "affine"] = "none"
-    mask: Literal["given", "nonzero", "template"] = "given"
+    mask: Literal["given", "nonzero", "template", "hd-bet", "mri_synthstrip"] = "given"
+    intensity: Literal["zscore", "whitematter"] = "zscore"
+    orientation_unknown: Literal["refuse", "assume_ras"] = "refuse"  # scans whose header does not say where they lie
     spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0
     shape: Shape = (36, 48, 40)  # voxels (z, y, x); the paper: 150, 192, 192 at 1 mm
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # above it the last cell fails
     workers: Positive = 2  # processes, one thread each
+    shards: Positive = 1  # parts that a cohort is prepared in, such as the tasks of a Slurm array
+    shard: Annotated[int, Field(ge=0)] = 0  # this run's part, from 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_folder(cls, values: Any) -> Any:
+        """A shard is a run of its own, in `shards/` of the folder that all shards are merged into."""
+        if isinstance(values, dict) and isinstance(values.get("shards"), int) and values["shards"] > 1:
+            own = Path("shards") / f"{values.get('shard', 0)}-of-{values['shards']}"
+            folder = Path(values.get("output_dir", ""))
+            if values.get("output_dir") and folder.parts[-2:] != own.parts:
+                values = {**values, "output_dir": str(folder / own)}
+        return values
+
+    @property
+    def merged_dir(self) -> Path:
+        """Where the whole cohort's prepared scans lie in the end."""
+        return self.output_dir.parent.parent if self.shards > 1 else self.output_dir
 
     def problems(self) -> list[str]:
-        return _cohort_problems(self.cohort)
+        problems = _cohort_problems(self.cohort)
+        if self.shard >= self.shards:
+            problems.append(f"shard: got {self.shard}; {self.shards} shards are numbered 0 to {self.shards - 1}")
+        if self.mask in ("hd-bet", "mri_synthstrip"):
+            from kit.data.brain import missing_tool
+
+            problems += [missing for missing in [missing_tool(self.mask)] if missing]
+        return problems
 
 
 class Pretrain(Parameters):

@@ -6,7 +6,15 @@
 - ``sample``      the procedural sample cohort
 - ``grid``        where prepared arrays lie in MNI152 millimetres
 - ``nifti``       reading and writing NIfTI
-- ``register``    registration to the MNI152 template (SimpleITK)
+- ``dicom``       reading a folder with one DICOM series
+- ``resample``    resampling, and arrays as SimpleITK images
+- ``template``    the MNI152 template, its brain and its white matter
+- ``register``    registration to the template (SimpleITK)
+- ``brain``       brain masks: given, of stripped scans, the template's, other tools'
+- ``intensity``   bias field and intensity scale
+- ``quality``     figures of each prepared scan, and flags against the cohort's distribution
+- ``pool``        many tasks over a few processes, one of which may be killed
+- ``table``       the index, the failed scans, shards merged
 - ``preprocess``  one scan, then a cohort, into the store
 - ``store``       prepared scans: one blosc2 array each and an index
 - ``loader``      batches of prepared scans, in an order that (seed, epoch) alone decide

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kit.data.store import Store
+from kit.data.store import Store, StoreError
+
+# Damaged scans in a row that may be skipped: more mean that the store is gone, not a scan.
+MOST_DAMAGED = 8
 
 
 @dataclass(frozen=True)
@@ -23,12 +30,14 @@ class Batch:
         masks: (batch, 1, depth, height, width) bool.
         keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
         labels: (batch,) float32, nan where there is none.
+        damaged: names of scans whose place another scan took.
     """
 
     images: torch.Tensor
     masks: torch.Tensor
     keys: list[int]
     labels: torch.Tensor
+    damaged: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -36,11 +45,12 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, as float32; the copy does not block where memory is pinned."""
         return Batch(self.images.to(device, non_blocking=True).float(), self.masks.to(device, non_blocking=True),
-                     self.keys, self.labels.to(device, non_blocking=True))
+                     self.keys, self.labels.to(device, non_blocking=True), self.damaged)
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader: memory that a CUDA device can copy from without waiting."""
-        return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory())
+        return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory(),
+                     self.damaged)
 
 
 def scan_key(scan: str) -> int:
@@ -55,26 +65,46 @@ class PreparedScans(Dataset):
         store: prepared scans.
         rows: rows of `store.index` to serve, in the order of their numbers here.
         labels: (rows,) float, or None for unlabelled scans.
+        skip_damaged: for training: the next scan that can be read takes a damaged one's place, so that batches keep
+            their size on every process, and `load` warns of it by name. Otherwise a damaged scan is an error.
+
+    Attributes:
+        damaged: how often `load` met each damaged scan, by name.
     """
 
-    def __init__(self, store: Store, rows: pd.DataFrame, labels: np.ndarray | None = None) -> None:
+    def __init__(self, store: Store, rows: pd.DataFrame, labels: np.ndarray | None = None,
+                 skip_damaged: bool = False) -> None:
         self.store = store
+        self.skip_damaged, self.damaged = skip_damaged, Counter()
         self.scans = rows["scan"].tolist()
         self.labels = np.full(len(rows), np.nan) if labels is None else np.asarray(labels, np.float64)
 
     def __len__(self) -> int:
         return len(self.scans)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int, float]:
-        image, mask = self.store.read(self.scans[number])
-        return image, mask, scan_key(self.scans[number]), float(self.labels[number])
+    def __getstate__(self) -> dict[str, Any]:
+        """What loading processes get: they read scans by name, and need no copy of a large index."""
+        return {**self.__dict__, "store": Store(self.store.folder, None, self.store.record)}
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]:
+        damaged: list[str] = []
+        for place in range(number, number + MOST_DAMAGED + 1):
+            place %= len(self.scans)
+            try:
+                image, mask = self.store.read(self.scans[place])
+                return image, mask, scan_key(self.scans[place]), float(self.labels[place]), tuple(damaged)
+            except StoreError:
+                damaged.append(self.scans[place])
+                if not self.skip_damaged or len(damaged) > min(MOST_DAMAGED, len(self.scans) - 1):
+                    raise
+        raise AssertionError("the loop returns or raises")
 
 
-def collate(items: Sequence[tuple[np.ndarray, np.ndarray, int, float]]) -> Batch:
+def collate(items: Sequence[tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]]) -> Batch:
     """Stack scans; they stay float16 until they reach the device."""
-    images, masks, keys, labels = zip(*items, strict=True)
+    images, masks, keys, labels, damaged = zip(*items, strict=True)
     return Batch(torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]),
-                 list(keys), torch.tensor(labels, dtype=torch.float32))
+                 list(keys), torch.tensor(labels, dtype=torch.float32), tuple(chain.from_iterable(damaged)))
 
 
 def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -114,10 +144,18 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
 
 
 def load(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
-    """Load batches in the given order, with pinned memory where there is a CUDA device."""
+    """Load batches in the given order, with pinned memory where there is a CUDA device.
+
+    Damaged scans that were skipped are counted in `scans.damaged`; the first time, a warning names them.
+    """
     options = {"multiprocessing_context": "spawn", "prefetch_factor": 2} if workers else {}
-    return iter(DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                           pin_memory=torch.cuda.is_available(), **options))
+    for batch in DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                            pin_memory=torch.cuda.is_available(), **options):
+        if new := sorted(set(batch.damaged) - set(scans.damaged)):
+            warnings.warn(f"skipped {', '.join(new)}: missing or damaged in {scans.store.folder}; delete what is left "
+                          "of them and run 1_preprocess again", stacklevel=2)
+        scans.damaged.update(batch.damaged)
+        yield batch
 
 
 def in_order(count: int, batch_size: int) -> list[list[int]]:

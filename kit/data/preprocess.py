@@ -1,5 +1,6 @@
-"""From a cohort's scans to a store: read, register, mask, resample once, z-score, write.
+"""From a cohort's scans to a store.
 
+Each scan: read upright, bias field, registration, brain mask, one resampling, intensity, quality figures, write.
 Scans are prepared in parallel, one process and one thread each. One that fails is set aside with its reason;
 one that is prepared already, from the same files with the same settings, is not prepared again.
 """
@@ -9,12 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
-import re
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,23 +18,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import ndimage
 
-from kit.data import register
+from kit.data import brain, intensity, quality
+from kit.data.dicom import read_dicom
 from kit.data.grid import Grid
 from kit.data.nifti import ScanError, read_mask, read_nifti
-from kit.data.store import FORMAT, StoreError, claim, read_facts, scan_path, write_scan
-from kit.runs import progress, write_table
+from kit.data.pool import run_all
+from kit.data.register import KINDS, RegistrationError, find_transforms
+from kit.data.resample import resample
+from kit.data.store import FORMAT, StoreError, claim, read_facts, remove_leftovers, scan_path, write_scan
+from kit.data.table import check_cohort, scan_names, write_tables
+from kit.data.template import TEMPLATE_NAME, white_matter_on
+from kit.runs import progress
 
-REGISTRATIONS = ("none", *register.KINDS)
-MASKS = ("given", "nonzero", "template")
-QUALITY_COLUMNS = ("brain_ml", "template_similarity", "seconds")
-# No brain is larger: where "nonzero" finds more, the scan still has its head or a background above zero.
-MOST_BRAIN_ML = 2500.0
-
-
-class PreparationError(ValueError):
-    """A preparation that cannot start or that prepared nothing. Its message lists all that is wrong."""
+CHOICES = {
+    "registration": ("none", *KINDS),
+    "mask": brain.MASKS,
+    "bias_correction": intensity.BIAS_CORRECTIONS,
+    "intensity": intensity.INTENSITIES,
+    "orientation_unknown": ("refuse", "assume_ras"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,12 @@ class Preparation:
         grid: where prepared arrays lie.
         registration: "affine", "rigid", or "none" for scans that already lie near MNI space.
         mask: "given" (the cohort's mask_path), "nonzero" (a skull-stripped scan's voxels above zero, holes
-            filled) or "template" (the template's brain, moved with the registration).
+            filled), "template" (the template's brain carried back through an affine registration and fitted to the
+            scan's edges), or the command "hd-bet" or "mri_synthstrip".
+        bias_correction: "n4" or "none".
+        intensity: "zscore" inside the mask, or "whitematter": the white-matter peak is 1.
+        orientation_unknown: a scan whose header does not say where it lies is refused ("refuse"), or taken as
+            stored in RAS order with its middle at the origin ("assume_ras").
 
     Raises:
         ValueError: a word that is none of these.
@@ -59,9 +62,12 @@ class Preparation:
     grid: Grid
     registration: str = "affine"
     mask: str = "given"
+    bias_correction: str = "none"
+    intensity: str = "zscore"
+    orientation_unknown: str = "refuse"
 
     def __post_init__(self) -> None:
-        for name, choices in (("registration", REGISTRATIONS), ("mask", MASKS)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
@@ -75,8 +81,9 @@ class Preparation:
             "origin_mm": list(self.grid.origin_mm),
             "registration": self.registration,
             "mask": self.mask,
-            "intensity": "zscore",
-            "template": register.TEMPLATE_NAME,
+            "bias_correction": self.bias_correction,
+            "intensity": self.intensity,
+            "template": TEMPLATE_NAME,
             "versions": {name: version(name) for name in ("SimpleITK", "nibabel", "blosc2")},
         }
 
@@ -104,18 +111,18 @@ def prepare(
 
     Returns:
         The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
-        index has all the cohort's columns but those that end in `_path`, brain_ml (the brain's volume in
-        the scan, millilitres), template_similarity (correlation with the template inside its brain mask on the
-        grid) and seconds (time taken).
+        index has all the cohort's columns but those that end in `_path`, the figures of `kit.data.quality`,
+        seconds (time taken), flags and pass (see `kit.data.quality.flagged`).
 
     Raises:
         PreparationError: the cohort cannot be prepared so, or none of its scans could be.
         StoreError: the folder holds another preparation.
     """
     folder = Path(output_dir)
-    names = _scan_names(cohort)
-    _check(cohort, names, settings)
+    names = scan_names(cohort)
+    check_cohort(cohort, names, settings.mask)
     claim(folder, settings.record())
+    remove_leftovers(folder)
     masks = cohort["mask_path"].fillna("") if settings.mask == "given" else [""] * len(cohort)
     tasks = [
         Task(name, str(image), str(mask), scan_path(folder, name), settings)
@@ -123,17 +130,10 @@ def prepare(
     ]
     outcomes = {task.scan: found for task in tasks if (found := _found(task))}
     with progress(total=len(tasks), initial=len(outcomes), desc="prepare", unit="scan") as bar:
-        for task, outcome in _run(prepare_scan, [task for task in tasks if task.scan not in outcomes], workers):
+        for task, outcome in run_all(prepare_scan, [task for task in tasks if task.scan not in outcomes], workers):
             outcomes[task.scan] = outcome or "its process was killed, twice: most likely not enough memory"
             bar.update()
-    index, failed = _tables(cohort, names, outcomes)
-    write_table(folder / "failed.csv", failed)
-    write_table(folder / "index.csv", index)
-    if index.empty:
-        raise PreparationError(
-            f"none of {len(failed)} scans could be prepared; the first, {failed.scan[0]}: {failed.reason[0]}"
-        )
-    return index, failed
+    return write_tables(cohort, names, outcomes, folder)
 
 
 def prepare_scan(task: Task) -> dict[str, float] | str:
@@ -148,92 +148,52 @@ def prepare_scan(task: Task) -> dict[str, float] | str:
     except Exception as error:  # whatever one scan does, the others go on
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise  # but a full disk concerns them all
-        if isinstance(error, ScanError | register.RegistrationError):
+        if isinstance(error, ScanError | RegistrationError):
             return str(error)
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the image with mean 0 and deviation 1 inside the mask and 0 outside, float32.
-
-    Raises:
-        ScanError: the mask is empty, or the image constant inside it.
-    """
-    if not mask.any():
-        raise ScanError("no brain inside the grid: check the registration and the mask")
-    inside = image[mask].astype(np.float64)
-    if inside.std() <= 1e-6 * np.abs(inside).max():
-        raise ScanError("constant inside the brain mask: scan and mask do not overlap on the grid")
-    scored = np.zeros(image.shape, np.float32)
-    scored[mask] = (inside - inside.mean()) / inside.std()
-    return scored
-
-
 def _to_template_space(task: Task) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Return the z-scored image and the mask on the grid, and the transform and quality numbers as notes."""
+    """Return the image and the mask on the grid, and the transform and quality figures as notes."""
     settings, grid = task.settings, task.settings.grid
-    array, affine = read_nifti(task.image_path)
-    native_mask = _native_mask(task, array, affine)
-    matrix = np.eye(4)
+    array, affine = _read(task)
+    native_mask = _mask_before(task, array, affine)
+    if settings.bias_correction == "n4":
+        array = intensity.correct_bias(array, affine, native_mask)
+    matrices = {"none": np.eye(4)}
+    wanted = {settings.registration, *(["affine"] if settings.mask == "template" else [])} & set(KINDS)
     if settings.registration != "none":
-        matrix, _ = register.find_transform(array, affine, settings.registration)
-    image = register.resample(array, affine, matrix, grid.shape, grid.affine)
-    like, like_mask = register.template_on(grid)
+        found = find_transforms(array, affine, tuple(kind for kind in KINDS if kind in wanted))
+        matrices |= {kind: matrix for kind, (matrix, _) in found.items()}
+    matrix = matrices[settings.registration]
     if native_mask is None:
-        mask = like_mask
-        brain_ml = _millilitres(register.template()[1], register.template()[2]) * abs(np.linalg.det(matrix))
-    else:
-        # Smoothed as the image is, then cut at a half: as many voxels on a coarse grid as volume.
-        mask = register.resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
-        brain_ml = _millilitres(native_mask, affine)
-    quality = {
-        "brain_ml": round(float(brain_ml), 1),
-        "template_similarity": round(register.correlation(image, like, like_mask), 4),
-    }
-    return z_score(image, mask), mask, {"transform": matrix.tolist(), "quality": quality}
+        native_mask = brain.template_mask(array, affine, matrices.get("affine", matrix))
+    image = resample(array, affine, matrix, grid.shape, grid.affine)
+    # Smoothed as the image is, then cut at a half: as many voxels on a coarse grid as volume.
+    mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
+    figures = quality.figures(array, affine, native_mask, matrix, image, mask, grid)
+    scaled = intensity.scaled(image, mask, settings.intensity, white_matter_on(grid))
+    return scaled, mask, {"transform": matrix.tolist(), "quality": figures}
 
 
-def _native_mask(task: Task, array: np.ndarray, affine: np.ndarray) -> np.ndarray | None:
-    """Return the brain in the scan's own voxels, bool (z, y, x); None where the template's brain serves."""
-    if task.settings.mask == "template":
+def _read(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    if Path(task.image_path).is_dir():
+        return read_dicom(task.image_path)
+    return read_nifti(task.image_path, no_codes_ok=task.settings.orientation_unknown == "assume_ras")
+
+
+def _mask_before(task: Task, array: np.ndarray, affine: np.ndarray) -> np.ndarray | None:
+    """Return the brain in the scan's own voxels, bool (z, y, x); None where registration must find it."""
+    kind = task.settings.mask
+    if kind == "template":
         return None
-    if task.settings.mask == "nonzero":
-        mask = ndimage.binary_fill_holes(array > 0)
-        if (volume := _millilitres(mask, affine)) > MOST_BRAIN_ML:
-            raise ScanError(f"{volume:.0f} ml above zero, more than a brain: is the scan skull-stripped?")
-        return mask
+    if kind == "nonzero":
+        return brain.nonzero_mask(array, affine)
+    if kind in brain.COMMANDS:
+        return brain.tool_mask(kind, array, affine)
     if not task.mask_path:
         raise ScanError("mask: no mask_path given for this scan")
-    return read_mask(task.mask_path, array, affine)
-
-
-def _millilitres(mask: np.ndarray, affine: np.ndarray) -> float:
-    return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000)
-
-
-def _scan_names(cohort: pd.DataFrame) -> list[str]:
-    """Return a name a row that any file system takes: dataset_participant_session."""
-    parts = cohort[["dataset", "participant", "session"]].fillna("").astype(str)
-    safe = parts.map(lambda part: re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-."))
-    return ["_".join(filter(None, row)) for row in safe.itertuples(index=False)]
-
-
-def _check(cohort: pd.DataFrame, names: list[str], settings: Preparation) -> None:
-    wrong = []
-    if cohort.empty:
-        wrong.append("the cohort has no scans")
-    folded = pd.Series(names, dtype=str).str.casefold()
-    if folded.duplicated().any():
-        twice = sorted({names[row] for row in np.flatnonzero(folded.duplicated())})
-        some = ", ".join(twice[:5]) + " ..." * (len(twice) > 5)
-        wrong.append(f"several rows are called {some}: each needs its own dataset, participant and session")
-    taken = sorted({"scan", *QUALITY_COLUMNS} & set(cohort))
-    if taken:
-        wrong.append(f"columns that the index adds itself: {', '.join(taken)}; rename them in the cohort")
-    if settings.mask == "given" and ("mask_path" not in cohort or not cohort["mask_path"].fillna("").any()):
-        wrong.append("mask: 'given' needs a column mask_path; otherwise use 'nonzero' or 'template'")
-    if wrong:
-        raise PreparationError("; ".join(wrong))
+    return read_mask(task.mask_path, array, affine, task.settings.orientation_unknown == "assume_ras")
 
 
 def _source(task: Task) -> str:
@@ -241,10 +201,11 @@ def _source(task: Task) -> str:
     files = []
     for path in filter(None, (task.image_path, task.mask_path)):
         try:
-            stat = Path(path).stat()
+            each = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+            stats = [(file.name, file.stat()) for file in each]
         except OSError as error:
             raise ScanError("no such file" if path == task.image_path else "mask: no such file") from error
-        files.append([path, stat.st_size, stat.st_mtime_ns])
+        files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     return hashlib.sha256(json.dumps([FORMAT, files, asdict(task.settings)]).encode()).hexdigest()
 
 
@@ -255,46 +216,3 @@ def _found(task: Task) -> dict[str, float] | None:
         return notes["quality"] if notes["source"] == _source(task) else None
     except (StoreError, ScanError):
         return None
-
-
-def _tables(cohort: pd.DataFrame, names: list[str], outcomes: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the index and the failed scans; the index says nothing of where files lay."""
-    table = cohort.reset_index(drop=True)
-    table.insert(0, "scan", names)
-    good = np.array([isinstance(outcomes[name], dict) for name in names], dtype=bool)
-    index = table[good].drop(columns=[name for name in table if name.endswith("_path")]).reset_index(drop=True)
-    for column in QUALITY_COLUMNS:
-        index[column] = [outcomes[name][column] for name in index["scan"]]
-    failed = table[~good].reset_index(drop=True)
-    failed["reason"] = [outcomes[name] for name in failed["scan"]]
-    return index, failed[["scan", "participant", "session", "image_path", "reason"]]
-
-
-def _run(function: Callable[[Task], Any], tasks: list[Task], workers: int) -> Iterator[tuple[Task, Any]]:
-    """Yield each task with its result, in the order they end; with None if it kills its process, twice.
-
-    A killed process breaks its whole pool. Tasks in flight are then tried again one by one, so that the one at
-    fault is known, and the others go on together.
-    """
-    if workers == 0:
-        yield from ((task, function(task)) for task in tasks)
-        return
-    waiting, suspects = deque(tasks), deque()
-    while waiting or suspects:
-        queue, together = (suspects, 1) if suspects else (waiting, workers)
-        flying: dict = {}
-        with ProcessPoolExecutor(together, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                while queue or flying:
-                    # A few in flight are enough: the rest of a large cohort waits here, not in the pool.
-                    while queue and len(flying) < (1 if queue is suspects else together + 1):
-                        flying[pool.submit(function, queue[0])] = queue[0]
-                        queue.popleft()
-                    for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                        result = future.result()
-                        yield flying.pop(future), result
-            except BrokenProcessPool:
-                if queue is suspects:
-                    yield from ((task, None) for task in flying.values())
-                else:
-                    suspects.extend(flying.values())

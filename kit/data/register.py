@@ -1,14 +1,7 @@
-"""Rigid and affine registration to the ICBM152 2009a template, and resampling, by SimpleITK.
-
-SimpleITK works in whatever millimetres its images are given. Images are built here from arrays and their
-RAS+ affine, so points, transforms and matrices are RAS+ (x, y, z) throughout: LPS never comes in, and none of
-these images may be written by SimpleITK.
-"""
+"""Rigid and affine registration to the ICBM152 2009a template, by SimpleITK; in RAS+ millimetres throughout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -17,14 +10,17 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from kit.data.grid import Grid
+from kit.data.resample import one_thread, resample, to_image, to_transform
+from kit.data.template import correlation, template
 
-TEMPLATE_NAME = "ICBM152 2009a (nilearn)"
 KINDS = ("rigid", "affine")
 
 # The levels of the search. Voxels finer than 2 mm cost eight times as much and move the result by less than
 # two brains differ.
 COARSE_MM, MIDDLE_MM, FINE_MM = 8.0, 4.0, 2.0
+# The last search sees both images smoothed by a Gaussian of this full width at half maximum: detail in which two
+# brains differ, and what resampling blurs, then pulls less (a rotated head came back within 0.2 mm, not 0.4).
+SMOOTH_MM = 4.0
 # The search sees the template's brain and this much around it: the rim tells where the brain ends, in a
 # stripped scan (zero) as in a whole head (dark fluid and bone), and leaves scalp, neck and face out.
 RIM_MM = 4.0
@@ -49,32 +45,10 @@ class _Template(NamedTuple):
     """What the search compares with, each level's voxel size to its image."""
 
     images: dict[float, sitk.Image]
+    smooth: sitk.Image  # at FINE_MM, for the last search
     masks: dict[float, sitk.Image]
     brain: np.ndarray  # bool (z, y, x), at FINE_MM, no rim
     centre: np.ndarray  # (x, y, z) mm, centre of mass
-
-
-@lru_cache(maxsize=1)
-def template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the 1 mm template, its brain mask and their affine, as nilearn's wheel carries them.
-
-    Returns:
-        Float32 (z, y, x) in 0..1, practically zero outside the brain; bool (z, y, x); (4, 4) voxel (x, y, z) to
-        MNI millimetres, RAS+.
-    """
-    from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
-
-    image, mask = load_mni152_template(resolution=1), load_mni152_brain_mask(resolution=1)
-    values = np.ascontiguousarray(image.get_fdata(dtype=np.float32).T)
-    return values, np.ascontiguousarray(mask.get_fdata().T > 0), image.affine
-
-
-@lru_cache(maxsize=1)
-def template_on(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Return the template, float32 (z, y, x), and its brain mask, bool, resampled onto a grid."""
-    values, brain, affine = template()
-    image, mask = (resample(each, affine, np.eye(4), grid.shape, grid.affine) for each in (values, brain))
-    return image, mask > 0.5
 
 
 def find_transform(array: np.ndarray, affine: np.ndarray, kind: str) -> tuple[np.ndarray, float]:
@@ -82,7 +56,7 @@ def find_transform(array: np.ndarray, affine: np.ndarray, kind: str) -> tuple[np
 
     Mattes mutual information (Mattes et al. 2003, doi:10.1109/TMI.2003.809072) is climbed from the best of many
     starts around the centre of mass: rigid at 8 and 4 mm, then with all parameters of `kind` at 4 (affine) and
-    2 mm. The same scan gives the same matrix to the bit: samples are seeded, and one thread is used.
+    2 mm. The same scan gives the same matrix to the bit: one thread is used.
 
     Args:
         array: (z, y, x) intensities.
@@ -97,18 +71,33 @@ def find_transform(array: np.ndarray, affine: np.ndarray, kind: str) -> tuple[np
         RegistrationError: the search ended where the scan does not resemble the template.
         ValueError: `kind` is neither.
     """
-    if kind not in KINDS:
-        raise ValueError(f"registration: expected one of {', '.join(KINDS)}, got {kind!r}")
-    with _one_thread():
+    return find_transforms(array, affine, (kind,))[kind]
+
+
+def find_transforms(array: np.ndarray, affine: np.ndarray, kinds: tuple[str, ...]) -> dict[str, tuple]:
+    """Find several kinds of transform in one search: each kind's matrix and similarity, see `find_transform`."""
+    if wrong := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"registration: expected one of {', '.join(KINDS)}, got {wrong[0]!r}")
+    found = {}
+    with one_thread():
         try:
             scan = _levels(np.clip(array, None, np.percentile(array[array > array.min()], 99.5)), affine, MARGIN_MM)
             pose = _find_pose(scan)
-            if kind == "affine":
-                pose = _climb(scan, _freed(pose), MIDDLE_MM, step_mm=0.2)
-            matrix = _matrix(_climb(scan, pose, FINE_MM, step_mm=0.2))
+            fine, fine_affine = scan[FINE_MM]
+            scan[FINE_MM] = (_smoothed(fine), fine_affine)
+            for kind in kinds:
+                start = sitk.Euler3DTransform(pose)
+                if kind == "affine":
+                    start = _climb(scan, _freed(pose), MIDDLE_MM, step_mm=0.2)
+                found[kind] = _matrix(_climb(scan, start, FINE_MM, step_mm=0.2))
         except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
             raise RegistrationError("the search left the scan: too little overlap with the template") from error
-        similarity = _similarity(scan, matrix)
+        scan[FINE_MM] = (fine, fine_affine)
+        return {kind: (matrix, _checked(matrix, _similarity(scan, matrix))) for kind, matrix in found.items()}
+
+
+def _checked(matrix: np.ndarray, similarity: float) -> float:
+    """Return the similarity where it and the transform are those of a brain."""
     stretch = np.linalg.svd(matrix[:3, :3], compute_uv=False)
     if stretch.max() > MOST_STRETCH or stretch.min() < 1 / MOST_STRETCH:
         raise RegistrationError(f"the scan was stretched by {', '.join(f'{factor:.2f}' for factor in stretch)}")
@@ -116,42 +105,11 @@ def find_transform(array: np.ndarray, affine: np.ndarray, kind: str) -> tuple[np
         raise RegistrationError(
             f"does not resemble the template: correlation {similarity:.2f}, at least {LEAST_SIMILARITY} is needed"
         )
-    return matrix, similarity
+    return similarity
 
 
-def resample(
-    array: np.ndarray, affine: np.ndarray, matrix: np.ndarray, shape: tuple[int, int, int], to_affine: np.ndarray
-) -> np.ndarray:
-    """Resample an array once, linearly, through a transform onto another grid.
-
-    Where the new grid is coarser, the array is smoothed before, so that fine detail does not fold over: a
-    Gaussian with a full width at half maximum of sqrt(new^2 - old^2) mm along each of the array's axes.
-
-    Args:
-        array: (z, y, x) numbers.
-        affine: (4, 4), the array's voxel (x, y, z) to its millimetres.
-        matrix: (4, 4), the new grid's millimetres to the array's millimetres.
-        shape: the new grid's voxels (z, y, x).
-        to_affine: (4, 4), the new grid's voxel (x, y, z) to its millimetres.
-
-    Returns:
-        Float32 (z, y, x), zero outside the array.
-    """
-    old, new = (np.linalg.norm(each[:3, :3], axis=0) for each in (affine, to_affine))
-    sigma = np.sqrt(np.maximum(new.min() ** 2 - old**2, 0)) / np.sqrt(8 * np.log(2)) / old
-    smooth = np.asarray(array, np.float32)
-    if sigma.any():
-        smooth = ndimage.gaussian_filter(smooth, sigma[::-1], mode="nearest", truncate=3)
-    moved = sitk.Resample(
-        _image(smooth, affine),
-        [int(side) for side in shape[::-1]],
-        _transform(matrix),
-        sitk.sitkLinear,
-        to_affine[:3, 3].tolist(),
-        new.tolist(),
-        (to_affine[:3, :3] / new).ravel().tolist(),
-    )
-    return sitk.GetArrayFromImage(moved)
+def _smoothed(fine: np.ndarray) -> np.ndarray:
+    return ndimage.gaussian_filter(fine, SMOOTH_MM / np.sqrt(8 * np.log(2)) / FINE_MM)
 
 
 @lru_cache(maxsize=1)
@@ -162,11 +120,12 @@ def _template() -> _Template:
     brain = resample(mask, affine, np.eye(4), fine.shape, fine_affine) > 0.5
     rim = ndimage.distance_transform_edt(~brain, sampling=FINE_MM) <= RIM_MM
     masks = {
-        size: _image((resample(rim, fine_affine, np.eye(4), each.shape, at) > 0.5).astype(np.uint8), at)
+        size: to_image((resample(rim, fine_affine, np.eye(4), each.shape, at) > 0.5).astype(np.uint8), at)
         for size, (each, at) in levels.items()
     }
-    images = {size: _image(*level) for size, level in levels.items()}
-    return _Template(images, masks, brain, _centre_of_mass(coarse, coarse_affine))
+    images = {size: to_image(*level) for size, level in levels.items()}
+    smooth = to_image(_smoothed(fine), fine_affine)
+    return _Template(images, smooth, masks, brain, _centre_of_mass(coarse, coarse_affine))
 
 
 def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float) -> dict[float, tuple[np.ndarray, np.ndarray]]:
@@ -217,9 +176,6 @@ def _search(size: float, start: sitk.Transform, step_mm: float) -> sitk.ImageReg
     search = sitk.ImageRegistrationMethod()
     search.SetMetricAsMattesMutualInformation(32)
     search.SetMetricFixedMask(_template().masks[size])
-    if size == FINE_MM:  # a quarter of 300,000 voxels is enough
-        search.SetMetricSamplingStrategy(search.RANDOM)
-        search.SetMetricSamplingPercentage(0.25, seed=1)
     search.SetInterpolator(sitk.sitkLinear)
     # The first step is always taken whole. A long one, right for a far start, throws a good affine away.
     search.SetOptimizerAsRegularStepGradientDescent(
@@ -231,7 +187,7 @@ def _search(size: float, start: sitk.Transform, step_mm: float) -> sitk.ImageReg
 
 
 def _pair(scan: dict, size: float) -> tuple[sitk.Image, sitk.Image]:
-    return _template().images[size], _image(*scan[size])
+    return _template().smooth if size == FINE_MM else _template().images[size], to_image(*scan[size])
 
 
 def _freed(pose: sitk.Euler3DTransform) -> sitk.AffineTransform:
@@ -246,16 +202,8 @@ def _freed(pose: sitk.Euler3DTransform) -> sitk.AffineTransform:
 def _similarity(scan: dict, matrix: np.ndarray) -> float:
     """Correlation with the template inside its brain mask at 2 mm."""
     fine = _template().images[FINE_MM]
-    moved = sitk.Resample(_image(*scan[FINE_MM]), fine, _transform(matrix), sitk.sitkLinear)
+    moved = sitk.Resample(to_image(*scan[FINE_MM]), fine, to_transform(matrix), sitk.sitkLinear)
     return correlation(sitk.GetArrayFromImage(moved), sitk.GetArrayFromImage(fine), _template().brain)
-
-
-def correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
-    """Return Pearson's correlation of two arrays inside a bool mask; 0.0 where one of them is constant."""
-    one, other = (values[mask].astype(np.float64) for values in (one, other))
-    one, other = one - one.mean(), other - other.mean()
-    scale = np.sqrt((one @ one) * (other @ other))
-    return float(one @ other / scale) if scale > 0 else 0.0
 
 
 def _centre_of_mass(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -271,26 +219,3 @@ def _matrix(transform: sitk.Transform) -> np.ndarray:
     return matrix
 
 
-def _transform(matrix: np.ndarray) -> sitk.AffineTransform:
-    return sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
-
-
-def _image(array: np.ndarray, affine: np.ndarray) -> sitk.Image:
-    """Return a SimpleITK image of a (z, y, x) array whose points are the affine's RAS+ millimetres."""
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
-    image.SetOrigin(affine[:3, 3].tolist())
-    return image
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let SimpleITK use one thread: with more, sums are made in another order each time."""
-    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)

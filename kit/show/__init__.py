@@ -5,6 +5,7 @@ pyplot.
 - `figure`: an empty figure with its title and its note ("procedural data"); a small PNG for a notebook's page
 - `slices`: a scan in three planes with overlay and outline; many scans; views beside their original; a
   transform at several strengths
+- `quality`: prepared scans under the template's outline; quality figures by site
 - `curves`: training, label efficiency, predictions, embeddings, cohort, registration; the benchmark's table
 - `explorer`: the interactive explorer of augmentations, and the same picture as a PNG
 - `recipe_controls`: its list of transforms, to be switched and dragged

@@ -1,9 +1,13 @@
 """Batches: every scan, a participant at most once in each, an order that (seed, epoch) alone decide."""
 
+import shutil
+
 import numpy as np
+import pytest
 import torch
 
 from kit.data.loader import PreparedScans, collate, epoch_batches, in_order, load, scan_key
+from kit.data.store import Store, StoreError, scan_path
 
 PARTICIPANTS = [f"p{number // 2}" for number in range(50)]
 
@@ -48,3 +52,30 @@ def test_a_batch_holds_what_the_store_holds(store):
     assert batch.images.dtype == torch.float32 and batch.images.shape == (2, 1, 12, 18, 24)
     assert np.array_equal(batch.images[1, 0].numpy(), image.astype(np.float32))
     assert np.array_equal(batch.masks[1, 0].numpy(), mask) and torch.isnan(batch.labels).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_scan_is_skipped_counted_and_named(store, tmp_path, workers):
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
+    name = store.index["scan"][3]
+    scan_path(folder, name).write_bytes(b"no scan")
+    rows = Store.open(folder).index.iloc[:8]
+    scans = PreparedScans(Store.open(folder), rows, skip_damaged=True)
+    for epoch in (1, 2):
+        if epoch == 1:
+            with pytest.warns(UserWarning, match=f"skipped {name}: missing or damaged"):
+                batches = list(load(scans, in_order(8, 4), workers))
+        else:
+            batches = list(load(scans, in_order(8, 4), workers))
+        assert scans.damaged == {name: epoch}
+        assert [len(batch) for batch in batches] == [4, 4]
+        assert batches[0].keys[3] == scan_key(rows["scan"][4])
+    with pytest.raises(StoreError, match=name):
+        list(load(PreparedScans(Store.open(folder), rows), in_order(8, 4)))
+
+
+def test_a_store_that_is_gone_is_an_error(store, tmp_path):
+    scans = PreparedScans(Store(tmp_path, store.index, store.record), store.index, skip_damaged=True)
+    with pytest.raises(StoreError, match="no file"):
+        list(load(scans, in_order(4, 4)))

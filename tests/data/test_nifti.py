@@ -164,5 +164,11 @@ def test_mask_must_lie_on_the_scans_voxels(tmp_path: Path) -> None:
     elsewhere[0, 3] += 1
     with pytest.raises(ScanError, match="mask: it lies elsewhere"):
         read_mask(path, ramp().T, elsewhere)
-    with pytest.raises(ScanError, match="mask: constant"):
+    with pytest.raises(ScanError, match="mask: all zero"):
         read_mask(saved(tmp_path / "e.nii.gz", np.zeros_like(mask)), ramp().T, AFFINE)
+
+
+def test_scan_without_codes_is_read_as_nifti_says_where_asked(tmp_path: Path) -> None:
+    array, affine = read_nifti(header_edit(tmp_path / "a.nii", 252, bytes(4)), no_codes_ok=True)
+    np.testing.assert_array_equal(array, ramp().T)  # not mirrored: x runs to the right
+    np.testing.assert_allclose(affine, [[2, 0, 0, -6], [0, 1.5, 0, -5.25], [0, 0, 3, -12], [0, 0, 0, 1]], atol=1e-5)

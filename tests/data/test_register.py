@@ -8,7 +8,9 @@ import pytest
 import SimpleITK as sitk
 
 from kit.data.grid import Grid
-from kit.data.register import RegistrationError, correlation, find_transform, resample, template, template_on
+from kit.data.register import RegistrationError, find_transform
+from kit.data.resample import resample
+from kit.data.template import correlation, template, template_on
 
 # Voxels of the moving scans: MNI space at 3 mm, three unequal sides, some room around the head.
 SHAPE = (70, 86, 76)

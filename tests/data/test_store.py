@@ -54,6 +54,17 @@ def test_scan_comes_back(folder: Path) -> None:
     assert [path.name for path in (folder / "scans").iterdir()] == ["a_0001.b2nd"]
 
 
+def test_mask_is_kept_where_the_image_is_zero(tmp_path: Path) -> None:
+    mask = arrays()[1]
+    image = np.where(np.arange(mask.size).reshape(mask.shape) % 3, 0, 5.0)  # also outside the mask
+    image[0, 0, :] = 1e-9  # less than float16 holds
+    claim(tmp_path, RECORD)
+    write_scan(scan_path(tmp_path, "a"), image, mask, "a", GRID.affine)
+    read_image, read_mask = Store(tmp_path, None, RECORD).read("a")
+    np.testing.assert_array_equal(read_mask, mask)
+    np.testing.assert_array_equal(read_image, np.where(mask, image, 0).astype(np.float16))
+
+
 def test_crop_is_that_part(folder: Path) -> None:
     crop = (slice(30, 37), slice(1, 6), slice(2, 9))  # across two chunks
     image, mask = Store.open(folder).read("a_0001", crop)

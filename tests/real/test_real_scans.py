@@ -13,14 +13,14 @@ from scipy import ndimage
 from kit.data.grid import PAPER_GRID
 from kit.data.nifti import read_nifti
 from kit.data.preprocess import Preparation, prepare
-from kit.data.register import find_transform, resample, template, template_on
 from kit.data.store import Store, read_transform
+from kit.data.template import template_on
 
 pytestmark = pytest.mark.real
 
-# Measured 0.277, 0.475 and 0.661 at 1 mm: the tumour's scan has hardly any contrast. Turned by 10 degrees about an
-# axis, that one falls to 0.38 and the head to 0.47. In the child's file grey matter is clipped to zero, which no
-# pose makes resemble the template: a broken registration, not a turned one, would show there.
+# Measured 0.263, 0.478 and 0.66 at 1 mm. The tumour's scan has hardly any contrast; turned by 10 degrees about an
+# axis, it falls to 0.38 and the head to 0.47. In the child's file grey matter is clipped to zero, which no pose makes
+# resemble the template: a broken registration, not a turned one, would show there. 0.8 is out of reach of all three.
 LEAST_SIMILARITY = {"child": 0.25, "tumour": 0.44, "head": 0.6}
 
 
@@ -91,32 +91,3 @@ def test_left_stays_left(prepared: Store) -> None:
     assert -40 < x < -20
     assert -45 < y < 10
     assert -20 < z < 40
-
-
-@pytest.mark.slow
-def test_found_transform_undoes_a_known_move(real_files: dict[str, Path]) -> None:
-    array, affine = read_nifti(real_files["head"])
-    still, _ = find_transform(array, affine, "rigid")
-    points = nib.affines.apply_affine(template()[2], np.argwhere(template()[1])[::997, ::-1])
-    rng = np.random.default_rng(7)
-    for _ in range(2):
-        move = random_move(rng)
-        moved = resample(array, affine, np.linalg.inv(move), array.shape, affine)
-        found, _ = find_transform(moved, affine, "rigid")
-        errors = np.linalg.norm(
-            nib.affines.apply_affine(found, points) - nib.affines.apply_affine(move @ still, points), axis=1
-        )
-        assert np.percentile(errors, 95) < 2.0
-
-
-def random_move(rng: np.random.Generator) -> np.ndarray:
-    """A turn of up to 20 degrees about each axis and a shift of up to 30 mm along each, about MNI's middle."""
-    move = np.eye(4)
-    for axis, angle in enumerate(np.deg2rad(rng.uniform(-20, 20, 3))):
-        one, other = [each for each in range(3) if each != axis]
-        turn = np.eye(4)
-        turn[[one, other], [one, other]] = np.cos(angle)
-        turn[one, other], turn[other, one] = -np.sin(angle), np.sin(angle)
-        move = turn @ move
-    move[:3, 3] = rng.uniform(-30, 30, 3)
-    return move

@@ -1,0 +1,90 @@
+"""Shards prepare a cohort in parts; the last one merges them into what one run would have made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kit.data.grid import Grid
+from kit.data.nifti import write_nifti
+from kit.data.preprocess import Preparation, prepare
+from kit.data.store import Store, StoreError
+from kit.data.table import PreparationError, merge_shards, shard_of
+from kit.params import Preprocess
+from kit.reading import ParameterError, check
+
+SETTINGS = Preparation(Grid((12, 16, 14), 12.0), "none", "nonzero")
+
+
+def cohort(folder: Path, scans: int = 11) -> pd.DataFrame:
+    """Noise in a box of brain's size; the fourth file is no scan."""
+    rng = np.random.default_rng(0)
+    affine = np.diag([12.0, 12, 12, 1])
+    affine[:3, 3] = [-70, -100, -60]
+    for row in range(scans):
+        write_nifti(folder / f"{row}.nii.gz", rng.uniform(10, 100 + row, (10, 11, 12)).astype(np.float32), affine)
+    (folder / "3.nii.gz").write_text("no scan")
+    names = [f"{row:04d}" for row in range(scans)]
+    return pd.DataFrame({"participant": names, "session": "NA", "dataset": "d", "age": [*range(scans - 1), None],
+                         "image_path": [str(folder / f"{row}.nii.gz") for row in range(scans)]})
+
+
+def shard_folder(folder: Path, shard: int) -> Path:
+    return folder / "shards" / f"{shard}-of-3"
+
+
+def test_merged_shards_are_what_one_run_makes(tmp_path: Path) -> None:
+    table = cohort(tmp_path)
+    one, one_failed = prepare(table, tmp_path / "one", SETTINGS, workers=0)
+    for shard in (2, 0, 1):
+        assert merge_shards(table, tmp_path / "merged", 3) is None
+        prepare(shard_of(table, shard, 3), shard_folder(tmp_path / "merged", shard), SETTINGS, workers=0)
+    for _ in range(2):  # merging again changes nothing
+        index, failed = merge_shards(table, tmp_path / "merged", 3)
+        pd.testing.assert_frame_equal(index.drop(columns="seconds"), one.drop(columns="seconds"), check_dtype=False)
+        assert failed["scan"].tolist() == one_failed["scan"].tolist() == ["d_0003_NA"]
+    store, whole = Store.open(tmp_path / "merged"), Store.open(tmp_path / "one")
+    assert store.index["session"].tolist() == ["NA"] * 10 and store.index["participant"][0] == "0000"
+    for scan in store.index["scan"]:
+        np.testing.assert_array_equal(store.read(scan)[0], whole.read(scan)[0])
+    assert len(list((tmp_path / "merged" / "scans").iterdir())) == 10
+    # A shard that is prepared again is merged again.
+    changed = tmp_path / "0.nii.gz"
+    write_nifti(changed, np.random.default_rng(5).uniform(10, 90, (10, 11, 12)), np.diag([12.0, 12, 12, 1]))
+    prepare(shard_of(table, 0, 3), shard_folder(tmp_path / "merged", 0), SETTINGS, workers=0)
+    merge_shards(table, tmp_path / "merged", 3)
+    assert not np.array_equal(Store.open(tmp_path / "merged").read("d_0000_NA")[0], whole.read("d_0000_NA")[0])
+
+
+def test_shards_of_other_settings_are_not_merged(tmp_path: Path) -> None:
+    table = cohort(tmp_path)
+    other = Preparation(SETTINGS.grid, "none", "nonzero", intensity="whitematter")
+    for shard in range(3):
+        settings = other if shard == 2 else SETTINGS
+        prepare(shard_of(table, shard, 3), shard_folder(tmp_path / "merged", shard), settings, workers=0)
+    with pytest.raises(StoreError, match="intensity: zscore there, whitematter asked"):
+        merge_shards(table, tmp_path / "merged", 3)
+    assert not (tmp_path / "merged" / "index.csv").exists()
+
+
+def test_every_scan_is_in_one_shard(tmp_path: Path) -> None:
+    table = cohort(tmp_path)
+    parts = pd.concat([shard_of(table, shard, 3) for shard in range(3)])
+    assert sorted(parts["participant"]) == table["participant"].tolist()
+    with pytest.raises(PreparationError, match="11 scans cannot fill 12 shards"):
+        shard_of(table, 0, 12)
+
+
+def test_a_shard_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    values = {"output_dir": str(tmp_path / "out"), "shards": 4, "shard": 3}
+    params = check(Preprocess, values)
+    assert params.output_dir == tmp_path / "out" / "shards" / "3-of-4"
+    assert params.merged_dir == tmp_path / "out"
+    assert check(Preprocess, params.plain()) == params
+    alone = check(Preprocess, {"output_dir": str(tmp_path / "out")})
+    assert alone.output_dir == alone.merged_dir == tmp_path / "out"
+    with pytest.raises(ParameterError, match="shard: got 4; 4 shards are numbered 0 to 3"):
+        check(Preprocess, values | {"shard": 4})

@@ -1,0 +1,85 @@
+"""A Slurm array of two tasks prepares a cohort in two shards through the notebook, and the last one merges them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kit.data.nifti import write_nifti
+from kit.data.store import Store
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tests" / "slurm"
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+SECONDS = 600
+
+SCRIPT = """#!/bin/bash
+#SBATCH --array=0-1
+#SBATCH --output={folder}/%a.log
+export PYTHONPATH={root} KIT_PROGRESS=off OMP_NUM_THREADS=1
+cd {root}
+{python} -m kit.execute 1_preprocess -p cohort {folder}/cohort.csv -p mask nonzero -p moved_scans 0 \\
+    -p spacing_mm 12 -p shape '[12, 16, 14]' -p workers 1 -p output_dir {folder}/out \\
+    -p max_failed_fraction 0.2 -p shards 2 -p shard $SLURM_ARRAY_TASK_ID
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a Slurm cluster of two nodes on this machine, taken down afterwards."""
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=PATH)]
+    if missing:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say(f"no {', '.join(missing)} (apt-get install slurm-wlm munge)")
+    subprocess.run([TOOLS / "slurm_up.sh", tmp_path / "slurm"], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    yield os.environ | {"SLURM_CONF": str(tmp_path / "slurm" / "slurm.conf"), "PATH": PATH}
+    subprocess.run([TOOLS / "slurm_down.sh", tmp_path / "slurm"], check=False, timeout=120)
+
+
+def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(slurm: dict[str, str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    affine = np.diag([12.0, 12, 12, 1])
+    affine[:3, 3] = [-70, -100, -60]
+    paths = [tmp_path / f"{row}.nii.gz" for row in range(10)]
+    for row, path in enumerate(paths):
+        write_nifti(path, rng.uniform(10, 100 + row, (10, 11, 12)).astype(np.float32), affine)
+    paths[3].write_text("no scan")
+    pd.DataFrame({"participant": range(10), "image_path": paths}).to_csv(tmp_path / "cohort.csv", index=False)
+    script = tmp_path / "array.sh"
+    script.write_text(SCRIPT.format(folder=tmp_path, root=ROOT, python=sys.executable))
+    sent = subprocess.run(["sbatch", "--parsable", script], env=slurm, capture_output=True, text=True, check=True)
+    states = finished(sent.stdout.strip(), slurm)
+    logs = "\n".join((tmp_path / f"{task}.log").read_text()[-3000:] for task in (0, 1))
+    assert states == ["COMPLETED", "COMPLETED"], logs
+    store = Store.open(tmp_path / "out")
+    assert store.index["participant"].tolist() == [str(row) for row in range(10) if row != 3]
+    assert pd.read_csv(tmp_path / "out" / "failed.csv")["reason"].tolist() == ["not a NIfTI file (.nii or .nii.gz)"]
+    assert store.read(store.index["scan"].iloc[-1])[1].any()
+    for shard in (0, 1):
+        own = tmp_path / "out" / "shards" / f"{shard}-of-2"
+        assert len(Store.open(own).index) == 5 - shard
+        assert (own / "report.html").is_file()
+
+
+def finished(job: str, environment: dict[str, str]) -> list[str]:
+    """Wait for an array's two tasks to end; their states."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], env=environment, capture_output=True,
+                               text=True, check=False).stdout
+        states = [part.partition("=")[2] for part in shown.split() if part.startswith("JobState=")]
+        if len(states) == 2 and not set(states) & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}:
+            return states
+        time.sleep(1)
+    raise TimeoutError(f"job {job} did not end in {SECONDS} s")

@@ -1,0 +1,86 @@
+"""Known moves of a real head (Colin27) are found, and its brain as another tool finds it."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from kit.data.brain import template_mask
+from kit.data.intensity import correct_bias
+from kit.data.nifti import read_nifti
+from kit.data.register import find_transform, find_transforms
+from kit.data.resample import resample
+from kit.data.template import template
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+HEAD = Path("/usr/share/mricron/templates/ch2.nii.gz")
+MOVES = 20
+MARGIN = 30  # voxels around the head, so that a moved one stays in the field of view
+
+
+@pytest.fixture(scope="module")
+def head() -> Path:
+    if not HEAD.is_file():
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say(f"real head absent: {HEAD} (apt-get install mricron-data)")
+    return HEAD
+
+
+def random_move(rng: np.random.Generator) -> np.ndarray:
+    """A turn of up to 20 degrees about each axis and a shift of up to 30 mm along each, about MNI's middle."""
+    turn = nib.eulerangles.euler2mat(*np.deg2rad(rng.uniform(-20, 20, 3)))
+    return nib.affines.from_matvec(turn, rng.uniform(-30, 30, 3))
+
+
+def moved_head(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The head after a move, with a bias field of up to 28 % and noise of 3 %; the scan, its affine, the move."""
+    array, affine = read_nifti(HEAD)
+    rng = np.random.default_rng([7, number])
+    move = random_move(rng)
+    shape = tuple(side + 2 * MARGIN for side in array.shape)
+    affine = affine.copy()
+    start = affine[:3, :3] @ np.full(3, MARGIN)
+    wide = nib.affines.from_matvec(affine[:3, :3], affine[:3, 3] - start)
+    moved = resample(array, affine, np.linalg.inv(move), shape, wide)
+    field = ndimage.zoom(rng.normal(size=(4, 4, 4)).astype(np.float32), 8, order=3)  # smooth; then only interpolated
+    field = ndimage.zoom(field, [side / 32 for side in shape], order=1)
+    moved *= np.exp(0.25 * field / np.abs(field).max())
+    moved += 0.03 * np.percentile(array, 99) * rng.standard_normal(shape, np.float32)
+    return moved.clip(0), wide, move
+
+
+def registered(number: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """A moved head, or the head itself for None, through bias field and registration: what is found, the move."""
+    array, affine, move = (*read_nifti(HEAD), np.eye(4)) if number is None else moved_head(number)
+    return find_transform(correct_bias(array, affine, None), affine, "rigid")[0], move
+
+
+def error_mm(found: np.ndarray, still: np.ndarray, move: np.ndarray) -> float:
+    """95th percentile over the brain of the distance between where voxels are found and where the move put them."""
+    _, brain, to_mm = template()
+    points = nib.affines.apply_affine(to_mm, np.argwhere(brain)[::997, ::-1])
+    there, should = (nib.affines.apply_affine(each, points) for each in (found, move @ still))
+    return float(np.percentile(np.linalg.norm(there - should, axis=1), 95))
+
+
+def test_twenty_known_moves_are_found(head: Path) -> None:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        (still, _), *found = pool.map(registered, [None, *range(MOVES)])
+    errors = [error_mm(each, still, move) for each, move in found]
+    assert max(errors) <= 0.5, np.round(errors, 2)
+
+
+def test_template_mask_agrees_with_another_tools(head: Path) -> None:
+    array, affine = read_nifti(head)
+    other = ndimage.binary_fill_holes(read_nifti(head.with_name("ch2bet.nii.gz"))[0] > 0)
+    mask = template_mask(array, affine, find_transforms(array, affine, ("rigid", "affine"))["affine"][0])
+    dice = 2 * np.count_nonzero(mask & other) / (np.count_nonzero(mask) + np.count_nonzero(other))
+    assert dice >= 0.965
