@@ -10,6 +10,7 @@
 - ``step``        the gradient of one step: accumulated, in chunks
 - ``journal``     what a run shows while it runs
 - ``loop``        the loop
+- ``monitor``     is it learning: measures on held-out scans, and a verdict
 - ``pretrain``    2_pretrain
 - ``evaluate``    predictions, embeddings, metrics with intervals
 - ``probe``       linear probes on embeddings

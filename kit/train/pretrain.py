@@ -25,6 +25,7 @@ from kit.runs import Run, write_table
 from kit.train import checkpoint
 from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm, world_size
 from kit.train.loop import Settings, fit
+from kit.train.monitor import monitor_of
 from kit.train.nodes import launch_on_nodes
 from kit.train.objectives import MaskedReconstruction, SimCLR
 from kit.train.stop import NAME as STOP
@@ -142,8 +143,10 @@ def train(params: Pretrain, folder: Path) -> None:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
     try:
-        fit(objective, PreparedScans(store, learned), batches_for(params, learned), PreparedScans(store, held_out),
-            Settings.of(params), folder, params=same, may_stop=True)
+        out = PreparedScans(store, held_out)
+        fit(objective, PreparedScans(store, learned), batches_for(params, learned), out, Settings.of(params), folder,
+            params=same, may_stop=True, monitor=monitor_of(out, held_out, params.monitor_epochs,
+                                                           params.chunk or params.batch_size, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)
