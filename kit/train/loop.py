@@ -108,9 +108,13 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
     twice = hasattr(objective, "compare")  # chunks are run, and so read, a second time
     per_item = 2 if getattr(objective, "paired", False) else 1  # two sessions stand for one scan
 
-    def restore() -> tuple[list[dict], list[dict], float, float]:
-        """Take up the newest checkpoint: rows of the log, reports of the unfinished epoch, the rate, its factor."""
+    def restore(but: dict[str, int] | None = None) -> tuple[list[dict], list[dict], float, float]:
+        """Take up the newest checkpoint (`but` one whose next step failed): log, unfinished epoch, rate, its factor."""
         state = checkpoint.load(folder / "checkpoints") if folder else None
+        if state and state["position"] == but:
+            state = checkpoint.load(folder / "checkpoints", "previous")
+        if state is None and but:
+            raise TrainingError(f"{fault}; there is no earlier checkpoint to go on from")
         if state is None:
             return [], [], 0.0, 1.0
         checkpoint.check_same(state, params, folder)
@@ -183,7 +187,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
                 raise TrainingError(fault)
             if world_size() > 1:
                 dist.barrier()  # rank 0 may still be writing what all read now
-            rows, losses, rate, _ = restore()
+            rows, losses, rate, _ = restore({"epoch": epoch, "step": number})
             factor = settings.retry_rate
             if rank() == 0:
                 print(f"{fault}. Going on from the last checkpoint (epoch {len(rows)}, step {len(losses)}) with "
