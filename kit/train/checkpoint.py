@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import time
@@ -32,7 +33,9 @@ def save(folder: Path, state: dict[str, Any], best: bool = False) -> None:
         best: whether the monitored value was never better.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    new = write_whole(folder / "new.pt", lambda aside: torch.save(state, aside))
+    buffer = io.BytesIO()  # written by Python, a full disk is an OSError that says so; torch's writer says anything
+    torch.save(state, buffer)
+    new = write_whole(folder / "new.pt", lambda aside: aside.write_bytes(buffer.getbuffer()))
     if best:
         (folder / "best.new.pt").unlink(missing_ok=True)
         os.link(new, folder / "best.new.pt")
@@ -87,17 +90,17 @@ class Saver:
                     also()
                 self._saved, self._full_since = time.monotonic(), None
                 return True
-            except (OSError, RuntimeError) as error:
+            except OSError as error:
                 self._failed(error)
                 if not wait:
                     return False
                 time.sleep(AGAIN_SECONDS)
         return False
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: OSError) -> None:
         """Say what happened; raise when it is no full disk, or has been one for too long."""
         free = shutil.disk_usage(self.folder).free / 1e6
-        if not (getattr(error, "errno", None) in FULL or "PytorchStreamWriter" in str(error) or "write" in str(error)):
+        if error.errno not in FULL:
             raise error
         self._tried = time.monotonic()
         self._full_since = self._full_since or self._tried

@@ -175,9 +175,9 @@ def test_the_gradient_is_clipped_and_its_norm_logged(store, tmp_path):
 def test_the_moving_average_is_kept(store, tmp_path):
     plain, _ = trained(store, tmp_path / "plain")
     slow, _ = trained(store, tmp_path / "slow", ema=0.999)
-    start = simclr().encoder.layers[0].weight
-    moved = [float((objective.encoder.layers[0].weight - start).norm()) for objective in (plain, slow)]
-    assert 0 < moved[1] < 0.2 * moved[0]
+    start = simclr().encoder.layers[0].weight.detach()
+    moved = [float((objective.encoder.layers[0].weight.detach() - start).norm()) for objective in (plain, slow)]
+    assert 0 < moved[1] < 0.5 * moved[0]  # it starts after the first step
 
 
 class Falls(nn.Module):
