@@ -57,13 +57,13 @@ class Job:
         said = subprocess.run(["scontrol", "show", "job", self.number], env=self.env, capture_output=True, text=True)
         return re.search(rf"\b{name}=(\S+)", said.stdout)[1]
 
-    def wait(self, *states, seconds=120):
+    def wait(self, *states, seconds=400):
         until = time.monotonic() + seconds
         while (state := self.show("JobState")) not in states:
             assert time.monotonic() < until, f"still {state}:\n{self.log.read_text() if self.log.exists() else ''}"
             time.sleep(0.3)
 
-    def reach(self, step, seconds=120):
+    def reach(self, step, seconds=400):
         """Wait until the training has come so far."""
         live, until = self.run / "live.json", time.monotonic() + seconds
         while not (live.exists() and (found := re.search(r'"step": (\d+)', live.read_text()))
