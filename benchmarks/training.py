@@ -144,7 +144,7 @@ def _worker(batch: int, steps: int) -> float:
         torch.set_num_threads(1)
         objective = _objective(DEMO).train()
         synchronise_batch_norm(objective)
-        model = DistributedDataParallel(objective, find_unused_parameters=True, broadcast_buffers=False)
+        model = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
         return _step_seconds(objective, model, batch, steps)
 
 

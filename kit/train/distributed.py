@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+# DDP is told to look for unused parameters on purpose (see `kit.train.loop.fit`), and warns at every start
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 PATIENCE = timedelta(hours=2)  # one process may validate, or wait for a full disk, while the others stand by
 
 
@@ -87,6 +89,7 @@ def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ.update(QUIET)  # for the workers; torch has read its own by now
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     run_id = secrets.token_hex(8)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, run_id=run_id, rdzv_backend="c10d",

@@ -98,7 +98,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
     where = device()
     objective.to(where)
     # with `find_unused_parameters`, gradients are summed in one order from the first step on: a resumed run's bits
-    model = (DistributedDataParallel(objective, find_unused_parameters=True, broadcast_buffers=False)
+    model = (DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
              if world_size() > 1 else objective)
     optimizer = build_optimizer(objective, settings)
     average = (AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from kit.train.distributed import die_with_parent, process_group
+from kit.train.distributed import QUIET, die_with_parent, process_group
 from kit.train.stop import NAME as STOP
 
 
@@ -38,7 +38,8 @@ def launch_on_nodes(folder: Path, nodes: int, workers: int) -> None:
     said: collections.deque[str] = collections.deque(maxlen=30)
     # its own session: the Stop button's interrupt, sent to the kernel's group, must not end srun
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
-                          stdin=subprocess.DEVNULL, env={**os.environ, **meeting_point(), "KIT_PROGRESS": "off"},
+                          stdin=subprocess.DEVNULL,
+                          env={**os.environ, **meeting_point(), **QUIET, "KIT_PROGRESS": "off"},
                           start_new_session=True, preexec_fn=die_with_parent) as srun:
         try:
             for line in srun.stdout:
