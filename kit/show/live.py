@@ -47,10 +47,11 @@ def live_figure(folder: Path, note: str = "") -> Iterator[None]:
     if os.environ.get("KIT_PROGRESS") == "off":
         yield
         return
-    from IPython.display import display
+    from IPython.display import DisplayHandle
 
     done, path = threading.Event(), folder / "live.json"
-    handle = display(display_id=True)
+    handle = DisplayHandle()
+    handle.display({}, raw=True)  # a place to draw in
 
     def follow() -> None:
         seen = None

@@ -29,7 +29,7 @@ from kit.train import checkpoint
 from kit.train.distributed import mean_over_processes, rank, set_threads, world_size
 from kit.train.journal import Journal
 from kit.train.optimizers import build_optimizer, learning_rate
-from kit.train.step import cut, gradients, reads
+from kit.train.step import cut, fitting, gradients, reads
 from kit.train.stop import NAME as STOP
 from kit.train.stop import Stopped
 
@@ -91,6 +91,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
 
     Raises:
         TrainingError: the loss is not finite; the scans of that batch are named.
+        MemoryError: a step does not fit; the chunk to try is named.
         CheckpointError: checkpoints of other parameters lie there, or the disk was full for too long.
         Stopped: the stop file was there; the checkpoint is written.
     """
@@ -156,8 +157,9 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            report = gradients(model, objective, stream, steps[number], epoch, number * settings.accumulate,
-                               settings.seed)
+            with fitting(steps[number]):
+                report = gradients(model, objective, stream, steps[number], epoch, number * settings.accumulate,
+                                   settings.seed)
             asked = torch.tensor(float(may_stop and (folder / STOP).exists()), device=where)
             report = mean_over_processes({**report, "stop": asked})
             if not (finite := math.isfinite(report["loss"])):

@@ -70,6 +70,24 @@ def gradients(model: nn.Module, objective: nn.Module, stream: Iterator[Batch], s
     return {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
 
 
+@contextmanager
+def fitting(step: list[Cuts]) -> Iterator[None]:
+    """Where a step does not fit into memory, name the chunk to try.
+
+    Raises:
+        MemoryError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no type of its own
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        scans = max(len(part) for cuts in step for part in cuts)
+        cure = (f"set `chunk: {scans // 2}` (the loss stays that of the whole batch; BatchNorm then sees the chunk), "
+                "or spread the batch over more workers") if scans > 1 else "take a coarser grid or a smaller network"
+        raise MemoryError(f"out of memory with {scans} scans at a time: {cure}") from error
+
+
 def _cached(model: nn.Module, objective: nn.Module, stream: Iterator[Batch], seeds: list[int], epoch: int,
             batches: int, last: bool) -> dict[str, torch.Tensor]:
     with torch.no_grad(), _still_statistics(objective):

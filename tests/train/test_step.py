@@ -198,3 +198,14 @@ def test_a_loss_that_is_not_finite_goes_on_once_from_the_checkpoint_at_a_lower_r
     _, log = trained(store, tmp_path / "goes_on", Falls(), retry_rate=1e-6, **changes)
     assert len(log) == 12 and np.isfinite(log["loss"]).all()
     assert "Going on from the last checkpoint" in capsys.readouterr().out
+
+
+def test_out_of_memory_names_the_chunk_to_try(store):
+    class Greedy(Falls):
+        def forward(self, batch, epoch):
+            return {"loss": (self.place * torch.empty(2**52)).sum()}
+
+    with pytest.raises(MemoryError, match="out of memory with 8 scans at a time: set `chunk: 4`"):
+        trained(store, None, Greedy())
+    with pytest.raises(MemoryError, match="with 1 scans at a time: take a coarser grid"):
+        trained(store, None, Greedy(), chunk=1)
