@@ -63,7 +63,7 @@ def process_group() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # Slurm may show each its own
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     set_threads()
     try:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kit.augment.recipe import Recipe
 from kit.data.loader import PreparedScans, collate, epoch_batches
 from kit.models.encoders import build_encoder
 from kit.runs import ROOT
+from kit.train.distributed import launch, process_group, rank
 from kit.train.loop import Settings, TrainingError, fit
 from kit.train.objectives import MaskedReconstruction, SimCLR
 from kit.train.optimizers import Lars, build_optimizer
@@ -99,6 +101,27 @@ def test_two_sessions_are_the_two_views(store):
     alone = simclr().train()
     once = alone.views(replace(batch, images=batch.images.float()), 0)
     assert torch.equal(first, once[0][[0, 2]]) and torch.equal(second, once[1][[1, 3]])
+
+
+def _chunked(store, folder: str) -> None:
+    """One step on this process's share of eight scans, in chunks of two: the gradient that DDP leaves."""
+    with process_group():
+        objective = simclr()
+        model = DistributedDataParallel(objective, find_unused_parameters=True)
+        scans, step = PreparedScans(store, store.index), [cut(list(range(8)), 2)]
+        stream = iter([collate([scans[number] for number in part]) for part in reads(step, True)])
+        gradients(model, objective, stream, step, 0, 0, 0)
+        np.save(f"{folder}/{rank()}.npy", objective.encoder.layers[0].weight.grad.numpy())
+
+
+@pytest.mark.slow
+def test_chunks_in_two_processes_give_the_gradient_of_one_batch(store, tmp_path):
+    objective = simclr()
+    gradient_of(objective, PreparedScans(store, store.index), 0, [list(range(8))])
+    one = objective.encoder.layers[0].weight.grad.numpy()
+    launch(_chunked, (store, str(tmp_path)), 2)
+    for number in (0, 1):
+        assert np.abs(np.load(tmp_path / f"{number}.npy") - one).max() < 1e-5 * np.abs(one).max()
 
 
 MEMORY = """
