@@ -58,6 +58,8 @@ class Saver:
         self.folder, self.minutes, self.retry_minutes = folder, minutes, retry_minutes
         self._saved = self._tried = time.monotonic()
         self._full_since: float | None = None
+        for aside in (folder / "checkpoints").glob(".*.pt") if folder else []:  # of a process that was killed
+            aside.unlink()
 
     def due(self) -> bool:
         """Whether the last checkpoint is old enough, or a failed one should be tried again."""

@@ -120,6 +120,7 @@ def test_killed_at_random_moments_the_run_ends_as_if_undisturbed(store, tmp_path
     process.join()
     assert process.exitcode == 0
     assert_same(tmp_path / "whole", tmp_path / "broken")
+    assert {path.name for path in (tmp_path / "broken/checkpoints").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
 
 
 def command(number: int) -> str:
