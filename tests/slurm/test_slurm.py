@@ -86,18 +86,18 @@ def scans(tmp_path_factory):
 
 
 def test_two_nodes_are_stopped_by_usr1_requeued_and_end_with_one_log(slurm, scans, tmp_path):
-    job = Job(slurm, tmp_path / "job", scans, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", epochs=60)
+    job = Job(slurm, tmp_path / "job", scans, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", epochs=12)
     job.reach(4)
     job.signal("-b", "-s", "USR1")
     job.wait("PENDING")
     state = checkpoint.load(job.run / "checkpoints")
-    assert state["workers"] == 2 and len(state["log"]) + len(state["losses"]) > 0 and len(state["log"]) < 60
+    assert state["workers"] == 2 and len(state["log"]) + len(state["losses"]) > 0 and len(state["log"]) < 12
     first = state["log"]
     job.wait("COMPLETED")
     log, printed = job.text()
-    assert "work is left; requeued as asked" in log and "start 2" in log and "finished: 60 epochs" in printed
+    assert "work is left; requeued as asked" in log and "start 2" in log and "finished: 12 epochs" in printed
     table = pd.read_csv(job.run / "log.csv")
-    assert table["epoch"].tolist() == list(range(1, 61)) and (job.run / "encoder.safetensors").exists()
+    assert table["epoch"].tolist() == list(range(1, 13)) and (job.run / "encoder.safetensors").exists()
     assert table["loss"].tolist()[:len(first)] == pytest.approx([row["loss"] for row in first])
     assert job.show("Restarts") == "1" and (job.folder / "report.html").exists()
 
