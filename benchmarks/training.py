@@ -67,7 +67,7 @@ def _losses() -> list[Ratio]:
 
         ours, peer = (seconds / calls for seconds in cpu_seconds(our_calls, their_calls, repeats=repeats))
         ratios.append(times_better(f"ntxent_vs_paper_{batch}", ours, peer, goal, "CPU-seconds",
-                                   f"forward and backward of {batch} pairs, 64 dimensions, {calls} in a row on a thread, "
+                                   f"forward and backward of {batch} pairs of 64, {calls} in a row on a thread, "
                                    "against the public code's cosine similarity broadcast over (2N, 2N, 64)"))
     return ratios
 
