@@ -90,11 +90,11 @@ def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.update(QUIET)  # for the workers; torch has read its own by now
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
     run_id = secrets.token_hex(8)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, run_id=run_id, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.1,
-                          start_method="spawn", signals_to_handle="SIGTERM")  # an interrupt: see `kit.train.stop`
+                          start_method="spawn", signals_to_handle="SIGQUIT")  # interrupts and TERM ask to stop
     try:
         return elastic_launch(config, function)(*arguments)[0]
     finally:  # torch elastic leaves its own handlers behind

@@ -108,7 +108,8 @@ def test_scancel_leaves_a_usable_checkpoint_and_does_not_requeue(slurm, scans, t
     job.signal()
     job.wait("CANCELLED")
     state = checkpoint.load(job.run / "checkpoints")
-    assert state["position"]["epoch"] + state["position"]["step"] > 0 and job.show("Restarts") == "0"
+    assert (job.run / "unfinished.csv").exists() and job.show("Restarts") == "0"  # it was written when asked
+    assert len(pd.read_csv(job.run / "unfinished.csv")) == state["position"]["epoch"] + 1
 
 
 def test_a_cell_that_fails_fails_the_job_and_stands_in_the_notebook(slurm, tmp_path):
