@@ -81,28 +81,29 @@ def test_half_precision_is_raised(pair):
     assert loss.dtype == torch.float32
 
 
-def _curve(store, folder: str, dtype: torch.dtype) -> None:
+def _curves(store, folder: str) -> None:
     """20 steps of SimCLR on this process's share of eight scans: the losses, and the last gradient."""
-    torch.manual_seed(0)
-    objective = SimCLR(build_encoder("resnet18_narrow", SHAPE), Recipe(), projection=[16, 8], temperature=0.2, seed=0,
-                       spacing_mm=4.0).to(dtype)
     with process_group() if "RANK" in os.environ else nullcontext():
         torch.set_num_threads(1)
-        synchronise_batch_norm(objective)
-        each = 8 // world_size()
-        batch = collate([PreparedScans(store, store.index)[rank() * each + number] for number in range(each)])
-        noisy = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(1))[:, rank() * each:][:, :each]
-        images = torch.cat([batch.images[:, 0].to(dtype) + noise.to(dtype) for noise in noisy])[:, None]
-        model = DistributedDataParallel(Embed(objective)) if world_size() > 1 else Embed(objective)
-        optimizer, losses = torch.optim.SGD(objective.parameters(), 0.05), []
-        for _ in range(20):
-            optimizer.zero_grad()
-            loss = nt_xent(*model(images).chunk(2), 0.2)[0]
-            loss.backward()
-            optimizer.step()
-            losses.append(mean_over_processes({"loss": loss})["loss"])
-        gradient = objective.encoder.network.conv1.weight.grad
-        np.savez(f"{folder}/{world_size()}-{rank()}.npz", losses=losses, gradient=gradient)
+        for dtype in (torch.float32, torch.float64):
+            torch.manual_seed(0)
+            objective = SimCLR(build_encoder("resnet18_narrow", SHAPE), Recipe(), projection=[16, 8], temperature=0.2,
+                               seed=0, spacing_mm=4.0).to(dtype)
+            synchronise_batch_norm(objective)
+            each = 8 // world_size()
+            batch = collate([PreparedScans(store, store.index)[rank() * each + number] for number in range(each)])
+            noisy = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(1))[:, rank() * each:][:, :each]
+            images = torch.cat([batch.images[:, 0].to(dtype) + noise.to(dtype) for noise in noisy])[:, None]
+            model = DistributedDataParallel(Embed(objective)) if world_size() > 1 else Embed(objective)
+            optimizer, losses = torch.optim.SGD(objective.parameters(), 0.05), []
+            for _ in range(20):
+                optimizer.zero_grad()
+                loss = nt_xent(*model(images).chunk(2), 0.2)[0]
+                loss.backward()
+                optimizer.step()
+                losses.append(mean_over_processes({"loss": loss})["loss"])
+            gradient = objective.encoder.network.conv1.weight.grad
+            np.savez(f"{folder}/{dtype}-{world_size()}-{rank()}.npz", losses=losses, gradient=gradient)
 
 
 class Embed(torch.nn.Module):
@@ -117,14 +118,14 @@ class Embed(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_two_and_four_processes_go_the_way_of_one(store, tmp_path, dtype, tolerance):
-    _curve(store, str(tmp_path), dtype)
-    one = np.load(tmp_path / "1-0.npz")
+def test_two_and_four_processes_go_the_way_of_one(store, tmp_path):
+    _curves(store, str(tmp_path))
     for processes in (2, 4):
-        launch(_curve, (store, str(tmp_path), dtype), processes)
-        for number in range(processes):
-            there = np.load(tmp_path / f"{processes}-{number}.npz")
-            assert np.allclose(there["losses"], one["losses"], rtol=tolerance)
+        launch(_curves, (store, str(tmp_path)), processes)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):  # rounding grows over the steps
+        one = np.load(tmp_path / f"{dtype}-1-0.npz")
+        for processes, number in [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]:
+            there = np.load(tmp_path / f"{dtype}-{processes}-{number}.npz")
+            assert np.allclose(there["losses"], one["losses"], rtol=tolerance, atol=0)
             if dtype == torch.float64:
                 assert np.abs(there["gradient"] - one["gradient"]).max() < 1e-5 * np.abs(one["gradient"]).max()
