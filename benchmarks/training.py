@@ -1,37 +1,166 @@
-"""The loss, against the paper's public code's way of computing it."""
+"""Training: the loss against the paper's public code's, and what the loop costs beside the network itself."""
 
 from __future__ import annotations
 
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.ratio import Ratio, cpu_seconds, times_better
+from benchmarks.ratio import Ratio, cpu_seconds, share, times_better
+from kit.augment.recipe import read_recipe
+from kit.data.grid import Grid
+from kit.data.loader import Batch, PreparedScans, load
+from kit.data.store import Store, scan_path, write_scan
+from kit.models.encoders import build_encoder
+from kit.train import objectives
+from kit.train.distributed import launch, mean_over_processes, process_group, rank, synchronise_batch_norm
+from kit.train.loop import Waiting
 from kit.train.loss import nt_xent
+from kit.train.objectives import SimCLR
+from kit.train.step import gradients
+
+DEMO, CUBE = (36, 48, 40), (96, 96, 96)
 
 
-def broadcast_nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
-    """NT-Xent through a cosine similarity broadcast over (2N, 2N, width), as many public codes have it."""
-    views = torch.cat([first, second])
-    count = len(views)
-    similarity = nn.CosineSimilarity(dim=2)(views.unsqueeze(1), views.unsqueeze(0)) / temperature
-    partner = torch.arange(count).roll(count // 2)
-    positives = similarity[torch.arange(count), partner].unsqueeze(1)
-    others = torch.ones(count, count, dtype=torch.bool)
-    others[torch.arange(count), torch.arange(count)] = False
-    others[torch.arange(count), partner] = False
-    logits = torch.cat([positives, similarity[others].view(count, -1)], dim=1)
-    return nn.functional.cross_entropy(logits, torch.zeros(count, dtype=torch.long))
+class BroadcastNTXent(nn.Module):
+    """NT-Xent as the paper's public code has it: a cosine similarity broadcast over (2N, 2N, width)."""
+
+    def __init__(self, batch: int, temperature: float) -> None:
+        super().__init__()
+        self.batch, self.temperature = batch, temperature
+        self.negatives = ~torch.eye(batch, dtype=torch.bool).repeat(2, 2)  # neither the view itself nor its partner
+        self.similarity, self.criterion = nn.CosineSimilarity(dim=2), nn.CrossEntropyLoss(reduction="sum")
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        views = torch.cat([first, second])
+        similarity = self.similarity(views.unsqueeze(1), views.unsqueeze(0)) / self.temperature
+        positives = torch.cat([torch.diag(similarity, self.batch), torch.diag(similarity, -self.batch)])
+        logits = torch.cat([positives[:, None], similarity[self.negatives].reshape(len(views), -1)], dim=1)
+        return self.criterion(logits, torch.zeros(len(views), dtype=torch.long)) / len(views)
 
 
 def measure() -> list[Ratio]:
-    """NT-Xent forward and backward at the paper's global batch of 72, and at 512; 64-d embeddings."""
+    """The loss at the paper's global batch of 72 and at 512; data's share; the loop's cost; two processes."""
+    return [*_losses(), *_loop(DEMO, 16, 6, "demo"), *_loop(CUBE, 4, 4, "96"), _two_processes()]
+
+
+def _losses() -> list[Ratio]:
     ratios = []
-    for batch, goal, repeats in ((72, 40, 20), (512, 150, 3)):
-        first, second = (part.requires_grad_() for part in torch.randn(2, batch, 64).unbind())
-        ours, peer = cpu_seconds(lambda _, pair=(first, second): nt_xent(*pair, 0.5)[0].backward(),
-                                 lambda _, pair=(first, second): broadcast_nt_xent(*pair, 0.5).backward(),
-                                 repeats=repeats)
+    for batch, goal, repeats, calls in ((72, 40, 9, 20), (512, 150, 3, 1)):
+        pair = [part.requires_grad_() for part in torch.randn(2, batch, 64).unbind()]
+        theirs = BroadcastNTXent(batch, 0.5)
+
+        def our_calls(_, pair=pair, calls=calls):
+            for _ in range(calls):
+                nt_xent(*pair, 0.5)[0].backward()
+
+        def their_calls(_, pair=pair, calls=calls, loss=theirs):
+            for _ in range(calls):
+                loss(*pair).backward()
+
+        ours, peer = (seconds / calls for seconds in cpu_seconds(our_calls, their_calls, repeats=repeats))
         ratios.append(times_better(f"ntxent_vs_paper_{batch}", ours, peer, goal, "CPU-seconds",
-                                   f"forward and backward, {batch} pairs of 64 dimensions, one thread, against a "
-                                   "cosine similarity broadcast over (2N, 2N, 64)"))
+                                   f"forward and backward of {batch} pairs of 64, {calls} in a row on a thread, "
+                                   "against the public code's cosine similarity broadcast over (2N, 2N, 64)"))
     return ratios
+
+
+def _objective(shape: tuple[int, int, int], recipe: str = "weak") -> SimCLR:
+    return SimCLR(build_encoder("resnet18_narrow", shape), read_recipe(recipe), projection=[128, 128, 64],
+                  temperature=0.1, seed=0, spacing_mm=4.0)
+
+
+def _scans(folder: Path, shape: tuple[int, int, int], count: int) -> PreparedScans:
+    """Smooth made-up heads with noise, in a real store."""
+    grid, rng = Grid(shape, 4.0), np.random.default_rng(0)
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in shape), indexing="ij")
+    mask = z**2 + y**2 + x**2 < 0.9
+    names = [f"scan{number}" for number in range(count)]
+    for name in names:
+        write_scan(scan_path(folder, name), np.where(mask, rng.normal(size=shape), 0), mask, name, grid.affine)
+    return PreparedScans(Store(folder, None, {"shape": shape, "spacing_mm": 4.0}), pd.DataFrame({"scan": names}))
+
+
+def _loop(shape: tuple[int, int, int], batch: int, steps: int, name: str) -> list[Ratio]:
+    """Steps of the loop, with one loading process, beside bare steps on views that lie in memory."""
+    objective = _objective(shape).train()
+    optimizer = torch.optim.AdamW(objective.parameters(), 1e-3)
+    spent: dict[str, list[float]] = {"data": [], "step": [], "bare": []}
+    making, real = [0.0], objectives.make_views
+
+    def timed(*arguments, **options):
+        begun = time.perf_counter()
+        views = real(*arguments, **options)
+        making[0] += time.perf_counter() - begun
+        return views
+
+    with tempfile.TemporaryDirectory() as folder:
+        scans = _scans(Path(folder), shape, 2 * batch)
+        step = [[list(range(batch))]]
+        stream = Waiting(load(scans, [list(range(turn % 2 * batch, turn % 2 * batch + batch))
+                                      for turn in range(steps + 2)], 1))
+        images = torch.randn(2 * batch, 1, *shape)
+        objectives.make_views = timed
+        try:
+            for turn in range(steps + 2):
+                making[0], before, begun = 0.0, stream.seconds, time.perf_counter()
+                optimizer.zero_grad(set_to_none=True)
+                mean_over_processes(gradients(objective, objective, stream, step, 0, turn, 0))
+                optimizer.step()
+                middle = time.perf_counter()
+                optimizer.zero_grad(set_to_none=True)
+                nt_xent(*objective.head(objective.encoder(images)).chunk(2), 0.1)[0].backward()
+                optimizer.step()
+                end = time.perf_counter()
+                if turn >= 2:  # the loading process has started
+                    spent["step"].append(middle - begun)
+                    spent["data"].append(making[0] + stream.seconds - before)
+                    spent["bare"].append(end - middle)
+        finally:
+            objectives.make_views = real
+    data, whole, bare = (statistics.median(spent[kind]) for kind in ("data", "step", "bare"))
+    what = f"a step of {batch} scans of {'x'.join(map(str, shape))}, resnet18_narrow, one thread, one loading process"
+    return [share(f"data_share_{name}", data, whole, 0.10, "seconds", f"waiting for scans and views, within {what}"),
+            share(f"step_vs_bare_{name}", whole, bare, 1.15, "seconds", f"{what}, against the same network, loss and "
+                  "optimiser on views that lie in memory")]
+
+
+def _step_seconds(objective: nn.Module, model: nn.Module, batch: int, steps: int) -> float:
+    """Median seconds of a step on one batch that lies in memory."""
+    torch.manual_seed(rank())
+    images = torch.randn(batch, 1, *DEMO).half()
+    held = Batch(images, torch.ones_like(images, dtype=torch.bool), list(range(batch)), torch.zeros(batch))
+    optimizer, taken = torch.optim.AdamW(objective.parameters(), 1e-3), []
+    for turn in range(steps + 2):
+        begun = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        mean_over_processes(gradients(model, objective, iter([held]), [[list(range(batch))]], 0, turn, 0))
+        optimizer.step()
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken[2:])
+
+
+def _worker(batch: int, steps: int) -> float:
+    with process_group():
+        torch.set_num_threads(1)
+        objective = _objective(DEMO).train()
+        synchronise_batch_norm(objective)
+        model = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
+        return _step_seconds(objective, model, batch, steps)
+
+
+def _two_processes(batch: int = 16, steps: int = 10) -> Ratio:
+    torch.set_num_threads(1)
+    alone = _objective(DEMO).train()
+    one = _step_seconds(alone, alone, batch, steps)
+    two = launch(_worker, (batch, steps), 2)
+    return Ratio("ddp_efficiency", two, one, one / two, "higher", 0.85, "seconds",
+                 f"a step of {batch} scans of 36x48x40 a process, one thread each: one process alone over two "
+                 "together, which take twice the scans, with BatchNorm and NT-Xent over both")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -87,35 +88,58 @@ class Preprocess(Parameters):
 class Pretrain(Parameters):
     """2_pretrain: an encoder from unlabelled scans."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"workers", "loader_workers"})
+    may_change: ClassVar[frozenset[str]] = frozenset({
+        "workers", "nodes", "loader_workers", "checkpoint_minutes", "retry_minutes"})
 
     prepared: ProjectPath
     split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
     objective: Literal["simclr", "mae"] = "simclr"
     architecture: Architecture = "resnet18_narrow"
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
-    epochs: Positive = 4
+    epochs: Annotated[int, Field(ge=0)] = 4  # 0: only say what a run would need
     batch_size: Annotated[int, Field(ge=2)] = 16  # scans, over all workers
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
+    chunk: Annotated[int, Field(ge=0)] = 0  # scans of a worker that run at a time; 0: all; BatchNorm sees the chunk
+    accumulate: Positive = 1  # batches whose mean gradient makes one step
+    sampling: Literal["all", "balanced"] = "all"  # an epoch: every scan once, or as many of each dataset
+    session_pairs: bool = False  # SimCLR: the two views are of two sessions, where a participant has them
+    optimizer: Literal["adam", "adamw", "lars"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 3e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of all steps
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip: Annotated[float, Field(ge=0)] = 0.0  # largest norm of the gradient; 0: as it is
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' moving average that is kept; 0: none
     temperature: Annotated[float, Field(gt=0)] = 0.1  # NT-Xent
     projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches that the MAE must fill in
+    normalise_patches: bool = False  # MAE: targets are patches less their mean, over their spread
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants, held out
+    monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the held-out scans; 0: none
+    retry_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the rate after a loss that is not finite; 0: stop
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
-    workers: Positive = 1  # processes; 1 trains in the kernel
+    retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
+    workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
+    nodes: Annotated[int, Field(ge=0)] = 0  # 0: those of the Slurm job that the notebook runs in, or one
     loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes of each worker
     seed: Seed = 0
+
+    def processes(self) -> int:
+        """Processes over all nodes."""
+        return self.workers * self.all_nodes()
+
+    def all_nodes(self) -> int:
+        """Nodes to train on; those of the Slurm job unless `nodes` says."""
+        return self.nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
 
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared)
         if self.objective == "mae" and not self.architecture.startswith("vit"):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
-        if self.batch_size % self.workers:
-            problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers")
+        if self.objective == "mae" and self.session_pairs:
+            problems.append("session_pairs: true is for simclr; a masked autoencoder has one view")
+        if self.batch_size % self.processes():
+            problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
+                            + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
         return problems
 
 

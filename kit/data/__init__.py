@@ -18,4 +18,5 @@
 - ``preprocess``  one scan, then a cohort, into the store
 - ``store``       prepared scans: one blosc2 array each and an index
 - ``loader``      batches of prepared scans, in an order that (seed, epoch) alone decide
+- ``sampling``    which scans an epoch takes: balanced over datasets, two sessions as a pair
 """

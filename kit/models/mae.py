@@ -42,19 +42,41 @@ class MaskedAutoencoder(nn.Module):
         return predicted, masked.bool()
 
 
-def reconstruction_loss(images: torch.Tensor, predicted: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over the voxels of the masked patches (He et al. 2022)."""
-    size = patch_size(tuple(images.shape[2:]))
-    return (predicted.float() - patches(images, size))[masked].square().mean()
+def patch_statistics(true: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each patch's own mean and standard deviation, (batch, patches, 1) both; as He et al. 2022 normalise targets."""
+    return true.mean(-1, keepdim=True), (true.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def reconstruction_loss(images: torch.Tensor, predicted: torch.Tensor, masked: torch.Tensor,
+                        normalise: bool = False) -> torch.Tensor:
+    """Mean squared error over the voxels of the masked patches (He et al. 2022).
+
+    Args:
+        images: (batch, 1, depth, height, width) float.
+        predicted, masked: see `MaskedAutoencoder.forward`.
+        normalise: compare with each patch less its mean, over its standard deviation.
+    """
+    true = patches(images, patch_size(tuple(images.shape[2:])))
+    if normalise:
+        mean, sd = patch_statistics(true)
+        true = (true - mean) / sd
+    return (predicted.float() - true)[masked].square().mean()
 
 
 @torch.no_grad()
-def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network sees, and the scan with the masked patches filled in; both of the images' shape."""
+def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, seed: int = 0,
+                normalised: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network sees, and the scan with the masked patches filled in; both of the images' shape.
+
+    Where it was trained on `normalised` targets, the true patches' means and spreads are lent to what it predicts.
+    """
     size, shape = patch_size(tuple(images.shape[2:])), tuple(images.shape[2:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         predicted, masked = model(images)
     true = patches(images, size)
+    if normalised:
+        mean, sd = patch_statistics(true)
+        predicted = predicted * sd + mean
     seen = true * ~masked[..., None]
     return unpatches(seen, size, shape), unpatches(torch.where(masked[..., None], predicted.float(), true), size, shape)

@@ -7,6 +7,7 @@ pyplot.
   transform at several strengths
 - `quality`: prepared scans under the template's outline; quality figures by site
 - `curves`: training, label efficiency, predictions, embeddings, cohort, registration; the benchmark's table
+- `live`: a figure that follows a run while it trains
 - `explorer`: the interactive explorer of augmentations, and the same picture as a PNG
 - `recipe_controls`: its list of transforms, to be switched and dragged
 - `similarity`, `pair_facts`: how alike an encoder finds two views; the figure of it, beside the grey levels

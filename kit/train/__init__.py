@@ -2,9 +2,15 @@
 
 - ``loss``        NT-Xent, with a gather whose gradients sum over processes
 - ``distributed`` processes: launch, threads, BatchNorm over all of them
+- ``nodes``       processes on several nodes of a Slurm job
+- ``stop``        the stop file and the Stop button
 - ``objectives``  SimCLR, the masked autoencoder, supervised: a batch in, a loss out
 - ``checkpoint``  last, previous, best: whole or not at all
+- ``optimizers``  optimisers, learning rates
+- ``step``        the gradient of one step: accumulated, in chunks
+- ``journal``     what a run shows while it runs
 - ``loop``        the loop
+- ``monitor``     is it learning: measures on held-out scans, and a verdict
 - ``pretrain``    2_pretrain
 - ``evaluate``    predictions, embeddings, metrics with intervals
 - ``probe``       linear probes on embeddings

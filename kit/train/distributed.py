@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+
+# DDP is told to look for unused parameters on purpose (see `kit.train.loop.fit`), and warns at every start
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+PATIENCE = timedelta(hours=2)  # one process may validate, or wait for a full disk, while the others stand by
 
 # of malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -29,13 +34,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def set_threads(workers: int) -> int:
-    """Share this machine's cores among the processes; torch repeats its bits for one number of threads only.
+def set_threads() -> int:
+    """Share this machine's cores among its processes; torch repeats its bits for one number of threads only.
 
     Returns:
         threads of this process.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    cores, here = len(os.sched_getaffinity(0)), 1
+    if dist.is_initialized():
+        cores, here = int(os.environ.get("KIT_CORES", cores)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(1, cores // here)
     torch.set_num_threads(threads)
     _keep_freed_memory()
     return threads
@@ -52,13 +60,27 @@ def _keep_freed_memory() -> None:
             mallopt(option, size)
 
 
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it is gone, however it went: no stray workers."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that the launcher started: NCCL where each has a CUDA device, else gloo."""
+    """Join the processes that the launcher started: NCCL where each has a CUDA device, else gloo.
+
+    An interrupt (JupyterLab's Stop button reaches the kernel's whole process group) is left to the process that
+    launched them; see `kit.train.stop`.
+    """
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # Slurm may show each its own
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    set_threads()
     try:
         yield
         dist.barrier()  # with gloo, one that leaves early aborts the others
@@ -82,10 +104,12 @@ def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, rdzv_backend="c10d",
+    os.environ.update(QUIET)  # for the workers; torch has read its own by now
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
+    run_id = secrets.token_hex(8)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, run_id=run_id, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.1,
-                          start_method="spawn")
+                          start_method="spawn", signals_to_handle="SIGQUIT")  # interrupts and TERM ask to stop
     try:
         return elastic_launch(config, function)(*arguments)[0]
     finally:  # torch elastic leaves its own handlers behind
@@ -95,10 +119,50 @@ def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
 
 def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scalars that each process holds, as their mean over the processes; the same numbers in all of them."""
-    stacked = torch.stack([value.detach().float() for value in values.values()])
+    stacked = torch.stack([value.detach().double() for value in values.values()])
     if world_size() > 1:
         dist.all_reduce(stacked)
     return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; so is its gradient."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _Sum.apply(gradient.contiguous())
+
+
+class _Gather(torch.autograd.Function):
+    """What all processes hold, joined along the first axis in the order of their ranks; gradients are summed."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(value) for _ in range(world_size())]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()]
+
+
+def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The sum of each process's tensor, differentiable."""
+    return _Sum.apply(value)
+
+
+def gather(value: torch.Tensor) -> torch.Tensor:
+    """(rows, ...) of each process -> (rows x processes, ...), differentiable."""
+    return _Gather.apply(value)
 
 
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:
@@ -133,9 +197,9 @@ class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [0, *range(2, images.dim())]
         shape = [1, -1] + [1] * (images.dim() - 2)
         count = images.numel() / images.shape[1] * world_size()
-        mean = all_reduce(images.sum(dims)) / count
+        mean = sum_over_processes(images.sum(dims)) / count
         centred = images - mean.view(shape)
-        variance = all_reduce(centred.square().sum(dims)) / count
+        variance = sum_over_processes(centred.square().sum(dims)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -7,23 +7,31 @@ One loop trains all objectives. Its state is (epoch, step, weights, optimiser); 
 from __future__ import annotations
 
 import math
+import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kit.data.loader import PreparedScans, in_order, load
+from kit.data.loader import Batch, PreparedScans, in_order, load
 from kit.models.encoder_file import device, on_device
-from kit.runs import progress, write_table
+from kit.runs import write_table
 from kit.train import checkpoint
 from kit.train.distributed import mean_over_processes, rank, set_threads, world_size
+from kit.train.journal import Journal
+from kit.train.optimizers import build_optimizer, learning_rate
+from kit.train.step import cut, fitting, gradients, reads
+from kit.train.stop import NAME as STOP
+from kit.train.stop import Stopped
 
 
 class TrainingError(RuntimeError):
@@ -42,7 +50,13 @@ class Settings:
     schedule: str
     seed: int
     warmup_fraction: float = 0.0
+    accumulate: int = 1  # batches whose mean gradient makes one step
+    chunk: int = 0  # scans of a process that run at a time; 0: its whole share
+    clip: float = 0.0  # largest norm of the gradient; 0: as it is
+    ema: float = 0.0  # decay of the moving average of the weights that is kept; 0: none
+    retry_rate: float = 0.0  # share of the rate to go on with, once, when the loss is not finite; 0: no retry
     checkpoint_minutes: float = 10.0
+    retry_minutes: float = 30.0  # how long a full disk may last
     loader_workers: int = 0
 
     @classmethod
@@ -53,7 +67,9 @@ class Settings:
 
 
 def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], list[list[int]]],
-        held_out: PreparedScans, settings: Settings, folder: Path | None = None) -> pd.DataFrame:
+        held_out: PreparedScans, settings: Settings, folder: Path | None = None, *,
+        params: dict[str, Any] | None = None, may_stop: bool = False,
+        monitor: Callable[[nn.Module, int], dict[str, float]] | None = None) -> pd.DataFrame:
     """Train an objective; the best epoch is that of the lowest loss on the held-out scans.
 
     Args:
@@ -63,72 +79,161 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
         held_out: scans of other participants; may be empty.
         settings: see `Settings`.
         folder: of the run: `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
+        params: what must be the same when the run is resumed; the settings if not given.
+        may_stop: heed the stop file in the folder, write `live.json` and TensorBoard's files.
+        monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1; what it
+            returns joins the log's row.
 
     Returns:
         one row an epoch: epoch, loss, validation_loss, what else the objective reports, learning_rate, seconds.
-        `objective` holds the last epoch's weights; `best.pt` the best's (without a folder, `objective` does).
+        `objective` holds the last epoch's weights (their moving average with `ema`); `best.pt` the best's
+        (without a folder, `objective` does).
 
     Raises:
         TrainingError: the loss is not finite; the scans of that batch are named.
+        MemoryError: a step does not fit; the chunk to try is named.
+        CheckpointError: checkpoints of other parameters lie there, or the disk was full for too long.
+        Stopped: the stop file was there; the checkpoint is written.
     """
-    threads = set_threads(world_size())
+    threads = set_threads()
     where = device()
     on_device(objective)
-    model = DistributedDataParallel(objective) if world_size() > 1 else objective
-    optimizer = _optimizer(objective, settings)
-    state = _resume(folder, objective, optimizer) if folder else {}
-    rows, losses = state.get("log", []), state.get("losses", [])
-    best, best_weights = min((row["monitor"] for row in rows), default=math.inf), None
-    saved = time.monotonic()
-    each = len(batches(0))
-    bar = progress(total=each * settings.epochs, initial=each * len(rows) + len(losses), desc="training", unit="step",
-                   disable=rank() > 0)
+    # with `find_unused_parameters`, gradients are summed in one order from the first step on: a resumed run's bits
+    model = (DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
+             if world_size() > 1 else objective)
+    optimizer = build_optimizer(objective, settings)
+    average = (AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+               if settings.ema else None)
+    params = params or {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
+    saver = checkpoint.Saver(folder if rank() == 0 else None, settings.checkpoint_minutes, settings.retry_minutes)
+    twice = hasattr(objective, "compare")  # chunks are run, and so read, a second time
+    per_item = 2 if getattr(objective, "paired", False) else 1  # two sessions stand for one scan
 
-    for epoch in range(len(rows), settings.epochs):
-        started = time.monotonic()
-        todo = batches(epoch)
-        shares = [_share(batch) for batch in todo]
+    def restore(but: dict[str, int] | None = None) -> tuple[list[dict], list[dict], float, float]:
+        """Take up the newest checkpoint (`but` one whose next step failed): log, unfinished epoch, rate, its factor."""
+        state = checkpoint.load(folder / "checkpoints") if folder else None
+        if state and state["position"] == but:
+            state = checkpoint.load(folder / "checkpoints", "previous")
+        if state is None and but:
+            raise TrainingError(f"{fault}; there is no earlier checkpoint to go on from")
+        if state is None:
+            return [], [], 0.0, 1.0
+        checkpoint.check_same(state, params, folder)
+        objective.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if average:
+            average.load_state_dict(state["average"])
+        _say_changes(state, threads)
+        return state["log"], state["losses"], state["scheduler"]["rate"], state["scheduler"]["factor"]
+
+    def state() -> dict[str, Any]:
+        return {"model": objective.state_dict(), "optimizer": optimizer.state_dict(),
+                "average": average.state_dict() if average else {}, "scaler": {},  # bfloat16 needs no scaling
+                "scheduler": {"rate": rate, "factor": factor}, "position": {"epoch": len(rows), "step": len(losses)},
+                "random": {"seed": settings.seed, "torch": torch.get_rng_state()}, "log": rows, "losses": losses,
+                "params": params, "workers": world_size(), "threads": threads, "versions": versions()}
+
+    def write_log() -> None:
+        write_table(folder / "log.csv", pd.DataFrame(rows))
+
+    rows, losses, rate, factor = restore()
+    kept = average.module if average else objective
+    best, best_weights = min((row["monitor"] for row in rows), default=math.inf), None
+    if rows and rank() == 0:
+        write_log()  # a run killed between the checkpoint and the log
+    each = math.ceil(len(batches(0)) / settings.accumulate)
+    journal = Journal(folder if may_stop else None, each * settings.epochs, each * len(rows) + len(losses))
+
+    while len(rows) < settings.epochs:
+        epoch, started = len(rows), time.monotonic()
+        cuts = [cut(batch, settings.chunk * per_item) for batch in batches(epoch)]
+        steps = [cuts[start:start + settings.accumulate] for start in range(0, len(cuts), settings.accumulate)]
+        parts = [part for step in steps[len(losses):] for part in reads(step, twice)]
+        stream = Waiting(load(train, parts, settings.loader_workers))
         objective.train()
-        for step, batch in enumerate(load(train, shares[len(losses):], settings.loader_workers), start=len(losses)):
-            rate = learning_rate(settings, (epoch + step / len(todo)) / settings.epochs)
+        finite = True
+        for number in range(len(losses), len(steps)):
+            rate = factor * learning_rate(settings, (epoch + number / len(steps)) / settings.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed(_step_seed(settings.seed, epoch, step))
-            with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-                out = model(batch.to(where), epoch)
-            report = mean_over_processes(out)
-            if not math.isfinite(report["loss"]):
-                names = ", ".join(train.scans[number] for number in shares[step])
-                raise TrainingError(f"the loss is {report['loss']} at epoch {epoch}, step {step}; scans: {names}; "
-                                    "lower learning_rate, or look at those scans")
             optimizer.zero_grad(set_to_none=True)
-            out["loss"].backward()
+            with fitting(steps[number]):
+                report = gradients(model, objective, stream, steps[number], epoch, number * settings.accumulate,
+                                   settings.seed)
+            asked = torch.tensor(float(may_stop and (folder / STOP).exists()), device=where)
+            report = mean_over_processes({**report, "stop": asked})
+            if not (finite := math.isfinite(report["loss"])):
+                names = [train.scans[scan] for part in steps[number] for chunk in part for scan in chunk]
+                break
+            if settings.clip:
+                norm = nn.utils.clip_grad_norm_(objective.parameters(), settings.clip)
+                report["gradient_norm"] = float(norm)
             optimizer.step()
+            if average:
+                average.update_parameters(objective)
+            stop = report.pop("stop") > 0
             losses.append(report)
-            bar.update()
-            bar.set_postfix(loss=f"{losses[-1]['loss']:.3f}", refresh=False)
-            if folder and rank() == 0 and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
-                checkpoint.save(folder / "checkpoints", _state(objective, optimizer, rows, losses, threads))
-                saved = time.monotonic()
+            scans = world_size() * sum(len(chunk) for part in steps[number] for chunk in part)
+            journal.note(epoch, report, rate, scans, stream.seconds / len(losses))
+            if stop:
+                saver.save(state(), wait=True)
+                journal.close()
+                raise Stopped(pd.DataFrame([*rows, {"epoch": epoch + 1, **_means(losses), "learning_rate": rate}]))
+            if saver.due():
+                saver.save(state())
+
+        if not finite:
+            fault = (f"the loss is {report['loss']} at epoch {epoch}, step {number}; scans: {', '.join(names)}; "
+                     "lower learning_rate, or look at those scans")
+            if not settings.retry_rate or factor < 1 or folder is None:
+                raise TrainingError(fault)
+            if world_size() > 1:
+                dist.barrier()  # rank 0 may still be writing what all read now
+            rows, losses, rate, _ = restore({"epoch": epoch, "step": number})
+            factor = settings.retry_rate
+            if rank() == 0:
+                print(f"{fault}. Going on from the last checkpoint (epoch {len(rows)}, step {len(losses)}) with "
+                      f"{factor:g} of the rate")
+            continue
 
         row = {"epoch": epoch + 1, **_means(losses), "learning_rate": rate}
         if rank() == 0:
-            row.update({f"validation_{name}": value for name, value in validate(objective, held_out, settings).items()})
+            row |= {f"validation_{name}": value for name, value in validate(kept, held_out, settings).items()}
+            if monitor:
+                row |= monitor(kept, epoch + 1)
         row["monitor"] = row.get("validation_loss", row["loss"])
         row["seconds"] = round(time.monotonic() - started, 2)
+        journal.add(row, "epoch")
         rows, losses = [*rows, row], []
         if row["monitor"] < best or epoch == 0:
             best = row["monitor"]
-            best_weights = None if folder else {key: value.clone() for key, value in objective.state_dict().items()}
-        if folder and rank() == 0:
-            checkpoint.save(folder / "checkpoints", _state(objective, optimizer, rows, losses, threads),
-                            best=best == row["monitor"])
-            write_table(folder / "log.csv", pd.DataFrame(rows))
-            saved = time.monotonic()
-    bar.close()
+            best_weights = None if folder else {key: value.clone() for key, value in kept.state_dict().items()}
+        saver.save(state(), best=best == row["monitor"], wait=True, also=write_log)
+    journal.close()
     if best_weights is not None:
         objective.load_state_dict(best_weights)
+    elif average:
+        objective.load_state_dict(average.module.state_dict())
     return pd.DataFrame(rows)
+
+
+MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # when a run is resumed
+
+
+class Waiting:
+    """A stream of batches that counts the seconds spent waiting for the next one."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        begun = time.monotonic()
+        batch = next(self._batches)
+        self.seconds += time.monotonic() - begun
+        return batch
 
 
 @torch.no_grad()
@@ -139,58 +244,24 @@ def validate(objective: nn.Module, scans: PreparedScans, settings: Settings) -> 
     where = device()
     objective.eval()
     reports = []
-    for number, batch in enumerate(load(scans, in_order(len(scans), max(settings.batch_size, 2)))):
+    for number, batch in enumerate(load(scans, in_order(len(scans), settings.chunk or max(settings.batch_size, 2)))):
         torch.manual_seed(number)
         reports.append({name: float(value) for name, value in objective(batch.to(where), 0).items()})
     return _means(reports)
 
 
-def learning_rate(settings: Settings, progress: float) -> float:
-    """The rate at a share (0 to 1) of the run: linear warm-up, then constant or half a cosine to zero."""
-    if progress < settings.warmup_fraction:
-        return settings.learning_rate * max(progress, 1e-3) / settings.warmup_fraction
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    rest = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * rest))
-
-
-def _optimizer(objective: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Weight decay acts on matrices and kernels, not on biases and norms."""
-    weights = [weight for weight in objective.parameters() if weight.requires_grad]
-    groups = [{"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": settings.weight_decay},
-              {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0}]
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
-    return kind(groups, lr=settings.learning_rate)
-
-
-def _share(batch: list[int]) -> list[int]:
-    """This process's part of a global batch: equal parts, so that each counts the same."""
-    each = len(batch) // world_size()
-    return batch[rank() * each:(rank() + 1) * each]
-
-
-def _step_seed(seed: int, epoch: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, step, rank()]).generate_state(1)[0])
+def versions() -> dict[str, str]:
+    """What a run's bits depend on besides its parameters."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def _means(reports: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
 
 
-def _state(objective: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict], losses: list[dict],
-           threads: int) -> dict[str, Any]:
-    return {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "log": rows, "losses": losses,
-            "workers": world_size(), "threads": threads, "torch": str(torch.__version__)}
-
-
-def _resume(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state = checkpoint.load(folder / "checkpoints")
-    if state is None:
-        return {}
-    objective.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    now = {"workers": world_size(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-    if changed := [f"{name} {state[name]} -> {value}" for name, value in now.items() if state[name] != value]:
+def _say_changes(state: dict[str, Any], threads: int) -> None:
+    now = {"workers": world_size(), "threads": threads, **versions()}
+    old = {"workers": state["workers"], "threads": state["threads"], **state["versions"]}
+    changed = [f"{name} {old.get(name)} -> {value}" for name, value in now.items() if old.get(name) != value]
+    if changed and rank() == 0:
         print(f"resumed with {', '.join(changed)}: the results stay sound, their last digits differ")
-    return state

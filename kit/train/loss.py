@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 
-from kit.train.distributed import rank, world_size
+from kit.train import distributed
 
 
 def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float,
@@ -15,23 +13,24 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float,
     """Each view must find the other view of its scan among all other views of the batch.
 
     Args:
-        first, second: (scans, width) embeddings of the two views; of this process's share of the batch.
+        first, second: (scans, width) embeddings of the two views; of this process's share of the batch. Half
+            precision is raised to float32, float64 stays.
         temperature: divides the cosine similarities.
         gather: compare with the embeddings of all processes; their gradients are summed over processes, so
             that with DDP's mean, N processes equal one process with the whole batch.
 
     Returns:
         the mean loss over this process's views, and the share of views whose most similar view is the
-        right one; float32 scalars.
+        right one; scalars of at least float32.
     """
     scans = len(first)
-    own = F.normalize(torch.cat([first, second]).float(), dim=1)
-    gathered = gather and dist.is_initialized() and world_size() > 1
-    everyone = torch.cat(all_gather(own)) if gathered else own
-    start = 2 * scans * rank() if gathered else 0
+    views = torch.cat([first, second])
+    own = F.normalize(views if views.dtype == torch.float64 else views.float(), dim=1)
+    gathered = gather and distributed.world_size() > 1
+    everyone = distributed.gather(own) if gathered else own
+    start = 2 * scans * distributed.rank() if gathered else 0
 
-    place = torch.arange(2 * scans, device=own.device)
     logits = own @ everyone.T / temperature  # (2 scans, 2 scans x processes)
-    logits[place, start + place] = -torch.inf  # a view is not compared with itself
-    target = start + (place + scans) % (2 * scans)
-    return F.cross_entropy(logits, target), (logits.argmax(1) == target).float().mean()
+    logits.diagonal(start).fill_(-torch.inf)  # a view is not compared with itself
+    target = start + torch.arange(2 * scans, device=own.device).roll(scans)
+    return F.cross_entropy(logits, target), (logits.detach().argmax(1) == target).to(own.dtype).mean()

@@ -20,18 +20,34 @@ class SimCLR(nn.Module):
     """Two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020)."""
 
     def __init__(self, encoder: nn.Module, recipe: Recipe, *, projection: list[int], temperature: float, seed: int,
-                 spacing_mm: float) -> None:
+                 spacing_mm: float, paired: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = projection_head(encoder.features, projection)
         self.recipe, self.temperature, self.seed, self.spacing_mm = recipe, temperature, seed, spacing_mm
+        self.paired = paired  # while training, scans come in twos: the two views are of two sessions
 
-    def forward(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
-        """Loss and the share of views that find their partner; over all processes while training."""
+    def forward(self, batch: Batch, epoch: int, embed: bool = False) -> dict[str, torch.Tensor] | torch.Tensor:
+        """Loss and the share of views that find their partner, see `compare`; with `embed`, only the embeddings.
+
+        Returns:
+            `{"loss": ..., "top1": ...}`, or the two views' embeddings (2, scans, width).
+        """
+        first, second = self.head(self.encoder(torch.cat(self.views(batch, epoch)))).chunk(2)
+        return torch.stack([first, second]) if embed else self.compare(first, second)
+
+    def views(self, batch: Batch, epoch: int) -> list[torch.Tensor]:
+        """The two views, each (scans, 1, depth, height, width); held-out scans keep theirs all through a run."""
         key = epoch if self.training else HELD_OUT_EPOCH
-        views = torch.cat([make_views(batch.images, batch.masks, batch.keys, self.recipe, seed=self.seed, epoch=key,
-                                      view=view, spacing_mm=self.spacing_mm)[0] for view in (0, 1)])
-        first, second = self.head(self.encoder(views)).chunk(2)
+        parts = [batch, batch]
+        if self.paired and self.training:
+            parts = [Batch(batch.images[turn::2], batch.masks[turn::2], batch.keys[turn::2], batch.labels[turn::2])
+                     for turn in (0, 1)]
+        return [make_views(part.images, part.masks, part.keys, self.recipe, seed=self.seed, epoch=key, view=view,
+                           spacing_mm=self.spacing_mm)[0] for view, part in enumerate(parts)]
+
+    def compare(self, first: torch.Tensor, second: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Loss and top-1 of two views' embeddings (scans, width); over all processes while training."""
         loss, top1 = nt_xent(first, second, self.temperature, gather=self.training)
         return {"loss": loss, "top1": top1}
 
@@ -39,9 +55,10 @@ class SimCLR(nn.Module):
 class MaskedReconstruction(nn.Module):
     """Masked patches are filled in from the rest (He et al. 2022); the whole scan is the one view."""
 
-    def __init__(self, encoder: nn.Module, mask_ratio: float) -> None:
+    def __init__(self, encoder: nn.Module, mask_ratio: float, normalise: bool = False) -> None:
         super().__init__()
         self.autoencoder = MaskedAutoencoder(encoder, mask_ratio)
+        self.normalise = normalise
 
     @property
     def encoder(self) -> nn.Module:
@@ -51,7 +68,7 @@ class MaskedReconstruction(nn.Module):
     def forward(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """Loss; the masks come from torch's random state, which the loop seeds at each step."""
         predicted, masked = self.autoencoder(batch.images)
-        return {"loss": reconstruction_loss(batch.images, predicted, masked)}
+        return {"loss": reconstruction_loss(batch.images, predicted, masked, self.normalise)}
 
 
 class Supervised(nn.Module):

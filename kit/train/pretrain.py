@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +13,66 @@ from torch import nn
 
 import kit
 from kit.augment.recipe import read_recipe
-from kit.data.loader import PreparedScans, collate, epoch_batches
+from kit.data.loader import PreparedScans, collate
+from kit.data.sampling import batches_of, session_batches
 from kit.data.split import participant_hash, participant_ids, shuffled
 from kit.data.store import Store
-from kit.models.encoder_file import load_encoder, save_encoder
+from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.mae import MaskedAutoencoder, reconstruct
 from kit.params import Pretrain
-from kit.runs import Run
+from kit.runs import Run, write_table
 from kit.train import checkpoint
-from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm
+from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm, world_size
 from kit.train.loop import Settings, fit
+from kit.train.monitor import monitor_of
+from kit.train.nodes import launch_on_nodes
 from kit.train.objectives import MaskedReconstruction, SimCLR
+from kit.train.stop import NAME as STOP
+from kit.train.stop import Stopped, interrupt_stops
+
+UNFINISHED = "unfinished.csv"  # the log so far of a run that was asked to stop
 
 
 def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
     """Pretrain an encoder, or go on where the run stopped; a finished run is only read.
 
-    Leaves `checkpoints/`, `log.csv` and `encoder.safetensors`, the last epoch's encoder with its record.
+    Leaves `checkpoints/`, `log.csv`, `tensorboard/` and `encoder.safetensors`, the last epoch's encoder with its
+    record. Asked to stop (a file `stop` in the run's folder, or one interrupt), it writes a checkpoint and
+    `unfinished.csv` and returns; the same parameters go on from there. With `epochs: 0` it trains nothing.
 
     Returns:
-        one row an epoch, see `kit.train.loop.fit`.
+        one row an epoch, see `kit.train.loop.fit`; of an unfinished epoch the means so far.
     """
     if (run / "encoder.safetensors").exists():
         return pd.read_csv(run / "log.csv")
-    if params.workers == 1:
-        _train(params, run.folder)
-    else:
-        launch(_worker, (params.plain(), str(run.folder)), params.workers)
-    return pd.read_csv(run / "log.csv")
+    if params.epochs == 0:
+        return pd.DataFrame()
+    stop, unfinished = run / STOP, run / UNFINISHED
+    unfinished.unlink(missing_ok=True)
+    try:
+        with interrupt_stops(stop):
+            if params.all_nodes() > 1:
+                launch_on_nodes(run.folder, params.all_nodes(), params.workers)
+            elif params.workers > 1:
+                launch(_worker, (params.plain(), str(run.folder)), params.workers)
+            else:
+                train(params, run.folder)
+    finally:
+        stop.unlink(missing_ok=True)
+    return pd.read_csv(unfinished if unfinished.exists() else run / "log.csv")
+
+
+def standing(params: Pretrain, run: Run) -> str:
+    """In one line, how far a run is."""
+    if (run / "encoder.safetensors").exists():
+        return f"finished: {params.epochs} epochs"
+    state = checkpoint.load(run / "checkpoints")
+    if state is None:
+        return "nothing trained yet"
+    place = state["position"]
+    return (f"UNFINISHED: stopped in epoch {place['epoch'] + 1} of {params.epochs} after {place['step']} of its steps; "
+            "run again with the same parameters to go on")
 
 
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -56,50 +88,74 @@ def build_objective(params: Pretrain, store: Store) -> nn.Module:
     """The objective with an encoder of random weights, both decided by the seed."""
     encoder = build_encoder(params.architecture, store.grid.shape, params.seed)
     if params.objective == "mae":
-        return MaskedReconstruction(encoder, params.mask_ratio)
+        return MaskedReconstruction(encoder, params.mask_ratio, params.normalise_patches)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         return SimCLR(encoder, read_recipe(params.recipe), projection=params.projection,
-                      temperature=params.temperature, seed=params.seed, spacing_mm=store.grid.spacing_mm)
+                      temperature=params.temperature, seed=params.seed, spacing_mm=store.grid.spacing_mm,
+                      paired=params.session_pairs)
+
+
+def batches_for(params: Pretrain, learned: pd.DataFrame) -> Callable[[int], list[list[int]]]:
+    """The global batches of each epoch, as the parameters ask for them."""
+    participants, datasets = participant_ids(learned).tolist(), learned["dataset"].astype(str).tolist()
+    if params.session_pairs:
+        return lambda epoch: session_batches(participants, params.batch_size, params.seed, epoch)
+    return lambda epoch: batches_of(participants, datasets, params.batch_size, params.seed, epoch, params.sampling)
 
 
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Held-out scans of an MAE run: the scan, what the network sees, what it fills in; each (depth, height, width)."""
     store = Store.open(params.prepared)
     model = build_objective(params, store)
-    model.load_state_dict(checkpoint.load(run / "checkpoints")["model"])
+    model.load_state_dict(checkpoint.weights(checkpoint.load(run / "checkpoints")))
     held_out = PreparedScans(store, choose_scans(params, store)[1])
     images = collate([held_out[number] for number in range(min(scans, len(held_out)))]).images.float()
-    seen, filled = reconstruct(MaskedAutoencoder(model.encoder, params.mask_ratio).eval(), images, params.seed)
+    seen, filled = reconstruct(MaskedAutoencoder(model.encoder, params.mask_ratio).eval(), images, params.seed,
+                               params.normalise_patches)
     return [tuple(part[number, 0].numpy() for part in (images, seen, filled)) for number in range(len(images))]
 
 
-def pretrained_encoder(run: Run) -> tuple[nn.Module, dict[str, Any]]:
-    """The encoder that a run left, with its record."""
-    from kit.models.encoder_file import read_record
-
+def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder that a run left, with its record; with `params`, that of the last checkpoint of an unfinished run."""
+    if params and not (run / "encoder.safetensors").exists():
+        store = Store.open(params.prepared)
+        model = build_objective(params, store)
+        model.load_state_dict(checkpoint.weights(checkpoint.load(run / "checkpoints")))
+        return model.encoder, record_of(params, store)
     record = read_record(run.folder)
     return load_encoder(run.folder, record["preparation"])
+
+
+def record_of(params: Pretrain, store: Store) -> dict[str, Any]:
+    """What an encoder's file says of itself: see `kit.models.encoder_file`."""
+    seen = sorted({participant_hash(name) for name in participant_ids(pd.concat(choose_scans(params, store)))})
+    return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
+            "preparation": store.record, "participants": seen, "params": params.plain()}
+
+
+def train(params: Pretrain, folder: Path) -> None:
+    """Train in this process, alone or as one of several; see `pretrain`, which starts them."""
+    store = Store.open(params.prepared)
+    learned, held_out = choose_scans(params, store)
+    objective = build_objective(params, store)
+    if world_size() > 1:
+        synchronise_batch_norm(objective)
+    same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
+    try:
+        out = PreparedScans(store, held_out)
+        fit(objective, PreparedScans(store, learned), batches_for(params, learned), out, Settings.of(params), folder,
+            params=same, may_stop=True, monitor=monitor_of(out, held_out, params.monitor_epochs,
+                                                           params.chunk or params.batch_size, params.epochs))
+    except Stopped as stopped:
+        if rank() == 0:
+            write_table(folder / UNFINISHED, stopped.log)
+        return
+    if rank() == 0:
+        save_encoder(folder / "encoder.safetensors", objective.encoder, record_of(params, store))
 
 
 def _worker(plain: dict[str, Any], folder: str) -> None:
     """One of several processes; see `kit.train.distributed.launch`."""
     with process_group():
-        _train(Pretrain.model_validate(plain), Path(folder))
-
-
-def _train(params: Pretrain, folder: Path) -> None:
-    store = Store.open(params.prepared)
-    learned, held_out = choose_scans(params, store)
-    objective = build_objective(params, store)
-    if params.workers > 1:
-        synchronise_batch_norm(objective)
-    participants = participant_ids(learned).tolist()
-    fit(objective, PreparedScans(store, learned),
-        lambda epoch: epoch_batches(participants, params.batch_size, params.seed, epoch),
-        PreparedScans(store, held_out), Settings.of(params), folder)
-    if rank() == 0:
-        seen = sorted({participant_hash(name) for name in participant_ids(pd.concat([learned, held_out]))})
-        save_encoder(folder / "encoder.safetensors", objective.encoder, {
-            "kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
-            "preparation": store.record, "participants": seen, "params": params.plain()})
+        train(Pretrain.model_validate(plain), Path(folder))

@@ -1,0 +1,168 @@
+"""Is it learning? What embeddings of held-out scans say, and a verdict in plain words.
+
+- alignment and uniformity of the two views: Wang & Isola 2020 (arXiv 2005.10242), alpha 2, t 2
+- effective rank of the features: RankMe, Garrido et al. 2023 (arXiv 2210.02885)
+- spread: each embedding dimension's standard deviation on the unit sphere, times the root of the width; 1 is even
+- probes: what a nearest-neighbour or ridge model reads off the features, across participants
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import balanced_accuracy_score, r2_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from kit.data.loader import PreparedScans, in_order, load
+from kit.data.split import participant_ids
+from kit.models.encoder_file import device
+
+LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
+LEAST = 20  # participants of a probe; fewer say nothing
+
+
+def look(objective: nn.Module, scans: PreparedScans, rows: pd.DataFrame, batch_size: int) -> dict[str, float]:
+    """Measure the encoder on held-out scans, in evaluation mode.
+
+    Args:
+        objective: SimCLR (with `embed`) or any other with an `encoder`.
+        scans, rows: held-out scans, and their rows of the index in the same order.
+        batch_size: scans at a time.
+
+    Returns:
+        rank; for SimCLR alignment, uniformity, spread, found (share of views whose nearest view is the right one);
+        `probe_LABEL` for each label: balanced accuracy, or the coefficient of determination of a number.
+    """
+    features, views = embed(objective, scans, batch_size)
+    found = {"rank": effective_rank(features)}
+    if views is not None:
+        first, second = F.normalize(views, dim=-1)
+        found |= {"alignment": alignment(first, second), "uniformity": uniformity(torch.cat([first, second])),
+                  "spread": spread(torch.cat([first, second])), "found": partners_found(first, second)}
+    people = participant_ids(rows).to_numpy()
+    for name in LABELS:
+        if name in rows and (value := probe(features.numpy(), rows[name], people)) is not None:
+            found[f"probe_{name}"] = value
+    return found
+
+
+@torch.no_grad()
+def embed(objective: nn.Module, scans: PreparedScans, batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Features of the scans as they are (scans, width), and for SimCLR the views' embeddings (2, scans, width)."""
+    objective.eval()
+    features, views = [], []
+    for batch in load(scans, in_order(len(scans), batch_size)):
+        batch = batch.to(device())
+        features.append(objective.encoder(batch.images).float().cpu())
+        if hasattr(objective, "compare"):
+            views.append(objective(batch, 0, embed=True).float().cpu())
+    return torch.cat(features), torch.cat(views, 1) if views else None
+
+
+def alignment(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean squared distance of the two views of a scan, unit vectors (scans, width); 0 is perfect."""
+    return float((first - second).square().sum(1).mean())
+
+
+def uniformity(points: torch.Tensor) -> float:
+    """Log of the mean Gaussian potential between unit vectors (points, width); lower is more even, 0 is one point."""
+    return float(torch.pdist(points).square().mul(-2).exp().mean().log())
+
+
+def spread(points: torch.Tensor) -> float:
+    """Mean standard deviation of unit vectors (points, width) per axis, times sqrt(width): 0 collapsed, 1 even."""
+    return float(points.std(0).mean() * math.sqrt(points.shape[1]))
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """RankMe: exp of the entropy of the singular values of centred features (scans, width)."""
+    values = torch.linalg.svdvals((features - features.mean(0)).double())
+    share = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float((-(share * share.log()).sum()).exp())
+
+
+def partners_found(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Share of views whose most similar view is the other one of their scan; unit vectors (scans, width)."""
+    views = torch.cat([first, second])
+    nearest = (views @ views.T).fill_diagonal_(-2).argmax(1)
+    return float((nearest == torch.arange(len(views)).roll(len(first))).float().mean())
+
+
+def probe(features: np.ndarray, labels: pd.Series, participants: np.ndarray) -> float | None:
+    """How well a label is read off features (scans, width), across participants (five folds).
+
+    Returns:
+        balanced accuracy of five nearest neighbours, or for a number the coefficient of determination of a ridge
+        regression; None where there are too few participants or one class.
+    """
+    known = labels.notna().to_numpy()
+    features, labels, participants = features[known], labels[known], participants[known]
+    if len(set(participants)) < LEAST or labels.nunique() < 2:
+        return None
+    number = pd.api.types.is_numeric_dtype(labels) and labels.nunique() > 5
+    model = RidgeCV(10.0 ** np.arange(-2, 5)) if number else KNeighborsClassifier(5)
+    target = labels.to_numpy(float) if number else pd.factorize(labels)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a class may be missing from a fold
+        guess = cross_val_predict(make_pipeline(StandardScaler(), model), features, target, groups=participants,
+                                  cv=GroupKFold(5))
+    return float(r2_score(target, guess) if number else balanced_accuracy_score(target, guess))
+
+
+def monitor_of(held_out: PreparedScans, rows: pd.DataFrame, every: int, batch_size: int,
+               epochs: int) -> Callable[[nn.Module, int], dict[str, float]] | None:
+    """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last."""
+    if not every or len(rows) < 3:
+        return None
+    return lambda objective, epoch: (look(objective, held_out, rows, batch_size)
+                                     if epoch % every == 0 or epoch in (1, epochs) else {})
+
+
+def verdict(log: pd.DataFrame, batch_size: int, sites: int = 0) -> str:
+    """One line in plain words: learning, not learning, collapsed, or memorising site; and why.
+
+    Args:
+        log: a row an epoch, from `pretrain`.
+        batch_size: scans of a global batch.
+        sites: how many sites the held-out scans come from; 0 or 1: unknown.
+    """
+    if len(log) < 2:
+        return "too early to say: less than two epochs"
+    seen = log.dropna(subset=["rank"]) if "rank" in log else log.iloc[:0]
+    last, fell = log.iloc[-1], (log["loss"].iloc[0] - log["loss"].iloc[-1]) / abs(log["loss"].iloc[0])
+    now, start = (seen.iloc[-1], seen.iloc[0]) if len(seen) else ({}, {})
+    if "spread" in now and (now["spread"] < 0.1 or now["uniformity"] > -0.05):
+        return (f"COLLAPSED: all scans get nearly the same embedding (spread {now['spread']:.2f} of 1, uniformity "
+                f"{now['uniformity']:.2f}); lower learning_rate, warm up longer, or take a larger batch")
+    if "rank" in now and now["rank"] < 1.5:
+        return f"COLLAPSED: the features of all scans lie on one line (effective rank {now['rank']:.1f})"
+    if fell < 0.01:
+        return (f"NOT LEARNING: the loss went from {log['loss'].iloc[0]:.3f} to {last['loss']:.3f}, less than 1 % "
+                "down; look at learning_rate, temperature and the views")
+    chance = 1 / (2 * batch_size - 1)
+    if "top1" in last and last["top1"] < 2 * chance:
+        return (f"NOT LEARNING: {last['top1']:.1%} of the views find their partner, by chance {chance:.1%} would; "
+                "look at learning_rate, temperature and the views")
+    site = next((name for name in ("probe_site", "probe_dataset") if name in now and not pd.isna(now[name])), None)
+    if site and sites > 1:
+        skill = {name: (row[site] - 1 / sites) / (1 - 1 / sites) for name, row in (("now", now), ("start", start))}
+        if skill["now"] > 0.6 and skill["now"] > skill["start"] + 0.1:
+            return (f"MEMORISING SITE: where a scan was made can be told from its features in {now[site]:.0%} of cases "
+                    f"(chance {1 / sites:.0%}, {start[site]:.0%} at first): the scanner is learned; use stronger "
+                    "intensity views, or check the preparation")
+    words = f"LEARNING: the loss fell by {fell:.0%}"
+    if "top1" in last:
+        words += f"; {last['top1']:.0%} of the views find their partner (chance {chance:.1%})"
+    probes = [f"{name.removeprefix('probe_')} {now[name]:.2f}" for name in seen if name.startswith("probe_")]
+    return words + (f"; read off the features: {', '.join(probes)}" if probes else "")

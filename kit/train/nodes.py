@@ -1,0 +1,84 @@
+"""Training on several nodes: from inside a Slurm job, `srun` starts the workers on all of its nodes.
+
+    python -m kit.train.nodes RUN_FOLDER WORKERS     # what each of them runs; Slurm gives it its rank
+
+The parameters are read from the run's `params.yaml`.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from kit.train.distributed import QUIET, die_with_parent, process_group
+from kit.train.stop import NAME as STOP
+
+
+class NodesError(RuntimeError):
+    """The workers on the nodes failed; the message ends with what they said last."""
+
+
+def launch_on_nodes(folder: Path, nodes: int, workers: int) -> None:
+    """Train the run of a folder in `workers` processes on each of `nodes` nodes of this Slurm job.
+
+    Raises:
+        NodesError: a worker failed.
+    """
+    cores = [f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"] if "SLURM_CPUS_PER_TASK" in os.environ else []
+    command = ["srun", "--overlap", "--unbuffered", "--label", "--export=ALL", f"--nodes={nodes}",
+               f"--ntasks={nodes * workers}", f"--ntasks-per-node={workers}", "--kill-on-bad-exit=1", *cores,
+               sys.executable, "-m", "kit.train.nodes", str(folder), str(workers)]
+    said: collections.deque[str] = collections.deque(maxlen=30)
+    # its own session: the Stop button's interrupt, sent to the kernel's group, must not end srun
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+                          stdin=subprocess.DEVNULL,
+                          env={**os.environ, **meeting_point(), **QUIET, "KIT_PROGRESS": "off"},
+                          start_new_session=True, preexec_fn=die_with_parent) as srun:
+        try:
+            for line in srun.stdout:
+                said.append(line)
+                print(line, end="", flush=True)
+        except BaseException:
+            srun.terminate()
+            raise
+    if srun.returncode:
+        raise NodesError(f"the workers failed (srun ended with {srun.returncode}); the last they said:\n"
+                         + "".join(said))
+
+
+def meeting_point() -> dict[str, str]:
+    """Address and port of rank 0: exported by the batch script, else asked of Slurm (node names may not resolve)."""
+    if {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        return {}
+    names = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], check=True, text=True,
+                           capture_output=True).stdout.split()
+    node = subprocess.run(["scontrol", "show", "node", names[0]], check=True, text=True, capture_output=True).stdout
+    return {"MASTER_ADDR": re.search(r"NodeAddr=(\S+)", node)[1],
+            "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)}
+
+
+def main(folder: Path, workers: int) -> None:
+    """One worker: rank and world from Slurm, parameters from the run's folder."""
+    from kit.params import Pretrain
+    from kit.train.pretrain import train
+
+    # scancel and preemption send TERM to the steps at once: it asks for a checkpoint
+    signal.signal(signal.SIGTERM, lambda number, frame: (folder / STOP).touch())
+    world = os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=world, LOCAL_RANK=os.environ["SLURM_LOCALID"],
+                      LOCAL_WORLD_SIZE=str(workers))
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        os.environ["KIT_CORES"] = str(int(os.environ["SLURM_CPUS_PER_TASK"]) * workers)
+    with process_group():
+        train(Pretrain.model_validate(yaml.safe_load((folder / "params.yaml").read_text())), folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

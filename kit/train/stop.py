@@ -1,0 +1,43 @@
+"""Asking a run to stop: a file in its folder, touched by a batch script, by a person, or by an interrupt.
+
+The processes agree on it at each step, rank 0 writes a checkpoint, all return, and the notebook ends normally.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+NAME = "stop"  # in the run's folder
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has written its checkpoint; `log` holds its rows so far."""
+
+    def __init__(self, log: pd.DataFrame) -> None:
+        super().__init__("stopped as asked; the checkpoint is written")
+        self.log = log
+
+
+@contextmanager
+def interrupt_stops(file: Path) -> Iterator[None]:
+    """The first interrupt (JupyterLab's Stop button, Ctrl-C) touches the stop file; a second one interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: object) -> None:
+        print("stopping: the checkpoint is written first; once more to break off at once", flush=True)
+        file.touch()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,41 @@
+"""The plan is right about what can be checked here: counted operations, kept memory, and the arithmetic."""
+
+import pytest
+import torch
+from torch import nn
+
+from kit.params import Pretrain
+from kit.runs import Run
+from kit.train.plan import SUSTAINED, need, plan
+from kit.train.pretrain import build_objective, pretrain
+
+
+def params(store, folder, **changes):
+    return Pretrain.model_validate({"prepared": store.folder, "output_dir": folder, "epochs": 0, "batch_size": 8,
+                                    "projection": [16, 8], "validation_fraction": 0.2, **changes})
+
+
+def test_operations_of_a_convolution_are_counted(store, tmp_path):
+    asked = params(store, tmp_path / "run")
+    found, layers = need(asked, store), []
+    network = build_objective(asked, store)
+    hooks = [module.register_forward_hook(lambda module, _, out: layers.append((module, out)))
+             for module in network.modules() if isinstance(module, nn.Conv3d | nn.Linear)]
+    network.head(network.encoder(torch.zeros(2, 1, *store.grid.shape)))
+    for hook in hooks:
+        hook.remove()
+    forward = sum(2 * module.weight.numel() * (out[0, 0].numel() if out.dim() == 5 else 1) for module, out in layers)
+    # two views, and backward twice the forward less the first layer's gradient of the image
+    assert 0.9 * 3 * 2 * forward < found.operations <= 3 * 2 * forward
+    assert found.parameters == sum(weight.numel() for weight in network.parameters())
+    assert found.fixed_bytes == 16 * found.parameters and found.memory(4) > found.memory(2)
+
+
+def test_the_plan_says_what_it_assumes(store, tmp_path):
+    asked = params(store, tmp_path / "run")
+    table, words = plan(asked)
+    assert table["devices"].tolist() == [1, 4, 12] and table["hours"].is_monotonic_decreasing
+    assert table["gpu_hours"].to_numpy() == pytest.approx(table["gpu_hours"][0])
+    if not torch.cuda.is_available():
+        assert "ESTIMATED from counted operations" in words and f"{SUSTAINED / 1e12:g} Tflop/s" in words
+    assert len(pretrain(asked, Run.of(asked))) == 0 and not (tmp_path / "run/checkpoints").exists()
