@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import linecache
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,7 +61,9 @@ def read(model: type[Model]) -> Model:
         ParameterError: with every unknown name, wrong type, impossible value and unusable file.
     """
     shell = sys.modules["IPython"].get_ipython()
-    sources = [source for source in shell.user_ns["In"] if source.lstrip().startswith("# Parameters")]
+    # IPython keeps each cell's source here, for tracebacks. `In` lacks cells run without history, as nbval runs them.
+    cells = ["".join(entry[2]) for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
+    sources = [cell for cell in cells if cell.lstrip().startswith("# Parameters")]
     return check(model, {name: shell.user_ns[name] for name in assigned_names(sources)})
 
 
