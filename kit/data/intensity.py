@@ -14,7 +14,7 @@ INTENSITIES = ("zscore", "whitematter")
 
 # N4 works on voxels of about this size: a bias field is smooth, and finer voxels cost eight times as much.
 N4_MM = 4.0
-N4_ITERATIONS = [50, 50, 30, 20]  # at most, at each of four levels of ever finer splines
+N4_ITERATIONS = [50, 50, 50, 50]  # at most, at each of four levels of ever finer splines; N4's own default
 
 
 def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

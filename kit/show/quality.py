@@ -68,8 +68,7 @@ def quality_histograms(index: pd.DataFrame, by: str = "dataset", title: str = ""
         axes.plot(flagged, np.zeros(len(flagged)), "x", color="#b03a2e", markersize=6, clip_on=False, label="flagged")
         label(axes, name.replace("_", " "), "scans" if axes is panels[0] else "")
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False,
-                  fontsize=TEXT - 1)
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=TEXT - 1)
     return figure
 
 
