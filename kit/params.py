@@ -93,6 +93,7 @@ class Pretrain(Parameters):
 
     prepared: ProjectPath
     split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
+    take_flagged: bool = False  # learn from scans that quality control flagged, too
     objective: Literal["simclr", "mae"] = "simclr"
     architecture: Architecture = "resnet18_narrow"
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
@@ -149,6 +150,7 @@ class Finetune(Parameters):
     prepared: ProjectPath
     out_of_distribution: ProjectPath | None = None  # prepared scans of other sites, tested beside the test set
     encoder: str  # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain
+    take_flagged: bool = False  # learn from scans that quality control flagged, too
     task: str = "age"  # a label column
     task_type: Literal["auto", "classification", "regression"] = "auto"
     mode: Literal["probe", "finetune"] = "finetune"
@@ -198,6 +200,7 @@ class Benchmark(Parameters):
     prepared: ProjectPath
     out_of_distribution: ProjectPath | None = None
     encoders: dict[str, str]  # a family's name: `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2
+    take_flagged: bool = False  # learn from scans that quality control flagged, too
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
     label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for the probes
     finetune_tasks: list[str] = ["stroke"]  # tasks to fine-tune on besides

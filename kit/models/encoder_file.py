@@ -18,7 +18,8 @@ from torch import nn
 from kit.models.encoders import build_encoder
 from kit.runs import resolve, shown, write_whole
 
-PREPARATION = ("axes", "shape", "spacing_mm", "origin_mm", "intensity", "template")  # what must agree
+# what an encoder's scans and those that it is to read must have in common
+PREPARATION = ("axes", "shape", "spacing_mm", "origin_mm", "bias_correction", "intensity", "template")
 
 
 class EncoderError(ValueError):

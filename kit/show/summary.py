@@ -21,7 +21,7 @@ def summary(tidy: pd.DataFrame, note: str = "") -> str:
         fraction = group["label_fraction"].max()
         rows = group[group["label_fraction"] == fraction]
         names = list(rows["encoder"].unique())
-        lines += ["", f"{MODES[mode]}, {fraction:.0%} of the labels", _row("", names)]
+        lines += ["", f"{MODES[mode]}, {fraction:.0%} of the labels, in and out of distribution", _row("", names)]
         for metric, scored in rows.groupby("metric", sort=False):
             lines.append(f"  {SIGNS[metric]}")
             lines += [_line(*place, scores, names, digits=2 if metric == "auc" else 1)

@@ -36,8 +36,8 @@ def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
     stores = {"prepared": Store.open(params.prepared)}
     if params.out_of_distribution:
         stores["out_of_distribution"] = Store.open(params.out_of_distribution)
-    tasks = {name: read_task(stores["prepared"], stores.get("out_of_distribution"), name, "auto", params.seed)
-             for name in params.tasks}
+    tasks = {name: read_task(stores["prepared"], stores.get("out_of_distribution"), name, "auto", params.seed,
+                             params.take_flagged) for name in params.tasks}
     encoders = {name: load_encoder(spec, stores["prepared"].record, params.seed)
                 for name, spec in params.encoders.items()}
     for _, record in encoders.values():

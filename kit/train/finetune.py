@@ -16,6 +16,7 @@ from torch import nn
 
 from kit.data.labels import Labels, read_labels
 from kit.data.loader import PreparedScans, epoch_batches
+from kit.data.quality import passing
 from kit.data.split import check_unseen, label_subset, participant_ids, splits
 from kit.data.store import Store
 from kit.models.encoder_file import load_encoder
@@ -41,9 +42,9 @@ class Part:
     labels: np.ndarray
     participants: pd.Series
 
-    def scans(self) -> PreparedScans:
-        """As a torch dataset."""
-        return PreparedScans(self.store, self.rows, self.labels)
+    def scans(self, skip_damaged: bool = False) -> PreparedScans:
+        """As a torch dataset; see there."""
+        return PreparedScans(self.store, self.rows, self.labels, skip_damaged)
 
     def only(self, keep: np.ndarray) -> Part:
         """The rows where `keep` (rows,) is true."""
@@ -64,9 +65,11 @@ class Task:
         return replace(self, parts={**self.parts, "train": train.only(keep)})
 
 
-def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: str, seed: int) -> Task:
+def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: str, seed: int,
+              take_flagged: bool = False) -> Task:
     """Split the labelled scans of one store by participant, and take those of another as out of distribution.
 
+    Scans that quality control flagged are left out of training and validation unless `take_flagged`; they are tested.
     Where the other store's index has a column `split`, its rows of `out_of_distribution` are taken, else all.
 
     Raises:
@@ -74,7 +77,9 @@ def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: 
     """
     labels = read_labels(store.index, task, kind)
     place = splits(store.index, seed)
-    parts = {name: _part(store, labels, (place == name).to_numpy()) for name in ("train", "validation", "test")}
+    usable = store.index["scan"].isin((store.index if take_flagged else passing(store.index))["scan"])
+    parts = {name: _part(store, labels, ((place == name) & (usable | (name == "test"))).to_numpy())
+             for name in ("train", "validation", "test")}
     if out_of_distribution is not None:
         index = out_of_distribution.index
         theirs = read_labels(index, task, labels.kind)
@@ -132,7 +137,8 @@ def finetune(task: Task, encoder: nn.Module, settings: Settings, flip: bool,
     objective = Supervised(predictor, task.labels.kind, flip=flip, seed=settings.seed)
     participants = train.participants.tolist()
     size = min(settings.batch_size, train.participants.nunique())
-    log = fit(objective, train.scans(), lambda epoch: epoch_batches(participants, size, settings.seed, epoch),
+    log = fit(objective, train.scans(skip_damaged=True),
+              lambda epoch: epoch_batches(participants, size, settings.seed, epoch),
               task.parts["validation"].scans(), settings, folder)
     if folder:
         objective.load_state_dict(checkpoint.load(folder / "checkpoints", "best")["model"])
@@ -160,7 +166,7 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     store = Store.open(params.prepared)
     other = Store.open(params.out_of_distribution) if params.out_of_distribution else None
     encoder, record = load_encoder(params.encoder, store.record, params.seed)
-    task = read_task(store, other, params.task, params.task_type, params.seed)
+    task = read_task(store, other, params.task, params.task_type, params.seed, params.take_flagged)
     for name in set(task.parts) & set(TESTED):
         check_unseen(task.parts[name].participants, record["participants"], params.allow_seen_participants)
     task = task.with_labels_for(params.label_fraction, params.seed)

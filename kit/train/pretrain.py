@@ -14,6 +14,7 @@ from torch import nn
 import kit
 from kit.augment.recipe import read_recipe
 from kit.data.loader import PreparedScans, collate
+from kit.data.quality import passing
 from kit.data.sampling import batches_of, session_batches
 from kit.data.split import participant_hash, participant_ids, shuffled
 from kit.data.store import Store
@@ -77,7 +78,7 @@ def standing(params: Pretrain, run: Run) -> str:
 
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of the index to learn from, and those of the participants that are held out."""
-    index = store.index
+    index = store.index if params.take_flagged else passing(store.index)
     rows = index[index["split"] == params.split] if "split" in index else index
     ids = participant_ids(rows)
     out = set(shuffled(ids, params.seed, "held out")[:round(params.validation_fraction * ids.nunique())])
@@ -144,9 +145,9 @@ def train(params: Pretrain, folder: Path) -> None:
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
     try:
         out = PreparedScans(store, held_out)
-        fit(objective, PreparedScans(store, learned), batches_for(params, learned), out, Settings.of(params), folder,
-            params=same, may_stop=True, monitor=monitor_of(out, held_out, params.monitor_epochs,
-                                                           params.chunk or params.batch_size, params.epochs))
+        fit(objective, PreparedScans(store, learned, skip_damaged=True), batches_for(params, learned), out,
+            Settings.of(params), folder, params=same, may_stop=True,
+            monitor=monitor_of(out, held_out, params.monitor_epochs, params.chunk or params.batch_size, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)

@@ -30,4 +30,4 @@ def test_table_is_complete_and_resumes(store, tmp_path):
     pd.testing.assert_frame_equal(again.sort_values(keys, ignore_index=True), tidy.sort_values(keys, ignore_index=True),
                                   check_dtype=False, rtol=1e-4)
     text = summary(tidy, "made-up data")
-    assert "made-up data" in text and "lesion, in distribution" in text and "ViT" in text
+    assert "made-up data" in text and "lesion, in " in text and "lesion, out of " in text and "ViT" in text
