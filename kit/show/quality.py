@@ -65,10 +65,13 @@ def quality_histograms(index: pd.DataFrame, by: str = "dataset", title: str = ""
         for site, group in index.groupby(by):
             axes.hist(group[name], bins=edges, histtype="step", linewidth=1.3, label=f"{site} (n = {len(group)})")
         flagged = index[name][index["flags"].str.contains(name)]
-        axes.plot(flagged, np.zeros(len(flagged)), "x", color="#b03a2e", markersize=6, clip_on=False, label="flagged")
+        if len(flagged):
+            axes.plot(flagged, 0 * flagged, "x", color="#b03a2e", markersize=6, clip_on=False, label="flagged")
         label(axes, name.replace("_", " "), "scans" if axes is panels[0] else "")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=TEXT - 1)
+    lines = {}
+    for axes in panels:
+        lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=TEXT - 1)
     return figure
 
 

@@ -45,4 +45,4 @@ def test_histograms_mark_what_is_flagged() -> None:
     assert len(figure.axes) == len(FIGURES)
     marked = {axes.get_xlabel(): [line.get_xdata().tolist() for line in axes.lines] for axes in figure.axes}
     assert marked["template similarity"] == [[-0.9]]
-    assert marked["snr"] == [[]]
+    assert marked["snr"] == []
