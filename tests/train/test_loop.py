@@ -182,10 +182,10 @@ def test_two_processes_give_the_gradient_of_one(store, tmp_path):
 def test_a_run_in_two_processes(store, tmp_path):
     logs = []
     for workers in (1, 2):
-        run = params(store, tmp_path / str(workers), workers=workers, epochs=1)
+        # not Adam: its first steps follow the signs of gradients, which rounding turns where they are near zero
+        run = params(store, tmp_path / str(workers), workers=workers, epochs=1, optimizer="lars", learning_rate=0.1)
         logs.append(pretrain(run, Run.of(run)))
-    # Adam's first steps follow the signs of gradients, which rounding turns where they are near zero: 3e-4 were seen
-    assert np.allclose(logs[0]["loss"], logs[1]["loss"], atol=5e-3)
+    assert np.allclose(logs[0]["loss"], logs[1]["loss"], atol=1e-3)  # float32's rounding over three steps: 1.2e-4 seen
     assert read_record(tmp_path / "2")["participants"]
 
 
