@@ -22,7 +22,7 @@ demo: $(READY)  ## the whole path through every notebook on the sample cohort (1
 test: $(READY)  ## all tests: unit, integration, every notebook (20 minutes on two cores)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/pytest --nbval
+	$(BIN)/pytest --nbval --durations=30
 
 check: $(READY)  ## the quick loop (3 minutes)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import pandas as pd
 from torch import nn
 
 from kit.data.nifti import read_nifti, write_nifti
-from kit.data.register import resample
+from kit.data.resample import resample
 from kit.data.sample import effect_masks
 from kit.data.store import Store
 from kit.explain.checks import randomisation_check

@@ -24,8 +24,8 @@ import yaml
 
 from kit.augment.recipe import Recipe, read_recipe
 from kit.data.grid import Grid
-from kit.data.register import template_on
 from kit.data.store import FORMAT, scan_path, write_scan
+from kit.data.template import template_on
 from kit.execute import FOLDER
 from kit.runs import ROOT, outputs_dir
 
