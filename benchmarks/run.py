@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help="default: all")
     chosen = parser.parse_args().modules or MODULES
     path = outputs_dir() / "bench" / "bench.json"
-    lines = {line["name"]: line for line in json.loads(path.read_text())} if path.exists() else {}
+    lines = {line["name"]: line for line in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
     for module in chosen:
         begun = time.monotonic()
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -96,7 +96,7 @@ def extra_volumes() -> float:
     small = slice(None), slice(None), *[slice(20)] * 3
     recipe, key = read_recipe("paper"), {"seed": 0, "epoch": 0}
     make_views(images[small], masks[small], range(4), recipe, view=0, **key)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux forgets the peak so far
     before = _memory("VmRSS")
     kept = [make_views(images, masks, range(4), recipe, view=view, **key) for view in (0, 1)]
     made = sum(views.nbytes + view_masks.nbytes for views, view_masks, _ in kept)
@@ -105,7 +105,7 @@ def extra_volumes() -> float:
 
 def _memory(name: str) -> int:
     """Bytes that this process holds now (VmRSS), or has held at most (VmHWM)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return 1024 * int(lines[name].split()[0])
 
 

@@ -65,7 +65,7 @@ def report(executed: Path) -> Path:
     from nbconvert import HTMLExporter
 
     html = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))[0]
-    return write_whole(executed.with_name("report.html"), lambda aside: aside.write_text(html))
+    return write_whole(executed.with_name("report.html"), lambda aside: aside.write_text(html, encoding="utf-8"))
 
 
 def run_folder(folder: Path) -> None:
@@ -87,7 +87,7 @@ def run_folder(folder: Path) -> None:
         print(f"  {seconds:5.0f} s  {name:28s} {shown(where / 'report.html')}")
     write_json(lines[-1][2] / "seconds.json", {name: round(seconds, 1) for name, seconds, _ in lines})
     if (summary := lines[-1][2] / "summary.txt").exists():
-        print("\n" + summary.read_text())
+        print("\n" + summary.read_text(encoding="utf-8"))
 
 
 def notebook_of(file: Path) -> str:

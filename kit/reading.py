@@ -82,7 +82,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ParameterError(f"{shown(path)}: no such file")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ParameterError(f"{shown(path)} is not YAML: {error}") from None
     if not isinstance(values, dict):

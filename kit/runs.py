@@ -69,7 +69,7 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 def write_json(path: str | Path, value: Any) -> Path:
     """Write JSON, whole or not at all."""
-    return write_whole(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n"))
+    return write_whole(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> Path:
@@ -126,14 +126,14 @@ class Run:
                            "wait for it, or give another output_dir") from None
         stored = folder / "params.yaml"
         if stored.exists():
-            differences = _differences(yaml.safe_load(stored.read_text()) or {}, params, may_change)
+            differences = _differences(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, params, may_change)
             if differences:
                 os.close(lock)
                 raise RunError(f"{shown(folder)} holds a run of other parameters:\n  " + "\n  ".join(differences)
                                + "\ngive another output_dir, or delete that folder")
         text = yaml.safe_dump(dict(params), sort_keys=False)
-        write_whole(stored, lambda aside: aside.write_text(text))
-        write_whole(folder / "environment.txt", lambda aside: aside.write_text(environment()))
+        write_whole(stored, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_whole(folder / "environment.txt", lambda aside: aside.write_text(environment(), encoding="utf-8"))
         return cls(folder, lock)
 
     @classmethod
@@ -159,7 +159,7 @@ class Run:
     def metrics(self, values: Mapping[str, float]) -> dict[str, float]:
         """Add flat names and numbers to `metrics.json`; returns all that it holds now."""
         path = self.folder / "metrics.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known.update({name: float(value) for name, value in values.items()})
         write_json(path, known)
         return known

@@ -31,7 +31,7 @@ def make_store(folder, participants=24, shape=SHAPE, seed=0):
     pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
     (folder / "preparation.json").write_text(json.dumps({
         "format": FORMAT, "axes": "zyx", "shape": list(shape), "spacing_mm": 4.0, "origin_mm": list(grid.origin_mm),
-        "registration": "none", "mask": "given", "intensity": "zscore", "template": "t"}))
+        "registration": "none", "mask": "given", "intensity": "zscore", "template": "t"}), encoding="utf-8")
     return Store.open(folder)
 
 

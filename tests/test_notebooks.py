@@ -72,7 +72,7 @@ def test_every_figure_is_saved_and_small(name):
 
 @each
 def test_nothing_of_one_machine(name):
-    text = (FOLDER / f"{name}.ipynb").read_text()
+    text = (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8")
     assert not re.search(r"/tmp/|/home/|/root/|/work/|/Users/", text)
     assert not re.search(r"\?(it|scan|step)/s\]", text), "a progress bar stands frozen"
 

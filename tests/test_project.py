@@ -10,9 +10,9 @@ import yaml
 from kit.params import NOTEBOOKS
 from kit.runs import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NAMED = {re.match(r"[\w.-]+", line).group().lower(): line for line in PROJECT["dependencies"]}
-LOCK = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text().splitlines()
+LOCK = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
             if line and not line.startswith("#"))
 CARD = {"jupyterlab", "torch", "monai", "nibabel", "nilearn", "matplotlib", "ipywidgets", "papermill", "pytest",
         "nbval"}
@@ -28,7 +28,7 @@ def test_the_lock_pins_every_dependency_within_its_range():
 
 
 def test_every_dependency_says_what_it_is_for():
-    text = (ROOT / "pyproject.toml").read_text()
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for line in PROJECT["dependencies"]:
         assert re.search(rf'"{re.escape(line)}",\s+# \w', text), f"{line}: no reason beside it"
 
@@ -40,27 +40,27 @@ def test_the_lock_is_what_is_installed():
 
 
 def test_conda_takes_the_same_list():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     python, pip = (next(part for part in environment if str(part).startswith(name)) for name in ("python=", "pip"))
     assert tuple(map(int, python.removeprefix("python=").split("."))) >= (3, 11) and pip == "pip"
     assert environment[-1] == {"pip": ["-r requirements.lock", "-e ."]}
 
 
 def test_readme_names_every_command_and_no_other():
-    makefile = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    readme = set(re.findall(r"`make ([a-z]+)`", (ROOT / "README.md").read_text()))
+    makefile = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    readme = set(re.findall(r"`make ([a-z]+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert readme <= set(makefile)
     assert set(makefile) - {"help", "setup"} <= readme
 
 
 def test_the_demo_fits_in_its_fifteen_minutes():
     folder = ROOT / "params" / "demo"
-    budget = yaml.safe_load((folder / "budget.yaml").read_text())
+    budget = yaml.safe_load((folder / "budget.yaml").read_text(encoding="utf-8"))
     assert {f"{name}.yaml" for name in budget} == {path.name for path in folder.glob("[0-9]*.yaml")}
     assert list(budget) == sorted(budget) and {name[0] for name in budget} == {name[0] for name in NOTEBOOKS}
     assert sum(budget.values()) <= 15 * 60
 
 
 def test_modules_are_small():
-    lines = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in (ROOT / "kit").rglob("*.py")}
+    lines = {path.relative_to(ROOT): path.read_bytes().count(b"\n") for path in (ROOT / "kit").rglob("*.py")}
     assert not {path: count for path, count in lines.items() if count > 300}

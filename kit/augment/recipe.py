@@ -101,7 +101,7 @@ def read_recipe(recipe: str | Path) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: str | Path) -> Path:
     """Write a recipe that `read_recipe`, and so `2_pretrain`, takes; whole or not at all."""
-    return write_whole(resolve(path), lambda aside: aside.write_text(recipe.text()))
+    return write_whole(resolve(path), lambda aside: aside.write_text(recipe.text(), encoding="utf-8"))
 
 
 def at_strength(recipe: Recipe, strength: float) -> Recipe:

@@ -85,7 +85,7 @@ def _read_bids(folder: Path) -> pd.DataFrame:
     if not description.is_file():
         raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
     scans = sorted(folder.glob("sub-*/ses-*/anat/*_T1w.nii*")) + sorted(folder.glob("sub-*/anat/*_T1w.nii*"))
-    name = str(json.loads(description.read_text()).get("Name", folder.name))
+    name = str(json.loads(description.read_text(encoding="utf-8")).get("Name", folder.name))
     rows = [_bids_row(folder, scan, name) for scan in scans]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     labels = folder / "participants.tsv"

@@ -53,7 +53,7 @@ def claim(folder: str | Path, record: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, record)
         return
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text(encoding="utf-8"))
     differ = [
         f"{name}: {before.get(name)} there, {value} asked"
         for name, value in record.items()
@@ -167,7 +167,7 @@ class Store:
         if missing:
             raise StoreError(f"{folder}: no {' and no '.join(missing)}; run 1_preprocess first, to its end")
         try:
-            record = json.loads((folder / "preparation.json").read_text())
+            record = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
             index = read_index(folder / "index.csv")
         except (ValueError, KeyError, OSError) as error:
             raise StoreError(f"{folder}: preparation.json or index.csv is damaged: {error}") from error

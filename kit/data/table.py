@@ -132,10 +132,10 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int) -> tuple
     if not all((part / "index.csv").is_file() for part in parts):
         return None
     (folder / "scans").mkdir(parents=True, exist_ok=True)
-    with open(folder / ".merge", "w") as lock:
+    with open(folder / ".merge", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for part in parts:
-            claim(folder, json.loads((part / "preparation.json").read_text()))
+            claim(folder, json.loads((part / "preparation.json").read_text(encoding="utf-8")))
         indexes = [read_index(part / "index.csv") for part in parts]
         fails = [pd.read_csv(part / "failed.csv", dtype=str, keep_default_na=False) for part in parts]
         index, failed = (_in_order(tables, scan_names(cohort)) for tables in (indexes, fails))

@@ -56,7 +56,7 @@ def live_figure(folder: Path, note: str = "") -> Iterator[None]:
     def follow() -> None:
         seen = None
         while not done.wait(SECONDS):
-            if path.exists() and (text := path.read_text()) != seen:
+            if path.exists() and (text := path.read_text(encoding="utf-8")) != seen:
                 seen = text
                 handle.update(progress_figure(json.loads(text), note))
 
@@ -68,4 +68,4 @@ def live_figure(folder: Path, note: str = "") -> Iterator[None]:
         done.set()
         thread.join()
         if path.exists():
-            handle.update(progress_figure(json.loads(path.read_text()), note))
+            handle.update(progress_figure(json.loads(path.read_text(encoding="utf-8")), note))

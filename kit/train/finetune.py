@@ -171,7 +171,8 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
         check_unseen(task.parts[name].participants, record["participants"], params.allow_seen_participants)
     task = task.with_labels_for(params.label_fraction, params.seed)
     if (run / "predictions.csv").exists() and (run / "metrics.json").exists():
-        return task, pd.read_csv(run / "predictions.csv"), json.loads((run / "metrics.json").read_text())
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        return task, pd.read_csv(run / "predictions.csv"), metrics
     predictions = _train_and_predict(params, run, task, encoder, record)
     table = pd.concat([_table(task, name, values) for name, values in predictions.items()], ignore_index=True)
     scores = evaluate(task, predictions, params.seed)
@@ -197,7 +198,7 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Modul
 
 def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor, dict[str, Any]]:
     """The model that a run of 3_finetune left, and its `task.json`."""
-    record = json.loads((folder / "task.json").read_text())
+    record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     predictor = Predictor(build_encoder(record["architecture"], tuple(preparation["shape"])))
     predictor.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return predictor.eval(), record

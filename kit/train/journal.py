@@ -65,7 +65,7 @@ class Journal:
         live = {"step": self.step, "steps": self.steps, "epoch": epoch + 1, "scans_per_second": scans / each,
                 "waiting": waited / each, "seconds_left": each * (self.steps - self.step), "curve": self.curve}
         try:
-            write_whole(self.folder / "live.json", lambda aside: aside.write_text(json.dumps(live)))
+            write_whole(self.folder / "live.json", lambda aside: aside.write_text(json.dumps(live), encoding="utf-8"))
             self.add({**report, "learning_rate": rate, "scans_per_second": scans / each}, "step")
         except OSError:
             return
@@ -92,6 +92,6 @@ def _read_curve(path: Path, done: int) -> list[tuple[int, float, float]]:
     if not path.exists():
         return []
     try:
-        return [tuple(point) for point in json.loads(path.read_text())["curve"] if point[0] <= done]
+        return [tuple(point) for point in json.loads(path.read_text(encoding="utf-8"))["curve"] if point[0] <= done]
     except (ValueError, KeyError):
         return []

@@ -77,7 +77,7 @@ def main(folder: Path, workers: int) -> None:
     if "SLURM_CPUS_PER_TASK" in os.environ:
         os.environ["KIT_CORES"] = str(int(os.environ["SLURM_CPUS_PER_TASK"]) * workers)
     with process_group():
-        train(Pretrain.model_validate(yaml.safe_load((folder / "params.yaml").read_text())), folder)
+        train(Pretrain.model_validate(yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))), folder)
 
 
 if __name__ == "__main__":

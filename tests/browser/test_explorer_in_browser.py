@@ -55,7 +55,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "preparation.json").write_text(json.dumps({
         "format": FORMAT, "axes": "zyx", "shape": list(grid.shape), "spacing_mm": 4.0,
         "origin_mm": list(grid.origin_mm), "registration": "none", "mask": "given", "intensity": "zscore",
-        "template": "t"}))
+        "template": "t"}), encoding="utf-8")
     return folder
 
 
@@ -73,7 +73,7 @@ def lab(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     for name, values in SETTINGS.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
+        path.write_text(json.dumps(values), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -193,7 +193,7 @@ def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object) -> None:
 
     recipe = read_recipe(saved)
     assert recipe.cutout is not None and recipe.gibbs == read_recipe("physics").gibbs and recipe.strength > 1
-    assert Recipe.model_validate(yaml.safe_load(saved.read_text())) == recipe
+    assert Recipe.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8"))) == recipe
     errors = all_of(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], "
                     ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']")
     assert not [one.text for one in errors]

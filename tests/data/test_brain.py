@@ -42,7 +42,7 @@ def scan() -> np.ndarray:
 def install(tool: str, folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str = "") -> None:
     import sys
 
-    (folder / tool).write_text(SCRIPT.format(python=sys.executable, fault=fault))
+    (folder / tool).write_text(SCRIPT.format(python=sys.executable, fault=fault), encoding="utf-8")
     (folder / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
 

@@ -87,7 +87,7 @@ def broken(kind: str, folder: Path) -> Path:
     if kind == "missing":
         return path
     if kind == "text":
-        path.write_text("subject,age\n")
+        path.write_text("subject,age\n", encoding="utf-8")
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "cut gzip":

@@ -80,7 +80,7 @@ def test_prepared_folder(cohort: pd.DataFrame, tmp_path: Path) -> None:
     assert failed.scan.tolist() == ["Test_001_ses-1"]
     assert "truncated gzip" in failed.reason[0]
     assert failed.image_path[0] == cohort.image_path[1]
-    text = (tmp_path / "out" / "index.csv").read_text()
+    text = (tmp_path / "out" / "index.csv").read_text(encoding="utf-8")
     assert str(tmp_path) not in text and "lesion" not in text
     store = Store.open(tmp_path / "out")
     assert store.index.participant.tolist() == ["000", "002", "003"]

@@ -234,7 +234,7 @@ def test_unknown_labels_are_refused(scan, wrong):
 
 
 def test_the_folder_is_bids_and_says_procedural(cohort):
-    description = json.loads((cohort / "dataset_description.json").read_text())
+    description = json.loads((cohort / "dataset_description.json").read_text(encoding="utf-8"))
     assert "no person was scanned" in description["Name"] and description["BIDSVersion"]
     people = pd.read_csv(cohort / "participants.tsv", sep="\t")
     expected = draw_participants(4, seed=SEED)
@@ -285,7 +285,7 @@ def test_an_interrupted_making_goes_on_and_a_finished_one_is_kept(cohort, cache)
     assert sample_cohort(4, seed=SEED, workers=1, cache_dir=cache) == cohort
     assert lost.read_bytes() == data
     assert kept.stat().st_mtime_ns == written
-    assert json.loads((cohort / "complete.json").read_text())["scans"] == len(images)
+    assert json.loads((cohort / "complete.json").read_text(encoding="utf-8"))["scans"] == len(images)
 
 
 def test_impossible_sizes_are_refused(tmp_path):

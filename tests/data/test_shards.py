@@ -26,7 +26,7 @@ def cohort(folder: Path, scans: int = 11) -> pd.DataFrame:
     affine[:3, 3] = [-70, -100, -60]
     for row in range(scans):
         write_nifti(folder / f"{row}.nii.gz", rng.uniform(10, 100 + row, (10, 11, 12)).astype(np.float32), affine)
-    (folder / "3.nii.gz").write_text("no scan")
+    (folder / "3.nii.gz").write_text("no scan", encoding="utf-8")
     names = [f"{row:04d}" for row in range(scans)]
     return pd.DataFrame({"participant": names, "session": "NA", "dataset": "d", "age": [*range(scans - 1), None],
                          "image_path": [str(folder / f"{row}.nii.gz") for row in range(scans)]})

@@ -54,13 +54,13 @@ def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(slurm: dict[str, str
     paths = [tmp_path / f"{row}.nii.gz" for row in range(10)]
     for row, path in enumerate(paths):
         write_nifti(path, rng.uniform(10, 100 + row, (10, 11, 12)).astype(np.float32), affine)
-    paths[3].write_text("no scan")
+    paths[3].write_text("no scan", encoding="utf-8")
     pd.DataFrame({"participant": range(10), "image_path": paths}).to_csv(tmp_path / "cohort.csv", index=False)
     script = tmp_path / "array.sh"
-    script.write_text(SCRIPT.format(folder=tmp_path, root=ROOT, python=sys.executable))
+    script.write_text(SCRIPT.format(folder=tmp_path, root=ROOT, python=sys.executable), encoding="utf-8")
     sent = subprocess.run(["sbatch", "--parsable", script], env=slurm, capture_output=True, text=True, check=True)
     states = finished(sent.stdout.strip(), slurm)
-    logs = "\n".join((tmp_path / f"{task}.log").read_text()[-3000:] for task in (0, 1))
+    logs = "\n".join((tmp_path / f"{task}.log").read_text(encoding="utf-8")[-3000:] for task in (0, 1))
     assert states == ["COMPLETED", "COMPLETED"], logs
     store = Store.open(tmp_path / "out")
     assert store.index["participant"].tolist() == [str(row) for row in range(10) if row != 3]

@@ -219,7 +219,7 @@ def test_transforms_are_switched_and_dragged(tmp_path):
     assert read_recipe(tmp_path / "mine.yaml") == asked[-1]
     find(box, "Copy").click()
     shown = find(box, kind=widgets.Textarea)
-    assert shown.value == (tmp_path / "mine.yaml").read_text() and shown.layout.display == "flex"
+    assert shown.value == (tmp_path / "mine.yaml").read_text(encoding="utf-8") and shown.layout.display == "flex"
 
 
 def test_every_recipe_survives_the_widgets():

@@ -26,5 +26,5 @@ def test_time_left_in_units_for_people(seconds, left):
 def test_it_ends_with_the_block_and_shows_the_last_state(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("KIT_PROGRESS", raising=False)
     with live_figure(tmp_path):
-        (tmp_path / "live.json").write_text(json.dumps(LIVE))
+        (tmp_path / "live.json").write_text(json.dumps(LIVE), encoding="utf-8")
     assert "Figure" in capsys.readouterr().out

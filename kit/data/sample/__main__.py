@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = sample_cohort(args.participants, args.seed, args.workers, args.output)
     except ValueError as error:
         parser.error(str(error))
-    made = json.loads((folder / MARKER).read_text())
+    made = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     print(f"{shown(folder)}: {made['scans']} procedural scans, {made['megabytes']:.0f} MB, "
           f"{time.perf_counter() - start:.0f} s")
 

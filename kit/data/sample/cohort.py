@@ -193,7 +193,7 @@ def write_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
                          "Description": f"{NO_PERSON}; seed {seed}, {len(first)} participants"}]}
     write_json(folder / "dataset_description.json", description)
     write_json(_derivatives(folder) / "dataset_description.json", description | {"DatasetType": "derivative"})
-    write_whole(folder / ".bidsignore", lambda aside: aside.write_text(f"{MARKER}\nmoves.csv\n"))
+    write_whole(folder / ".bidsignore", lambda aside: aside.write_text(f"{MARKER}\nmoves.csv\n", encoding="utf-8"))
 
 
 def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) -> None:
