@@ -132,7 +132,8 @@ from kit.data.loader import Batch
 from kit.models.encoders import build_encoder
 from kit.train.objectives import SimCLR
 from kit.train.step import cut, gradients, reads
-torch.set_num_threads(1)
+from kit.train.distributed import set_threads
+set_threads()  # as the loop does: it also has glibc keep what a step frees
 scans, chunk = int(sys.argv[1]), int(sys.argv[2])
 objective = SimCLR(build_encoder("resnet18_narrow", (64, 64, 64)), Recipe(), projection=[16, 8], temperature=0.2,
                    seed=0, spacing_mm=4.0)
