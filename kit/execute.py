@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import os
 import sys
 import tempfile
@@ -85,9 +86,20 @@ def run_folder(folder: Path) -> None:
           "each with its executed notebook beside it:")
     for name, seconds, where in lines:
         print(f"  {seconds:5.0f} s  {name:28s} {shown(where / 'report.html')}")
+    print()
+    for name, _, where in lines:
+        if (where / "log.csv").exists():
+            print(f"  {name}: {_losses(where / 'log.csv')}")
     write_json(lines[-1][2] / "seconds.json", {name: round(seconds, 1) for name, seconds, _ in lines})
     if (summary := lines[-1][2] / "summary.txt").exists():
         print("\n" + summary.read_text(encoding="utf-8"))
+
+
+def _losses(log: Path) -> str:
+    """The first and the last epoch's loss of a training run, in words."""
+    with log.open(encoding="utf-8", newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    return f"loss {losses[0]:.2f} in the first, {losses[-1]:.2f} in the last of {len(losses)} epochs"
 
 
 def notebook_of(file: Path) -> str:

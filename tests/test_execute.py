@@ -8,7 +8,7 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from kit.execute import FOLDER, defaults, notebook_of, run_folder
+from kit.execute import FOLDER, _losses, defaults, notebook_of, run_folder
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError
 from kit.runs import ROOT, RunError
@@ -53,6 +53,11 @@ def test_plain_papermill_refuses_an_unknown_name_in_the_second_cell(tmp_path):
     assert error.value.ename == "ParameterError"
     assert "wrokers: unknown parameter; did you mean workers?" in error.value.evalue
     assert not (tmp_path / "outputs" / "sample").exists(), "work was done before"
+
+
+def test_losses_in_words(tmp_path):
+    (tmp_path / "log.csv").write_text("epoch,loss\n1,4.08\n2,2.0\n3,1.137\n")
+    assert _losses(tmp_path / "log.csv") == "loss 4.08 in the first, 1.14 in the last of 3 epochs"
 
 
 def test_a_parameter_file_is_named_after_its_notebook(tmp_path):
