@@ -36,7 +36,7 @@ def measure() -> list[Ratio]:
 
 
 def _reading(folder: Path) -> list[Ratio]:
-    image, mask = _template_scan()
+    image, mask = template_scan()
     files = [folder / name for name in ("image.nii.gz", "mask.nii.gz")]
     # nibabel's own writer at its own compression, as the peer's files would be made.
     for file, array in zip(files, (image, mask.astype(np.uint8)), strict=True):
@@ -74,7 +74,7 @@ def _preparing(folder: Path) -> list[Ratio]:
     ]
 
 
-def _template_scan() -> tuple[np.ndarray, np.ndarray]:
+def template_scan() -> tuple[np.ndarray, np.ndarray]:
     """The template on the paper's grid with noise, so that it compresses as a scan does; image and mask."""
     image, mask = template_on(PAPER_GRID)
     noisy = image + np.random.default_rng(0).normal(0, 0.03, image.shape).astype(np.float32)
