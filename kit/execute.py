@@ -1,6 +1,7 @@
 """Run notebooks headless: parameters checked first, papermill, then an HTML report beside the results.
 
     python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml -p epochs 10
+    python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml --check   # only say where it would write
     python -m kit.execute params/demo        # every file of a folder, in the order of their names
     python -m kit.execute --renew            # the committed notebooks, at their default parameters
 
@@ -23,7 +24,7 @@ import nbformat
 import yaml
 
 from kit.params import NOTEBOOKS
-from kit.reading import ParameterError, assigned_names, check, read_yaml
+from kit.reading import ParameterError, Parameters, assigned_names, check, read_yaml
 from kit.runs import ROOT, Run, RunError, resolve, shown, write_json, write_whole
 
 FOLDER = ROOT / "notebooks"
@@ -35,6 +36,15 @@ def defaults(notebook: str) -> dict[str, Any]:
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
     return {name: ast.literal_eval(node.value) for node in ast.parse(source).body
             for name in assigned_names([ast.unparse(node)])}
+
+
+def parameters(notebook: str, values: dict[str, Any]) -> Parameters:
+    """A notebook's checked parameters: these values over its defaults.
+
+    Raises:
+        ParameterError: all that is wrong, in one message.
+    """
+    return check(NOTEBOOKS[notebook], {**defaults(notebook), **values})
 
 
 def run(notebook: str, values: dict[str, Any]) -> Path:
@@ -49,7 +59,7 @@ def run(notebook: str, values: dict[str, Any]) -> Path:
     """
     import papermill
 
-    params = check(NOTEBOOKS[notebook], {**defaults(notebook), **values})
+    params = parameters(notebook, values)
     Run.of(params).close()  # another run's folder is refused here, not after the kernel has started
     executed = params.output_dir / f"{notebook}.ipynb"
     try:
@@ -136,20 +146,22 @@ def renew() -> None:
 def main() -> int:
     """The command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m kit.execute", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", nargs="?", help="a notebook's name, or a folder of parameter files")
+    parser.add_argument("what", nargs="?", help="a notebook's name or file, or a folder of parameter files")
     parser.add_argument("-f", "--file", help="YAML file of parameters")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--check", action="store_true", help="check the parameters and print the run's folder")
     parser.add_argument("--renew", action="store_true", help="execute the committed notebooks in place")
     arguments = parser.parse_args()
     try:
         if arguments.renew:
             renew()
-        elif arguments.what in NOTEBOOKS:
-            values = read_yaml(arguments.file) if arguments.file else {}
-            values.update({name: yaml.safe_load(value) for name, value in arguments.parameter})
-            print(shown(run(arguments.what, values) / "report.html"))
         elif arguments.what and resolve(arguments.what).is_dir():
             run_folder(resolve(arguments.what))
+        elif (notebook := Path(arguments.what or "").name.removesuffix(".ipynb")) in NOTEBOOKS:
+            values = read_yaml(arguments.file) if arguments.file else {}
+            values.update({name: yaml.safe_load(value) for name, value in arguments.parameter})
+            print(parameters(notebook, values).output_dir if arguments.check
+                  else shown(run(notebook, values) / "report.html"))
         else:
             parser.error(f"name a notebook ({', '.join(NOTEBOOKS)}) or a folder of parameter files")
     except (ParameterError, RunError) as error:

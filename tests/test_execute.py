@@ -31,6 +31,12 @@ def test_mistakes_on_the_command_line_are_listed_together():
         assert part in done.stderr
 
 
+def test_check_only_says_where_the_run_would_write(tmp_path):
+    done = command(str(FOLDER / "1_preprocess.ipynb"), "-p", "output_dir", "outputs/here", "--check")
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "outputs" / "here")
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_a_notebook_run_alone_says_what_to_run_first():
     done = command("3_finetune")
     assert done.returncode == 2

@@ -6,10 +6,13 @@ axis is a small matrix (side, side) along it, made in float64: exact, and as fas
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from kit.augment.draws import Draw, detail
+from kit.augment.masking import masked_patches, over_voxels
 from kit.augment.spatial import resample, view_to_scan
 
 
@@ -135,12 +138,7 @@ def cutout(image: torch.Tensor, side: float, boxes: int, draw: Draw) -> torch.Te
 
 def patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:
     """Set a share of the patches of a regular grid, so many voxels a side, to zero (He et al. 2022)."""
-    width = max(1, round(size))
-    counts = [-(-side // width) for side in image.shape]
-    order = detail(draw, "patches").permutation(int(np.prod(counts)))
-    kept = np.ones(len(order), dtype=np.float32)
-    kept[order[:round(share * len(order))]] = 0
-    for axis, side in enumerate(image.shape):
-        kept = kept.reshape(counts) if axis == 0 else kept
-        kept = np.repeat(kept, width, axis=axis).take(range(side), axis=axis)
-    return image.mul_(torch.from_numpy(kept).to(image.device))
+    widths = (max(1, round(size)),) * 3
+    count = math.prod(-(-side // width) for side, width in zip(image.shape, widths, strict=True))
+    masked = over_voxels(masked_patches(count, share, detail(draw, "patches")), widths, tuple(image.shape))
+    return image.masked_fill_(torch.from_numpy(masked).to(image.device), 0)

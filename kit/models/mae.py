@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
 
+from kit.augment.masking import masked_patches
 from kit.models.encoders import ViTEncoder, patch_size
 
 
@@ -24,22 +29,45 @@ def unpatches(tokens: torch.Tensor, size: tuple[int, int, int], shape: tuple[int
 class MaskedAutoencoder(nn.Module):
     """A ViT encoder with the decoder that fills in what was masked."""
 
-    def __init__(self, encoder: ViTEncoder, mask_ratio: float = 0.75) -> None:
+    def __init__(self, encoder: ViTEncoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.mask_ratio = mask_ratio
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask patches with torch's random state, and fill them in.
+    def forward(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Encode the patches that are seen, and predict all.
+
+        MONAI's `MaskedAutoEncoderViT.forward` with the masks given instead of drawn from torch's random state.
 
         Args:
             images: (batch, 1, depth, height, width) float.
+            masked: (batch, patches) bool, as many in each row.
 
         Returns:
-            predicted patches (batch, patches, voxels), and which were masked (batch, patches) bool.
+            predicted patches (batch, patches, voxels of a patch).
         """
-        predicted, masked = self.encoder.autoencoder(images, masking_ratio=self.mask_ratio)
-        return predicted, masked.bool()
+        network, seen = self.encoder.autoencoder, ~masked
+        tokens = network.patch_embedding(images)
+        tokens = tokens[seen].view(len(images), -1, tokens.shape[-1])
+        tokens = network.blocks(torch.cat([network.cls_token.expand(len(images), -1, -1), tokens], dim=1))
+        first, tokens = network.decoder_embed(tokens).split([1, tokens.shape[1] - 1], dim=1)
+        every = network.mask_tokens.to(tokens.dtype).repeat(len(images), masked.shape[1], 1)
+        every[seen] = tokens.flatten(0, 1)
+        every = torch.cat([first, every + network.decoder_pos_embedding], dim=1)
+        return network.decoder_pred(network.decoder_blocks(every))[:, 1:]
+
+
+def masks_for(keys: Sequence[int], shape: tuple[int, int, int], ratio: float, *, seed: int,
+              epoch: int) -> torch.Tensor:
+    """Masks of scans, (batch, patches) bool, keyed by (seed, epoch, scan): the same in any batch, worker and rank.
+
+    Args:
+        keys: (batch,) the scans' keys, see `kit.data.loader.scan_key`.
+        shape: voxels (z, y, x).
+        ratio: share of the patches that are masked.
+    """
+    count = math.prod(side // width for side, width in zip(shape, patch_size(shape), strict=True))
+    streams = (np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, key]))) for key in keys)
+    return torch.from_numpy(np.stack([masked_patches(count, ratio, stream) for stream in streams]))
 
 
 def patch_statistics(true: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +81,7 @@ def reconstruction_loss(images: torch.Tensor, predicted: torch.Tensor, masked: t
 
     Args:
         images: (batch, 1, depth, height, width) float.
-        predicted, masked: see `MaskedAutoencoder.forward`.
+        predicted, masked: see `MaskedAutoencoder.forward`; masked patches count.
         normalise: compare with each patch less its mean, over its standard deviation.
     """
     true = patches(images, patch_size(tuple(images.shape[2:])))
@@ -64,19 +92,16 @@ def reconstruction_loss(images: torch.Tensor, predicted: torch.Tensor, masked: t
 
 
 @torch.no_grad()
-def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, seed: int = 0,
+def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, masked: torch.Tensor,
                 normalised: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """What the network sees, and the scan with the masked patches filled in; both of the images' shape.
 
     Where it was trained on `normalised` targets, the true patches' means and spreads are lent to what it predicts.
     """
     size, shape = patch_size(tuple(images.shape[2:])), tuple(images.shape[2:])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        predicted, masked = model(images)
-    true = patches(images, size)
+    true, predicted = patches(images, size), model(images, masked).float()
     if normalised:
         mean, sd = patch_statistics(true)
         predicted = predicted * sd + mean
     seen = true * ~masked[..., None]
-    return unpatches(seen, size, shape), unpatches(torch.where(masked[..., None], predicted.float(), true), size, shape)
+    return unpatches(seen, size, shape), unpatches(torch.where(masked[..., None], predicted, true), size, shape)

@@ -10,7 +10,7 @@ from kit.augment.recipe import Flip, Recipe
 from kit.augment.views import make_views
 from kit.data.loader import Batch
 from kit.models.heads import Predictor, projection_head
-from kit.models.mae import MaskedAutoencoder, reconstruction_loss
+from kit.models.mae import MaskedAutoencoder, masks_for, reconstruction_loss
 from kit.train.loss import nt_xent
 
 HELD_OUT_EPOCH = 2**31 - 1  # keys the views of held-out scans, which stay the same all through a run
@@ -55,19 +55,26 @@ class SimCLR(nn.Module):
 class MaskedReconstruction(nn.Module):
     """Masked patches are filled in from the rest (He et al. 2022); the whole scan is the one view."""
 
-    def __init__(self, encoder: nn.Module, mask_ratio: float, normalise: bool = False) -> None:
+    def __init__(self, encoder: nn.Module, mask_ratio: float, *, seed: int, normalise: bool = False) -> None:
         super().__init__()
-        self.autoencoder = MaskedAutoencoder(encoder, mask_ratio)
-        self.normalise = normalise
+        self.autoencoder = MaskedAutoencoder(encoder)
+        self.mask_ratio, self.seed, self.normalise = mask_ratio, seed, normalise
 
     @property
     def encoder(self) -> nn.Module:
         """What `3_finetune` takes over."""
         return self.autoencoder.encoder
 
+    def masks(self, batch: Batch, epoch: int) -> torch.Tensor:
+        """Which patches are masked, (batch, patches) bool; those of held-out scans stay the same all through a run."""
+        key = epoch if self.training else HELD_OUT_EPOCH
+        shape = tuple(batch.images.shape[2:])
+        return masks_for(batch.keys, shape, self.mask_ratio, seed=self.seed, epoch=key).to(batch.images.device)
+
     def forward(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
-        """Loss; the masks come from torch's random state, which the loop seeds at each step."""
-        predicted, masked = self.autoencoder(batch.images)
+        """Mean squared error over the masked patches."""
+        masked = self.masks(batch, epoch)
+        predicted = self.autoencoder(batch.images, masked)
         return {"loss": reconstruction_loss(batch.images, predicted, masked, self.normalise)}
 
 

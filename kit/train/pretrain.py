@@ -20,7 +20,7 @@ from kit.data.split import participant_hash, participant_ids, shuffled
 from kit.data.store import Store
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
-from kit.models.mae import MaskedAutoencoder, reconstruct
+from kit.models.mae import reconstruct
 from kit.params import Pretrain
 from kit.runs import Run, write_table
 from kit.train import checkpoint
@@ -89,7 +89,7 @@ def build_objective(params: Pretrain, store: Store) -> nn.Module:
     """The objective with an encoder of random weights, both decided by the seed."""
     encoder = build_encoder(params.architecture, store.grid.shape, params.seed)
     if params.objective == "mae":
-        return MaskedReconstruction(encoder, params.mask_ratio, params.normalise_patches)
+        return MaskedReconstruction(encoder, params.mask_ratio, seed=params.seed, normalise=params.normalise_patches)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         return SimCLR(encoder, read_recipe(params.recipe), projection=params.projection,
@@ -111,9 +111,9 @@ def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np
     model = build_objective(params, store)
     model.load_state_dict(checkpoint.weights(checkpoint.load(run / "checkpoints")))
     held_out = PreparedScans(store, choose_scans(params, store)[1])
-    images = collate([held_out[number] for number in range(min(scans, len(held_out)))]).images.float()
-    seen, filled = reconstruct(MaskedAutoencoder(model.encoder, params.mask_ratio).eval(), images, params.seed,
-                               params.normalise_patches)
+    batch = collate([held_out[number] for number in range(min(scans, len(held_out)))])
+    images = batch.images.float()
+    seen, filled = reconstruct(model.eval().autoencoder, images, model.masks(batch, 0), params.normalise_patches)
     return [tuple(part[number, 0].numpy() for part in (images, seen, filled)) for number in range(len(images))]
 
 

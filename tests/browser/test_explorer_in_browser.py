@@ -22,12 +22,16 @@ import pandas as pd
 import pytest
 import yaml
 
-from kit.augment.recipe import Recipe, read_recipe
+from kit.augment.recipe import read_recipe
 from kit.data.grid import Grid
 from kit.data.store import FORMAT, scan_path, write_scan
 from kit.data.template import template_on
 from kit.execute import FOLDER
-from kit.runs import ROOT, outputs_dir
+from kit.params import Pretrain
+from kit.reading import check
+from kit.runs import ROOT, Run, outputs_dir
+from kit.train.pretrain import pretrain
+from tests.conftest import absent
 
 pytestmark = pytest.mark.slow
 
@@ -103,8 +107,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     except ImportError:
         missing.append("selenium")
     if missing:
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say(f"no {', '.join(missing)}: apt-get install chromium chromium-driver; pip install selenium")
+        absent(f"no {', '.join(missing)}: apt-get install chromium chromium-driver; pip install selenium")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -118,7 +121,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     driver.quit()
 
 
-def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object) -> None:
+def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object, prepared: Path, tmp_path: Path) -> None:
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.select import Select
@@ -193,7 +196,10 @@ def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object) -> None:
 
     recipe = read_recipe(saved)
     assert recipe.cutout is not None and recipe.gibbs == read_recipe("physics").gibbs and recipe.strength > 1
-    assert Recipe.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8"))) == recipe
+    params = check(Pretrain, {"prepared": prepared, "recipe": str(saved), "epochs": 1, "batch_size": 2,
+                              "validation_fraction": 0, "output_dir": tmp_path / "pretrained"})
+    assert np.isfinite(pretrain(params, run := Run.of(params))["loss"]).all(), "2_pretrain does not take the recipe"
+    assert yaml.safe_load((run / "params.yaml").read_text(encoding="utf-8"))["recipe"] == str(saved)
     errors = all_of(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], "
                     ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']")
     assert not [one.text for one in errors]

@@ -8,10 +8,11 @@ import torch
 from monai.networks.nets import resnet18
 from safetensors.torch import save_file
 
+from kit.augment.masking import over_voxels
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder, patch_size
 from kit.models.heads import Predictor, projection_head
-from kit.models.mae import MaskedAutoencoder, patches, reconstruct, reconstruction_loss, unpatches
+from kit.models.mae import MaskedAutoencoder, masks_for, patches, reconstruct, reconstruction_loss, unpatches
 
 SHAPE = (12, 18, 24)
 PREPARATION = {"axes": "zyx", "shape": list(SHAPE), "spacing_mm": 4.0, "origin_mm": [0, 0, 0],
@@ -69,16 +70,38 @@ def test_the_tokens_order_is_the_patches_order():
 
 
 def test_mae_counts_masked_patches_only():
-    model = MaskedAutoencoder(build_encoder("vit_narrow", SHAPE), 0.75)
+    model = MaskedAutoencoder(build_encoder("vit_narrow", SHAPE)).eval()
     images = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
-    predicted, masked = model(images)
-    assert masked.float().mean().item() == pytest.approx(0.75, abs=1 / masked.shape[1])
+    masked = masks_for([5, 6], SHAPE, 0.75, seed=1, epoch=0)
+    assert masked.float().mean(1).tolist() == pytest.approx([0.75, 0.75], abs=0.51 / masked.shape[1])  # the nearest whole
     size = patch_size(SHAPE)
-    perfect = torch.where(masked[..., None], patches(images, size), torch.full_like(predicted, 99.0))
+    perfect = torch.where(masked[..., None], patches(images, size), torch.tensor(99.0))
     assert reconstruction_loss(images, perfect, masked).item() == 0
-    seen, filled = reconstruct(model.eval(), images, seed=1)
+    seen, filled = reconstruct(model, images, masked)
     kept = seen != 0
     assert torch.equal(filled[kept], images[kept]) and kept.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    hidden = torch.from_numpy(np.stack([over_voxels(row, size, SHAPE) for row in masked.numpy()]))[:, None]
+    assert torch.equal(hidden, ~kept)
+
+
+def test_mae_predicts_what_monais_own_forward_does():
+    model = MaskedAutoencoder(build_encoder("vit_narrow", SHAPE)).eval()
+    images = torch.randn(2, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        theirs, masked = model.encoder.autoencoder(images, masking_ratio=0.75)
+        ours = model(images, masked.bool())
+    # theirs takes the patches in the order of the draw: attention sums in another order
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_masks_follow_seed_epoch_and_scan_alone():
+    def mask(key: int = 5, seed: int = 0, epoch: int = 0) -> torch.Tensor:
+        return masks_for([key], SHAPE, 0.75, seed=seed, epoch=epoch)[0]
+
+    assert torch.equal(masks_for([4, 5], SHAPE, 0.75, seed=0, epoch=0)[1], mask())
+    for other in (mask(key=6), mask(seed=1), mask(epoch=1)):
+        assert not torch.equal(other, mask())
 
 
 def test_projection_head_as_in_the_paper():

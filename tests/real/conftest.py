@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kit.runs import ROOT
+from tests.conftest import absent
 
 FOLDER = Path(os.environ.get("KIT_REAL_SCANS", ROOT.parent / "shared" / "data"))
 HEAD = Path("/usr/share/mricron/templates/ch2.nii.gz")
@@ -20,9 +21,16 @@ def real_files() -> dict[str, Path]:
     """Paths of a child's and a patient's skull-stripped scans and of one whole head."""
     missing = [str(path) for path in {*SCANS.values(), *BRAINS.values()} if not path.is_file()]
     if missing:
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say(f"real scans absent: {', '.join(missing)} (KIT_REAL_SCANS names their folder; mricron-data, the head)")
+        absent(f"no real scans: {', '.join(missing)} (KIT_REAL_SCANS names their folder; mricron-data has the head)")
     return SCANS
+
+
+@pytest.fixture(scope="session")
+def head() -> Path:
+    """The whole head alone (Colin27), which needs one Debian package."""
+    if not HEAD.is_file():
+        absent(f"no {HEAD} (apt-get install mricron-data)")
+    return HEAD
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,23 +17,15 @@ from kit.data.nifti import read_nifti
 from kit.data.register import find_transform, find_transforms
 from kit.data.resample import resample
 from kit.data.template import template
+from tests.real.conftest import HEAD
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-HEAD = Path("/usr/share/mricron/templates/ch2.nii.gz")
 MOVES = 20
 # The goal is 0.5. With fewer iterations of N4, six moves came back within 0.23, 0.26, 0.36, 0.36, 0.35 and 0.57 mm, the
 # last of them with today's within 0.46: what is left of the bias field pulls at mutual information.
 MOST_MM = 0.8
 MARGIN = 30  # voxels around the head, so that a moved one stays in the field of view
-
-
-@pytest.fixture(scope="module")
-def head() -> Path:
-    if not HEAD.is_file():
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say(f"real head absent: {HEAD} (apt-get install mricron-data)")
-    return HEAD
 
 
 def random_move(rng: np.random.Generator) -> np.ndarray:

@@ -1,12 +1,8 @@
 """The job template on a real two-node Slurm that is started for the tests on this machine."""
 
-import os
 import re
-import shutil
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -18,23 +14,7 @@ from kit.runs import ROOT
 from kit.train import checkpoint
 from tests.conftest import make_store
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """The environment in which sbatch and its like reach the two nodes."""
-    places = "/usr/sbin:/usr/bin"
-    if missing := [name for name in ("sbatch", "munged", "slurmd") if not shutil.which(name, path=places)]:
-        reason = f"no {', '.join(missing)}: apt-get install -y --no-install-recommends slurm-wlm munge"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    state = tmp_path_factory.mktemp("slurm")
-    subprocess.run([HERE / "slurm_up.sh", state], check=True, capture_output=True)
-    yield {**os.environ, "SLURM_CONF": str(state / "slurm.conf"), "KIT_PYTHON": sys.executable,
-           "PYTHONPATH": str(ROOT), "KIT_PROGRESS": "off", "OMP_WAIT_POLICY": "PASSIVE",
-           "PATH": f"{os.environ['PATH']}:/usr/sbin"}
-    subprocess.run([HERE / "slurm_down.sh", state], check=True, capture_output=True)
 
 
 class Job:

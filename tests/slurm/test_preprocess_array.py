@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +13,10 @@ import pytest
 
 from kit.data.nifti import write_nifti
 from kit.data.store import Store
+from kit.runs import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tests" / "slurm"
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 SECONDS = 600
 
 SCRIPT = """#!/bin/bash
@@ -33,18 +28,6 @@ cd {root}
     -p spacing_mm 12 -p shape '[12, 16, 14]' -p workers 1 -p output_dir {folder}/out \\
     -p max_failed_fraction 0.2 -p shards 2 -p shard $SLURM_ARRAY_TASK_ID
 """
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a Slurm cluster of two nodes on this machine, taken down afterwards."""
-    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=PATH)]
-    if missing:
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say(f"no {', '.join(missing)} (apt-get install slurm-wlm munge)")
-    subprocess.run([TOOLS / "slurm_up.sh", tmp_path / "slurm"], check=True, timeout=120, stdout=subprocess.DEVNULL)
-    yield os.environ | {"SLURM_CONF": str(tmp_path / "slurm" / "slurm.conf"), "PATH": PATH}
-    subprocess.run([TOOLS / "slurm_down.sh", tmp_path / "slurm"], check=False, timeout=120)
 
 
 def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(slurm: dict[str, str], tmp_path: Path) -> None:
