@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from kit.augment.draws import Draw, detail
 
+IN_CACHE = 300_000  # voxels that are worked on at once on a CPU: eight slices of 192x192, or a small scan as a whole
+
 
 def view_to_scan(draw: Draw, shape: tuple[int, int, int], spacing_mm: float = 1.0) -> np.ndarray:
     """Map from a view's coordinates to the scan's, both running from -1 to 1 over the box (z, y, x).
@@ -97,7 +99,7 @@ def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np
         back: (3, 4), from `view_to_scan`.
         bent: control points from `bend`, which act on the view's coordinates before the map, or None.
         apart: voxels between the control points.
-        slab: slices that are worked on at once: few on a CPU, whose cache holds them, all on a GPU.
+        slab: slices that are worked on at once: on a CPU what its cache holds, all on a GPU.
         out: where the view and its mask go, contiguous; new tensors by default.
 
     Returns:
@@ -108,7 +110,7 @@ def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np
     offset = (side * (back[:, :3] @ (1 / side - 1) + back[:, 3] + 1) - 1) / 2
     linear[np.abs(linear) < 1e-9] = 0  # sines of whole turns
     view, inside = out or (torch.empty_like(image), torch.empty_like(mask))
-    slab = slab or (8 if image.device.type == "cpu" else image.shape[0])
+    slab = slab or (max(8, IN_CACHE // image[0].numel()) if image.device.type == "cpu" else image.shape[0])
     alone = [axis for axis in range(3) if not np.delete(linear[axis], axis).any()
              and not np.delete(linear[:, axis], axis).any()]
     mirrored = [axis for axis in range(3) if linear[axis, axis] < 0]
