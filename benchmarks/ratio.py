@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -69,3 +70,9 @@ def cpu_seconds(*functions: Callable[[int], Any], repeats: int) -> list[float]:
             function(repeat)
             taken.append(time.process_time() - begun)
     return [float(np.median(taken)) for taken in spent]
+
+
+def memory_bytes(name: str) -> int:
+    """Bytes that this process holds now (VmRSS), or has held at most (VmHWM; ru_maxrss starts from its parent's)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return 1024 * int(lines[name].split()[0])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.data import template_scan
-from benchmarks.ratio import Ratio, cpu_seconds, share, times_better
+from benchmarks.ratio import Ratio, cpu_seconds, memory_bytes, share, times_better
 from kit.augment.draws import Draw, draw
 from kit.augment.recipe import read_recipe
 from kit.augment.spatial import in_plane, resample, view_to_scan
@@ -97,16 +97,10 @@ def extra_volumes() -> float:
     recipe, key = read_recipe("paper"), {"seed": 0, "epoch": 0}
     make_views(images[small], masks[small], range(4), recipe, view=0, **key)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux forgets the peak so far
-    before = _memory("VmRSS")
+    before = memory_bytes("VmRSS")
     kept = [make_views(images, masks, range(4), recipe, view=view, **key) for view in (0, 1)]
     made = sum(views.nbytes + view_masks.nbytes for views, view_masks, _ in kept)
-    return max(0.0, (_memory("VmHWM") - before - made) / images[0].nbytes)
-
-
-def _memory(name: str) -> int:
-    """Bytes that this process holds now (VmRSS), or has held at most (VmHWM)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return 1024 * int(lines[name].split()[0])
+    return max(0.0, (memory_bytes("VmHWM") - before - made) / images[0].nbytes)
 
 
 def measure() -> list[Ratio]:

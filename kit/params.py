@@ -40,7 +40,9 @@ class Explore(Parameters):
 class Preprocess(Parameters):
     """1_preprocess: from files to prepared scans."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"workers", "max_failed_fraction"})
+    may_change: ClassVar[frozenset[str]] = frozenset({  # of these the scans remember what they were made with
+        "workers", "max_failed_fraction", "bias_correction", "registration", "mask", "intensity",
+        "orientation_unknown", "spacing_mm", "shape"})
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
     sample_participants: Annotated[int, Field(ge=40)] = 60

@@ -2,7 +2,8 @@
 
 Each scan: read upright, bias field, registration, brain mask, one resampling, intensity, quality figures, write.
 Scans are prepared in parallel, one process and one thread each. One that fails is set aside with its reason;
-one that is prepared already, from the same files with the same settings, is not prepared again.
+one that is prepared already, from the same files with the same settings, is not prepared again. Where a setting
+changed, scans are prepared anew, with the transforms found before if nothing changed that the search looks at.
 """
 
 from __future__ import annotations
@@ -116,12 +117,12 @@ def prepare(
 
     Raises:
         PreparationError: the cohort cannot be prepared so, or none of its scans could be.
-        StoreError: the folder holds another preparation.
     """
     folder = Path(output_dir)
     names = scan_names(cohort)
     check_cohort(cohort, names, settings.mask)
-    claim(folder, settings.record())
+    if changes := claim(folder, settings.record(), change=True):
+        print(f"another preparation was here ({'; '.join(changes)}): its scans are prepared anew")
     remove_leftovers(folder)
     masks = cohort["mask_path"].fillna("") if settings.mask == "given" else [""] * len(cohort)
     tasks = [
@@ -140,10 +141,11 @@ def prepare_scan(task: Task) -> dict[str, float] | str:
     """Prepare one scan; return its quality numbers, or the reason why it failed."""
     start = perf_counter()
     try:
-        source = _source(task)
-        image, mask, notes = _to_template_space(task)
+        search, source = _sources(task)
+        image, mask, notes = _to_template_space(task, _known(task, search))
         notes["quality"]["seconds"] = round(perf_counter() - start, 2)
-        write_scan(task.output, image, mask, task.scan, task.settings.grid.affine, notes | {"source": source})
+        notes |= {"search": search, "source": source}
+        write_scan(task.output, image, mask, task.scan, task.settings.grid.affine, notes)
         return notes["quality"]
     except Exception as error:  # whatever one scan does, the others go on
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -153,19 +155,24 @@ def prepare_scan(task: Task) -> dict[str, float] | str:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _to_template_space(task: Task) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Return the image and the mask on the grid, and the transform and quality figures as notes."""
+def _to_template_space(task: Task, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Return the image and the mask on the grid, and the transforms and quality figures as notes.
+
+    `known` has the transforms that an earlier search found, by kind.
+    """
     settings, grid = task.settings, task.settings.grid
     array, affine = _read(task)
     native_mask = _mask_before(task, array, affine)
     if settings.bias_correction == "n4":
         array = intensity.correct_bias(array, affine, native_mask)
-    matrices = {"none": np.eye(4)}
     wanted = {settings.registration, *(["affine"] if settings.mask == "template" else [])} & set(KINDS)
-    if settings.registration != "none":
+    if settings.registration == "none":
+        wanted = set()
+    matrices = {kind: np.array(matrix) for kind, matrix in known.items()}
+    if not wanted <= set(matrices):
         found = find_transforms(array, affine, tuple(kind for kind in KINDS if kind in wanted))
         matrices |= {kind: matrix for kind, (matrix, _) in found.items()}
-    matrix = matrices[settings.registration]
+    matrix = matrices.get(settings.registration, np.eye(4))
     if native_mask is None:
         native_mask = brain.template_mask(array, affine, matrices.get("affine", matrix))
     image = resample(array, affine, matrix, grid.shape, grid.affine)
@@ -173,7 +180,8 @@ def _to_template_space(task: Task) -> tuple[np.ndarray, np.ndarray, dict[str, An
     mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
     figures = quality.figures(array, affine, native_mask, matrix, image, mask, grid)
     scaled = intensity.scaled(image, mask, settings.intensity, white_matter_on(grid))
-    return scaled, mask, {"transform": matrix.tolist(), "quality": figures}
+    transforms = {kind: each.tolist() for kind, each in matrices.items()}
+    return scaled, mask, {"transform": matrix.tolist(), "transforms": transforms, "quality": figures}
 
 
 def _read(task: Task) -> tuple[np.ndarray, np.ndarray]:
@@ -196,8 +204,11 @@ def _mask_before(task: Task, array: np.ndarray, affine: np.ndarray) -> np.ndarra
     return read_mask(task.mask_path, array, affine, task.settings.orientation_unknown == "assume_ras")
 
 
-def _source(task: Task) -> str:
-    """Return a digest of what a scan is made from: its files' paths, sizes and dates, and the settings."""
+def _sources(task: Task) -> tuple[str, str]:
+    """Return digests of what a scan's transforms are searched in, and of all that it is made from.
+
+    Both cover its files' paths, sizes and dates; the first the settings before the search, the second all settings.
+    """
     files = []
     for path in filter(None, (task.image_path, task.mask_path)):
         try:
@@ -206,13 +217,27 @@ def _source(task: Task) -> str:
         except OSError as error:
             raise ScanError("no such file" if path == task.image_path else "mask: no such file") from error
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
-    return hashlib.sha256(json.dumps([FORMAT, files, asdict(task.settings)]).encode()).hexdigest()
+    settings = asdict(task.settings)
+    before = [settings["orientation_unknown"], settings["bias_correction"],
+              settings["mask"] if settings["bias_correction"] == "n4" else None]  # N4 fits inside the mask
+    search, source = (hashlib.sha256(json.dumps([FORMAT, files, each]).encode()).hexdigest()
+                      for each in (before, settings))
+    return search, source
+
+
+def _known(task: Task, search: str) -> dict[str, Any]:
+    """Return the transforms, by kind, that an earlier preparation of these files found."""
+    try:
+        notes = read_facts(task.output)["notes"]
+        return notes["transforms"] if notes.get("search") == search else {}
+    except StoreError:
+        return {}
 
 
 def _found(task: Task) -> dict[str, float] | None:
     """Return the quality numbers of a scan that is prepared already from these files, else None."""
     try:
         notes = read_facts(task.output)["notes"]
-        return notes["quality"] if notes["source"] == _source(task) else None
+        return notes["quality"] if notes["source"] == _sources(task)[1] else None
     except (StoreError, ScanError):
         return None

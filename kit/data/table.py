@@ -121,10 +121,10 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int) -> tuple
         shards: how many there are.
 
     Returns:
-        The index and the failed scans, in the cohort's order; None while a shard is missing.
+        The index and the failed scans, in the cohort's order; None while a shard is missing, or is of another
+        preparation than the others.
 
     Raises:
-        StoreError: the shards, or what the folder holds, are of different preparations.
         PreparationError: no scan of any shard was prepared.
     """
     folder = Path(folder)
@@ -134,8 +134,12 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int) -> tuple
     (folder / "scans").mkdir(parents=True, exist_ok=True)
     with open(folder / ".merge", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for part in parts:
-            claim(folder, json.loads((part / "preparation.json").read_text(encoding="utf-8")))
+        records = [json.loads((part / "preparation.json").read_text(encoding="utf-8")) for part in parts]
+        if differ := sorted({name for record in records for name in record
+                             if name != "versions" and record[name] != records[0].get(name)}):
+            print(f"shards of different preparations ({', '.join(differ)}) are not merged: prepare all of them anew")
+            return None
+        claim(folder, records[0], change=True)
         indexes = [read_index(part / "index.csv") for part in parts]
         fails = [pd.read_csv(part / "failed.csv", dtype=str, keep_default_na=False) for part in parts]
         index, failed = (_in_order(tables, scan_names(cohort)) for tables in (indexes, fails))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -12,13 +13,16 @@ import pandas as pd
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from kit.data import preprocess
 from kit.data.grid import Grid
 from kit.data.intensity import z_score
 from kit.data.nifti import ScanError, write_nifti
 from kit.data.pool import run_all
 from kit.data.preprocess import Preparation, Task, prepare
+from kit.data.register import RegistrationError
 from kit.data.store import Store, StoreError, read_transform
 from kit.data.table import PreparationError
+from kit.data.template import template
 
 GRID = Grid((25, 32, 33), 6.0)  # coarse, so that the box is small
 # The scans' voxels, near MNI space: 4 mm, three unequal sides.
@@ -104,8 +108,6 @@ def test_brain_volume_is_the_scans_and_holes_are_filled(cohort: pd.DataFrame, tm
 
 
 def test_similarity_tells_upright_from_upside_down(tmp_path: Path) -> None:
-    from kit.data.template import template
-
     values, _, affine = template()
     paths = [tmp_path / "upright.nii.gz", tmp_path / "upside_down.nii.gz"]
     for path, scan in zip(paths, (values, values[::-1]), strict=True):
@@ -132,10 +134,46 @@ def test_same_scans_are_not_prepared_again(cohort: pd.DataFrame, tmp_path: Path)
     assert Store.open(folder).read("Test_003_ses-1")[1].any()
 
 
-def test_folder_of_other_settings_is_refused(cohort: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_changed_setting_redoes_what_it_touches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    values, _, affine = template()
+    path = tmp_path / "moved.nii.gz"
+    write_nifti(path, values[::2, ::2, ::2], nib.affines.from_matvec(np.eye(3), [6, -9, 4]) @ affine
+                @ np.diag([2, 2, 2, 1]))
+    cohort, first = table([str(path)]), settings("nonzero", "rigid")
+    other = replace(first, intensity="whitematter", grid=Grid((20, 26, 24), 8.0))
+    prepare(cohort, tmp_path / "fresh", other, workers=0)
+    prepare(cohort, tmp_path / "out", first, workers=0)
+    before = Store.open(tmp_path / "out").read("Test_000_ses-1")[0]
+
+    def searched(*_: object) -> None:
+        raise RegistrationError("searched again")
+
+    monkeypatch.setattr(preprocess, "find_transforms", searched)
+    capsys.readouterr()
+    prepare(cohort, tmp_path / "out", other, workers=0)
+    assert "intensity: zscore there, whitematter asked" in capsys.readouterr().out
+    new, fresh = (Store.open(tmp_path / name) for name in ("out", "fresh"))
+    assert new.record == fresh.record and new.grid.shape == (20, 26, 24)
+    for one, same in zip(new.read("Test_000_ses-1"), fresh.read("Test_000_ses-1"), strict=True):
+        np.testing.assert_array_equal(one, same)
+    prepare(cohort, tmp_path / "out", first, workers=0)  # and back again
+    np.testing.assert_array_equal(Store.open(tmp_path / "out").read("Test_000_ses-1")[0], before)
+
+    with pytest.raises(PreparationError, match="searched again"):  # the search looks at what N4 leaves
+        prepare(cohort, tmp_path / "out", replace(first, bias_correction="n4"), workers=0)
+
+
+def test_a_folder_whose_preparation_changed_cannot_be_opened_before_its_scans_are_there(
+    cohort: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(cohort, tmp_path / "out", settings(), workers=0)
-    with pytest.raises(StoreError, match="mask: nonzero there, template asked"):
-        prepare(cohort, tmp_path / "out", settings("template"), workers=0)
+    monkeypatch.setattr(preprocess, "run_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(cohort, tmp_path / "out", replace(settings(), intensity="whitematter"), workers=0)
+    with pytest.raises(StoreError, match="no index.csv; run 1_preprocess first, to its end"):
+        Store.open(tmp_path / "out")
 
 
 def test_impossible_cohort_is_refused_before_work(cohort: pd.DataFrame, tmp_path: Path) -> None:

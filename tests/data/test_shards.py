@@ -11,7 +11,7 @@ import pytest
 from kit.data.grid import Grid
 from kit.data.nifti import write_nifti
 from kit.data.preprocess import Preparation, prepare
-from kit.data.store import Store, StoreError
+from kit.data.store import Store
 from kit.data.table import PreparationError, merge_shards, shard_of
 from kit.params import Preprocess
 from kit.reading import ParameterError, check
@@ -59,15 +59,18 @@ def test_merged_shards_are_what_one_run_makes(tmp_path: Path) -> None:
     assert not np.array_equal(Store.open(tmp_path / "merged").read("d_0000_NA")[0], whole.read("d_0000_NA")[0])
 
 
-def test_shards_of_other_settings_are_not_merged(tmp_path: Path) -> None:
-    table = cohort(tmp_path)
+def test_shards_of_other_settings_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table, merged = cohort(tmp_path), tmp_path / "merged"
     other = Preparation(SETTINGS.grid, "none", "nonzero", intensity="whitematter")
     for shard in range(3):
-        settings = other if shard == 2 else SETTINGS
-        prepare(shard_of(table, shard, 3), shard_folder(tmp_path / "merged", shard), settings, workers=0)
-    with pytest.raises(StoreError, match="intensity: zscore there, whitematter asked"):
-        merge_shards(table, tmp_path / "merged", 3)
-    assert not (tmp_path / "merged" / "index.csv").exists()
+        prepare(shard_of(table, shard, 3), shard_folder(merged, shard), SETTINGS, workers=0)
+    assert len(merge_shards(table, merged, 3)[0]) == 10
+    for shard in range(3):  # all are prepared anew, one by one
+        prepare(shard_of(table, shard, 3), shard_folder(merged, shard), other, workers=0)
+        found = merge_shards(table, merged, 3)
+        said = "shards of different preparations (intensity) are not merged" in capsys.readouterr().out
+        assert (found is None) == said == (shard < 2)
+    assert Store.open(merged).record["intensity"] == "whitematter"
 
 
 def test_every_scan_is_in_one_shard(tmp_path: Path) -> None:

@@ -22,9 +22,7 @@ from tests.real.conftest import HEAD
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 MOVES = 20
-# The goal is 0.5. With fewer iterations of N4, six moves came back within 0.23, 0.26, 0.36, 0.36, 0.35 and 0.57 mm, the
-# last of them with today's within 0.46: what is left of the bias field pulls at mutual information.
-MOST_MM = 0.8
+MOST_MM = 0.5
 MARGIN = 30  # voxels around the head, so that a moved one stays in the field of view
 
 
@@ -69,7 +67,7 @@ def test_twenty_known_moves_are_found(head: Path) -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         (still, _), *found = pool.map(registered, [None, *range(MOVES)])
     errors = [error_mm(each, still, move) for each, move in found]
-    assert max(errors) <= MOST_MM and np.median(errors) <= 0.5, np.round(errors, 2)
+    assert max(errors) <= MOST_MM, np.round(errors, 2)
 
 
 def test_template_mask_agrees_with_another_tools(head: Path) -> None:

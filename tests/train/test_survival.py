@@ -93,7 +93,8 @@ def assert_same(first: Path, second: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "victims"), [(1, ["job"] * 5), (2, ["kernel", "worker", "job"])])
+@pytest.mark.parametrize(("workers", "victims"), [(1, ["job"] * 5), (2, ["kernel", "worker", "job"]),
+                                                  (4, ["worker", "job"])])
 def test_killed_at_random_moments_the_run_ends_as_if_undisturbed(store, tmp_path, start, workers, victims):
     whole, broken = (values(store, tmp_path / name, workers=workers) for name in ("whole", "broken"))
     process = start(whole)
@@ -121,6 +122,34 @@ def test_killed_at_random_moments_the_run_ends_as_if_undisturbed(store, tmp_path
     assert process.exitcode == 0
     assert_same(tmp_path / "whole", tmp_path / "broken")
     assert {path.name for path in (tmp_path / "broken/checkpoints").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
+
+
+@pytest.mark.slow
+def test_the_notebook_whose_kernel_is_killed_goes_on_when_run_again(store, tmp_path, start):
+    process = start(values(store, tmp_path / "whole"))
+    process.join()
+    options = [text for name, value in values(store, tmp_path / "broken").items()
+               for text in ("-p", name, str(value))]
+    notebook = [sys.executable, "-m", "kit.execute", "2_pretrain", *options]
+    rng, killed = random.Random(0), 0
+    for _ in range(3):
+        begun = time.time()
+        with subprocess.Popen(notebook, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "KIT_PROGRESS": "off"}) as driver:
+            until = time.monotonic() + 300
+            while not ((last := tmp_path / "broken/checkpoints/last.pt").exists() and last.stat().st_mtime > begun):
+                assert time.monotonic() < until and driver.poll() is None, driver.stderr.read()
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.3))
+            kernel = next(child for child in children(driver.pid) if "ipykernel_launcher" in command(child))
+            os.kill(kernel, signal.SIGKILL)
+            said = driver.communicate(timeout=300)[1]
+        killed += driver.returncode != 0 and "Kernel died" in said
+        if (tmp_path / "broken/encoder.safetensors").exists():
+            break
+    assert killed
+    subprocess.run(notebook, cwd=ROOT, check=True, capture_output=True)
+    assert_same(tmp_path / "whole", tmp_path / "broken")
 
 
 def command(number: int) -> str:
