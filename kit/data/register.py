@@ -177,9 +177,10 @@ def _search(size: float, start: sitk.Transform, step_mm: float) -> sitk.ImageReg
     search.SetMetricAsMattesMutualInformation(32)
     search.SetMetricFixedMask(_template().masks[size])
     search.SetInterpolator(sitk.sitkLinear)
-    # The first step is always taken whole. A long one, right for a far start, throws a good affine away.
+    # The first step is always taken whole. A long one, right for a far start, throws a good affine away. Ending early
+    # costs precision: after 80 iterations, down to a hundredth, known moves came back within 0.54 mm, not 0.40.
     search.SetOptimizerAsRegularStepGradientDescent(
-        step_mm, minStep=step_mm / 100, numberOfIterations=80, relaxationFactor=0.6
+        step_mm, minStep=step_mm / 1000, numberOfIterations=200, relaxationFactor=0.6
     )
     search.SetOptimizerScalesFromPhysicalShift()
     search.SetInitialTransform(start, inPlace=True)
