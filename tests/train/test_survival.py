@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
+from kit.execute import parameters
 from kit.params import Pretrain
 from kit.runs import ROOT, Run
 from kit.train import checkpoint
@@ -126,7 +127,7 @@ def test_killed_at_random_moments_the_run_ends_as_if_undisturbed(store, tmp_path
 
 @pytest.mark.slow
 def test_the_notebook_whose_kernel_is_killed_goes_on_when_run_again(store, tmp_path, start):
-    process = start(values(store, tmp_path / "whole"))
+    process = start(parameters("2_pretrain", values(store, tmp_path / "whole")).plain())  # the notebook's defaults
     process.join()
     options = [text for name, value in values(store, tmp_path / "broken").items()
                for text in ("-p", name, str(value))]
