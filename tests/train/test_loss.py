@@ -81,19 +81,19 @@ def test_half_precision_is_raised(pair):
     assert loss.dtype == torch.float32
 
 
-def _curves(store, folder: str) -> None:
+def _curves(store, folder: str, where: str = "cpu") -> None:
     """20 steps of SimCLR on this process's share of eight scans: the losses, and the last gradient."""
     with process_group() if "RANK" in os.environ else nullcontext():
         torch.set_num_threads(1)
         for dtype, rate in ((torch.float32, 3e-5), (torch.float64, 0.05)):  # large steps grow rounding
             torch.manual_seed(0)
             objective = SimCLR(build_encoder("resnet18_narrow", SHAPE), Recipe(), projection=[16, 8], temperature=0.2,
-                               seed=0, spacing_mm=4.0).to(dtype)
+                               seed=0, spacing_mm=4.0).to(where, dtype)
             synchronise_batch_norm(objective)
             each = 8 // world_size()
             batch = collate([PreparedScans(store, store.index)[rank() * each + number] for number in range(each)])
             noisy = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(1))[:, rank() * each:][:, :each]
-            images = torch.cat([batch.images[:, 0].to(dtype) + noise.to(dtype) for noise in noisy])[:, None]
+            images = torch.cat([batch.images[:, 0].to(dtype) + noise.to(dtype) for noise in noisy])[:, None].to(where)
             model = DistributedDataParallel(Embed(objective)) if world_size() > 1 else Embed(objective)
             optimizer, losses = torch.optim.SGD(objective.parameters(), rate), []
             for _ in range(20):
@@ -102,7 +102,7 @@ def _curves(store, folder: str) -> None:
                 loss.backward()
                 optimizer.step()
                 losses.append(mean_over_processes({"loss": loss})["loss"])
-            gradient = objective.encoder.network.conv1.weight.grad
+            gradient = objective.encoder.network.conv1.weight.grad.cpu()
             np.savez(f"{folder}/{dtype}-{world_size()}-{rank()}.npz", losses=losses, gradient=gradient)
 
 
@@ -131,3 +131,12 @@ def test_two_and_four_processes_go_the_way_of_one(store, tmp_path):
             assert np.allclose(there["losses"], one["losses"], rtol=tolerance, atol=0)
             if dtype == torch.float64:
                 assert np.abs(there["gradient"] - one["gradient"]).max() < 1e-5 * np.abs(one["gradient"]).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_with_torchs_sync_batch_norm_go_the_way_of_one(store, tmp_path):
+    _curves(store, str(tmp_path), "cuda")
+    launch(_curves, (store, str(tmp_path), "cuda"), 2)
+    one, two = (np.load(tmp_path / f"{torch.float64}-{processes}-0.npz") for processes in (1, 2))
+    assert np.allclose(two["losses"], one["losses"], rtol=1e-9, atol=0)
