@@ -3,7 +3,6 @@
 import math
 import os
 from contextlib import nullcontext
-from itertools import product
 
 import numpy as np
 import pytest
@@ -123,14 +122,13 @@ def test_two_and_four_processes_go_the_way_of_one(store, tmp_path):
     _curves(store, str(tmp_path))
     for processes in (2, 4):
         launch(_curves, (store, str(tmp_path)), processes)
-    # Relative differences seen: float64 1e-12 over 20 steps. float32 4e-6 over the first six and 3e-4 over all: about
-    # the tenth, rounding moves some unit across the ReLU's corner in one run and not in the other.
-    for dtype, processes in product((torch.float64, torch.float32), (2, 4)):
+    # relative differences over 20 steps, seen: float64 1e-12; float32 7e-7 of two processes, 9e-5 of four
+    seen = {(torch.float64, 2): 1e-9, (torch.float64, 4): 1e-9, (torch.float32, 2): 1e-5, (torch.float32, 4): 5e-4}
+    for (dtype, processes), tolerance in seen.items():
         one = np.load(tmp_path / f"{dtype}-1-0.npz")
         for number in range(processes):
             there = np.load(tmp_path / f"{dtype}-{processes}-{number}.npz")
-            apart = np.abs(there["losses"] / one["losses"] - 1)
-            assert (apart.max() < 1e-9) if dtype == torch.float64 else (apart[:6].max() < 1e-5 and apart.max() < 2e-3)
+            assert np.allclose(there["losses"], one["losses"], rtol=tolerance, atol=0)
             if dtype == torch.float64:
                 assert np.abs(there["gradient"] - one["gradient"]).max() < 1e-5 * np.abs(one["gradient"]).max()
 
