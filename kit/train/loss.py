@@ -30,7 +30,8 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float,
     everyone = distributed.gather(own) if gathered else own
     start = 2 * scans * distributed.rank() if gathered else 0
 
-    logits = own @ everyone.T / temperature  # (2 scans, 2 scans x processes)
-    logits.diagonal(start).fill_(-torch.inf)  # a view is not compared with itself
+    itself = own.new_zeros(2 * scans, len(everyone))
+    itself.diagonal(start).fill_(-torch.inf)  # a view is not compared with itself
+    logits = torch.addmm(itself, own, everyone.T, alpha=1 / temperature)  # (2 scans, 2 scans x processes)
     target = start + torch.arange(2 * scans, device=own.device).roll(scans)
     return F.cross_entropy(logits, target), (logits.detach().argmax(1) == target).to(own.dtype).mean()

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.training import BroadcastNTXent
 from kit.augment.recipe import Recipe
-from kit.data.loader import PreparedScans, collate
 from kit.models.encoders import build_encoder
 from kit.train.distributed import (
     launch,
@@ -23,7 +22,6 @@ from kit.train.distributed import (
 )
 from kit.train.loss import nt_xent
 from kit.train.objectives import SimCLR
-from tests.conftest import SHAPE
 
 
 def slow_nt_xent(first, second, temperature):
@@ -81,24 +79,23 @@ def test_half_precision_is_raised(pair):
     assert loss.dtype == torch.float32
 
 
-def _curves(store, folder: str, where: str = "cpu") -> None:
-    """20 steps of SimCLR on this process's share of eight scans: the losses, and the last gradient."""
+def _curves(folder: str, where: str = "cpu") -> None:
+    """20 steps of the paper's ResNet-18 on this process's share of eight scans: the losses, and the last gradient."""
     with process_group() if "RANK" in os.environ else nullcontext():
         torch.set_num_threads(1)
-        for dtype, rate in ((torch.float32, 3e-5), (torch.float64, 0.05)):  # large steps grow rounding
+        each = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
+        for dtype, shape, rate in ((torch.float32, (24, 24, 24), 1e-6), (torch.float64, (8, 12, 10), 1e-3)):
             torch.manual_seed(0)
-            objective = SimCLR(build_encoder("resnet18_narrow", SHAPE), Recipe(), projection=[16, 8], temperature=0.2,
+            objective = SimCLR(build_encoder("resnet18", shape), Recipe(), projection=[512, 512, 64], temperature=0.1,
                                seed=0, spacing_mm=4.0).to(where, dtype)
             synchronise_batch_norm(objective)
-            each = 8 // world_size()
-            batch = collate([PreparedScans(store, store.index)[rank() * each + number] for number in range(each)])
-            noisy = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(1))[:, rank() * each:][:, :each]
-            images = torch.cat([batch.images[:, 0].to(dtype) + noise.to(dtype) for noise in noisy])[:, None].to(where)
+            scans = torch.randn(8, 1, *shape)
+            images = (scans + torch.randn(2, 8, 1, *shape))[:, each].flatten(0, 1).to(where, dtype)
             model = DistributedDataParallel(Embed(objective)) if world_size() > 1 else Embed(objective)
             optimizer, losses = torch.optim.SGD(objective.parameters(), rate), []
             for _ in range(20):
                 optimizer.zero_grad()
-                loss = nt_xent(*model(images).chunk(2), 0.2)[0]
+                loss = nt_xent(*model(images).chunk(2), 0.1)[0]
                 loss.backward()
                 optimizer.step()
                 losses.append(mean_over_processes({"loss": loss})["loss"])
@@ -118,25 +115,27 @@ class Embed(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_two_and_four_processes_go_the_way_of_one(store, tmp_path):
-    _curves(store, str(tmp_path))
+def test_two_and_four_processes_go_the_way_of_one(tmp_path):
+    _curves(str(tmp_path))
     for processes in (2, 4):
-        launch(_curves, (store, str(tmp_path)), processes)
-    # relative differences over 20 steps, seen: float64 1e-12; float32 7e-7 of two processes, 9e-5 of four
-    seen = {(torch.float64, 2): 1e-9, (torch.float64, 4): 1e-9, (torch.float32, 2): 1e-5, (torch.float32, 4): 5e-4}
-    for (dtype, processes), tolerance in seen.items():
+        launch(_curves, (str(tmp_path),), processes)
+    # Seen: float64 3e-14. In float32 7e-7 at this rate, by which the loss falls 4 % in 20 steps; a rate three
+    # times as large parts by 5e-5 on scans this small: training is chaotic, each step multiplies what rounding left
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         one = np.load(tmp_path / f"{dtype}-1-0.npz")
-        for number in range(processes):
-            there = np.load(tmp_path / f"{dtype}-{processes}-{number}.npz")
-            assert np.allclose(there["losses"], one["losses"], rtol=tolerance, atol=0)
-            if dtype == torch.float64:
-                assert np.abs(there["gradient"] - one["gradient"]).max() < 1e-5 * np.abs(one["gradient"]).max()
+        assert one["losses"][-1] < 0.98 * one["losses"][0]
+        for processes in (2, 4):
+            for number in range(processes):
+                there = np.load(tmp_path / f"{dtype}-{processes}-{number}.npz")
+                assert np.allclose(there["losses"], one["losses"], rtol=tolerance, atol=0)
+                if dtype == torch.float64:
+                    assert np.abs(there["gradient"] - one["gradient"]).max() < 1e-5 * np.abs(one["gradient"]).max()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices_with_torchs_sync_batch_norm_go_the_way_of_one(store, tmp_path):
-    _curves(store, str(tmp_path), "cuda")
-    launch(_curves, (store, str(tmp_path), "cuda"), 2)
+def test_two_devices_with_torchs_sync_batch_norm_go_the_way_of_one(tmp_path):
+    _curves(str(tmp_path), "cuda")
+    launch(_curves, (str(tmp_path), "cuda"), 2)
     one, two = (np.load(tmp_path / f"{torch.float64}-{processes}-0.npz") for processes in (1, 2))
     assert np.allclose(two["losses"], one["losses"], rtol=1e-9, atol=0)
