@@ -2,9 +2,10 @@
 
     python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml -p epochs 10
     python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml --check   # only say where it would write
-    python -m kit.execute params/demo        # every file of a folder, in the order of their names
+    python -m kit.execute params/demo        # every file of a folder that its budget.yaml names, in that order
     python -m kit.execute --renew            # the committed notebooks, at their default parameters
 
+With `--output FILE.ipynb` the executed notebook and its report, `FILE.html`, go there; else into the run's folder.
 Plain `papermill notebooks/2_pretrain.ipynb OUTPUT.ipynb -f FILE.yaml` does the same without the report.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import logging
 import os
 import sys
 import tempfile
@@ -47,11 +49,17 @@ def parameters(notebook: str, values: dict[str, Any]) -> Parameters:
     return check(NOTEBOOKS[notebook], {**defaults(notebook), **values})
 
 
-def run(notebook: str, values: dict[str, Any]) -> Path:
+def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: bool = False) -> Path:
     """Execute a notebook with these parameters over its defaults.
 
+    Args:
+        notebook: its name, one of `kit.params.NOTEBOOKS`.
+        values: of its parameters.
+        output: the executed notebook; else it lies in the run's folder.
+        log: print what its cells print, for the log of a job, instead of a bar.
+
     Returns:
-        the run's folder; the executed notebook and `report.html` lie in it.
+        the report, beside the executed notebook.
 
     Raises:
         ParameterError, RunError: before the notebook starts.
@@ -61,36 +69,47 @@ def run(notebook: str, values: dict[str, Any]) -> Path:
 
     params = parameters(notebook, values)
     Run.of(params).close()  # another run's folder is refused here, not after the kernel has started
-    executed = params.output_dir / f"{notebook}.ipynb"
+    executed = output or params.output_dir / f"{notebook}.ipynb"
+    page = executed.with_suffix(".html") if output else params.output_dir / "report.html"
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    if log:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         papermill.execute_notebook(FOLDER / f"{notebook}.ipynb", executed, values, cwd=ROOT, kernel_name="python3",
+                                   progress_bar=not log, log_output=log,
                                    extra_arguments=["--log-level=ERROR"])  # of the kernel, not its cells
     finally:
         if executed.exists():
-            report(executed)
-    return params.output_dir
+            _report(executed, page)
+    return page
 
 
-def report(executed: Path) -> Path:
-    """Write `report.html` beside an executed notebook."""
+def _report(executed: Path, page: Path) -> None:
+    """An executed notebook as a web page that needs no other file."""
     from nbconvert import HTMLExporter
 
     html = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))[0]
-    return write_whole(executed.with_name("report.html"), lambda aside: aside.write_text(html, encoding="utf-8"))
+    write_whole(page, lambda aside: aside.write_text(html, encoding="utf-8"))
 
 
 def run_folder(folder: Path) -> None:
-    """Execute every parameter file of a folder in the order of their names, then print where things lie.
+    """Execute the parameter files that a folder's `budget.yaml` names, then print where things lie.
 
-    `budget.yaml` in it holds the seconds that each is meant to take on two cores.
+    That file holds their order and the seconds that each is meant to take on two cores.
+
+    Raises:
+        ParameterError: the folder has none.
     """
+    if not (folder / "budget.yaml").exists():
+        raise ParameterError(f"{shown(folder)}: no budget.yaml, which names the files to run and their seconds; "
+                             f"run one of them: NOTEBOOK -f {shown(folder)}/NOTEBOOK.yaml")
     budget = read_yaml(folder / "budget.yaml")
     files = [folder / f"{name}.yaml" for name in budget]
     lines, started = [], time.monotonic()
     for number, file in enumerate(files, start=1):
         print(f"\n[{number}/{len(files)}] {file.stem}, about {budget[file.stem]} s", flush=True)
         begun = time.monotonic()
-        where = run(notebook_of(file), read_yaml(file))
+        where = run(notebook_of(file), read_yaml(file)).parent
         lines.append((file.stem, time.monotonic() - begun, where))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Reports to open in a browser, "
           "each with its executed notebook beside it:")
@@ -149,6 +168,8 @@ def main() -> int:
     parser.add_argument("what", nargs="?", help="a notebook's name or file, or a folder of parameter files")
     parser.add_argument("-f", "--file", help="YAML file of parameters")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("-o", "--output", type=Path, help="the executed notebook; its report lies beside it")
+    parser.add_argument("--log", action="store_true", help="print what the cells print, for the log of a job")
     parser.add_argument("--check", action="store_true", help="check the parameters and print the run's folder")
     parser.add_argument("--renew", action="store_true", help="execute the committed notebooks in place")
     arguments = parser.parse_args()
@@ -161,7 +182,7 @@ def main() -> int:
             values = read_yaml(arguments.file) if arguments.file else {}
             values.update({name: yaml.safe_load(value) for name, value in arguments.parameter})
             print(parameters(notebook, values).output_dir if arguments.check
-                  else shown(run(notebook, values) / "report.html"))
+                  else shown(run(notebook, values, arguments.output, arguments.log)))
         else:
             parser.error(f"name a notebook ({', '.join(NOTEBOOKS)}) or a folder of parameter files")
     except (ParameterError, RunError) as error:

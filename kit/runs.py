@@ -56,7 +56,7 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """Make a file that appears whole or not at all: written aside by `write(aside)`, fsynced, renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    aside = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
     try:
         write(aside)
         with open(aside, "rb+") as file:

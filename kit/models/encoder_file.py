@@ -83,11 +83,6 @@ def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0
     return network, record
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Numbers that training may change."""
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-
-
 def device() -> torch.device:
     """The CUDA device of this process, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

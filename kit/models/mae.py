@@ -45,15 +45,25 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             predicted patches (batch, patches, voxels of a patch).
         """
-        network, seen = self.encoder.autoencoder, ~masked
+        return self.fill_in(images, seen_places(masked))
+
+    def fill_in(self, images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """`forward`, with the numbers of the seen patches (batch, seen patches) int64, whose shape says how many."""
+        network = self.encoder.autoencoder
+        count = network.decoder_pos_embedding.shape[1]
         tokens = network.patch_embedding(images)
-        tokens = tokens[seen].view(len(images), -1, tokens.shape[-1])
+        tokens = tokens.gather(1, seen[..., None].expand(-1, -1, tokens.shape[-1]))
         tokens = network.blocks(torch.cat([network.cls_token.expand(len(images), -1, -1), tokens], dim=1))
         first, tokens = network.decoder_embed(tokens).split([1, tokens.shape[1] - 1], dim=1)
-        every = network.mask_tokens.to(tokens.dtype).repeat(len(images), masked.shape[1], 1)
-        every[seen] = tokens.flatten(0, 1)
+        every = network.mask_tokens.to(tokens.dtype).repeat(len(images), count, 1)
+        every = every.scatter(1, seen[..., None].expand_as(tokens), tokens)
         every = torch.cat([first, every + network.decoder_pos_embedding], dim=1)
         return network.decoder_pred(network.decoder_blocks(every))[:, 1:]
+
+
+def seen_places(masked: torch.Tensor) -> torch.Tensor:
+    """(batch, patches) bool, as many in each row -> the numbers of those not masked, (batch, seen patches) int64."""
+    return (~masked).nonzero()[:, 1].view(len(masked), -1)
 
 
 def masks_for(keys: Sequence[int], shape: tuple[int, int, int], ratio: float, *, seed: int,

@@ -19,6 +19,7 @@ import yaml
 
 from kit.train.distributed import QUIET, die_with_parent, process_group
 from kit.train.stop import NAME as STOP
+from kit.train.stop import PREEMPTED
 
 
 class NodesError(RuntimeError):
@@ -54,14 +55,14 @@ def launch_on_nodes(folder: Path, nodes: int, workers: int) -> None:
 
 
 def meeting_point() -> dict[str, str]:
-    """Address and port of rank 0: exported by the batch script, else asked of Slurm (node names may not resolve)."""
+    """Address and port of rank 0: exported already, else asked of Slurm (node names may not resolve)."""
     if {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         return {}
     names = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], check=True, text=True,
                            capture_output=True).stdout.split()
     node = subprocess.run(["scontrol", "show", "node", names[0]], check=True, text=True, capture_output=True).stdout
     return {"MASTER_ADDR": re.search(r"NodeAddr=(\S+)", node)[1],
-            "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)}
+            "MASTER_PORT": str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000)}  # below ephemeral ports
 
 
 def main(folder: Path, workers: int) -> None:
@@ -69,8 +70,9 @@ def main(folder: Path, workers: int) -> None:
     from kit.params import Pretrain
     from kit.train.pretrain import train
 
-    # scancel and preemption send TERM to the steps at once: it asks for a checkpoint
-    signal.signal(signal.SIGTERM, lambda number, frame: (folder / STOP).touch())
+    # scancel and preemption send TERM to the steps at once: it asks for a checkpoint, and tells the batch script,
+    # which hears of a preemption only when it is too late, that this was no stop by hand
+    signal.signal(signal.SIGTERM, lambda number, frame: [(folder / name).touch() for name in (PREEMPTED, STOP)])
     world = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=world, LOCAL_RANK=os.environ["SLURM_LOCALID"],
                       LOCAL_WORLD_SIZE=str(workers))

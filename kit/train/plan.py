@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from kit.data.loader import Batch
 from kit.data.store import Store
-from kit.models.encoder_file import count_parameters, device
+from kit.models.encoder_file import device
+from kit.models.mae import masks_for, seen_places
 from kit.params import Pretrain
 from kit.train.objectives import HELD_OUT_EPOCH
 from kit.train.pretrain import batches_for, build_objective, choose_scans
@@ -23,21 +23,13 @@ SUSTAINED = 50e12  # operations a second that a device is ASSUMED to sustain whe
 DEVICES = (1, 4, 12)
 
 
-@dataclass(frozen=True)
-class Need:
-    """What one training step of some scans takes.
+class Need(NamedTuple):
+    """What one training step takes; a scan of SimCLR is its two views."""
 
-    Attributes:
-        parameters: of the objective.
-        operations: multiplications and additions of a forward and backward pass of one scan, counted.
-        fixed_bytes: weights, gradients and the optimiser's state, float32.
-        scan_bytes: what the forward pass of one scan keeps for the backward pass, counted in bfloat16 autocast.
-    """
-
-    parameters: int
-    operations: float
-    fixed_bytes: float
-    scan_bytes: float
+    parameters: int  # that training changes
+    operations: float  # multiplications and additions of a scan forward and backward, counted
+    fixed_bytes: float  # weights, gradients and the optimiser's state, float32
+    scan_bytes: float  # what the forward pass of a scan keeps for the backward pass, counted in bfloat16 autocast
 
     def memory(self, scans: int) -> float:
         """Bytes of a device that runs `scans` at a time, without what cuDNN takes as work space."""
@@ -52,32 +44,27 @@ def need(params: Pretrain, store: Store, scans: int = 2) -> Need:
         store: whose grid gives the shape.
         scans: of the counted step; what one of them takes is a share of it.
     """
-    objective = build_objective(params, store).train()
-    parameters = count_parameters(objective)
-    state = {"adam": 2, "adamw": 2, "lars": 1}[params.optimizer] + 2 + bool(params.ema)  # in float32 copies
-    kept: dict[int, int] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for module in objective.modules():
-            for name, weight in list(module._parameters.items()):
-                if weight is not None:
-                    module._parameters[name] = nn.Parameter(mode.from_tensor(weight), weight.requires_grad)
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[name] = mode.from_tensor(buffer)
+    shape, mae = store.grid.shape, params.objective == "mae"
+    seen = seen_places(masks_for(range(scans), shape, params.mask_ratio, seed=0, epoch=0)) if mae else None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective = build_objective(params, store).train()
+        parameters = sum(weight.numel() for weight in objective.parameters() if weight.requires_grad)
+        state = {"adam": 2, "adamw": 2, "lars": 1}[params.optimizer] + 2 + bool(params.ema)  # in float32 copies
         own = {weight.untyped_storage()._cdata for weight in objective.parameters()}
+        kept: dict[int, int] = {}
 
-        def keep_fake(tensor: torch.Tensor) -> torch.Tensor:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
                 kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        views = 1 if params.objective == "mae" else 2
-        images = torch.empty(views * scans, 1, *store.grid.shape)
         counter = FlopCounterMode(display=False)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep_fake, lambda tensor: tensor), \
-                torch.autocast("cpu", torch.bfloat16):
-            out = objective.autoencoder(images)[0] if views == 1 else objective.head(objective.encoder(images))
+        with counter, saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            if mae:
+                out = objective.autoencoder.fill_in(torch.empty(scans, 1, *shape), seen)
+            else:
+                out = objective.head(objective.encoder(torch.empty(2 * scans, 1, *shape)))
             out.float().square().mean().backward()
     return Need(parameters, counter.get_total_flops() / scans, 4.0 * parameters * state, sum(kept.values()) / scans)
 
@@ -91,9 +78,9 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[floa
     if where.type != "cuda":
         return (wanted.operations / SUSTAINED,
                 f"ESTIMATED from counted operations at an assumed {SUSTAINED / 1e12:g} Tflop/s a device; nothing was "
-                "measured here")
+                "measured here; views are not counted")
     objective = build_objective(params, store).to(where).train()
-    scans = params.chunk or max(params.batch_size // params.processes(), 2)
+    scans = 2  # the whole share may not fit, which is what is asked
     shape = (scans, 1, *store.grid.shape)
     batch = Batch(torch.randn(shape, device=where), torch.ones(shape, dtype=torch.bool, device=where),
                   list(range(scans)), torch.zeros(scans, device=where))
@@ -123,21 +110,22 @@ def plan(params: Pretrain, epochs: int = 1000) -> tuple[pd.DataFrame, str]:
     learned = choose_scans(params, store)[0]
     epochs, wanted = params.epochs or epochs, need(params, store)
     each, source = seconds_per_scan(params, store, wanted)
-    again = 4 / 3 if params.chunk and params.objective == "simclr" else 1.0  # chunks go forward twice
     batches = batches_for(params, learned)(0)
-    scans = sum(map(len, batches)) * epochs
+    read = sum(map(len, batches)) * epochs
+    scans = read / 2 if params.session_pairs else read  # each of a pair's two sessions gives one view
     rows: list[dict[str, Any]] = []
     for devices in DEVICES:
         share = max(params.batch_size // devices, 1)
         at_a_time = min(params.chunk or share, share)
-        seconds = scans * each * again / devices
+        twice = at_a_time < share and params.objective == "simclr"  # chunks are read and go forward twice
+        seconds = scans * each * (4 / 3 if twice else 1) / devices
         rows.append({"devices": devices, "scans_at_a_time": at_a_time, "memory_gb": wanted.memory(at_a_time) / 1e9,
                      "hours": seconds / 3600, "gpu_hours": seconds / 3600 * devices,
-                     "scans_per_second": devices / (each * again) * (2 if again > 1 else 1)})
+                     "scans_per_second": read * (2 if twice else 1) / seconds})
     words = (f"{wanted.parameters / 1e6:.1f} million parameters; {wanted.operations / 1e12:.3g} Tflop a scan forward "
              f"and backward at {'x'.join(map(str, store.grid.shape))}\n"
              f"memory: {wanted.fixed_bytes / 1e9:.2f} GB for weights and optimiser, {wanted.scan_bytes / 1e9:.2f} GB a "
              "scan at a time (counted in bfloat16, without cuDNN's work space)\n"
-             f"plan: {epochs} epochs of {len(batches)} batches of {params.batch_size} scans; times {source}; views, "
-             "loading and exchange of gradients come on top")
+             f"plan: {epochs} epochs of {len(batches)} batches of {params.batch_size} scans; times {source}; loading, "
+             "the optimiser's step and the exchange of gradients come on top")
     return pd.DataFrame(rows), words

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 NAME = "stop"  # in the run's folder
+PREEMPTED = "preempted"  # there, too: Slurm asked, and the job is to be requeued; see slurm/papermill.sbatch
 
 
 class Stopped(Exception):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,6 @@ from kit.runs import ROOT
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 600
-
 SCRIPT = """#!/bin/bash
 #SBATCH --array=0-1
 #SBATCH --output={folder}/%a.log
@@ -30,7 +26,7 @@ cd {root}
 """
 
 
-def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(jobs, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     affine = np.diag([12.0, 12, 12, 1])
     affine[:3, 3] = [-70, -100, -60]
@@ -41,10 +37,9 @@ def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(slurm: dict[str, str
     pd.DataFrame({"participant": range(10), "image_path": paths}).to_csv(tmp_path / "cohort.csv", index=False)
     script = tmp_path / "array.sh"
     script.write_text(SCRIPT.format(folder=tmp_path, root=ROOT, python=sys.executable), encoding="utf-8")
-    sent = subprocess.run(["sbatch", "--parsable", script], env=slurm, capture_output=True, text=True, check=True)
-    states = finished(sent.stdout.strip(), slurm)
-    logs = "\n".join((tmp_path / f"{task}.log").read_text(encoding="utf-8")[-3000:] for task in (0, 1))
-    assert states == ["COMPLETED", "COMPLETED"], logs
+    job = jobs.send(script)
+    for task in (0, 1):
+        jobs.wait(f"{job}_{task}", "COMPLETED", log=tmp_path / f"{task}.log", seconds=600)
     store = Store.open(tmp_path / "out")
     assert store.index["participant"].tolist() == [str(row) for row in range(10) if row != 3]
     assert pd.read_csv(tmp_path / "out" / "failed.csv")["reason"].tolist() == ["not a NIfTI file (.nii or .nii.gz)"]
@@ -53,16 +48,3 @@ def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(slurm: dict[str, str
         own = tmp_path / "out" / "shards" / f"{shard}-of-2"
         assert len(Store.open(own).index) == 5 - shard
         assert (own / "report.html").is_file()
-
-
-def finished(job: str, environment: dict[str, str]) -> list[str]:
-    """Wait for an array's two tasks to end; their states."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], env=environment, capture_output=True,
-                               text=True, check=False).stdout
-        states = [part.partition("=")[2] for part in shown.split() if part.startswith("JobState=")]
-        if len(states) == 2 and not set(states) & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}:
-            return states
-        time.sleep(1)
-    raise TimeoutError(f"job {job} did not end in {SECONDS} s")

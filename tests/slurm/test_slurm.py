@@ -10,38 +10,30 @@ import pandas as pd
 import pytest
 
 from kit.data.store import scan_path, write_scan
-from kit.runs import ROOT
 from kit.train import checkpoint
 from tests.conftest import make_store
 
 pytestmark = pytest.mark.slow
 
+EPOCHS = 400  # of the array's tasks: more than fit into a minute
+
 
 class Job:
     """A job through the template: a tiny pretraining in `folder`."""
 
-    def __init__(self, env, folder, store, *options, notebook=ROOT / "notebooks/2_pretrain.ipynb", **params):
+    def __init__(self, jobs, folder, store, *options, **params):
         folder.mkdir()
-        self.env, self.folder, self.run, self.output = env, folder, folder / "run", folder / "executed.ipynb"
-        values = {"prepared": store.folder, "output_dir": self.run, "batch_size": 8, "epochs": 3,
-                  "projection": [16, 8], "checkpoint_minutes": 10, "validation_fraction": 0.2, **params}
-        (folder / "params.yaml").write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
+        self.jobs, self.folder, self.run, self.output = jobs, folder, folder / "run", folder / "executed.ipynb"
         self.log = folder / "job.log"
-        said = subprocess.run(
-            ["sbatch", "--parsable", f"--output={self.log}", "--time=10", "--mem=1500", *options,
-             "slurm/papermill.sbatch", notebook, self.output, folder / "params.yaml", "-p", "seed", "3"],
-            env=env, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        self.number = said.strip()
+        self.number = jobs.send(f"--output={self.log}", "--time=10", "--mem=1500", *options, "slurm/papermill.sbatch",
+                                "notebooks/2_pretrain.ipynb", self.output,
+                                parameter_file(folder, store, output_dir=self.run, **params), "-p", "seed", "3")
 
     def show(self, name):
-        said = subprocess.run(["scontrol", "show", "job", self.number], env=self.env, capture_output=True, text=True)
-        return re.search(rf"\b{name}=(\S+)", said.stdout)[1]
+        return self.jobs.show(self.number, name)
 
     def wait(self, *states, seconds=400):
-        until = time.monotonic() + seconds
-        while (state := self.show("JobState")) not in states:
-            assert time.monotonic() < until, f"still {state}:\n{self.log.read_text() if self.log.exists() else ''}"
-            time.sleep(0.3)
+        self.jobs.wait(self.number, *states, log=self.log, seconds=seconds)
 
     def reach(self, step, seconds=400):
         """Wait until the training has come so far."""
@@ -52,7 +44,7 @@ class Job:
             time.sleep(0.1)
 
     def signal(self, *arguments):
-        subprocess.run(["scancel", *arguments, self.number], env=self.env, check=True)
+        subprocess.run(["scancel", *arguments, self.number], env=self.jobs.env, check=True)
 
     def text(self):
         """The job's log, and the notebook's printed lines."""
@@ -60,13 +52,27 @@ class Job:
         return self.log.read_text(), "".join(out.get("text", "") for cell in cells for out in cell.get("outputs", []))
 
 
+def parameter_file(folder, store, **params):
+    values = {"prepared": store.folder, "batch_size": 8, "epochs": 3, "projection": [16, 8], "checkpoint_minutes": 10,
+              "validation_fraction": 0.2, **params}
+    (folder / "params.yaml").write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
+    return folder / "params.yaml"
+
+
+def one_log(run, epochs):
+    """The log of a run that was stopped in between: every epoch once."""
+    table = pd.read_csv(run / "log.csv")
+    assert table["epoch"].tolist() == list(range(1, epochs + 1)) and (run / "encoder.safetensors").exists()
+    return table
+
+
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("scans"))
 
 
-def test_two_nodes_are_stopped_by_usr1_requeued_and_end_with_one_log(slurm, scans, tmp_path):
-    job = Job(slurm, tmp_path / "job", scans, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", epochs=12)
+def test_two_nodes_are_stopped_by_usr1_requeued_and_end_with_one_log(jobs, scans, tmp_path):
+    job = Job(jobs, tmp_path / "job", scans, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", epochs=12)
     job.reach(4)
     job.signal("-b", "-s", "USR1")
     job.wait("PENDING")
@@ -76,14 +82,52 @@ def test_two_nodes_are_stopped_by_usr1_requeued_and_end_with_one_log(slurm, scan
     job.wait("COMPLETED")
     log, printed = job.text()
     assert "work is left; requeued as asked" in log and "start 2" in log and "finished: 12 epochs" in printed
-    table = pd.read_csv(job.run / "log.csv")
-    assert table["epoch"].tolist() == list(range(1, 13)) and (job.run / "encoder.safetensors").exists()
-    assert table["loss"].tolist()[:len(first)] == pytest.approx([row["loss"] for row in first])
-    assert job.show("Restarts") == "1" and (job.folder / "report.html").exists()
+    assert one_log(job.run, 12)["loss"].tolist()[:len(first)] == pytest.approx([row["loss"] for row in first])
+    assert job.show("Restarts") == "1" and job.output.with_suffix(".html").exists()
 
 
-def test_scancel_leaves_a_usable_checkpoint_and_does_not_requeue(slurm, scans, tmp_path):
-    job = Job(slurm, tmp_path / "job", scans, "--nodes=1", "--cpus-per-task=1", epochs=3000)
+def test_tasks_of_an_array_meet_a_real_time_limit_and_are_requeued_one_by_one(jobs, scans, tmp_path):
+    # two minutes, of which Slurm sends the signal in the first (it may come a minute early)
+    number = jobs.send(
+        f"--output={tmp_path}/%a.log", "--array=0-1", "--time=2", "--signal=B:USR1@60", "--mem=1500",
+        "--cpus-per-task=1", "slurm/papermill.sbatch", "notebooks/2_pretrain.ipynb", tmp_path / "seed-%a.ipynb",
+        parameter_file(tmp_path, scans, epochs=EPOCHS), "-p", "seed", "%a", "-p", "output_dir", tmp_path / "seed-%a")
+    tables = []
+    for task in (0, 1):
+        log = tmp_path / f"{task}.log"
+        jobs.wait(f"{number}_{task}", "COMPLETED", log=log, seconds=900)
+        starts = [line.partition("start ")[2][0] for line in log.read_text().splitlines() if "start " in line]
+        assert len(starts) >= 2 and starts == [str(start + 1) for start in range(len(starts))]
+        assert log.read_text().count("work is left; requeued as asked") == len(starts) - 1
+        assert (tmp_path / f"seed-{task}.html").exists()
+        tables.append(one_log(tmp_path / f"seed-{task}", EPOCHS))
+    assert tables[0]["loss"].tolist() != tables[1]["loss"].tolist()
+
+
+def test_a_job_of_low_priority_makes_room_and_goes_on_where_it_was(jobs, scans, tmp_path):
+    job = Job(jobs, tmp_path / "job", scans, "--partition=low", "--nodes=1", "--cpus-per-task=1", epochs=12)
+    job.reach(4)
+    other = jobs.send("--partition=main", "--nodes=2", "--exclusive", "--time=1", f"--output={tmp_path}/other.log",
+                      "--wrap=sleep 1")
+    job.wait("PENDING", seconds=60)  # Slurm gives it 20 s of grace
+    first = checkpoint.load(job.run / "checkpoints")["log"]
+    assert len(first) < 12 and not (job.run / "encoder.safetensors").exists()
+    job.wait("COMPLETED")
+    assert jobs.show(other, "JobState") == "COMPLETED" and int(job.show("Restarts")) >= 1
+    assert one_log(job.run, 12)["loss"].tolist()[:len(first)] == [row["loss"] for row in first]
+
+
+def test_a_stop_by_hand_is_not_requeued(jobs, scans, tmp_path):
+    job = Job(jobs, tmp_path / "job", scans, "--nodes=1", "--cpus-per-task=1", epochs=3000)
+    job.reach(4)
+    (job.run / "stop").touch()
+    job.wait("COMPLETED")
+    log, printed = job.text()
+    assert "stopped by hand with work left" in log and "UNFINISHED" in printed and job.show("Restarts") == "0"
+
+
+def test_scancel_leaves_a_usable_checkpoint_and_does_not_requeue(jobs, scans, tmp_path):
+    job = Job(jobs, tmp_path / "job", scans, "--nodes=1", "--cpus-per-task=1", epochs=3000)
     job.reach(4)
     job.signal()
     job.wait("CANCELLED")
@@ -92,20 +136,20 @@ def test_scancel_leaves_a_usable_checkpoint_and_does_not_requeue(slurm, scans, t
     assert len(pd.read_csv(job.run / "unfinished.csv")) == state["position"]["epoch"] + 1
 
 
-def test_a_cell_that_fails_fails_the_job_and_stands_in_the_notebook(slurm, tmp_path):
+def test_a_cell_that_fails_fails_the_job_and_stands_in_the_notebook(jobs, tmp_path):
     store = make_store(tmp_path / "store", participants=8)
     for scan in store.index["scan"]:
         image, mask = store.read(scan)
         image[5, 9, 12] = np.nan
         write_scan(scan_path(store.folder, scan), image, mask, scan, store.grid.affine)
-    job = Job(slurm, tmp_path / "job", store, "--cpus-per-task=1", objective="mae", architecture="vit_narrow")
+    job = Job(jobs, tmp_path / "job", store, "--cpus-per-task=1", objective="mae", architecture="vit_narrow")
     job.wait("FAILED")
     cells = nbformat.read(job.output, as_version=4).cells
     assert any(out.output_type == "error" for cell in cells for out in cell.get("outputs", []))
     assert "An Exception was encountered" in cells[0].source and "the loss is nan" in job.log.read_text()
 
 
-def test_parameters_that_cannot_be_used_end_the_job_in_seconds(slurm, scans, tmp_path):
-    job = Job(slurm, tmp_path / "job", scans, temprature=0.1)
+def test_parameters_that_cannot_be_used_end_the_job_in_seconds(jobs, scans, tmp_path):
+    job = Job(jobs, tmp_path / "job", scans, temprature=0.1)
     job.wait("FAILED", seconds=30)
     assert "temprature: unknown parameter; did you mean temperature?" in job.log.read_text() and not job.output.exists()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from kit.models.mae import masks_for
 from kit.params import Pretrain
 from kit.runs import Run
 from kit.train.plan import SUSTAINED, need, plan
@@ -29,6 +31,23 @@ def test_operations_of_a_convolution_are_counted(store, tmp_path):
     assert 0.9 * 3 * 2 * forward < found.operations <= 3 * 2 * forward
     assert found.parameters == sum(weight.numel() for weight in network.parameters())
     assert found.fixed_bytes == 16 * found.parameters and found.memory(4) > found.memory(2)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_an_autoencoder_is_counted_with_the_patches_that_it_sees(store, tmp_path, ratio):
+    asked = params(store, tmp_path / "run", objective="mae", architecture="vit_narrow", mask_ratio=ratio)
+    found, model = need(asked, store), build_objective(asked, store).autoencoder
+    with FlopCounterMode(display=False) as counter:  # computed, not faked
+        masked = masks_for(range(2), store.grid.shape, ratio, seed=0, epoch=0)
+        model(torch.zeros(2, 1, *store.grid.shape), masked).square().mean().backward()
+    assert found.operations == counter.get_total_flops() / 2 and found.scan_bytes > 0
+
+
+def test_only_shares_in_several_chunks_are_read_twice(store, tmp_path):
+    whole, chunks = (plan(params(store, tmp_path / str(chunk), chunk=chunk))[0] for chunk in (0, 2))
+    longer = chunks["hours"] / whole["hours"]  # shares of 8, 2 and 1 scans
+    assert longer.tolist() == pytest.approx([4 / 3, 1, 1])
+    assert (chunks["scans_per_second"] / whole["scans_per_second"]).tolist() == pytest.approx([1.5, 1, 1])
 
 
 def test_the_plan_says_what_it_assumes(store, tmp_path):
