@@ -13,6 +13,7 @@ from sklearn.metrics import RocCurveDisplay, mean_absolute_error
 
 from kit.show.figure import TEXT, blank, label
 
+UNITS = {"age": "years"}  # of labels that are numbers; of others nothing is said
 _COMPARED = ["encoder", "mode", "task", "metric", "distribution", "label_fraction"]
 _LEGEND = {"fontsize": TEXT - 1, "title_fontsize": TEXT - 1, "frameon": False}
 
@@ -73,8 +74,9 @@ def label_efficiency(tidy: pd.DataFrame, title: str = "", note: str = "") -> Fig
             axes.set_xticks(sorted(means["label_fraction"].unique()))
             axes.set_xticks([], minor=True)
             axes.xaxis.set_major_formatter(PercentFormatter(1))
-            label(axes, "labels used" if row is panels[-1] else "", _readable(metric) if axes is row[0] else
-                  "", f"{_readable(task)}, {_readable(distribution)}")
+            height = "AUC" if metric == "auc" else _in_units(_readable(metric), task)
+            label(axes, "labels used" if row is panels[-1] else "", height if axes is row[0] else "",
+                  f"{_readable(task)}, {_readable(distribution)}")
     lines = {}
     for axes in panels.flat:
         lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -101,16 +103,16 @@ def benchmark_table(tidy: pd.DataFrame) -> pd.DataFrame:
     return table[list(means["encoder"].unique())]
 
 
-def predictions(table: pd.DataFrame, metric: str, title: str = "", note: str = "") -> Figure:
-    """Draw predictions against the truth: a ROC curve for `auc`, a scatter in years for any other metric.
+def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = "") -> Figure:
+    """Draw predictions against the truth, titled by the task: a ROC curve for `auc`, else a scatter in its unit.
 
     Args:
-        table: `true` (0/1, or years) and `predicted` (score of class 1, or years); with a column
+        table: `true` (0/1, or the number) and `predicted` (score of class 1, or the number); with a column
             `distribution`, a curve or a colour for each.
-        metric: `auc`, or the name of a regression metric, such as `mae_years`.
+        metric: of `kit.train.evaluate.METRICS`.
     """
     _need(table, "predictions", ["true", "predicted"])
-    figure = blank(460, 410, title, note)
+    figure = blank(460, 410, task, note)
     axes = figure.subplots()
     for name, group in table.groupby("distribution") if "distribution" in table.columns else [("", table)]:
         name = ", ".join(filter(None, (_readable(name), f"n = {len(group)}")))
@@ -118,14 +120,14 @@ def predictions(table: pd.DataFrame, metric: str, title: str = "", note: str = "
         if metric == "auc":  # scikit-learn adds the area to the name
             RocCurveDisplay.from_predictions(true, predicted, ax=axes, name=name)
         else:
-            name += f", error {mean_absolute_error(true, predicted):.1f} years"
+            name = f"{name}, error {mean_absolute_error(true, predicted):.1f} {UNITS.get(task, '')}".rstrip()
             axes.scatter(true, predicted, s=12, alpha=0.7, label=name)
     if metric == "auc":
         ends = [0, 1]
         label(axes, "false positive rate", "true positive rate")
     else:
         ends = [table[["true", "predicted"]].min().min(), table[["true", "predicted"]].max().max()]
-        label(axes, "true (years)", "predicted (years)")
+        label(axes, _in_units("true", task), _in_units("predicted", task))
     axes.plot(ends, ends, color="grey", linewidth=0.8)
     axes.set_aspect("equal")
     axes.legend(**_LEGEND)
@@ -214,5 +216,8 @@ def _need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
 
 
 def _readable(name: str) -> str:
-    known = {"auc": "AUC", "mae_years": "mean absolute error (years)"}
-    return known.get(name, str(name).replace("_", " "))
+    return str(name).replace("_", " ")
+
+
+def _in_units(words: str, task: str) -> str:
+    return f"{words} ({UNITS[task]})" if task in UNITS else words

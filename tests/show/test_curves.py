@@ -24,7 +24,7 @@ COMPARED = (("simclr", "probe", 0.2), ("random", "probe", 0.0), ("simclr", "fine
 def tidy() -> pd.DataFrame:
     """Two seeds; the value says which row it is."""
     rows = []
-    for task, metric, base in (("stroke", "auc", 0.5), ("age", "mae_years", 10)):
+    for task, metric, base in (("stroke", "auc", 0.5), ("age", "mean_absolute_error", 10)):
         for distribution in ("in_distribution", "out_of_distribution"):
             for encoder, mode, better in COMPARED:
                 for fraction in (1.0, 0.2):
@@ -77,7 +77,8 @@ def test_benchmark_table_reads_as_text(tidy):
     assert list(table.columns) == ["simclr", "random"]
     row = ("stroke", "auc", "in_distribution", "probe", 0.2, 120)
     assert table.loc[row, "simclr"] == "0.73 [0.65, 0.79]"
-    assert table.loc[("age", "mae_years", "out_of_distribution", "probe", 1.0, 120), "random"] == "10.1 [10.0, 10.2]"
+    age = ("age", "mean_absolute_error", "out_of_distribution", "probe", 1.0, 120)
+    assert table.loc[age, "random"] == "10.1 [10.0, 10.2]"
     assert table.loc[("stroke", "auc", "in_distribution", "finetune", 1.0, 120), "random"] == ""
     assert table.index.names[-1] == "participants" and len(table) == 16
     with pytest.raises(ValueError, match="tidy lacks participants"):
@@ -98,9 +99,12 @@ def test_roc_curves_name_their_area_and_their_number():
     assert names(predictions(table.drop(columns="distribution"), "auc").axes[0])[0].startswith("n = 60 (AUC")
 
 
-def test_ages_are_drawn_true_against_predicted():
+def test_ages_are_drawn_true_against_predicted_in_years_and_other_numbers_without():
     table = pd.DataFrame({"true": [50.0, 60, 70], "predicted": [53.0, 60, 64]})
-    axes = predictions(table, "mae_years").axes[0]
+    score = predictions(table, "mean_absolute_error", "mmse").axes[0]
+    assert names(score) == ["n = 3, error 3.0"] and (score.get_xlabel(), score.get_ylabel()) == ("true", "predicted")
+    axes = predictions(table, "mean_absolute_error", "age").axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("true (years)", "predicted (years)")
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), table.to_numpy())
     assert names(axes) == ["n = 3, error 3.0 years"]
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[50, 50], [70, 70]])
