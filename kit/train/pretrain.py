@@ -105,6 +105,12 @@ def batches_for(params: Pretrain, learned: pd.DataFrame) -> Callable[[int], list
     return lambda epoch: batches_of(participants, datasets, params.batch_size, params.seed, epoch, params.sampling)
 
 
+def by_chance(params: Pretrain, learned: pd.DataFrame) -> float:
+    """Share of views that find their partner by chance, mean over batches: those of few participants are smaller."""
+    sizes = [len(batch) // (2 if params.session_pairs else 1) for batch in batches_for(params, learned)(0)]
+    return float(np.mean([1 / (2 * size - 1) for size in sizes]))
+
+
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Held-out scans of an MAE run: the scan, what the network sees, what it fills in; each (depth, height, width)."""
     store = Store.open(params.prepared)
