@@ -9,7 +9,6 @@ from sklearn.metrics import roc_auc_score
 from kit.show.curves import (
     benchmark_table,
     embedding_map,
-    histograms_by_site,
     label_efficiency,
     predictions,
     registration_errors,
@@ -125,18 +124,6 @@ def test_embedding_map_finds_the_direction_that_varies():
     assert [len(dots.get_offsets()) for dots in by_site.collections] == [20, 20]
 
 
-def test_histograms_share_their_bins():
-    index = pd.DataFrame({"site": ["A"] * 3 + ["B"] * 2, "age": [50.0, 51, 90, 70, np.nan], "sex": list("FFMFM")})
-    axes = histograms_by_site(index, "age", note=NOTE).axes[0]
-    assert sorted(names(axes)) == ["A (n = 3)", "B (n = 1)"]
-    outlines = [patch.get_xy() for patch in axes.patches]
-    np.testing.assert_array_equal(np.unique(outlines[0][:, 0]), np.unique(outlines[1][:, 0]))
-    bars = histograms_by_site(index, "sex").axes[0].containers
-    assert [[bar.get_height() for bar in group] for group in bars] == [[2, 1], [1, 1]]  # A: F M, B: F M
-    with pytest.raises(ValueError, match="index lacks diagnosis"):
-        histograms_by_site(index, "diagnosis")
-
-
 def test_registration_errors_join_before_and_after():
     table = pd.DataFrame({"scan": ["s1", "s2"], "moved_mm": [12.0, 8.0], "error_mm": [0.5, 1.5]})
     axes = registration_errors(table, note=NOTE).axes[0]
@@ -146,6 +133,5 @@ def test_registration_errors_join_before_and_after():
 
 def test_pyplot_keeps_no_figure(tidy):
     label_efficiency(tidy)
-    histograms_by_site(pd.DataFrame({"site": ["A", "B"], "sex": ["F", "M"]}), "sex")
     predictions(pd.DataFrame({"true": [0, 1], "predicted": [0.2, 0.3]}), "auc")
     assert plt.get_fignums() == []
