@@ -12,6 +12,7 @@ from kit.show.curves import (
     label_efficiency,
     predictions,
     registration_errors,
+    summary,
     training_curves,
 )
 
@@ -82,6 +83,24 @@ def test_benchmark_table_reads_as_text(tidy):
     assert table.index.names[-1] == "participants" and len(table) == 16
     with pytest.raises(ValueError, match="tidy lacks participants"):
         benchmark_table(tidy.drop(columns="participants"))
+
+
+def test_the_printed_summary(tidy):
+    head = " " * 36 + "simclr              random\n"
+    assert summary(tidy, NOTE).startswith(f"""\
+Main result (procedural data): mean over seeds [95 % interval over test participants]
+
+Linear probe on frozen features, 100% of the labels, in and out of distribution
+{head}  AUC, higher is better
+    stroke, in             n = 120  0.81 [0.73, 0.87]   0.61 [0.53, 0.67]
+    stroke, out of         n = 120  0.81 [0.73, 0.87]   0.61 [0.53, 0.67]
+  mean absolute error, lower is better
+    age, in                n = 120  10.3 [10.2, 10.4]   10.1 [10.0, 10.2]
+    age, out of            n = 120  10.3 [10.2, 10.4]   10.1 [10.0, 10.2]
+
+All weights trained, 100% of the labels, in and out of distribution
+{" " * 36}simclr
+""")
 
 
 def test_roc_curves_name_their_area_and_their_number():
