@@ -136,8 +136,8 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, held_out: int = 0)
     - Not learning: the loss is less than 1 % down, or few partners are found.
     - Memorising site: of the way from chance to certainty the probe of site went 60 %, 10 % of it in training.
     - Overfitting: in each of the last three epochs the validation loss lay above its best by a fifth of its first
-      value, and the training loss is lower than at that best. Only with at least 20 held-out scans: the loss of
-      fewer jumps that far by itself.
+      value, and the training loss is lower than at that best. Only with at least 20 held-out scans: that of fewer
+      jumps by itself.
 
     Args:
         log: a row an epoch, from `pretrain`.
