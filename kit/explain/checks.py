@@ -10,7 +10,7 @@ the image, so that part of any agreement is the image itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from kit.explain.saliency import saliency
+from kit.data.store import Store
+from kit.explain.saliency import Maps, saliency
+from kit.runs import Run, write_table
 
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
@@ -54,24 +56,27 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray) ->
     return float(spearmanr(first, second).statistic)
 
 
-def randomisation_check(
-    model: nn.Module, image: np.ndarray, mask: np.ndarray, maps: Mapping[str, np.ndarray], target: int = 0,
-    seeds: Sequence[int] = (0,), n_steps: int = 32,
-) -> pd.DataFrame:
-    """Compare each map with the one that a randomly initialised copy of the model gives for the same scan.
+def randomisation_check(model: nn.Module, store: Store, maps: Maps, n_steps: int, seeds: Sequence[int],
+                        run: Run) -> pd.DataFrame:
+    """Compare the first scan's maps with those that randomly initialised copies of the model give for it.
 
     Args:
-        model, image, mask, target, n_steps: as given to `saliency` for these maps.
-        maps: method -> the trained model's map (depth, height, width).
+        model, maps, n_steps: the trained model, its maps, and how these were made; see `saliency`.
+        store: of the scans.
         seeds: one randomised copy each.
 
     Returns:
-        A row per seed and method: `method`, `seed`, `rank_correlation` (what it means: the module's text).
+        A row per seed and method: `method`, `seed`, `rank_correlation` (what it means: the module's text); also
+        written to `randomisation.csv`.
     """
+    first = next(iter(maps))[0]
+    image, mask = store.read(first)
     rows = []
     for seed in seeds:
         fresh = reinitialised(model, seed)
-        for method, found in maps.items():
-            random_map = saliency(fresh, image, mask, method, target, n_steps)
+        for method, found in ((method, found) for (scan, method), found in maps.items() if scan == first):
+            random_map = saliency(fresh, image, mask, method, n_steps=n_steps)
             rows.append((method, seed, rank_correlation(found, random_map, mask)))
-    return pd.DataFrame(rows, columns=["method", "seed", "rank_correlation"])
+    table = pd.DataFrame(rows, columns=["method", "seed", "rank_correlation"])
+    write_table(run / "randomisation.csv", table)
+    return table

@@ -1,4 +1,4 @@
-"""4_saliency: whom to look at, their maps, and what the maps hold against regions, known places and chance."""
+"""4_saliency: whom to look at, their maps, and what the maps hold against regions and known places."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from kit.data.nifti import read_nifti, write_nifti
 from kit.data.resample import resample
 from kit.data.sample import effect_masks
 from kit.data.store import Store
-from kit.explain.checks import randomisation_check
 from kit.explain.regions import inside_share, region_table
-from kit.explain.saliency import saliency
+from kit.explain.saliency import Maps, saliency
 from kit.runs import Run, write_table
-
-Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, width) float32
 
 EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
 
@@ -92,20 +89,7 @@ def inside_known_places(maps: Maps, cohort: Path | None, store: Store, task: str
         place = known_place(cohort, store, scan, task)
         if place is not None and (place & store.read(scan)[1]).any():
             share = inside_share(values, place, store.read(scan)[1])
-            rows.append({"scan": scan, "method": method, "place": EFFECTS[task], "share_of_saliency": share.saliency,
-                         "share_of_brain": share.brain, "ratio": share.ratio})
+            rows.append({"scan": scan, "method": method, "place": EFFECTS[task], **share})
     table = pd.DataFrame(rows, columns=["scan", "method", "place", "share_of_saliency", "share_of_brain", "ratio"])
     write_table(run / "known_places.csv", table)
-    return table
-
-
-def randomisation(model: nn.Module, store: Store, rows: pd.DataFrame, methods: list[str], steps: int, seed: int,
-                  run: Run) -> pd.DataFrame:
-    """The randomisation check for the first scan, written to `randomisation.csv`."""
-    scan = rows["scan"].iloc[0]
-    image, mask = store.read(scan)
-    image = image.astype(np.float32)
-    maps = {method: saliency(model, image, mask, method, n_steps=steps) for method in methods}
-    table = randomisation_check(model, image, mask, maps, seeds=(seed, seed + 1, seed + 2), n_steps=steps)
-    write_table(run / "randomisation.csv", table)
     return table

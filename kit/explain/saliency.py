@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +11,7 @@ from captum.attr import IntegratedGradients, Saliency
 from torch import nn
 
 METHODS = ("gradient", "integrated_gradients")
-
-
-class Completeness(NamedTuple):
-    """How well a map of integrated gradients adds up, in units of the model's output (logits, years)."""
-
-    attributed: float  # sum of the map
-    difference: float  # output for the scan minus output for the baseline
-    error: float  # attributed - difference; 0 for exact integration
+Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, width) float32
 
 
 def saliency(
@@ -39,17 +31,15 @@ def saliency(
         model: maps (batch, 1, depth, height, width) float32 to (batch, outputs); on any device.
         image: (depth, height, width), z-scored inside the mask and 0 outside, as prepared scans are.
         mask: (depth, height, width), true inside the brain.
-        method: one of `METHODS`.
         target: which output is explained.
         n_steps: points on the path of integrated gradients (Gauss-Legendre quadrature).
-        internal_batch_size: how many of these points go through the model at once; bounds memory.
+        internal_batch_size: points at a time; bounds memory.
 
     Returns:
         (depth, height, width) float32, zero outside the mask.
 
     Raises:
-        ValueError: for an unknown method, shapes that differ, an image that is not zero outside its mask, or
-            a map that is not finite.
+        ValueError: the method, shapes, an image that is not zero outside its mask, or a map that is not finite.
     """
     mask = np.asarray(mask, dtype=bool)
     if method not in METHODS:
@@ -71,25 +61,6 @@ def saliency(
     if not np.isfinite(found).all():
         raise ValueError(f"{method}: the map is not finite; look for nan in the model's weights and output")
     return np.where(mask, found, np.float32(0))
-
-
-def completeness(
-    model: nn.Module, image: np.ndarray, attribution: np.ndarray, target: int = 0
-) -> Completeness:
-    """Compare the sum of an integrated-gradients map with the change of output that it should explain.
-
-    Sundararajan et al., proposition 1: the map sums to output(scan) - output(baseline of zeros). An error
-    that is large beside the difference asks for more `n_steps`.
-
-    Args:
-        model, image, target: as given to `saliency`.
-        attribution: (depth, height, width), the map that it returned.
-    """
-    scan = _batch_of_one(model, image)
-    with _evaluating(model), torch.no_grad():
-        output = model(torch.cat([scan, torch.zeros_like(scan)]))[:, target].double()
-    attributed, difference = float(attribution.sum(dtype=np.float64)), float(output[0] - output[1])
-    return Completeness(attributed, difference, attributed - difference)
 
 
 def _batch_of_one(model: nn.Module, image: np.ndarray) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """encoder.safetensors: an encoder's weights with the record of how to use them again.
 
 The record says the architecture, the preparation of the scans that it was trained on, and salted hashes of
-the participants that it saw. It is read without torch, so that a misfit is refused before work starts.
+the participants that it saw. It is read without the weights, so that a misfit is refused before work starts.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ def read_record(encoder: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="np") as file:
             return json.loads(file.metadata()["record"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise EncoderError(f"{shown(path)} is no encoder of this kit ({type(error).__name__})") from None
-    except Exception as error:  # safetensors has its own error type, not exported everywhere
-        raise EncoderError(f"{shown(path)} cannot be read: {error}") from None
+    except Exception as error:  # of the system, of safetensors, or of a record that is not ours
+        raise EncoderError(f"{shown(path)} is no encoder of this kit ({type(error).__name__}: {error})") from None
 
 
 def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:

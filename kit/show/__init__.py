@@ -2,13 +2,13 @@
 pyplot.
 
 - `planes`: cut a volume the right way up; millimetres to voxels; grey levels
-- `figure`: an empty figure with its title and its note ("procedural data"); a small PNG for a notebook's page
+- `figure`: an empty figure with its title and its note ("procedural data"); figures as PNG
 - `slices`: a scan in three planes with overlay and outline; many scans; views beside their original; a
   transform at several strengths
 - `quality`: prepared scans under the template's outline; quality figures by site
-- `curves`: training, label efficiency, predictions, embeddings, cohort, registration; the benchmark's table
+- `curves`: training, label efficiency, predictions, embeddings, registration; the benchmark's table and summary
 - `live`: a figure that follows a run while it trains
-- `explorer`: the interactive explorer of augmentations, and the same picture as a PNG
+- `explorer`: the interactive explorer of augmentations
 - `recipe_controls`: its list of transforms, to be switched and dragged
-- `similarity`, `pair_facts`: how alike an encoder finds two views; the figure of it, beside the grey levels
+- `similarity`: how alike an encoder finds two views; the figure of it, beside the grey levels
 """

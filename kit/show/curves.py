@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,10 +11,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.decomposition import PCA
 from sklearn.metrics import RocCurveDisplay, mean_absolute_error
 
-from kit.show.figure import TEXT, blank, label
+from kit.show.figure import LEGEND, TEXT, blank, label, shared_legend
 
+MODES = {"probe": "Linear probe on frozen features", "finetune": "All weights trained"}
+SIGNS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
+UNITS = {"age": "years"}  # of labels that are numbers; of others nothing is said
 _COMPARED = ["encoder", "mode", "task", "metric", "distribution", "label_fraction"]
-_LEGEND = {"fontsize": TEXT - 1, "title_fontsize": TEXT - 1, "frameon": False}
 
 
 def training_curves(log: pd.DataFrame, title: str = "", note: str = "") -> Figure:
@@ -38,7 +40,7 @@ def training_curves(log: pd.DataFrame, title: str = "", note: str = "") -> Figur
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         label(axes, "epoch", name)
         if len(columns) > 1:
-            axes.legend(**_LEGEND)
+            axes.legend(**LEGEND)
         if name == "seconds per epoch":
             axes.set_ylim(bottom=0)
     return figure
@@ -73,44 +75,66 @@ def label_efficiency(tidy: pd.DataFrame, title: str = "", note: str = "") -> Fig
             axes.set_xticks(sorted(means["label_fraction"].unique()))
             axes.set_xticks([], minor=True)
             axes.xaxis.set_major_formatter(PercentFormatter(1))
-            label(axes, "labels used" if row is panels[-1] else "", _readable(metric) if axes is row[0] else
-                  "", f"{_readable(task)}, {_readable(distribution)}")
-    lines = {}
-    for axes in panels.flat:
-        lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", **_LEGEND)
+            height = "AUC" if metric == "auc" else _in_units(_readable(metric), task)
+            label(axes, "labels used" if row is panels[-1] else "", height if axes is row[0] else "",
+                  f"{_readable(task)}, {_readable(distribution)}")
+    shared_legend(figure)
     return figure
 
 
 def benchmark_table(tidy: pd.DataFrame) -> pd.DataFrame:
     """Pivot results to a row per comparison and a column per encoder, as text "mean [low, high]".
 
-    Means over seeds of value and of both ends of the interval; two decimals for AUC, else one.
-    The rows' index: task, metric, distribution, mode, share of labels, number of participants tested.
+    Means over seeds of value and of both ends of the interval. The rows' index: task, metric, distribution, mode,
+    share of labels, number of participants tested.
 
     Args:
         tidy: as for `label_efficiency`, with `participants`.
     """
     means = _over_seeds(tidy, "participants")
-    digits = np.where(means["metric"] == "auc", 2, 1)
     means["participants"] = means["participants"].astype(int)
-    means["text"] = [f"{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]" for value, low, high, d
-                     in zip(means["value"], means["low"], means["high"], digits, strict=True)]
     rows = ["task", "metric", "distribution", "mode", "label_fraction", "participants"]
     table = means.pivot(index=rows, columns="encoder", values="text").fillna("")
     return table[list(means["encoder"].unique())]
 
 
-def predictions(table: pd.DataFrame, metric: str, title: str = "", note: str = "") -> Figure:
-    """Draw predictions against the truth: a ROC curve for `auc`, a scatter in years for any other metric.
+def summary(tidy: pd.DataFrame, note: str = "") -> str:
+    """The main result as text: of each mode, with the largest share of labels, a row a task and distribution.
 
     Args:
-        table: `true` (0/1, or years) and `predicted` (score of class 1, or years); with a column
+        tidy: as for `benchmark_table`.
+        note: what must be said of the data.
+    """
+    about, means = f" ({note})" if note else "", _over_seeds(tidy, "participants")
+    lines = [f"Main result{about}: mean over seeds [95 % interval over test participants]"]
+    for mode, group in means.groupby("mode", sort=False):
+        fraction = group["label_fraction"].max()
+        rows = group[group["label_fraction"] == fraction]
+        names = list(rows["encoder"].unique())
+        lines += ["", f"{MODES[mode]}, {fraction:.0%} of the labels, in and out of distribution", _row("", names)]
+        for metric, scored in rows.groupby("metric", sort=False):
+            lines.append(f"  {SIGNS[metric]}")
+            for (task, where, tested), scores in scored.groupby(["task", "distribution", "participants"], sort=False):
+                where = _readable(where.replace("_distribution", ""))  # in, out of
+                lines.append(_row(f"    {task + ', ' + where:22s} n = {tested:.0f}",
+                                  scores.set_index("encoder")["text"].loc[names]))
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _row(head: str, cells: Iterable[str]) -> str:
+    return f"{head:36s}" + "".join(f"{cell:20s}" for cell in cells)
+
+
+def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = "") -> Figure:
+    """Draw predictions against the truth, titled by the task: a ROC curve for `auc`, else a scatter in its unit.
+
+    Args:
+        table: `true` (0/1, or the number) and `predicted` (score of class 1, or the number); with a column
             `distribution`, a curve or a colour for each.
-        metric: `auc`, or the name of a regression metric, such as `mae_years`.
+        metric: of `kit.train.evaluate.METRICS`.
     """
     _need(table, "predictions", ["true", "predicted"])
-    figure = blank(460, 410, title, note)
+    figure = blank(460, 410, task, note)
     axes = figure.subplots()
     for name, group in table.groupby("distribution") if "distribution" in table.columns else [("", table)]:
         name = ", ".join(filter(None, (_readable(name), f"n = {len(group)}")))
@@ -118,17 +142,17 @@ def predictions(table: pd.DataFrame, metric: str, title: str = "", note: str = "
         if metric == "auc":  # scikit-learn adds the area to the name
             RocCurveDisplay.from_predictions(true, predicted, ax=axes, name=name)
         else:
-            name += f", error {mean_absolute_error(true, predicted):.1f} years"
+            name = f"{name}, error {mean_absolute_error(true, predicted):.1f} {UNITS.get(task, '')}".rstrip()
             axes.scatter(true, predicted, s=12, alpha=0.7, label=name)
     if metric == "auc":
         ends = [0, 1]
         label(axes, "false positive rate", "true positive rate")
     else:
         ends = [table[["true", "predicted"]].min().min(), table[["true", "predicted"]].max().max()]
-        label(axes, "true (years)", "predicted (years)")
+        label(axes, _in_units("true", task), _in_units("predicted", task))
     axes.plot(ends, ends, color="grey", linewidth=0.8)
     axes.set_aspect("equal")
-    axes.legend(**_LEGEND)
+    axes.legend(**LEGEND)
     return figure
 
 
@@ -153,29 +177,9 @@ def embedding_map(
     else:
         for value, rows in values.groupby(values).groups.items():
             axes.scatter(*points[rows].T, s=14, label=str(value))
-        axes.legend(title=name, **_LEGEND)
+        axes.legend(title=name, **LEGEND)
     first, second = 100 * fit.explained_variance_ratio_
     label(axes, f"component 1 ({first:.0f} % of variance)", f"component 2 ({second:.0f} %)")
-    return figure
-
-
-def histograms_by_site(
-    index: pd.DataFrame, column: str, by: str = "site", title: str = "", note: str = ""
-) -> Figure:
-    """Count scans by a column for each site: outlines over shared bins for numbers, bars for categories."""
-    _need(index, "index", [column, by])
-    known = index.dropna(subset=[column, by])
-    figure = blank(560, 300, title, note)
-    axes = figure.subplots()
-    if pd.api.types.is_numeric_dtype(known[column]):
-        edges = np.histogram_bin_edges(known[column], bins=20)
-        for site, group in known.groupby(by):
-            name = f"{site} (n = {len(group)})"
-            axes.hist(group[column], bins=edges, histtype="step", linewidth=1.4, label=name)
-    else:
-        known.groupby([column, by]).size().unstack(fill_value=0).plot.bar(ax=axes, rot=0, width=0.8)
-    label(axes, _readable(column), "scans")
-    axes.legend(title=by, **_LEGEND)
     return figure
 
 
@@ -195,15 +199,18 @@ def registration_errors(table: pd.DataFrame, title: str = "", note: str = "") ->
     axes.set_yticks(places, table["scan"])
     axes.set_xlim(left=0)
     label(axes, "mean displacement over the brain (mm)", "")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, **_LEGEND)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, **LEGEND)
     return figure
 
 
 def _over_seeds(tidy: pd.DataFrame, *more: str) -> pd.DataFrame:
-    """Average value, low and high over seeds; rows in the order in which they came."""
+    """Average value, low and high over seeds, also as `text` (two decimals of AUC, else one); rows as they came."""
     keys = [*_COMPARED, *more]
     _need(tidy, "tidy", [*keys, "value", "low", "high"])
-    return tidy.groupby(keys, sort=False, as_index=False)[["value", "low", "high"]].mean()
+    means = tidy.groupby(keys, sort=False, as_index=False)[["value", "low", "high"]].mean()
+    digits = np.where(means["metric"] == "auc", 2, 1)
+    return means.assign(text=[f"{row.value:.{d}f} [{row.low:.{d}f}, {row.high:.{d}f}]"
+                              for row, d in zip(means.itertuples(), digits, strict=True)])
 
 
 def _need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
@@ -214,5 +221,8 @@ def _need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
 
 
 def _readable(name: str) -> str:
-    known = {"auc": "AUC", "mae_years": "mean absolute error (years)"}
-    return known.get(name, str(name).replace("_", " "))
+    return str(name).replace("_", " ")
+
+
+def _in_units(words: str, task: str) -> str:
+    return f"{words} ({UNITS[task]})" if task in UNITS else words

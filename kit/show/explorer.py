@@ -22,11 +22,10 @@ from kit.augment.recipe import Recipe, save_recipe
 from kit.data.grid import Grid
 from kit.runs import shown
 from kit.show import planes
-from kit.show.figure import small
-from kit.show.pair_facts import pair_facts_png
+from kit.show.figure import png, small
 from kit.show.planes import EDGES, PLANES, Pair, Point
 from kit.show.recipe_controls import RecipeControls
-from kit.show.similarity import Similarity
+from kit.show.similarity import Similarity, pair_facts
 
 Asked = tuple[str, Recipe, int]  # scan, recipe, seed
 MakePair = Callable[[str, Recipe, int], Pair]
@@ -80,14 +79,6 @@ def render_pair(pair: Pair, grid: Grid, position: Point | None = None, note: str
     return buffer.getvalue()
 
 
-def static_picture(
-    make_pair: MakePair, scan: str, recipe: Recipe, grid: Grid, seed: int = 0, position: Point | None = None,
-    note: str = "",
-) -> bytes:
-    """Return, as PNG, the picture that the explorer shows for these choices; needs no browser."""
-    return render_pair(make_pair(scan, recipe, seed), grid, position or _middle(grid), note)
-
-
 def explorer(
     make_pair: MakePair, scans: Sequence[str], recipes: Mapping[str, Recipe], grid: Grid, seed: int = 0,
     note: str = "", similarity: Similarity | None = None, recipe_path: str = "outputs/recipes/mine.yaml",
@@ -99,12 +90,9 @@ def explorer(
     levels and similarity follow the picture, unless another request has come.
 
     Args:
-        make_pair: (scan, recipe, seed) -> Pair.
-        scans, recipes: what to choose from, recipes by their names; the first of each is shown first.
-        grid: the grid of the pair's volumes.
-        seed: the first seed; "Draw again" takes the next.
-        note: printed on every picture, such as "procedural data".
-        similarity: (number of the scan, recipe, seed) -> Similar, see `kit.show.similarity`.
+        scans, recipes: what to choose from; the first of each is shown first.
+        grid: of the pair's volumes.
+        seed: the first; "Draw again" takes the next.
         recipe_path: where "Save recipe" writes, unless another path is typed in.
 
     Returns:
@@ -132,7 +120,7 @@ def explorer(
         if request == now["request"]:
             found = similarity(list(scans).index(asked[0]), *asked[1:]) if similarity else None
             if request == now["request"]:
-                facts.value = pair_facts_png(now["pair"], found, note)
+                facts.value = png(pair_facts(now["pair"], found, note))
 
     def make(request: int, asked: Asked) -> None:
         if request != now["request"]:  # overtaken while it waited
@@ -208,12 +196,6 @@ def _keep(recipe: Callable[[], Recipe], path: str) -> widgets.VBox:
 
 def _wrong(error: Exception) -> str:
     return f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
-
-
-def _middle(grid: Grid) -> Point:
-    """MNI mm of the middle voxel."""
-    return tuple(planes.slice_mm(grid, plane, grid.shape[list(PLANES).index(plane)] // 2)
-                 for plane in ("sagittal", "coronal", "axial"))
 
 
 def display_explorer(box: widgets.VBox) -> None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 DPI = 90
 MAX_WIDTH = 900  # pixels
 TEXT = 9  # points
+LEGEND = {"fontsize": TEXT - 1, "title_fontsize": TEXT - 1, "frameon": False}
 
 
 def blank(width: float, height: float, title: str = "", note: str = "") -> Figure:
@@ -32,15 +33,28 @@ def blank(width: float, height: float, title: str = "", note: str = "") -> Figur
     return figure
 
 
+def png(figure: Figure, **options: str) -> bytes:
+    """A figure as PNG bytes, for a widget; options as for `savefig`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
+
+
 def small(figure: Figure | bytes, colours: int = 64) -> Image:
     """A figure, or a PNG, as a PNG of few colours for a notebook's page: a third of the size, and looks the same."""
     if isinstance(figure, Figure):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight")
-        figure = buffer.getvalue()
+        figure = png(figure, bbox_inches="tight")
     picture, buffer = PIL.Image.open(io.BytesIO(figure)).convert("RGB"), io.BytesIO()
     picture.quantize(colours, dither=PIL.Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
     return Image(buffer.getvalue())
+
+
+def shared_legend(figure: Figure) -> None:
+    """One legend for all panels, at the upper right beside them; what several draw stands in it once."""
+    lines = {}
+    for axes in figure.axes:
+        lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", **LEGEND)
 
 
 def bare(axes: Axes, title: str = "") -> None:

@@ -15,6 +15,8 @@ from kit.data.grid import Grid
 from kit.show.figure import MAX_WIDTH, TEXT, bare, blank
 from kit.show.planes import EDGES, PLANES, Pair, Point, cut, footer, grey, slice_name, voxel_at, window
 
+IN_A_ROW = 3  # scans of a montage, transforms of a sheet
+
 
 def three_planes(
     image: np.ndarray, grid: Grid, overlay: np.ndarray | None = None, outline: np.ndarray | None = None,
@@ -63,55 +65,52 @@ def three_planes(
     return figure
 
 
-def montage(
-    images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str] | None = None, note: str = "",
-    columns: int = 6, coronal: bool = False, position: Point | None = None, title: str = "",
-) -> Figure:
-    """Draw one axial slice per scan, with a coronal one below it if asked.
+def montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], note: str = "", title: str = "",
+            planes: Sequence[str] = ("axial",), outline: np.ndarray | None = None) -> Figure:
+    """Draw a middle slice of each scan, three scans to a row.
 
     Args:
         images: (depth, height, width) each, on the grid; each with its own grey levels.
         titles: a short line per scan.
-        columns: scans per row.
-        position: (x, y, z) MNI mm through which all are cut; the grid's middle by default.
+        planes: of `kit.show.planes.PLANES`; several slices of a scan stand side by side.
+        outline: (depth, height, width), a mask drawn as a contour over each, such as the template's brain.
     """
-    (z, y, _), (depth, height, width) = voxel_at(grid, position), grid.shape
-    rows = math.ceil(len(images) / columns)
-    tile = MAX_WIDTH / columns * (height + depth * coronal) / width + 24
-    figure = blank(MAX_WIDTH, rows * tile, title, footer(note))
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for number, axes in enumerate(panels):
-        bare(axes, titles[number] if titles is not None and number < len(images) else "")
-    for axes, image in zip(panels, images, strict=False):
+    tall, wide = _beside(np.empty(grid.shape, dtype=bool), grid, planes).shape
+    rows = max(1, math.ceil(len(images) / IN_A_ROW))
+    figure = blank(MAX_WIDTH, rows * (MAX_WIDTH / IN_A_ROW * tall / wide + 24), title, footer(note))
+    panels = figure.subplots(rows, IN_A_ROW, squeeze=False).ravel()
+    for axes in panels:
+        bare(axes)
+    for axes, image, text in zip(panels, images, titles, strict=False):
         _same_shape(grid, image=image)
-        below = [cut(image, "coronal", y)] if coronal else []
-        _draw_grey(axes, np.vstack([cut(image, "axial", z), *below]), window(image))
-    _letters(panels[0], "axial")
+        _draw_grey(axes, _beside(image, grid, planes), window(image))
+        if outline is not None:
+            axes.contour(_beside(outline, grid, planes), levels=[0.5], colors="#ffd54a", linewidths=0.7)
+        axes.set_title(text, fontsize=TEXT - 1)
+    if len(planes) == 1:
+        _letters(panels[0], planes[0])
     return figure
 
 
 def views_sheet(
-    pairs: Sequence[Pair], grid: Grid, titles: Sequence[str] | None = None, note: str = "",
-    plane: str = "axial", position: Point | None = None, title: str = "", height: float = 210,
+    pairs: Sequence[Pair], grid: Grid, titles: Sequence[str] | None = None, note: str = "", height: float = 210,
 ) -> Figure:
-    """Draw a row per pair: original, view 1, view 2, and view 1 minus view 2 (red where view 1 is brighter).
+    """Draw an axial row per pair: original, view 1, view 2, and view 1 minus view 2 (red where view 1 is brighter).
 
     All of a row share the original's grey levels, so that changes of contrast show.
 
     Args:
         pairs: what to draw; volumes (depth, height, width) on the grid.
         titles: one per row, such as the scan or the transform.
-        plane, position: which slice; position in MNI mm (x, y, z), the grid's middle by default.
         height: pixels of a slice as high as it is wide.
     """
-    index = voxel_at(grid, position)[list(PLANES).index(plane)]
-    rows, columns = cut(np.empty(grid.shape, dtype=bool), plane, 0).shape
-    figure = blank(height * 29 / 7, len(pairs) * (height * rows / columns + 6) + 20, title, footer(note))
+    index, (_, rows, columns) = voxel_at(grid)[0], grid.shape
+    figure = blank(height * 29 / 7, len(pairs) * (height * rows / columns + 6) + 20, note=footer(note))
     panels = figure.subplots(len(pairs), 4, squeeze=False)
     for number, (row, pair) in enumerate(zip(panels, pairs, strict=True)):
         _same_shape(grid, original=pair.original, view_1=pair.view_1, view_2=pair.view_2)
         low, high = window(pair.original)
-        pictures = [cut(volume, plane, index) for volume in (pair.original, pair.view_1, pair.view_2)]
+        pictures = [cut(volume, "axial", index) for volume in (pair.original, pair.view_1, pair.view_2)]
         for axes, picture in zip(row, pictures, strict=False):
             _draw_grey(axes, picture, (low, high))
         change = pictures[1].astype(np.float32) - pictures[2]
@@ -119,32 +118,42 @@ def views_sheet(
         for axes, name in zip(row, ("original", "view 1", "view 2", "view 1 − view 2"), strict=True):
             bare(axes, name if number == 0 else "")
         row[0].set_ylabel(titles[number] if titles is not None else "", fontsize=TEXT)
-        _letters(row[0], plane)
+        _letters(row[0], "axial")
     return figure
 
 
-def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndarray, grid: Grid, note: str = "",
-                    columns: int = 3, position: Point | None = None) -> Figure:
+def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndarray, grid: Grid,
+                    note: str = "") -> Figure:
     """Draw, for each transform, one axial slice at each of its strengths, weak to strong from left to right.
 
     Args:
         views: by the transform's name; volumes (depth, height, width) on the grid.
         original: whose grey levels all share.
-        columns: transforms side by side.
     """
-    index, limits, count = voxel_at(grid, position)[0], window(original), len(next(iter(views.values())))
+    index, limits, count = voxel_at(grid)[0], window(original), len(next(iter(views.values())))
     for name, volumes in views.items():
         _same_shape(grid, **{f"{name} {number}": volume for number, volume in enumerate(volumes, start=1)})
-    rows = math.ceil(len(views) / columns)
-    tile = 600 / (columns * count) * grid.shape[1] / grid.shape[2] + 22
+    rows = math.ceil(len(views) / IN_A_ROW)
+    tile = 600 / (IN_A_ROW * count) * grid.shape[1] / grid.shape[2] + 22
     figure = blank(600, rows * tile, note=footer(note))
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    panels = figure.subplots(rows, IN_A_ROW, squeeze=False).ravel()
     for axes in panels:
         bare(axes)
     for axes, (name, volumes) in zip(panels, views.items(), strict=False):
         _draw_grey(axes, np.hstack([cut(volume, "axial", index) for volume in volumes]), limits)
         bare(axes, name.replace("_", " "))
     return figure
+
+
+def _beside(volume: np.ndarray, grid: Grid, planes: Sequence[str]) -> np.ndarray:
+    """The middle slices side by side, (rows, columns) float32; lower ones centred."""
+    cuts = [cut(volume, plane, voxel_at(grid)[list(PLANES).index(plane)]) for plane in planes]
+    tall = max(len(each) for each in cuts)
+    padded = []
+    for each in cuts:
+        above = (tall - len(each)) // 2
+        padded.append(np.pad(each.astype(np.float32), ((above, tall - len(each) - above), (0, 0))))
+    return np.hstack(padded)
 
 
 def _draw_grey(axes: Axes, picture: np.ndarray, limits: tuple[float, float]) -> None:

@@ -12,8 +12,7 @@
 - ``loop``        the loop
 - ``monitor``     is it learning: measures on held-out scans, and a verdict
 - ``pretrain``    2_pretrain
-- ``evaluate``    predictions, embeddings, metrics with intervals
-- ``probe``       linear probes on embeddings
+- ``evaluate``    predictions, embeddings, linear probes, metrics with intervals
 - ``finetune``    3_finetune
 - ``benchmark``   5_benchmark
 """

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kit.data.labels import Labels, read_labels
+from kit.data.labels import LabelError, Labels, read_labels
 from kit.data.loader import PreparedScans, epoch_batches
 from kit.data.quality import passing
 from kit.data.split import check_unseen, label_subset, participant_ids, splits
@@ -23,12 +23,11 @@ from kit.models.encoder_file import load_encoder
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
 from kit.params import Finetune
-from kit.runs import Run, write_json, write_table, write_whole
+from kit.runs import Run, shown, write_json, write_table, write_whole
 from kit.train import checkpoint
-from kit.train.evaluate import METRICS, outputs, score
+from kit.train.evaluate import METRICS, fit_probe, outputs, predict_probe, score
 from kit.train.loop import Settings, fit
 from kit.train.objectives import Supervised
-from kit.train.probe import fit_probe, predict_probe
 
 TESTED = {"test": "in_distribution", "out_of_distribution": "out_of_distribution"}
 
@@ -73,7 +72,7 @@ def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: 
     Where the other store's index has a column `split`, its rows of `out_of_distribution` are taken, else all.
 
     Raises:
-        LabelError: the label cannot be used, or a part has no scans or only one class.
+        LabelError: the label cannot be used, the two stores' classes differ, or a part lacks scans or a class.
     """
     labels = read_labels(store.index, task, kind)
     place = splits(store.index, seed)
@@ -83,11 +82,15 @@ def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: 
     if out_of_distribution is not None:
         index = out_of_distribution.index
         theirs = read_labels(index, task, labels.kind)
+        if theirs.classes != labels.classes:  # both are sorted: 1 could stand for another class there
+            raise LabelError(f"{task}: the classes are {', '.join(labels.classes)} in {shown(store.folder)}, but "
+                             f"{', '.join(theirs.classes)} in {shown(out_of_distribution.folder)}; rename them there, "
+                             "or empty the cells of scans of other classes")
         keep = (index["split"] == "out_of_distribution").to_numpy() if "split" in index else np.ones(len(index), bool)
         parts["out_of_distribution"] = _part(out_of_distribution, theirs, keep)
     for name, part in parts.items():
         if len(part.rows) < 2 or (labels.kind == "classification" and len(np.unique(part.labels)) < 2):
-            raise ValueError(f"{task}: the {name} split has {len(part.rows)} labelled scans, "
+            raise LabelError(f"{task}: the {name} split has {len(part.rows)} labelled scans, "
                              f"of classes {sorted(set(part.labels))}; it needs both classes, or another split")
     return Task(labels, parts)
 
@@ -116,17 +119,11 @@ def finetune(task: Task, encoder: nn.Module, settings: Settings, flip: bool,
              folder: Path | None = None) -> tuple[Predictor, pd.DataFrame]:
     """Train a copy of the encoder with a new head on the task's training part.
 
-    The epoch of the lowest loss on the validation part is kept; the test part is not looked at.
-
-    Args:
-        task: see `read_task`.
-        encoder: left as it is.
-        settings: of the loop; a batch larger than the training part is cut to it.
-        flip: mirror left and right at random.
-        folder: of the run, to resume; None keeps nothing on disk.
+    The epoch of the lowest loss on the validation part is kept; the test part is not looked at. A batch larger than
+    the training part is cut to it. With `flip`, left and right are mirrored at random.
 
     Returns:
-        the predictor and one row an epoch.
+        the predictor and one row an epoch; see `kit.train.loop.fit`, for `folder` too.
     """
     train = task.parts["train"]
     number = task.labels.kind == "regression"

@@ -27,9 +27,11 @@ from torch import nn
 from kit.data.loader import PreparedScans, in_order, load
 from kit.data.split import participant_ids
 from kit.models.encoder_file import device
+from kit.train.evaluate import as_trained, scans_at_a_time
+from kit.train.loss import nt_xent
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
-LEAST = 20  # participants of a probe; fewer say nothing
+LEAST = 20  # participants of a probe, held-out scans of a verdict on the validation loss; fewer say nothing
 
 
 def look(objective: nn.Module, scans: PreparedScans, rows: pd.DataFrame, batch_size: int) -> dict[str, float]:
@@ -38,18 +40,20 @@ def look(objective: nn.Module, scans: PreparedScans, rows: pd.DataFrame, batch_s
     Args:
         objective: SimCLR (with `embed`) or any other with an `encoder`.
         scans, rows: held-out scans, and their rows of the index in the same order.
-        batch_size: scans at a time.
+        batch_size: scans at a time, fewer where they are large; what is measured does not depend on it.
 
     Returns:
-        rank; for SimCLR alignment, uniformity, spread, found (share of views whose nearest view is the right one);
+        rank (at most scans - 1); for SimCLR alignment, uniformity, spread, found (share of views whose nearest
+        among all views of all scans is the right one; by chance 1 / (2 scans - 1));
         `probe_LABEL` for each label: balanced accuracy, or the coefficient of determination of a number.
     """
     features, views = embed(objective, scans, batch_size)
     found = {"rank": effective_rank(features)}
     if views is not None:
         first, second = F.normalize(views, dim=-1)
-        found |= {"alignment": alignment(first, second), "uniformity": uniformity(torch.cat([first, second])),
-                  "spread": spread(torch.cat([first, second])), "found": partners_found(first, second)}
+        both, (_, top1) = torch.cat([first, second]), nt_xent(first, second, 1.0, gather=False)
+        found |= {"alignment": alignment(first, second), "uniformity": uniformity(both), "spread": spread(both),
+                  "found": float(top1)}
     people = participant_ids(rows).to_numpy()
     for name in LABELS:
         if name in rows and (value := probe(features.numpy(), rows[name], people)) is not None:
@@ -62,11 +66,12 @@ def embed(objective: nn.Module, scans: PreparedScans, batch_size: int) -> tuple[
     """Features of the scans as they are (scans, width), and for SimCLR the views' embeddings (2, scans, width)."""
     objective.eval()
     features, views = [], []
-    for batch in load(scans, in_order(len(scans), batch_size)):
+    for batch in load(scans, in_order(len(scans), min(batch_size, scans_at_a_time(scans.store.grid.shape)))):
         batch = batch.to(device())
-        features.append(objective.encoder(batch.images).float().cpu())
-        if hasattr(objective, "compare"):
-            views.append(objective(batch, 0, embed=True).float().cpu())
+        with as_trained():
+            features.append(objective.encoder(batch.images).float().cpu())
+            if hasattr(objective, "compare"):
+                views.append(objective(batch, 0, embed=True).float().cpu())
     return torch.cat(features), torch.cat(views, 1) if views else None
 
 
@@ -90,13 +95,6 @@ def effective_rank(features: torch.Tensor) -> float:
     values = torch.linalg.svdvals((features - features.mean(0)).double())
     share = values / values.sum().clamp_min(1e-12) + 1e-7
     return float((-(share * share.log()).sum()).exp())
-
-
-def partners_found(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Share of views whose most similar view is the other one of their scan; unit vectors (scans, width)."""
-    views = torch.cat([first, second])
-    nearest = (views @ views.T).fill_diagonal_(-2).argmax(1)
-    return float((nearest == torch.arange(len(views)).roll(len(first))).float().mean())
 
 
 def probe(features: np.ndarray, labels: pd.Series, participants: np.ndarray) -> float | None:
@@ -129,29 +127,40 @@ def monitor_of(held_out: PreparedScans, rows: pd.DataFrame, every: int, batch_si
                                      if epoch % every == 0 or epoch in (1, epochs) else {})
 
 
-def verdict(log: pd.DataFrame, batch_size: int, sites: int = 0) -> str:
-    """One line in plain words: learning, not learning, collapsed, or memorising site; and why.
+def verdict(log: pd.DataFrame, chance: float, sites: int = 0, held_out: int = 0) -> str:
+    """One line in plain words: learning, not learning, collapsed, memorising site or the scans; and why.
+
+    - Few partners are found: less than twice chance, and less than chance and a tenth (at batch 2, 43 % of views).
+    - Collapsed: few partners are found, and spread is below 0.1 or uniformity above -0.05; or the effective rank is
+      below 1.5 and below half of what it was at first (it is less than the number of held-out scans).
+    - Not learning: the loss is less than 1 % down, or few partners are found.
+    - Memorising site: of the way from chance to certainty the probe of site went 60 %, 10 % of it in training.
+    - Overfitting: in each of the last three epochs the validation loss lay above its best by a fifth of its first
+      value, and the training loss is lower than at that best. Only with at least 20 held-out scans: that of fewer
+      jumps by itself.
 
     Args:
         log: a row an epoch, from `pretrain`.
-        batch_size: scans of a global batch.
+        chance: share of views that find their partner by chance, see `kit.train.pretrain.by_chance`.
         sites: how many sites the held-out scans come from; 0 or 1: unknown.
+        held_out: how many scans are held out; 0: unknown.
     """
     if len(log) < 2:
         return "too early to say: less than two epochs"
     seen = log.dropna(subset=["rank"]) if "rank" in log else log.iloc[:0]
     last, fell = log.iloc[-1], (log["loss"].iloc[0] - log["loss"].iloc[-1]) / abs(log["loss"].iloc[0])
     now, start = (seen.iloc[-1], seen.iloc[0]) if len(seen) else ({}, {})
-    if "spread" in now and (now["spread"] < 0.1 or now["uniformity"] > -0.05):
+    lost = "top1" not in last or last["top1"] < min(2 * chance, chance + 0.1)
+    if lost and "spread" in now and (now["spread"] < 0.1 or now["uniformity"] > -0.05):
         return (f"COLLAPSED: all scans get nearly the same embedding (spread {now['spread']:.2f} of 1, uniformity "
                 f"{now['uniformity']:.2f}); lower learning_rate, warm up longer, or take a larger batch")
-    if "rank" in now and now["rank"] < 1.5:
-        return f"COLLAPSED: the features of all scans lie on one line (effective rank {now['rank']:.1f})"
+    if "rank" in now and now["rank"] < min(1.5, 0.5 * start["rank"]):
+        return (f"COLLAPSED: the features of all scans lie on one line (effective rank {now['rank']:.1f}, "
+                f"{start['rank']:.1f} at first)")
     if fell < 0.01:
         return (f"NOT LEARNING: the loss went from {log['loss'].iloc[0]:.3f} to {last['loss']:.3f}, less than 1 % "
                 "down; look at learning_rate, temperature and the views")
-    chance = 1 / (2 * batch_size - 1)
-    if "top1" in last and last["top1"] < 2 * chance:
+    if "top1" in last and lost:
         return (f"NOT LEARNING: {last['top1']:.1%} of the views find their partner, by chance {chance:.1%} would; "
                 "look at learning_rate, temperature and the views")
     site = next((name for name in ("probe_site", "probe_dataset") if name in now and not pd.isna(now[name])), None)
@@ -161,8 +170,25 @@ def verdict(log: pd.DataFrame, batch_size: int, sites: int = 0) -> str:
             return (f"MEMORISING SITE: where a scan was made can be told from its features in {now[site]:.0%} of cases "
                     f"(chance {1 / sites:.0%}, {start[site]:.0%} at first): the scanner is learned; use stronger "
                     "intensity views, or check the preparation")
+    if held_out >= LEAST and (words := _by_heart(log, held_out)):
+        return words
     words = f"LEARNING: the loss fell by {fell:.0%}"
     if "top1" in last:
         words += f"; {last['top1']:.0%} of the views find their partner (chance {chance:.1%})"
     probes = [f"{name.removeprefix('probe_')} {now[name]:.2f}" for name in seen if name.startswith("probe_")]
     return words + (f"; read off the features: {', '.join(probes)}" if probes else "")
+
+
+def _by_heart(log: pd.DataFrame, held_out: int) -> str:
+    """The verdict on scans that are memorised, or nothing; see `verdict` for when."""
+    known = log.dropna(subset=["validation_loss"]) if "validation_loss" in log else log.iloc[:0]
+    if len(known) < 4:
+        return ""
+    best, last, loss = known.loc[known["validation_loss"].idxmin()], known.iloc[-1], known["validation_loss"]
+    rose = loss.iloc[-3:].min() - best["validation_loss"] > 0.2 * loss.iloc[0]
+    if not rose or last["loss"] >= best["loss"]:
+        return ""
+    return (f"OVERFITTING: it is memorising the scans: on {held_out} held-out scans the loss was "
+            f"{best['validation_loss']:.3f} after epoch {best['epoch']:.0f} and is {last['validation_loss']:.3f} now, "
+            f"while that of training fell from {best['loss']:.3f} to {last['loss']:.3f}; train for fewer epochs, on "
+            "more scans, or with stronger views")

@@ -105,11 +105,23 @@ def batches_for(params: Pretrain, learned: pd.DataFrame) -> Callable[[int], list
     return lambda epoch: batches_of(participants, datasets, params.batch_size, params.seed, epoch, params.sampling)
 
 
-def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Held-out scans of an MAE run: the scan, what the network sees, what it fills in; each (depth, height, width)."""
+def by_chance(params: Pretrain, learned: pd.DataFrame) -> float:
+    """Share of views that find their partner by chance, mean over batches: those of few participants are smaller."""
+    sizes = [len(batch) // (2 if params.session_pairs else 1) for batch in batches_for(params, learned)(0)]
+    return float(np.mean([1 / (2 * size - 1) for size in sizes]))
+
+
+def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
+    """The objective with the last checkpoint's weights, and its store."""
     store = Store.open(params.prepared)
     model = build_objective(params, store)
     model.load_state_dict(checkpoint.weights(checkpoint.load(run / "checkpoints")))
+    return model, store
+
+
+def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Held-out scans of an MAE run: the scan, what the network sees, what it fills in; each (depth, height, width)."""
+    model, store = _restored(params, run)
     held_out = PreparedScans(store, choose_scans(params, store)[1])
     batch = collate([held_out[number] for number in range(min(scans, len(held_out)))])
     images = batch.images.float()
@@ -120,9 +132,7 @@ def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np
 def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The encoder that a run left, with its record; with `params`, that of the last checkpoint of an unfinished run."""
     if params and not (run / "encoder.safetensors").exists():
-        store = Store.open(params.prepared)
-        model = build_objective(params, store)
-        model.load_state_dict(checkpoint.weights(checkpoint.load(run / "checkpoints")))
+        model, store = _restored(params, run)
         return model.encoder, record_of(params, store)
     record = read_record(run.folder)
     return load_encoder(run.folder, record["preparation"])

@@ -9,10 +9,10 @@ from sklearn.metrics import roc_auc_score
 from kit.show.curves import (
     benchmark_table,
     embedding_map,
-    histograms_by_site,
     label_efficiency,
     predictions,
     registration_errors,
+    summary,
     training_curves,
 )
 
@@ -24,7 +24,7 @@ COMPARED = (("simclr", "probe", 0.2), ("random", "probe", 0.0), ("simclr", "fine
 def tidy() -> pd.DataFrame:
     """Two seeds; the value says which row it is."""
     rows = []
-    for task, metric, base in (("stroke", "auc", 0.5), ("age", "mae_years", 10)):
+    for task, metric, base in (("stroke", "auc", 0.5), ("age", "mean_absolute_error", 10)):
         for distribution in ("in_distribution", "out_of_distribution"):
             for encoder, mode, better in COMPARED:
                 for fraction in (1.0, 0.2):
@@ -77,11 +77,30 @@ def test_benchmark_table_reads_as_text(tidy):
     assert list(table.columns) == ["simclr", "random"]
     row = ("stroke", "auc", "in_distribution", "probe", 0.2, 120)
     assert table.loc[row, "simclr"] == "0.73 [0.65, 0.79]"
-    assert table.loc[("age", "mae_years", "out_of_distribution", "probe", 1.0, 120), "random"] == "10.1 [10.0, 10.2]"
+    age = ("age", "mean_absolute_error", "out_of_distribution", "probe", 1.0, 120)
+    assert table.loc[age, "random"] == "10.1 [10.0, 10.2]"
     assert table.loc[("stroke", "auc", "in_distribution", "finetune", 1.0, 120), "random"] == ""
     assert table.index.names[-1] == "participants" and len(table) == 16
     with pytest.raises(ValueError, match="tidy lacks participants"):
         benchmark_table(tidy.drop(columns="participants"))
+
+
+def test_the_printed_summary(tidy):
+    head = " " * 36 + "simclr              random\n"
+    assert summary(tidy, NOTE).startswith(f"""\
+Main result (procedural data): mean over seeds [95 % interval over test participants]
+
+Linear probe on frozen features, 100% of the labels, in and out of distribution
+{head}  AUC, higher is better
+    stroke, in             n = 120  0.81 [0.73, 0.87]   0.61 [0.53, 0.67]
+    stroke, out of         n = 120  0.81 [0.73, 0.87]   0.61 [0.53, 0.67]
+  mean absolute error, lower is better
+    age, in                n = 120  10.3 [10.2, 10.4]   10.1 [10.0, 10.2]
+    age, out of            n = 120  10.3 [10.2, 10.4]   10.1 [10.0, 10.2]
+
+All weights trained, 100% of the labels, in and out of distribution
+{" " * 36}simclr
+""")
 
 
 def test_roc_curves_name_their_area_and_their_number():
@@ -98,9 +117,12 @@ def test_roc_curves_name_their_area_and_their_number():
     assert names(predictions(table.drop(columns="distribution"), "auc").axes[0])[0].startswith("n = 60 (AUC")
 
 
-def test_ages_are_drawn_true_against_predicted():
+def test_ages_are_drawn_true_against_predicted_in_years_and_other_numbers_without():
     table = pd.DataFrame({"true": [50.0, 60, 70], "predicted": [53.0, 60, 64]})
-    axes = predictions(table, "mae_years").axes[0]
+    score = predictions(table, "mean_absolute_error", "mmse").axes[0]
+    assert names(score) == ["n = 3, error 3.0"] and (score.get_xlabel(), score.get_ylabel()) == ("true", "predicted")
+    axes = predictions(table, "mean_absolute_error", "age").axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("true (years)", "predicted (years)")
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), table.to_numpy())
     assert names(axes) == ["n = 3, error 3.0 years"]
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[50, 50], [70, 70]])
@@ -121,18 +143,6 @@ def test_embedding_map_finds_the_direction_that_varies():
     assert [len(dots.get_offsets()) for dots in by_site.collections] == [20, 20]
 
 
-def test_histograms_share_their_bins():
-    index = pd.DataFrame({"site": ["A"] * 3 + ["B"] * 2, "age": [50.0, 51, 90, 70, np.nan], "sex": list("FFMFM")})
-    axes = histograms_by_site(index, "age", note=NOTE).axes[0]
-    assert sorted(names(axes)) == ["A (n = 3)", "B (n = 1)"]
-    outlines = [patch.get_xy() for patch in axes.patches]
-    np.testing.assert_array_equal(np.unique(outlines[0][:, 0]), np.unique(outlines[1][:, 0]))
-    bars = histograms_by_site(index, "sex").axes[0].containers
-    assert [[bar.get_height() for bar in group] for group in bars] == [[2, 1], [1, 1]]  # A: F M, B: F M
-    with pytest.raises(ValueError, match="index lacks diagnosis"):
-        histograms_by_site(index, "diagnosis")
-
-
 def test_registration_errors_join_before_and_after():
     table = pd.DataFrame({"scan": ["s1", "s2"], "moved_mm": [12.0, 8.0], "error_mm": [0.5, 1.5]})
     axes = registration_errors(table, note=NOTE).axes[0]
@@ -142,6 +152,5 @@ def test_registration_errors_join_before_and_after():
 
 def test_pyplot_keeps_no_figure(tidy):
     label_efficiency(tidy)
-    histograms_by_site(pd.DataFrame({"site": ["A", "B"], "sex": ["F", "M"]}), "sex")
     predictions(pd.DataFrame({"true": [0, 1], "predicted": [0.2, 0.3]}), "auc")
     assert plt.get_fignums() == []

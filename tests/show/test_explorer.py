@@ -14,7 +14,7 @@ from kit.augment.draws import TRANSFORMS
 from kit.augment.recipe import Recipe, alone, names, read_recipe
 from kit.data.grid import Grid
 from kit.show import explorer as module
-from kit.show.explorer import display_explorer, explorer, render_pair, static_picture
+from kit.show.explorer import display_explorer, explorer, render_pair
 from kit.show.planes import Pair
 from kit.show.recipe_controls import RecipeControls
 from kit.show.similarity import Similar
@@ -113,10 +113,12 @@ def test_a_picture_of_96_cubed_is_quick():
     assert pixels(png).shape[1] <= 900
 
 
-def test_first_picture_is_the_static_one():
+def test_first_picture_is_the_pair_at_the_sliders_places():
     box = explorer(make_pair, ["first", "second"], {"paper": RECIPES["paper"]}, GRID, seed=3, note="procedural data")
     picture, words = find(box, kind=widgets.Image), find(box, kind=widgets.HTML)
-    still = static_picture(make_pair, "first", RECIPES["paper"], GRID, seed=3, note="procedural data")
+    place = tuple(find(box, f"{axis} (mm)").value for axis in "xyz")
+    still = render_pair(make_pair("first", RECIPES["paper"], 3), GRID, place, "procedural data")
+    assert place == tuple(GRID.affine[:3] @ (7, 8, 6, 1))  # the middle voxel
     np.testing.assert_array_equal(pixels(picture.value), pixels(still))
     assert words.value == "first by 1, strength 1.0, seed 3 <i>(0.25 s)</i>"
 

@@ -9,7 +9,9 @@ import pytest
 from kit.data.grid import Grid
 from kit.data.quality import FIGURES, flagged
 from kit.data.template import template_on
-from kit.show.quality import _beside, quality_histograms, quality_montage
+from kit.show.planes import PLANES
+from kit.show.quality import quality_histograms, quality_montage
+from kit.show.slices import _beside
 
 GRID = Grid((20, 26, 22), 8.0)
 
@@ -35,7 +37,7 @@ def test_montage_draws_every_scan_under_the_outline() -> None:
 def test_planes_lie_side_by_side_upright() -> None:
     volume = np.zeros(GRID.shape, np.float32)
     volume[15, 13, 4] = 1  # above the middle, left
-    picture = _beside(volume, GRID)
+    picture = _beside(volume, GRID, tuple(PLANES))
     assert picture.shape == (26, 22 + 22 + 26)
     assert np.argwhere(picture).tolist() == [[3 + 20 - 1 - 15, 22 + 4]]  # in the coronal slice, three rows of margin
 

@@ -77,12 +77,12 @@ def test_a_volume_of_another_shape_is_refused(scan):
 
 
 def test_montage_has_a_tile_per_scan(scan):
-    figure = montage([scan, 2 * scan, -scan], GRID, ["one", "two", "three"], "procedural data", 2, coronal=True)
-    assert len(figure.axes) == 4 and [len(axes.images) for axes in figure.axes] == [1, 1, 1, 0]
-    assert [axes.get_title() for axes in figure.axes] == ["one", "two", "three", ""]
+    figure = montage([scan, 2 * scan, -scan, scan], GRID, ["one", "two", "three", "four"], "procedural data")
+    assert [len(axes.images) for axes in figure.axes] == [1, 1, 1, 1, 0, 0]
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two", "three", "four", "", ""]
     tile = np.asarray(figure.axes[0].images[0].get_array())
-    assert tile.shape == (16 + 12, 14)
-    assert tile[3:7, 2:5].min() == 1 and tile[3:7, 9:12].max() < 1  # the block: upper left of the axial part
+    assert tile.shape == (16, 14) and "".join(text.get_text() for text in figure.axes[0].texts) == "LRA"
+    assert tile[3:7, 2:5].min() == 1 and tile[3:7, 9:12].max() < 1  # the block: upper left
     assert "procedural data" in figure.get_supxlabel()
 
 
@@ -101,15 +101,15 @@ def test_views_sheet_shows_the_difference_and_shared_grey_levels(scan):
 
 def test_figures_are_small_and_pyplot_keeps_none(scan):
     pair = Pair(scan, scan, scan)
-    for figure in (three_planes(scan, GRID, scan), montage([scan] * 7, GRID), views_sheet([pair], GRID)):
+    for figure in (three_planes(scan, GRID, scan), montage([scan] * 7, GRID, [""] * 7), views_sheet([pair], GRID)):
         assert figure.get_size_inches()[0] * figure.dpi <= 900
     assert plt.get_fignums() == []
 
 
 def test_strengths_sheet_has_a_panel_per_transform(scan):
     figure = strengths_sheet({"gamma_inverted": [scan, 2 * scan], "flip": [scan, scan[:, :, ::-1]]}, scan, GRID,
-                             "procedural data", columns=2)
-    assert [axes.get_title() for axes in figure.axes] == ["gamma inverted", "flip"]
+                             "procedural data")
+    assert [axes.get_title() for axes in figure.axes] == ["gamma inverted", "flip", ""]
     flip = np.asarray(figure.axes[1].images[0].get_array())
     assert flip.shape == (16, 28) and flip[5, 3] == 1 and flip[5, 14 + 10] == 1  # left, then right
     assert "procedural data" in figure.get_supxlabel()

@@ -4,7 +4,7 @@ import pandas as pd
 
 from kit.params import Benchmark
 from kit.runs import Run
-from kit.show.summary import summary
+from kit.show.curves import summary
 from kit.train.benchmark import KEYS, plan, run_benchmark
 
 

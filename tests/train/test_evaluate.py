@@ -1,11 +1,29 @@
 """Metrics against scikit-learn, and intervals that cover."""
 
+import math
+
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 
-from kit.train.evaluate import score
-from kit.train.probe import fit_probe, predict_probe
+from kit.data.loader import PreparedScans
+from kit.train import evaluate
+from kit.train.evaluate import fit_probe, outputs, predict_probe, scans_at_a_time, score
+
+
+def test_few_large_scans_or_many_small_ones_at_a_time(store, monkeypatch):
+    assert scans_at_a_time((36, 48, 40)) == 32 and scans_at_a_time((150, 192, 192)) == 3
+    assert scans_at_a_time((512, 512, 512)) == 2
+    sizes = []
+
+    class Mean(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images))
+            return images.mean((2, 3, 4))
+
+    monkeypatch.setattr(evaluate, "VOXELS", 5 * math.prod(store.grid.shape))
+    assert outputs(Mean(), PreparedScans(store, store.index)).shape == (32, 1) and sizes == [5] * 6 + [2]
 
 
 def test_values_are_those_of_scikit_learn():

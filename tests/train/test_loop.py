@@ -13,6 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from kit.augment.recipe import Recipe
+from kit.data.labels import LabelError
 from kit.data.loader import PreparedScans, collate
 from kit.data.split import LeakageError
 from kit.data.store import scan_path, write_scan
@@ -29,7 +30,7 @@ from kit.train.distributed import (
     synchronise_batch_norm,
     world_size,
 )
-from kit.train.finetune import load_predictor, run_finetune
+from kit.train.finetune import load_predictor, read_task, run_finetune
 from kit.train.loop import Settings, TrainingError, learning_rate
 from kit.train.objectives import SimCLR
 from kit.train.pretrain import pretrain
@@ -124,6 +125,17 @@ def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
         with torch.no_grad():
             alone = float(model(image) * model.sd + model.mean)
         assert record["task"] == task and alone == pytest.approx(predictions["predicted"][0], rel=1e-3, abs=1e-4)
+
+
+def test_other_classes_out_of_distribution_are_refused(tmp_path):
+    stores = {}
+    for name, words in (("here", ("CN", "AD")), ("there", ("CN", "MCI"))):  # CN is 1 here, 0 there
+        (tmp_path / name).mkdir()
+        stores[name] = make_store(tmp_path / name)
+        stores[name].index["diagnosis"] = stores[name].index["lesion"].map(dict(enumerate(words)))
+    with pytest.raises(LabelError, match=r"diagnosis.*AD, CN.*CN, MCI.*rename"):
+        read_task(stores["here"], stores["there"], "diagnosis", "auto", 0)
+    assert "out_of_distribution" in read_task(stores["here"], stores["here"], "diagnosis", "auto", 0).parts
 
 
 def test_a_loss_that_is_not_finite_names_the_scans(tmp_path):

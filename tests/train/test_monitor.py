@@ -8,10 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kit.data.loader import PreparedScans
 from kit.params import Pretrain
 from kit.runs import Run
-from kit.train.monitor import alignment, effective_rank, partners_found, probe, spread, uniformity, verdict
-from kit.train.pretrain import pretrain
+from kit.train import evaluate
+from kit.train.monitor import alignment, effective_rank, look, probe, spread, uniformity, verdict
+from kit.train.objectives import SimCLR
+from kit.train.pretrain import build_objective, by_chance, pretrain
 
 
 def test_closed_forms():
@@ -19,7 +22,7 @@ def test_closed_forms():
     assert alignment(axes, axes) == 0 and alignment(axes, -axes) == 4
     assert uniformity(axes) == pytest.approx(-4)  # all squared distances are 2
     assert uniformity(torch.ones(5, 4) / 2) == pytest.approx(0, abs=1e-6)
-    assert partners_found(axes, axes) == 1 and spread(torch.ones(5, 4) / 2) == pytest.approx(0, abs=1e-6)
+    assert spread(torch.ones(5, 4) / 2) == pytest.approx(0, abs=1e-6)
     generator = torch.Generator().manual_seed(0)
     even = F.normalize(torch.randn(4000, 64, generator=generator), dim=1)
     assert spread(even) == pytest.approx(1, abs=0.02)
@@ -51,16 +54,62 @@ def log(**columns):
 
 @pytest.mark.parametrize(("columns", "word"), [
     ({}, "LEARNING: the loss fell by 41%"),
-    ({"spread": [0.5, 0.01], "uniformity": [-1.0, -0.001]}, "COLLAPSED"),
+    ({"spread": [0.5, 0.01], "uniformity": [-1.0, -0.001], "top1": [0.1, 0.04]}, "COLLAPSED"),
+    ({"spread": [0.2, 0.088], "uniformity": [-0.1, -0.036], "top1": [0.08, 0.375]}, "LEARNING"),  # 4 held-out scans
     ({"rank": [8.0, 1.1]}, "COLLAPSED"),
+    ({"rank": [1.9, 1.4]}, "LEARNING"),  # of 3 held-out scans it is 2 at most
     ({"loss": [3.43, 3.42]}, "NOT LEARNING: the loss"),
     ({"top1": [0.03, 0.04]}, "NOT LEARNING: 4.0% of the views"),
     ({"probe_site": [0.5, 0.95]}, "MEMORISING SITE"),
     ({"probe_site": [0.5, 0.6]}, "LEARNING"),
 ])
 def test_the_verdict_in_plain_words(columns, word):
-    assert verdict(log(**columns), batch_size=16, sites=2).startswith(word)
-    assert verdict(log(**columns).head(1), 16).startswith("too early")
+    assert verdict(log(**columns), chance=1 / 31, sites=2).startswith(word)
+    assert verdict(log(**columns).head(1), 1 / 31).startswith("too early")
+
+
+@pytest.mark.parametrize(("batch", "top1", "word"), [(2, 0.5, "LEARNING"), (2, 0.4, "NOT LEARNING"),
+                                                     (72, 0.03, "LEARNING"), (72, 0.01, "NOT LEARNING")])
+def test_how_many_partners_are_more_than_chance_finds(batch, top1, word):
+    assert verdict(log(top1=[0.0, top1]), 1 / (2 * batch - 1)).startswith(word)
+
+
+@pytest.mark.parametrize(("validation", "held_out", "word"), [
+    ([2.0, 1.0, 0.8, 1.5, 1.6, 1.7], 40, "OVERFITTING"),
+    ([2.0, 1.0, 0.8, 1.5, 1.6, 1.7], 4, "LEARNING"),  # too few scans to say so
+    ([2.0, 1.0, 0.8, 0.9, 1.1, 1.1], 40, "LEARNING"),  # within what it jumps
+    ([2.0, 1.0, 0.8, 1.5, 0.9, 1.7], 40, "LEARNING"),  # one bad epoch
+    ([2.0, 1.0, 0.8, 1.5, 1.6, math.nan], 40, "LEARNING"),  # stopped in an epoch; two remain above the best
+])
+def test_scans_learned_by_heart_are_called_so(validation, held_out, word):
+    train = [3.0, 2.0, 1.5, 1.2, 1.0, 0.9]
+    rows = pd.DataFrame({"epoch": range(1, 7), "loss": train, "top1": 0.8, "validation_loss": validation})
+    said = verdict(rows, 1 / 15, held_out=held_out)
+    assert said.startswith(word)
+    if word == "OVERFITTING":
+        assert "memorising the scans" in said and "0.800 after epoch 3" in said and "40 held-out scans" in said
+        assert verdict(rows.assign(loss=[3.0, 2.0, 1.5, 1.6, 1.7, 1.8]), 1 / 15, held_out=40).startswith("LEARNING")
+
+
+def test_chance_follows_the_batches_that_are_really_used(store):
+    def chance(**changes) -> float:
+        asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused", **changes})
+        return by_chance(asked, store.index)
+
+    assert chance(batch_size=8) == pytest.approx(1 / 15)
+    # 24 participants, 8 of whom have a second scan: a batch of 24 and one of 8
+    assert chance(batch_size=64) == pytest.approx((1 / 47 + 1 / 15) / 2)
+    assert chance(batch_size=64, session_pairs=True) == pytest.approx(1 / 47)
+
+
+def test_a_look_takes_few_scans_at_a_time_and_finds_the_same(store, monkeypatch):
+    asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused", "batch_size": 16})
+    objective, scans = build_objective(asked, store), PreparedScans(store, store.index)
+    whole, sizes = look(objective, scans, store.index, 16), []
+    objective.encoder.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(evaluate, "VOXELS", 3 * math.prod(store.grid.shape))
+    assert look(objective, scans, store.index, 16) == pytest.approx(whole, abs=1e-3)
+    assert isinstance(objective, SimCLR) and max(sizes) == 6  # both views of three scans
 
 
 @pytest.mark.slow
@@ -70,6 +119,6 @@ def test_real_runs_get_the_verdict_that_they_deserve(store, tmp_path):
         params = Pretrain.model_validate({"prepared": store.folder, "output_dir": tmp_path / name, "epochs": 12,
                                           "batch_size": 8, "validation_fraction": 0.4, "projection": [32, 16],
                                           **changes})
-        said[name] = verdict(pretrain(params, Run.of(params)), 8, 2)
+        said[name] = verdict(pretrain(params, Run.of(params)), 1 / 15, 2)
     assert said["good"].startswith("LEARNING") and said["hot"].startswith(("NOT LEARNING", "COLLAPSED"))
     assert not math.isnan(pd.read_csv(tmp_path / "good/log.csv")["alignment"].iloc[-1])

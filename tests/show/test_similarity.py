@@ -9,10 +9,9 @@ from torch import nn
 
 from kit.augment.recipe import Recipe, read_recipe
 from kit.data.loader import Batch
-from kit.show.figure import small
-from kit.show.pair_facts import pair_facts, pair_facts_png
+from kit.show.figure import png, small
 from kit.show.planes import Pair
-from kit.show.similarity import similarity_under
+from kit.show.similarity import pair_facts, similarity_under
 
 SHAPE = (6, 8, 7)
 
@@ -50,12 +49,12 @@ def test_the_figure_shows_both():
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["original", "view 1", "view 2"]
     assert right.get_title() == "cosine similarity under voxels" and "procedural data" in figure.get_supxlabel()
     assert f"this pair: {found.pair:.3f}" in [text.get_text() for text in right.get_legend().get_texts()]
-    assert Image.open(io.BytesIO(pair_facts_png(pair, found))).width <= 900
+    assert Image.open(io.BytesIO(png(pair_facts(pair, found)))).width <= 900
 
 
 def test_a_small_picture_looks_the_same():
     volume = scans().images[0, 0].numpy()
-    whole = pair_facts_png(Pair(volume, volume, volume))
+    whole = png(pair_facts(Pair(volume, volume, volume)))
     reduced = small(whole).data
     assert len(reduced) < 0.7 * len(whole)
     one, other = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in (whole, reduced))
