@@ -15,7 +15,7 @@ from tests.conftest import make_store
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 400  # of the array's tasks: more than fit into a minute
+EPOCHS = 200  # of the tasks of an array: more than fit between a start and the signal
 
 
 class Job:
