@@ -9,6 +9,7 @@
 - ``optimizers``  optimisers, learning rates
 - ``step``        the gradient of one step: accumulated, in chunks
 - ``journal``     what a run shows while it runs
+- ``state``       what the loop carries from step to step, and a checkpoint gives back
 - ``loop``        the loop
 - ``monitor``     is it learning: measures on held-out scans, and a verdict
 - ``pretrain``    2_pretrain

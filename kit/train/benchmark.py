@@ -18,7 +18,7 @@ from kit.params import Benchmark
 from kit.runs import Run, progress, write_table, write_whole
 from kit.train.evaluate import METRICS, outputs
 from kit.train.finetune import TESTED, Task, evaluate, finetune, predict, probe, read_task
-from kit.train.loop import Settings
+from kit.train.state import Settings
 
 KEYS = ["encoder", "mode", "task", "label_fraction", "seed"]  # one trained model; each is scored on every test set
 

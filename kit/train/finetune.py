@@ -26,8 +26,9 @@ from kit.params import Finetune
 from kit.runs import Run, shown, write_json, write_table, write_whole
 from kit.train import checkpoint
 from kit.train.evaluate import METRICS, fit_probe, outputs, predict_probe, score
-from kit.train.loop import Settings, fit
+from kit.train.loop import fit
 from kit.train.objectives import Supervised
+from kit.train.state import Settings
 
 TESTED = {"test": "in_distribution", "out_of_distribution": "out_of_distribution"}
 

@@ -70,6 +70,12 @@ class Journal:
         except OSError:
             return
 
+    def go_back(self, done: int) -> None:
+        """Count from an earlier step again, the one that a run goes on from."""
+        self.step = self.first = self.bar.n = done
+        self.begun = time.monotonic()
+        self.curve = [point for point in self.curve if point[0] <= done]
+
     def add(self, values: dict[str, Any], kind: str) -> None:
         """Numbers for TensorBoard, at the present step."""
         if self.board:

@@ -25,10 +25,11 @@ from kit.params import Pretrain
 from kit.runs import Run, write_table
 from kit.train import checkpoint
 from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm, world_size
-from kit.train.loop import Settings, fit
+from kit.train.loop import fit
 from kit.train.monitor import monitor_of
 from kit.train.nodes import launch_on_nodes
 from kit.train.objectives import MaskedReconstruction, SimCLR
+from kit.train.state import Settings
 from kit.train.stop import NAME as STOP
 from kit.train.stop import Stopped, interrupt_stops
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from kit.data.loader import Batch
 from kit.train.distributed import rank, world_size
+from kit.train.evaluate import as_trained
 
 Cuts = list[list[int]]  # this process's scans of one batch, in chunks
 
@@ -21,10 +22,16 @@ def cut(batch: list[int], chunk: int) -> Cuts:
     Args:
         batch: scan numbers.
         chunk: scans at a time; 0 takes the whole share.
+
+    Raises:
+        ValueError: there are more processes than scans.
     """
     each = len(batch) // world_size()
+    if not each:
+        raise ValueError(f"a batch of {len(batch)} scans (one of a participant) for {world_size()} processes: take "
+                         "fewer workers, or more participants")
     share = batch[rank() * each:(rank() + 1) * each]
-    size = chunk or max(each, 1)
+    size = chunk or each
     return [share[start:start + size] for start in range(0, each, size)]
 
 
@@ -63,7 +70,7 @@ def gradients(model: nn.Module, objective: nn.Module, stream: Iterator[Batch], s
         for part, part_seed in zip(cuts, seeds, strict=True):
             weight = len(part) / scans
             with _exchange(model, last and part is cuts[-1]):
-                out = _run(model, next(stream), epoch, part_seed)
+                out = run_model(model, next(stream), epoch, part_seed)
                 (out["loss"] * (weight / len(step))).backward()
             parts.append({name: value.detach() * weight for name, value in out.items()})
         reports.append({name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]})
@@ -91,22 +98,22 @@ def fitting(step: list[Cuts]) -> Iterator[None]:
 def _cached(model: nn.Module, objective: nn.Module, stream: Iterator[Batch], seeds: list[int], epoch: int,
             batches: int, last: bool) -> dict[str, torch.Tensor]:
     with torch.no_grad(), _still_statistics(objective):
-        parts = [_run(objective, next(stream), epoch, seed, embed=True) for seed in seeds]
+        parts = [run_model(objective, next(stream), epoch, seed, embed=True) for seed in seeds]
     embeddings = torch.cat(parts, dim=1).requires_grad_()  # (2, scans, width)
     out = objective.compare(*embeddings)
     (out["loss"] / batches).backward()
     for part, gradient, seed in zip(parts, embeddings.grad.split([part.shape[1] for part in parts], 1), seeds,
                                     strict=True):
         with _exchange(model, last and part is parts[-1]):
-            _run(model, next(stream), epoch, seed, embed=True).backward(gradient)
+            run_model(model, next(stream), epoch, seed, embed=True).backward(gradient)
     return {name: value.detach() for name, value in out.items()}
 
 
-def _run(model: nn.Module, batch: Batch, epoch: int, seed: int, **options: bool):
-    where = next(model.parameters()).device
+def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, **options: bool):
+    """What an objective makes of a batch, in the precision of training; the seed is of torch's random state."""
     torch.manual_seed(seed)
-    with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-        return model(batch.to(where), epoch, **options)
+    with as_trained():
+        return model(batch.to(next(model.parameters()).device), epoch, **options)
 
 
 def _exchange(model: nn.Module, now: bool):

@@ -31,9 +31,12 @@ from kit.train.distributed import (
     world_size,
 )
 from kit.train.finetune import load_predictor, read_task, run_finetune
-from kit.train.loop import Settings, TrainingError, learning_rate
+from kit.train.loop import validate
 from kit.train.objectives import SimCLR
+from kit.train.optimizers import learning_rate
 from kit.train.pretrain import pretrain
+from kit.train.state import Settings, TrainingError
+from kit.train.step import cut
 from tests.conftest import SHAPE, make_store
 
 RECIPE = Recipe.model_validate({"gamma": {"range": [0.7, 1.4]}, "noise": {"range": [0.1, 0.3]}})
@@ -231,3 +234,21 @@ def test_logs_are_tables(store, tmp_path):
     learned = params(store, tmp_path / "run", epochs=1, validation_fraction=0.0)
     log = pretrain(learned, Run.of(learned))
     assert pd.read_csv(tmp_path / "run/log.csv").equals(log) and "validation_loss" not in log
+
+
+def test_held_out_scans_are_compared_in_equal_groups_whatever_fits_at_a_time(store, monkeypatch):
+    objective = SimCLR(build_encoder("resnet18_narrow", store.grid.shape), RECIPE, projection=[16, 8], temperature=0.1,
+                       seed=0, spacing_mm=4.0)
+    scans = PreparedScans(store, store.index.head(9))
+    whole = validate(objective, scans, 8)  # 5 and 4 scans: a ninth by itself would find its partner
+    monkeypatch.setattr("kit.train.loop.scans_at_a_time", lambda shape: 2)
+    assert validate(objective, scans, 8) == pytest.approx(whole, rel=1e-5)  # float32 sums of another order
+    embeddings = torch.cat([objective(collate([scans[number]]), 0, embed=True) for number in range(9)], 1)
+    groups = [objective.compare(*embeddings[:, part])["loss"] for part in (slice(5), slice(5, 9))]
+    assert whole["loss"] == pytest.approx((5 * groups[0].item() + 4 * groups[1].item()) / 9, rel=1e-5)
+
+
+def test_more_processes_than_scans_of_a_batch_are_refused(monkeypatch):
+    monkeypatch.setattr("kit.train.step.world_size", lambda: 4)
+    with pytest.raises(ValueError, match="3 scans .* for 4 processes: take fewer workers"):
+        cut([0, 1, 2], 0)

@@ -17,9 +17,10 @@ from kit.data.loader import PreparedScans, collate, epoch_batches
 from kit.models.encoders import build_encoder
 from kit.runs import ROOT
 from kit.train.distributed import launch, process_group, rank
-from kit.train.loop import Settings, TrainingError, fit
+from kit.train.loop import fit
 from kit.train.objectives import MaskedReconstruction, SimCLR
 from kit.train.optimizers import Lars, build_optimizer
+from kit.train.state import Settings, TrainingError
 from kit.train.step import cut, gradients, reads
 from tests.conftest import SHAPE
 
