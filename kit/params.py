@@ -140,6 +140,9 @@ class Pretrain(Parameters):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
         if self.objective == "mae" and self.session_pairs:
             problems.append("session_pairs: true is for simclr; a masked autoencoder has one view")
+        if self.session_pairs and self.sampling == "balanced":
+            problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
+                            "set sampling: all, or session_pairs: false")
         if self.batch_size % self.processes():
             problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
                             + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
@@ -172,7 +175,7 @@ class Finetune(Parameters):
         if self.out_of_distribution is not None:
             problems += _prepared_problems("out_of_distribution", self.out_of_distribution)
         return problems + _encoder_problems("encoder", self.encoder) + (
-            [] if problems else _label_problems(self.prepared, self.task, self.task_type))
+            [] if problems else _label_problems("task", self.prepared, self.task, self.task_type))
 
 
 class Saliency(Parameters):
@@ -228,7 +231,7 @@ class Benchmark(Parameters):
                      for task in self.finetune_tasks if task not in self.tasks]
         if not _prepared_problems("prepared", self.prepared):
             for task in self.tasks:
-                problems += _label_problems(self.prepared, task, "auto")
+                problems += _label_problems("tasks", self.prepared, task, "auto")
         return problems
 
 
@@ -270,7 +273,7 @@ def _encoder_problems(name: str, encoder: str) -> list[str]:
     return [] if path.is_file() else [f"{name}: no file {shown(path)}; run 2_pretrain first, or say `random`"]
 
 
-def _label_problems(prepared: Path, task: str, task_type: str) -> list[str]:
+def _label_problems(name: str, prepared: Path, task: str, task_type: str) -> list[str]:
     import pandas as pd
 
     from kit.data.labels import LabelError, read_labels
@@ -278,5 +281,5 @@ def _label_problems(prepared: Path, task: str, task_type: str) -> list[str]:
     try:
         read_labels(pd.read_csv(prepared / "index.csv", low_memory=False), task, task_type)
     except LabelError as error:
-        return [f"task: {error}"]
+        return [f"{name}: {error}"]
     return []

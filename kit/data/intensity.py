@@ -52,23 +52,8 @@ def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray | None)
     return corrected
 
 
-def scaled(image: np.ndarray, mask: np.ndarray, intensity: str, white_matter: np.ndarray) -> np.ndarray:
-    """Return the image on the intensity scale that is asked for, 0 outside the mask, float32.
-
-    Args:
-        image: (z, y, x) on the grid.
-        mask: bool (z, y, x), the brain.
-        intensity: "zscore" or "whitematter"; see `z_score` and `by_white_matter`.
-        white_matter: bool (z, y, x), where the template is white matter.
-
-    Raises:
-        ScanError: the mask is empty, or the image constant inside it, or without a white-matter peak.
-    """
-    return z_score(image, mask) if intensity == "zscore" else by_white_matter(image, mask, white_matter)
-
-
 def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the image with mean 0 and deviation 1 inside the mask and 0 outside, float32.
+    """Return an image (z, y, x) with mean 0 and deviation 1 inside the mask and 0 outside, float32.
 
     Raises:
         ScanError: the mask is empty, or the image constant inside it.
@@ -80,7 +65,7 @@ def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def by_white_matter(image: np.ndarray, mask: np.ndarray, white_matter: np.ndarray) -> np.ndarray:
-    """Return the image divided by the intensity of most of its white matter, 0 outside the mask, float32.
+    """Return an image (z, y, x) divided by the intensity of most of its white matter, 0 outside the mask, float32.
 
     The peak is the mode of the smoothed histogram of voxels in the mask where the template is white matter:
     lesions, and grey matter that registration left there, do not move it.

@@ -173,13 +173,14 @@ def _to_template_space(task: Task, known: dict[str, Any]) -> tuple[np.ndarray, n
         found = find_transforms(array, affine, tuple(kind for kind in KINDS if kind in wanted))
         matrices |= {kind: matrix for kind, (matrix, _) in found.items()}
     matrix = matrices.get(settings.registration, np.eye(4))
-    if native_mask is None:
-        native_mask = brain.template_mask(array, affine, matrices.get("affine", matrix))
+    if native_mask is None:  # an affine found before, under other settings, is no guide
+        native_mask = brain.template_mask(array, affine, matrices["affine"] if "affine" in wanted else matrix)
     image = resample(array, affine, matrix, grid.shape, grid.affine)
     # Smoothed as the image is, then cut at a half: as many voxels on a coarse grid as volume.
     mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
     figures = quality.figures(array, affine, native_mask, matrix, image, mask, grid)
-    scaled = intensity.scaled(image, mask, settings.intensity, white_matter_on(grid))
+    scaled = (intensity.z_score(image, mask) if settings.intensity == "zscore"
+              else intensity.by_white_matter(image, mask, white_matter_on(grid)))
     transforms = {kind: each.tolist() for kind, each in matrices.items()}
     return scaled, mask, {"transform": matrix.tolist(), "transforms": transforms, "quality": figures}
 
