@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,13 +16,15 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kit.data.split import participant_ids
 from kit.data.store import Store, StoreError
 
 # of malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
-# Damaged scans in a row that may be skipped: more mean that the store is gone, not a scan.
+# Substitutes that are tried for a damaged scan: if all are damaged the store is gone, not a scan.
 MOST_DAMAGED = 8
+Item = tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]  # image, mask, key, label, damaged scans in its place
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,12 @@ class PreparedScans(Dataset):
         store: prepared scans.
         rows: rows of `store.index` to serve, in the order of their numbers here.
         labels: (rows,) float, or None for unlabelled scans.
-        skip_damaged: for training: the next scan that can be read takes a damaged one's place, so that batches keep
-            their size on every process, and `load` warns of it by name. Otherwise a damaged scan is an error.
+        skip_damaged: for training: another scan takes a damaged one's place, so that batches keep their size on every
+            process, and `load` warns of it by name. It is another scan of the participant; where none can be read,
+            one of a participant who is not in the batch, a different one for each that is. So no participant comes
+            twice into a batch, and a pair of sessions stays one participant's. Where nobody is left, and without
+            `skip_damaged`, a damaged scan is an error. What else is in the batch is known from the scans that are
+            asked for together, and of batches that are cut over chunks or processes from `planned`.
 
     Attributes:
         damaged: how often `load` met each damaged scan, by name.
@@ -80,7 +86,8 @@ class PreparedScans(Dataset):
                  skip_damaged: bool = False) -> None:
         self.store = store
         self.skip_damaged, self.damaged = skip_damaged, Counter()
-        self.scans = rows["scan"].tolist()
+        self.scans, self.participants = rows["scan"].tolist(), participant_ids(rows).tolist()
+        self.batches: Sequence[Sequence[int]] = ()  # of the epoch, over all processes
         self.labels = np.full(len(rows), np.nan) if labels is None else np.asarray(labels, np.float64)
 
     def __len__(self) -> int:
@@ -90,21 +97,49 @@ class PreparedScans(Dataset):
         """What loading processes get: they read scans by name, and need no copy of a large index."""
         return {**self.__dict__, "store": Store(self.store.folder, None, self.store.record)}
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]:
-        damaged: list[str] = []
-        for place in range(number, number + MOST_DAMAGED + 1):
-            place %= len(self.scans)
-            try:
-                image, mask = self.store.read(self.scans[place])
-                return image, mask, scan_key(self.scans[place]), float(self.labels[place]), tuple(damaged)
-            except StoreError:
-                damaged.append(self.scans[place])
-                if not self.skip_damaged or len(damaged) > min(MOST_DAMAGED, len(self.scans) - 1):
-                    raise
-        raise AssertionError("the loop returns or raises")
+    def planned(self, batches: Callable[[int], list[list[int]]]) -> Callable[[int], list[list[int]]]:
+        """The same global batches of an epoch, noted here whenever they are asked for."""
+        def noted(epoch: int) -> list[list[int]]:
+            self.batches = batches(epoch)
+            return self.batches
+        return noted
+
+    def __getitem__(self, number: int) -> Item:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Item]:
+        """What a DataLoader asks for: the scans of a batch, or of a process's part of it."""
+        return [self._item(number, numbers) for number in numbers]
+
+    def _item(self, number: int, together: Sequence[int]) -> Item:
+        try:
+            return self._read(number)
+        except StoreError:
+            damaged = [self.scans[number]]
+            for place in self._substitutes(number, together)[:MOST_DAMAGED] if self.skip_damaged else ():
+                try:
+                    return (*self._read(place)[:-1], tuple(damaged))
+                except StoreError:
+                    damaged.append(self.scans[place])
+            raise
+
+    def _read(self, number: int) -> Item:
+        image, mask = self.store.read(self.scans[number])
+        return image, mask, scan_key(self.scans[number]), float(self.labels[number]), ()
+
+    def _substitutes(self, number: int, together: Sequence[int]) -> list[int]:
+        """Scans that may take a damaged one's place, the best first; see the class."""
+        asked = set(together)
+        batch = [each for batch in self.batches if asked <= set(batch) for each in batch] or together
+        present = list(dict.fromkeys(self.participants[each] for each in batch))
+        own = self.participants[number]
+        free = [name for name in dict.fromkeys(self.participants) if name not in set(present)]
+        rank = {name: place for place, name in enumerate([own, *free[present.index(own)::len(present)]])}
+        scans = [each for each, name in enumerate(self.participants) if name in rank and each != number]
+        return sorted(scans, key=lambda each: rank[self.participants[each]])
 
 
-def collate(items: Sequence[tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]]) -> Batch:
+def collate(items: Sequence[Item]) -> Batch:
     """Stack scans; they stay float16 until they reach the device."""
     images, masks, keys, labels, damaged = zip(*items, strict=True)
     return Batch(torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]),

@@ -186,6 +186,11 @@ class Store:
             )
         return cls(folder, index, record)
 
+    @property
+    def zscored(self) -> bool:
+        """Whether intensities are z-scores; if not, white matter is 1."""
+        return self.record["intensity"] == "zscore"
+
     def read(self, scan: str, crop: tuple[slice, slice, slice] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Read a scan, or a crop of it without reading the rest.
 

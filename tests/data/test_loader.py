@@ -70,9 +70,49 @@ def test_a_damaged_scan_is_skipped_counted_and_named(store, tmp_path, workers):
             batches = list(load(scans, in_order(8, 4), workers))
         assert scans.damaged == {name: epoch}
         assert [len(batch) for batch in batches] == [4, 4]
-        assert batches[0].keys[3] == scan_key(rows["scan"][4])
+        assert batches[0].keys[3] == scan_key(rows["scan"][2])  # the participant's other session
     with pytest.raises(StoreError, match=name):
         list(load(PreparedScans(Store.open(folder), rows), in_order(8, 4)))
+
+
+def damaged_store(store, folder, damaged):
+    shutil.copytree(store.folder, folder)
+    for number in damaged:
+        scan_path(folder, store.index["scan"][number]).write_bytes(b"no scan")
+    return Store.open(folder)
+
+
+def people(batch, index):
+    names = {scan_key(scan): participant for scan, participant in zip(index["scan"], index["participant"], strict=True)}
+    return [names[key] for key in batch.keys]
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_substitute_is_nobody_who_is_in_the_batch(store, tmp_path, parts):
+    """Scans 0, 1, 4, 5, 8 are their participants' only ones; batches are loaded whole, or in two processes' halves."""
+    scans = PreparedScans(damaged_store(store, tmp_path / "store", [0, 5]), store.index, skip_damaged=True)
+    batches = scans.planned(lambda epoch: [[0, 1, 4, 5], [8, 9, 12, 13]])(0)
+    halves = [[part for batch in batches for part in (batch[:2], batch[2:])][place::2] for place in (0, 1)]
+    loaded = [list(load(scans, part)) for part in (halves if parts == 2 else [batches])]
+    whole = [name for part in loaded for name in people(part[0], store.index)]
+    assert len(set(whole)) == 4 and whole[1:3] == store.index["participant"][[1, 4]].tolist()
+    assert scans.damaged == {store.index["scan"][number]: 1 for number in (0, 5)}
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("damaged", [[2], [2, 3]])
+def test_a_pair_of_sessions_stays_one_participants(store, tmp_path, damaged):
+    scans = PreparedScans(damaged_store(store, tmp_path / "store", damaged), store.index, skip_damaged=True)
+    names = people(next(load(scans, [[0, 0, 2, 3, 6, 7]])), store.index)
+    assert names[::2] == names[1::2] and len(set(names)) == 3
+    assert (names[2] == store.index["participant"][2]) == (damaged == [2])
+
+
+def test_where_nobody_is_left_a_damaged_scan_is_an_error(store, tmp_path):
+    scans = PreparedScans(damaged_store(store, tmp_path / "store", [0]), store.index.iloc[[0, 1]], skip_damaged=True)
+    with pytest.raises(StoreError, match=f"{store.index['scan'][0]}.* damaged; delete it"):
+        list(load(scans, [[0, 1]]))
 
 
 def test_a_store_that_is_gone_is_an_error(store, tmp_path):
