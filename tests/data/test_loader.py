@@ -101,12 +101,12 @@ def test_a_substitute_is_nobody_who_is_in_the_batch(store, tmp_path, parts):
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
-@pytest.mark.parametrize("damaged", [[2], [2, 3]])
+@pytest.mark.parametrize("damaged", [[2], [3], [2, 3]])
 def test_a_pair_of_sessions_stays_one_participants(store, tmp_path, damaged):
     scans = PreparedScans(damaged_store(store, tmp_path / "store", damaged), store.index, skip_damaged=True)
     names = people(next(load(scans, [[0, 0, 2, 3, 6, 7]])), store.index)
     assert names[::2] == names[1::2] and len(set(names)) == 3
-    assert (names[2] == store.index["participant"][2]) == (damaged == [2])
+    assert (names[2] == store.index["participant"][2]) == (damaged != [2, 3])
 
 
 def test_where_nobody_is_left_a_damaged_scan_is_an_error(store, tmp_path):
