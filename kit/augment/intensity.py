@@ -97,8 +97,9 @@ def z_score(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
 
 def mean_and_sd(image: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation inside the mask, tensors without axes; the image stays as it is."""
-    values = image[inside.bool()]
-    return values.mean().nan_to_num(), values.std(correction=0).nan_to_num()
+    voxels = count(inside)
+    mean = image.sum() / voxels
+    return mean, ((image - mean) * inside).square().sum().div(voxels).sqrt()
 
 
 def keep(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

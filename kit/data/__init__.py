@@ -17,6 +17,5 @@
 - ``table``       the index, the failed scans, shards merged
 - ``preprocess``  one scan, then a cohort, into the store
 - ``store``       prepared scans: one blosc2 array each and an index
-- ``loader``      batches of prepared scans, in an order that (seed, epoch) alone decide
-- ``sampling``    which scans an epoch takes: balanced over datasets, two sessions as a pair
+- ``loader``      batches of prepared scans, which and in what order (seed, epoch) alone decide
 """

@@ -64,6 +64,11 @@ def scan_key(scan: str) -> int:
     return int.from_bytes(hashlib.blake2b(scan.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def keyed(*numbers: int) -> np.random.Generator:
+    """Random numbers that these decide, the same on every machine."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
+
+
 class PreparedScans(Dataset):
     """Rows of a store as a torch dataset; workers open files themselves and share no memory.
 
@@ -162,7 +167,7 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
     Returns:
         lists of scan numbers.
     """
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(len(participants))
+    order = keyed(seed, epoch).permutation(len(participants))
     batches: list[list[int]] = []
     present: list[set[str]] = []
     first_open = 0
@@ -180,6 +185,52 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
             first_open += 1
     full = [batch for batch in batches if len(batch) == batch_size]
     return full or batches
+
+
+def balanced(datasets: Sequence[str], seed: int, epoch: int) -> list[int]:
+    """As many scans of each dataset, as many in all as there are: the chosen scans' numbers.
+
+    A large dataset is drawn from without replacement; of a small one each scan comes as often as any other, give
+    or take one.
+    """
+    codes, names = pd.factorize(np.asarray(datasets))
+    rng, chosen = keyed(seed, epoch, 1), []
+    for code in range(len(names)):
+        own = np.flatnonzero(codes == code)
+        wanted = len(codes) // len(names)
+        chosen += np.concatenate([rng.permutation(own) for _ in range(-(-wanted // len(own)))])[:wanted].tolist()
+    return chosen
+
+
+def session_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of twos: a scan, then another scan of the participant (itself where there is no other).
+
+    Each participant comes once in an epoch.
+
+    Returns:
+        lists of 2 x `batch_size` scan numbers.
+    """
+    codes, names = pd.factorize(np.asarray(participants))
+    rng = keyed(seed, epoch, 2)
+    scans = [rng.permutation(np.flatnonzero(codes == code))[:2].tolist() for code in range(len(names))]
+    return [[number for one in batch for number in (scans[one][0], scans[one][-1])]
+            for batch in epoch_batches(list(names), batch_size, seed, epoch)]
+
+
+def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size: int, seed: int, epoch: int,
+               sampling: str = "all") -> list[list[int]]:
+    """An epoch's batches with a participant at most once in each.
+
+    Args:
+        participants, datasets: of each scan.
+        batch_size: scans in a global batch.
+        sampling: "all" takes every scan once, "balanced" as many of each dataset.
+    """
+    if sampling == "all":
+        return epoch_batches(participants, batch_size, seed, epoch)
+    chosen = balanced(datasets, seed, epoch)
+    return [[chosen[place] for place in batch]
+            for batch in epoch_batches([participants[number] for number in chosen], batch_size, seed, epoch)]
 
 
 def load(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:

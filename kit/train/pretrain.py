@@ -13,9 +13,8 @@ from torch import nn
 
 import kit
 from kit.augment.recipe import read_recipe
-from kit.data.loader import PreparedScans, collate
+from kit.data.loader import PreparedScans, batches_of, collate, session_batches
 from kit.data.quality import passing
-from kit.data.sampling import batches_of, session_batches
 from kit.data.split import participant_hash, participant_ids, shuffled
 from kit.data.store import Store
 from kit.models.encoder_file import load_encoder, read_record, save_encoder

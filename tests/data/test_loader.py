@@ -1,15 +1,28 @@
-"""Batches: every scan, a participant at most once in each, an order that (seed, epoch) alone decide."""
+"""Batches: every scan, balanced, in pairs; a participant once in each; in an order that (seed, epoch) decide."""
 
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from kit.data.loader import PreparedScans, collate, epoch_batches, in_order, load, scan_key
+from kit.data.loader import (
+    PreparedScans,
+    balanced,
+    batches_of,
+    collate,
+    epoch_batches,
+    in_order,
+    load,
+    scan_key,
+    session_batches,
+)
 from kit.data.store import Store, StoreError, scan_path
 
 PARTICIPANTS = [f"p{number // 2}" for number in range(50)]
+DATASETS = ["large"] * 30 + ["small"] * 6
+PEOPLE = [f"{dataset}/{number // 2}" for number, dataset in enumerate(DATASETS)]  # two sessions each
 
 
 def test_a_participant_comes_once_in_a_batch():
@@ -29,6 +42,33 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 def test_a_cohort_smaller_than_a_batch_is_one_batch():
     assert sorted(epoch_batches(["a", "b", "c"], 8, seed=0, epoch=0)[0]) == [0, 1, 2]
+
+
+def test_each_dataset_comes_as_often():
+    chosen = balanced(DATASETS, seed=0, epoch=1)
+    assert Counter(DATASETS[number] for number in chosen) == {"large": 18, "small": 18}
+    counts = Counter(chosen)
+    assert {counts[number] for number in range(30, 36)} == {3} and max(counts[number] for number in range(30)) == 1
+    assert chosen == balanced(DATASETS, 0, 1) != balanced(DATASETS, 0, 2)
+
+
+def test_a_participant_comes_once_in_a_batch_of_either_sampling():
+    for sampling in ("all", "balanced"):
+        batches = batches_of(PEOPLE, DATASETS, 4, seed=0, epoch=3, sampling=sampling)
+        assert batches and all(len({PEOPLE[number] for number in batch}) == len(batch) == 4 for batch in batches)
+        assert batches == batches_of(PEOPLE, DATASETS, 4, 0, 3, sampling)
+
+
+def test_two_sessions_stand_together():
+    batches = session_batches([*PEOPLE, "large/single"], 4, seed=0, epoch=0)
+    seen = Counter()
+    for batch in batches:
+        firsts, seconds = batch[::2], batch[1::2]
+        people = [[*PEOPLE, "large/single"][number] for number in firsts]
+        assert len(set(people)) == 4 and [[*PEOPLE, "large/single"][number] for number in seconds] == people
+        assert all((first == second) == (first == 36) for first, second in zip(firsts, seconds, strict=True))
+        seen.update(people)
+    assert max(seen.values()) == 1 and len(batches) == 4
 
 
 def test_keys_are_the_same_everywhere():
