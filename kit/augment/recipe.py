@@ -54,10 +54,6 @@ class Recipe(BaseModel):
     cutout: kinds.Cutout | None = None
     patches: kinds.Patches | None = None
 
-    def problems(self) -> list[str]:
-        """Nothing outside the recipe to check."""
-        return []
-
     def plain(self) -> dict[str, Any]:
         """The recipe as YAML values."""
         return self.model_dump(exclude_none=True, exclude_unset=False, mode="json")

@@ -4,6 +4,7 @@
 - ``labels``      a label column as numbers, with its kind checked
 - ``split``       participants into train, validation and test
 - ``sample``      the procedural sample cohort
+- ``choices``     the words that say how scans are prepared
 - ``grid``        where prepared arrays lie in MNI152 millimetres
 - ``nifti``       reading and writing NIfTI
 - ``dicom``       reading a folder with one DICOM series

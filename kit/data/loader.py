@@ -159,10 +159,8 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
     over come in other epochs.
 
     Args:
-        participants: each scan's participant.
+        participants: each scan's.
         batch_size: scans in a global batch.
-        seed: of the run.
-        epoch: from 0.
 
     Returns:
         lists of scan numbers.
@@ -219,13 +217,7 @@ def session_batches(participants: Sequence[str], batch_size: int, seed: int, epo
 
 def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size: int, seed: int, epoch: int,
                sampling: str = "all") -> list[list[int]]:
-    """An epoch's batches with a participant at most once in each.
-
-    Args:
-        participants, datasets: of each scan.
-        batch_size: scans in a global batch.
-        sampling: "all" takes every scan once, "balanced" as many of each dataset.
-    """
+    """An epoch's batches with a participant at most once in each: of "all" scans, or "balanced" over datasets."""
     if sampling == "all":
         return epoch_batches(participants, batch_size, seed, epoch)
     chosen = balanced(datasets, seed, epoch)

@@ -202,7 +202,7 @@ def test_impossible_cohort_is_refused_before_work(cohort: pd.DataFrame, tmp_path
         assert part in str(caught.value)
     assert not (tmp_path / "out").exists()
     for name in ("registration", "mask"):
-        with pytest.raises(ValueError, match=f"{name}: expected one of"):
+        with pytest.raises(ValueError, match=f"{name}\n  Input should be '.*input_value='best'"):
             Preparation(GRID, **{name: "best"})
 
 
