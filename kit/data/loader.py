@@ -32,7 +32,7 @@ class Batch:
     """Some scans, on one device.
 
     Attributes:
-        images: (batch, 1, depth, height, width) float32, z-scored inside the mask, zero outside.
+        images: (batch, 1, depth, height, width) float32, on the store's scale inside the mask, zero outside.
         masks: (batch, 1, depth, height, width) bool.
         keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
         labels: (batch,) float32, nan where there is none.

@@ -43,8 +43,14 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
 
     Returns:
         one row an epoch, see `kit.train.loop.fit`; of an unfinished epoch the means so far.
+
+    Raises:
+        CheckpointError: the run is of other parameters, or its recipe's file says something else now.
     """
     if (run / "encoder.safetensors").exists():
+        if "views" in (record := read_record(run.folder)):
+            now = {"views": read_recipe(params.recipe).plain()}
+            checkpoint.check_same({"params": {"views": record["views"]}}, now, run.folder)
         return pd.read_csv(run / "log.csv")
     if params.epochs == 0:
         return pd.DataFrame()

@@ -206,6 +206,11 @@ def test_a_recipe_that_changed_is_refused_with_the_differences(store, tmp_path):
     assert "\n  views.gamma.range: the checkpoint has [0.7, 1.4], asked for [0.5, 1.4]\n" in str(refused.value)
     assert "\n  views.noise: the checkpoint has None, asked for {" in str(refused.value)
     assert "crop" not in str(refused.value)  # what is the same
+    recipe.write_text("gamma: {range: [0.7, 1.4]}\n")
+    pretrain(asked, held)
+    recipe.write_text("gamma: {range: [0.5, 1.4]}\n")
+    with pytest.raises(CheckpointError, match="views.gamma.range"):  # of a finished run, too
+        pretrain(asked, held)
 
 
 @pytest.mark.slow
