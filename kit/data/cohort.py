@@ -120,10 +120,11 @@ def _label_file(path: Path, key: str, name: str) -> pd.DataFrame:
     if taken := sorted(set(labels) & set(COLUMNS) - {"dataset"}):
         raise CohortError(f"{shown(path)}: a column {taken[0]} of its own has no meaning beside BIDS's file names; "
                           "rename or remove it (labels of sessions belong into sub-*/sub-*_sessions.tsv)")
-    if (doubled := labels[key].duplicated()).any():
-        raise CohortError(f"{shown(path)}: {key} {labels[key][doubled].iloc[0]} is listed twice; keep one row "
-                          f"a {name}")
-    return labels.rename(columns={key: name}).assign(**{name: labels[key].str.replace(r"^(sub|ses)-", "", regex=True)})
+    labels[name] = labels.pop(key).str.replace(r"^(sub|ses)-", "", regex=True)
+    if (doubled := labels[name].duplicated()).any():
+        raise CohortError(f"{shown(path)}: {key} {labels[name][doubled].iloc[0]} is listed twice; "
+                          f"keep one row a {name}")
+    return labels
 
 
 def _with_labels(table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:

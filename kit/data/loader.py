@@ -137,8 +137,8 @@ class PreparedScans(Dataset):
         asked = set(together)
         batch = [each for batch in self.batches if asked <= set(batch) for each in batch] or together
         present = list(dict.fromkeys(self.participants[each] for each in batch))
-        own = self.participants[number]
-        free = [name for name in dict.fromkeys(self.participants) if name not in set(present)]
+        own, busy = self.participants[number], set(present)
+        free = [name for name in dict.fromkeys(self.participants) if name not in busy]
         rank = {name: place for place, name in enumerate([own, *free[present.index(own)::len(present)]])}
         scans = [each for each, name in enumerate(self.participants) if name in rank and each != number]
         return sorted(scans, key=lambda each: rank[self.participants[each]])

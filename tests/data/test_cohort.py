@@ -53,12 +53,12 @@ def test_bids_with_sessions_labels_and_masks(tmp_path):
 
 @pytest.mark.parametrize(("file", "text", "message"), [
     ("participants.tsv", "participant_id\tsession\nsub-01\ta\n", "participants.tsv: a column session .* rename"),
-    ("participants.tsv", "participant_id\tage\nsub-01\t6\nsub-01\t7\n", "participant_id sub-01 is listed twice; keep"),
+    ("participants.tsv", "participant_id\tage\nsub-01\t6\n01\t7\n", "participant_id 01 is listed twice; keep"),
     ("participants.tsv", "id\tage\nsub-01\t6\n", "participants.tsv: needs a column participant_id; found id, age"),
     ("participants.tsv", "", "participants.tsv is no table"),
     ("sub-01/sub-01_sessions.tsv", "session\tage\nses-a\t6\n",
      "sub-01_sessions.tsv: needs a column session_id; found session, age"),
-    ("sub-01/sub-01_sessions.tsv", "session_id\tage\nses-a\t6\nses-a\t7\n", "session_id ses-a is listed twice"),
+    ("sub-01/sub-01_sessions.tsv", "session_id\tage\nses-a\t6\nses-a\t7\n", "session_id a is listed twice"),
     ("dataset_description.json", "{", "dataset_description.json is no JSON object"),
     ("sub-01/ses-a/anat/scan_T1w.nii.gz", "", "scan_T1w.nii.gz: its name must begin with sub-01_"),
     ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii", "", "1 scans are listed twice"),
