@@ -87,7 +87,8 @@ def _scans(folder: Path, shape: tuple[int, int, int], count: int) -> PreparedSca
     names = [f"scan{number}" for number in range(count)]
     for name in names:
         write_scan(scan_path(folder, name), np.where(mask, rng.normal(size=shape), 0), mask, name, grid.affine)
-    return PreparedScans(Store(folder, None, {"shape": shape, "spacing_mm": 4.0}), pd.DataFrame({"scan": names}))
+    rows = pd.DataFrame({"scan": names, "participant": names, "dataset": "made"})
+    return PreparedScans(Store(folder, None, {"shape": shape, "spacing_mm": 4.0}), rows)
 
 
 def _loop(shape: tuple[int, int, int], batch: int, steps: int, name: str) -> list[Ratio]:

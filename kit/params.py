@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
 
 Architecture = Literal["resnet18", "resnet18_narrow", "vit", "vit_narrow"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__
-SALIENCY_METHODS = ("gradient", "integrated_gradients")
 
 
 class Explore(Parameters):
@@ -48,11 +48,11 @@ class Preprocess(Parameters):
     sample_participants: Annotated[int, Field(ge=40)] = 60
     moved_scans: Annotated[int, Field(ge=0)] = 2  # scans with moved heads that registration is checked on
     seed: Seed = 0
-    bias_correction: Literal["none", "n4"] = "none"
-    registration: Literal["none", "rigid", "affine"] = "none"
-    mask: Literal["given", "nonzero", "template", "hd-bet", "mri_synthstrip"] = "given"
-    intensity: Literal["zscore", "whitematter"] = "zscore"
-    orientation_unknown: Literal["refuse", "assume_ras"] = "refuse"  # scans whose header does not say where they lie
+    bias_correction: BiasCorrection = "none"
+    registration: Registration = "none"
+    mask: Mask = "given"
+    intensity: Intensity = "zscore"
+    orientation_unknown: OrientationUnknown = "refuse"  # scans whose header does not say where they lie
     spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0
     shape: Shape = (36, 48, 40)  # voxels (z, y, x); the paper: 150, 192, 192 at 1 mm
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # above it the last cell fails
@@ -140,24 +140,21 @@ class Pretrain(Parameters):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
         if self.objective == "mae" and self.session_pairs:
             problems.append("session_pairs: true is for simclr; a masked autoencoder has one view")
+        if self.session_pairs and self.sampling == "balanced":
+            problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
+                            "set sampling: all, or session_pairs: false")
         if self.batch_size % self.processes():
             problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
                             + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
         return problems
 
 
-class Finetune(Parameters):
-    """3_finetune: a label predicted from an encoder."""
+class Tuning(Parameters):
+    """What fine-tuning takes, of one encoder and of many."""
 
     prepared: ProjectPath
     out_of_distribution: ProjectPath | None = None  # prepared scans of other sites, tested beside the test set
-    encoder: str  # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain
     take_flagged: bool = False  # learn from scans that quality control flagged, too
-    task: str = "age"  # a label column
-    task_type: Literal["auto", "classification", "regression"] = "auto"
-    mode: Literal["probe", "finetune"] = "finetune"
-    label_fraction: Fraction = 1.0  # of the training participants
-    epochs: Positive = 12
     batch_size: Annotated[int, Field(ge=2)] = 16
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -168,11 +165,25 @@ class Finetune(Parameters):
     seed: Seed = 0
 
     def problems(self) -> list[str]:
-        problems = _prepared_problems("prepared", self.prepared)
-        if self.out_of_distribution is not None:
-            problems += _prepared_problems("out_of_distribution", self.out_of_distribution)
+        others = self.out_of_distribution
+        return _prepared_problems("prepared", self.prepared) + (
+            _prepared_problems("out_of_distribution", others) if others is not None else [])
+
+
+class Finetune(Tuning):
+    """3_finetune: a label predicted from an encoder."""
+
+    encoder: str  # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain
+    task: str = "age"  # a label column
+    task_type: Literal["auto", "classification", "regression"] = "auto"
+    mode: Literal["probe", "finetune"] = "finetune"
+    label_fraction: Fraction = 1.0  # of the training participants
+    epochs: Positive = 12
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
         return problems + _encoder_problems("encoder", self.encoder) + (
-            [] if problems else _label_problems(self.prepared, self.task, self.task_type))
+            [] if problems else _label_problems("task", self.prepared, self.task, self.task_type))
 
 
 class Saliency(Parameters):
@@ -180,7 +191,7 @@ class Saliency(Parameters):
 
     prepared: ProjectPath
     model: ProjectPath  # a run of 3_finetune in mode finetune
-    methods: list[Literal["gradient", "integrated_gradients"]] = list(SALIENCY_METHODS)
+    methods: list[Literal["gradient", "integrated_gradients"]] = ["gradient", "integrated_gradients"]
     participants: Positive = 2  # test participants to draw
     steps: Positive = 16  # of integrated gradients
     cohort: str | None = "sample"  # `sample` or its BIDS folder, for the known places of its effects; or None
@@ -196,39 +207,27 @@ class Saliency(Parameters):
         return problems
 
 
-class Benchmark(Parameters):
+class Benchmark(Tuning):
     """5_benchmark: encoders against each other, on several tasks, in and out of distribution."""
 
-    prepared: ProjectPath
-    out_of_distribution: ProjectPath | None = None
     encoders: dict[str, str]  # a family's name: `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2
-    take_flagged: bool = False  # learn from scans that quality control flagged, too
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
     label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for the probes
     finetune_tasks: list[str] = ["stroke"]  # tasks to fine-tune on besides
     finetune_fractions: list[Fraction] = [0.2]
     seeds: list[Seed] = [0]
     epochs: Positive = 6  # of fine-tuning
-    batch_size: Annotated[int, Field(ge=2)] = 16
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    schedule: Literal["cosine", "constant"] = "cosine"
-    flip: bool = True
-    allow_seen_participants: bool = False
     seed: Seed = 0  # of the random encoders
 
     def problems(self) -> list[str]:
-        problems = _prepared_problems("prepared", self.prepared)
-        if self.out_of_distribution is not None:
-            problems += _prepared_problems("out_of_distribution", self.out_of_distribution)
+        problems = super().problems()
         for name, encoder in self.encoders.items():
             problems += _encoder_problems(f"encoders.{name}", encoder)
         problems += [f"finetune_tasks: {task} is not among tasks"
                      for task in self.finetune_tasks if task not in self.tasks]
         if not _prepared_problems("prepared", self.prepared):
             for task in self.tasks:
-                problems += _label_problems(self.prepared, task, "auto")
+                problems += _label_problems("tasks", self.prepared, task, "auto")
         return problems
 
 
@@ -270,7 +269,7 @@ def _encoder_problems(name: str, encoder: str) -> list[str]:
     return [] if path.is_file() else [f"{name}: no file {shown(path)}; run 2_pretrain first, or say `random`"]
 
 
-def _label_problems(prepared: Path, task: str, task_type: str) -> list[str]:
+def _label_problems(name: str, prepared: Path, task: str, task_type: str) -> list[str]:
     import pandas as pd
 
     from kit.data.labels import LabelError, read_labels
@@ -278,5 +277,5 @@ def _label_problems(prepared: Path, task: str, task_type: str) -> list[str]:
     try:
         read_labels(pd.read_csv(prepared / "index.csv", low_memory=False), task, task_type)
     except LabelError as error:
-        return [f"task: {error}"]
+        return [f"{name}: {error}"]
     return []

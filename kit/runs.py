@@ -126,11 +126,13 @@ class Run:
                            "wait for it, or give another output_dir") from None
         stored = folder / "params.yaml"
         if stored.exists():
-            differences = _differences(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, params, may_change)
-            if differences:
+            fixed = {name: value for name, value in params.items() if name not in may_change}
+            before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
+            before = {name: value for name, value in before.items() if name not in may_change}
+            if listed := differences(before, fixed, "the folder"):
                 os.close(lock)
-                raise RunError(f"{shown(folder)} holds a run of other parameters:\n  " + "\n  ".join(differences)
-                               + "\ngive another output_dir, or delete that folder")
+                raise RunError(f"{shown(folder)} holds a run of other parameters:\n  {listed}\n"
+                               "give another output_dir, or delete that folder")
         text = yaml.safe_dump(dict(params), sort_keys=False)
         write_whole(stored, lambda aside: aside.write_text(text, encoding="utf-8"))
         write_whole(folder / "environment.txt", lambda aside: aside.write_text(environment(), encoding="utf-8"))
@@ -165,7 +167,13 @@ class Run:
         return known
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:
-    names = [name for name in {**old, **new} if name not in may_change]
-    return [f"{name}: the folder has {old.get(name)!r}, asked for {new.get(name)!r}"
-            for name in names if old.get(name) != new.get(name)]
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str, within: str = "") -> str:
+    """What differs between parameters that stand somewhere and those asked for, a line each; of a part its own."""
+    lines = []
+    for name in {**old, **new}:
+        one, other = old.get(name), new.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            lines.append(differences(one, other, where, f"{within}{name}."))
+        elif one != other:
+            lines.append(f"{within}{name}: {where} has {one!r}, asked for {other!r}")
+    return "\n  ".join(filter(None, lines))

@@ -60,6 +60,19 @@ def test_label_columns_are_looked_at_first(prepared, task, kind, expected):
     assert expected in text
 
 
+def test_the_field_at_fault_is_named(prepared):
+    text = refusal(NOTEBOOKS["5_benchmark"], output_dir="outputs/x", prepared=prepared, encoders={"a": "random"},
+                   tasks=["sex", "tumour"], finetune_tasks=[])
+    assert "\n  tasks: tumour: no such label column" in text
+
+
+def test_pairs_of_sessions_and_balanced_sampling_exclude_each_other(prepared):
+    values = {"output_dir": "outputs/x", "prepared": prepared, "session_pairs": True}
+    assert check(Pretrain, values).session_pairs
+    text = refusal(Pretrain, **values, sampling="balanced")
+    assert "session_pairs: true takes each participant once" in text and "set sampling: all" in text
+
+
 def test_numbers_that_yaml_reads_as_text_arrive_as_numbers(prepared):
     values = yaml.safe_load("learning_rate: 1e-4")
     assert values == {"learning_rate": "1e-4"}  # YAML 1.1 wants 1.0e-4

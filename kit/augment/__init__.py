@@ -4,7 +4,7 @@
 - ``recipe``      which of them a view is made of: data in ``recipes/*.yaml``
 - ``draws``       one view's numbers, keyed by (seed, epoch, scan, view)
 - ``spatial``     all geometry as one map, resampled once
-- ``intensity``   shift, scale, gamma, contrast, histogram, bias field, noise, z-score
+- ``intensity``   gamma, contrast, histogram, bias field, noise, z-score
 - ``physics``     motion, ghosts, spikes, ringing, thick slices, blur; boxes and patches cut out
 - ``views``       a batch in, a batch of views out
 """

@@ -8,6 +8,7 @@ import numpy as np
 
 from kit.augment.recipe import Recipe, at_strength
 from kit.augment.transforms import AXES
+from kit.data.loader import keyed
 
 # A transform's place is the number of its random stream: new ones go to the end, or old views change.
 TRANSFORMS = ("crop", "flip", "rotate", "zoom", "shift", "gamma", "bias", "noise", "shear", "translate", "elastic",
@@ -19,32 +20,12 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Draw:
-    """The numbers of one view; the defaults change nothing. Each one's range stands in the recipe.
+    """The numbers of one view; the defaults change nothing. `kit.augment.transforms` says what each does.
 
-    Attributes:
-        crop_start, crop_size: shares of each side (z, y, x).
-        flip: mirror along (z, y, x).
-        rotation_degrees: about (z, y, x).
-        shear_degrees: z with y, z with x, y with x.
-        zoom: above 1 the brain becomes larger.
-        translation_mm: along (z, y, x).
-        elastic_mm: standard deviation of the control points' displacement.
-        shift, scale: added to, and multiplied with, what lies inside the mask.
-        gamma, gamma_inverted: exponents, of the image and of its negative.
-        contrast: factor about the mean, cut to the range that was there.
-        histogram_sd: standard deviation of the knots of the grey levels' warp, as a share of their range.
-        bias_sd: standard deviation of the log bias field.
-        noise_sd, rician_sd: standard deviation of Gaussian noise, and in both channels of a magnitude image.
-        blur_mm: full width at half maximum.
-        sharpen: how much of the blurred image is taken away.
-        slice_mm, slice_axis: thickness of slices, and the axis (0 z, 1 y, 2 x) across them.
-        gibbs_mm: voxel of the acquisition whose k-space is cut off.
-        motion_mm, motion_axis: standard deviation of the head's poses (mm and degrees), and the phase-encoding axis.
-        ghosting, ghosting_axis: share of the signal lost in every few lines, and the phase-encoding axis.
-        spike: the stripes' amplitude.
-        cutout_mm: side of the boxes.
-        patches: share of the patches.
-        field_seed: of everything that is drawn voxel by voxel or in detail.
+    A name ends in its unit: mm, degrees, or sd for a standard deviation; other numbers have none.
+    Triples are along or about (z, y, x), shears z with y, z with x, y with x; an axis is 0 z, 1 y, 2 x.
+    The crop's start and size are shares of each side.
+    `field_seed` is that of all that is drawn voxel by voxel or in detail.
     """
 
     crop_start: Triple = (0.0, 0.0, 0.0)
@@ -117,8 +98,7 @@ def draw(recipe: Recipe, seed: int, epoch: int, scan: int, view: int, attempt: i
         transform = getattr(recipe, name)
         if transform is None and name != "noise":
             continue
-        stream = np.random.Generator(np.random.Philox(np.random.SeedSequence(
-            [seed, epoch, scan, view, attempt, number])))
+        stream = keyed(seed, epoch, scan, view, attempt, number)
         if name == "noise":
             values["field_seed"] = int(stream.integers(2**31))
             if transform is None:
@@ -135,8 +115,8 @@ def _values(transform: object, stream: np.random.Generator) -> dict[str, object]
     if transform.drawn == "crop_size":
         size = stream.uniform(transform.smallest, 1.0)
         return {"crop_size": tuple(size.tolist()), "crop_start": tuple((stream.random(3) * (1 - size)).tolist())}
-    if transform.widest is not None:
-        return {transform.drawn: tuple((stream.uniform(-1, 1, 3) * np.asarray(transform.widest)).tolist())}
+    if widest := getattr(transform, "degrees", None) or getattr(transform, "mm", None):
+        return {transform.drawn: tuple((stream.uniform(-1, 1, 3) * np.asarray(widest)).tolist())}
     values = {transform.drawn: float(stream.uniform(*transform.range))}
     if axes := getattr(transform, "axes", None):
         values[transform.drawn.removesuffix("_mm") + "_axis"] = AXES.index(axes[stream.integers(len(axes))])
@@ -145,4 +125,4 @@ def _values(transform: object, stream: np.random.Generator) -> dict[str, object]
 
 def detail(draw: Draw, name: str) -> np.random.Generator:
     """The stream of what a transform draws beyond its strength, such as places; the same on every machine."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([draw.field_seed, TRANSFORMS.index(name)])))
+    return keyed(draw.field_seed, TRANSFORMS.index(name))

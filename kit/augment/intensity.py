@@ -22,16 +22,6 @@ def magnitude(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     return keep(image.sub_(low), inside)
 
 
-def shift(image: torch.Tensor, inside: torch.Tensor, amount: float) -> torch.Tensor:
-    """Add `amount` inside the mask."""
-    return image.add_(inside, alpha=amount)
-
-
-def scale(image: torch.Tensor, inside: torch.Tensor, factor: float) -> torch.Tensor:
-    """Multiply a magnitude image."""
-    return image.mul_(factor)
-
-
 def gamma(image: torch.Tensor, inside: torch.Tensor, exponent: float, inverted: bool = False) -> torch.Tensor:
     """Raise a magnitude image to a power over its own range, which stays what it was.
 
@@ -103,6 +93,13 @@ def z_score(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     flat = image.view(-1)
     sd = (torch.dot(flat, flat) / voxels).sqrt()
     return image.mul_(torch.where(sd > 1e-6 * mean.abs().clamp(min=1), 1 / sd, 0))
+
+
+def mean_and_sd(image: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation inside the mask, tensors without axes; the image stays as it is."""
+    voxels = count(inside)
+    mean = image.sum() / voxels
+    return mean, ((image - mean) * inside).square().sum().div(voxels).sqrt()
 
 
 def keep(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

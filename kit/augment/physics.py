@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 import torch
+from scipy.linalg import circulant
+from scipy.ndimage import gaussian_filter1d
 
 from kit.augment.draws import Draw, detail
 from kit.augment.masking import masked_patches, over_voxels
@@ -32,15 +34,8 @@ def blur(image: torch.Tensor, fwhm: float) -> torch.Tensor:
 
 
 def gaussian(side: int, fwhm: float) -> np.ndarray:
-    """Rows of Gaussian weights that sum to 1, as `scipy.ndimage.gaussian_filter1d(mode="nearest")`."""
-    sd = fwhm / np.sqrt(8 * np.log(2))
-    reach = int(4 * sd + 0.5)
-    steps = np.arange(-reach, reach + 1)
-    weights = np.exp(-0.5 * (steps / sd) ** 2)
-    matrix = np.zeros((side, side))
-    for step, weight in zip(steps, weights / weights.sum(), strict=True):
-        np.add.at(matrix, (np.arange(side), np.clip(np.arange(side) + step, 0, side - 1)), weight)
-    return matrix
+    """The matrix (side, side) that blurs by so many voxels full width at half maximum; its rows sum to 1."""
+    return gaussian_filter1d(np.eye(side), fwhm / np.sqrt(8 * np.log(2)), axis=0, mode="nearest")
 
 
 def sharpen(image: torch.Tensor, amount: float, fwhm: float) -> torch.Tensor:
@@ -49,14 +44,8 @@ def sharpen(image: torch.Tensor, amount: float, fwhm: float) -> torch.Tensor:
 
 
 def thick_slices(image: torch.Tensor, thickness: float, axis: int) -> torch.Tensor:
-    """Means over slices so many voxels thick across an axis, read out between their middles linearly."""
-    return along(image, slices(image.shape[axis], thickness), axis)
-
-
-def slices(side: int, thickness: float) -> np.ndarray:
-    """The matrix of `thick_slices`; of one voxel or less, the identity."""
-    if thickness <= 1:
-        return np.eye(side)
+    """Means over slices so many voxels thick (above 1) across an axis, read out between their middles linearly."""
+    side = image.shape[axis]
     count = int(np.ceil(side / thickness))
     edges = np.clip(side / 2 + (np.arange(count + 1) - count / 2) * thickness, 0, side)
     voxels = np.arange(side)
@@ -64,7 +53,7 @@ def slices(side: int, thickness: float) -> np.ndarray:
     share = np.clip(share, 0, None)
     middles = (edges[1:] + edges[:-1]) / 2
     read = np.stack([np.interp(voxels + 0.5, middles, one) for one in np.eye(count)], axis=1)
-    return read @ (share / share.sum(1, keepdims=True))
+    return along(image, read @ (share / share.sum(1, keepdims=True)), axis)
 
 
 def gibbs(image: torch.Tensor, voxel: float) -> torch.Tensor:
@@ -87,9 +76,7 @@ def ghosting(image: torch.Tensor, lost: float, ghosts: int, axis: int) -> torch.
 
 def _filter(gains: np.ndarray) -> np.ndarray:
     """The matrix that multiplies each frequency by a gain that is the same for k and -k."""
-    response = np.fft.ifft(np.asarray(gains, float)).real
-    place = np.arange(len(response))
-    return response[(place[:, None] - place[None, :]) % len(response)]
+    return circulant(np.fft.ifft(gains).real)
 
 
 def spike(image: torch.Tensor, amplitude: float, draw: Draw) -> torch.Tensor:

@@ -20,7 +20,11 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 class Recipe(BaseModel):
-    """A view, in the order in which it is made; the z-score inside the mask comes last, but for what is cut out."""
+    """A view, in the order in which it is made; the z-score inside the mask comes last, but for what is cut out.
+
+    Of scans that are not z-scored, views get back the scale that they had, see `kit.augment.views.make_views`.
+    """
+
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     strength: Annotated[float, Field(ge=0, le=4)] = 1.0  # scales all ranges about what changes nothing
@@ -49,10 +53,6 @@ class Recipe(BaseModel):
     noise: kinds.Noise | None = None
     cutout: kinds.Cutout | None = None
     patches: kinds.Patches | None = None
-
-    def problems(self) -> list[str]:
-        """Nothing outside the recipe to check."""
-        return []
 
     def plain(self) -> dict[str, Any]:
         """The recipe as YAML values."""

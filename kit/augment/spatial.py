@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.interpolate import BSpline
 
 from kit.augment.draws import Draw, detail
 
@@ -83,9 +84,7 @@ def _spline(side: int, apart: float) -> np.ndarray:
     """Cubic B-spline weights (side, points) of control points so many voxels apart, centred on the side."""
     spans = int(np.ceil(side / apart))
     at = (np.arange(side) + 0.5 - side / 2) / apart + spans / 2
-    distance = np.abs(at[:, None] - np.arange(-1, spans + 2)[None, :])
-    inner = 2 / 3 - distance**2 + distance**3 / 2
-    return np.where(distance < 1, inner, np.where(distance < 2, (2 - distance) ** 3 / 6, 0))
+    return BSpline.design_matrix(at, np.arange(-3.0, spans + 4), 3).toarray()
 
 
 def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.ndarray | None = None,

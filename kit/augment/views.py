@@ -23,10 +23,15 @@ LARGEST = 1e15  # values beyond it are cut, so that no sum of squares overflows
 
 @torch.no_grad()
 def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], recipe: Recipe, *, seed: int,
-               epoch: int, view: int, spacing_mm: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, list[Draw]]:
+               epoch: int, view: int, spacing_mm: float = 1.0,
+               zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor, list[Draw]]:
     """Make one view of each scan.
 
     A view whose box misses the brain is drawn again, at most `ATTEMPTS` times, then centred on the brain.
+
+    Views lie on the scale of the scans, as everything that looks at scans without views reads them. Of z-scored ones
+    the view is z-scored anew. On any other scale a recipe means standard deviations too: the view is z-scored, changed,
+    z-scored, and gets back the mean and deviation that it had before its grey levels were changed.
 
     Args:
         images: (batch, 1, depth, height, width) of any floating type, zero outside the mask; left as they are.
@@ -35,40 +40,36 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
         recipe: what to draw.
         seed, epoch, view: with each scan's key they decide everything that is random.
         spacing_mm: of the grid, for ranges in mm.
+        zscored: whether the scans are, see `kit.data.preprocess.Preparation.intensity`.
 
     Returns:
-        views (batch, 1, depth, height, width) float32 (float64 where the scans are), z-scored inside the mask, zero
-        outside;
+        views (batch, 1, depth, height, width) float32 (float64 where the scans are), zero outside the mask;
         their masks; and what was drawn, which `apply` repeats.
     """
     views, view_masks = _empty(images, masks)
     draws = []
     for number, key in enumerate(keys):
         scan, out = (images[number, 0], masks[number, 0]), (views[number, 0], view_masks[number, 0])
-        drawn = draw(recipe, seed, epoch, key, view)
-        _geometry(*scan, drawn, recipe, spacing_mm, out)
-        if _brain(out[1]) < LEAST_BRAIN:
-            least = min(LEAST_BRAIN, 0.5 * _brain(scan[1]))
-            for attempt in range(1, ATTEMPTS + 1):
-                if _brain(out[1]) >= least:
-                    break
-                drawn = draw(recipe, seed, epoch, key, view, attempt)
-                drawn = _centred(drawn, scan[1]) if attempt == ATTEMPTS else drawn
-                _geometry(*scan, drawn, recipe, spacing_mm, out)
-        _grey_levels(*out, drawn, recipe, spacing_mm)
+        for attempt in range(ATTEMPTS + 1):
+            drawn = draw(recipe, seed, epoch, key, view, attempt)
+            drawn = _centred(drawn, scan[1]) if attempt == ATTEMPTS else drawn
+            _geometry(*scan, drawn, recipe, spacing_mm, out)
+            if (brain := _brain(out[1])) >= LEAST_BRAIN or brain >= 0.5 * _brain(scan[1]):
+                break
+        _grey_levels(*out, drawn, recipe, spacing_mm, zscored)
         draws.append(drawn)
     return views, view_masks, draws
 
 
 @torch.no_grad()
 def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
-          spacing_mm: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+          spacing_mm: float = 1.0, zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Make the views that these draws describe; the arguments as for `make_views`."""
     views, view_masks = _empty(images, masks)
     for number, drawn in enumerate(draws):
         out = views[number, 0], view_masks[number, 0]
         _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm, out)
-        _grey_levels(*out, drawn, recipe, spacing_mm)
+        _grey_levels(*out, drawn, recipe, spacing_mm, zscored)
     return views, view_masks
 
 
@@ -87,12 +88,16 @@ def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Reci
     out[0].clamp_(-LARGEST, LARGEST)
 
 
-def _grey_levels(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> None:
+def _grey_levels(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float,
+                 zscored: bool) -> None:
     """Everything after the geometry, on one scan (depth, height, width), in place.
 
     `drawn.shift` needs no work: what follows begins at the darkest voxel, or is the z-score, and undoes it.
     """
     inside, view = mask.view(torch.int8), image
+    if not zscored:
+        mean, sd = intensity.mean_and_sd(image, inside)
+        intensity.z_score(image, inside)
     if any(getattr(drawn, name) != getattr(Draw, name) for name in MAGNITUDE):
         intensity.magnitude(image, inside)
         _contrast(image, inside, drawn, recipe, spacing_mm)
@@ -106,12 +111,14 @@ def _grey_levels(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: R
         physics.cutout(view, drawn.cutout_mm / spacing_mm, _setting(recipe, "cutout", "boxes"), drawn)
     if drawn.patches:
         physics.patches(view, drawn.patches, _setting(recipe, "patches", "size_mm") / spacing_mm, drawn)
+    if not zscored:
+        intensity.keep(view.mul_(sd).add_(mean), inside)
 
 
 def _contrast(image: torch.Tensor, inside: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> None:
     """What the tissue's grey levels and the coil do to a magnitude image, in place."""
     if drawn.scale != 1:
-        intensity.scale(image, inside, drawn.scale)
+        image.mul_(drawn.scale)
     if drawn.gamma != 1:
         intensity.gamma(image, inside, drawn.gamma)
     if drawn.gamma_inverted != 1:

@@ -4,6 +4,7 @@
 - ``labels``      a label column as numbers, with its kind checked
 - ``split``       participants into train, validation and test
 - ``sample``      the procedural sample cohort
+- ``choices``     the words that say how scans are prepared
 - ``grid``        where prepared arrays lie in MNI152 millimetres
 - ``nifti``       reading and writing NIfTI
 - ``dicom``       reading a folder with one DICOM series
@@ -17,6 +18,5 @@
 - ``table``       the index, the failed scans, shards merged
 - ``preprocess``  one scan, then a cohort, into the store
 - ``store``       prepared scans: one blosc2 array each and an index
-- ``loader``      batches of prepared scans, in an order that (seed, epoch) alone decide
-- ``sampling``    which scans an epoch takes: balanced over datasets, two sessions as a pair
+- ``loader``      batches of prepared scans, which and in what order (seed, epoch) alone decide
 """

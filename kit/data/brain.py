@@ -15,7 +15,6 @@ from kit.data.nifti import ScanError, read_mask, write_nifti
 from kit.data.resample import resample
 from kit.data.template import template
 
-MASKS = ("given", "nonzero", "template", "hd-bet", "mri_synthstrip")
 # No brain is larger: where "nonzero" finds more, the scan still has its head or a background above zero.
 MOST_BRAIN_ML = 2500.0
 
@@ -63,11 +62,7 @@ def nonzero_mask(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
 def tool_mask(tool: str, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Return the mask that an installed command finds, bool (z, y, x).
 
-    The scan is handed over as a new NIfTI file in a temporary folder: nothing of its own header goes along.
-
-    Args:
-        tool: "hd-bet" or "mri_synthstrip".
-        array, affine: the scan.
+    The scan (z, y, x) is handed over as a new NIfTI file in a temporary folder: nothing of its own header goes along.
 
     Raises:
         ScanError: the command failed, took longer than an hour, or wrote no mask of this scan.

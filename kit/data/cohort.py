@@ -13,6 +13,7 @@ import pandas as pd
 from kit.runs import resolve, shown
 
 COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")
+PROCEDURAL = "procedural-"  # begins the dataset names of `kit.data.sample`, and of no others
 
 
 class CohortError(ValueError):
@@ -48,18 +49,14 @@ def read_cohort(path: str | Path) -> pd.DataFrame:
 
 def data_note(index: pd.DataFrame) -> str:
     """What a figure must say of these scans: that they are procedural, where they are; else nothing."""
-    procedural = index["dataset"].astype(str).str.startswith("procedural")
+    procedural = index["dataset"].astype(str).str.startswith(PROCEDURAL)
     return "procedural data" if procedural.all() else "partly procedural data" if procedural.any() else ""
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise CohortError(f"{shown(path)}: no such file")
-    text = {name: str for name in COLUMNS}
-    try:
-        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=text, na_values=["n/a"])
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise CohortError(f"{shown(path)} is no table: {error}") from None
+    table = _tsv_or_csv(path, dict.fromkeys(COLUMNS, str))
     if "image_path" not in table:
         raise CohortError(f"{shown(path)}: needs a column image_path; found {', '.join(table.columns)}")
     if empty := int(table["image_path"].isna().sum()):
@@ -75,6 +72,13 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
 
 
+def _tsv_or_csv(path: Path, types: dict[str, type]) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=types, na_values=["n/a"])
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise CohortError(f"{shown(path)} is no table: {error}") from None
+
+
 def _beside(table: Path, value: str) -> str:
     """Relative paths in a table mean the folder that the table lies in."""
     return str((table.parent / Path(value).expanduser()).resolve()) if value else ""
@@ -85,17 +89,22 @@ def _read_bids(folder: Path) -> pd.DataFrame:
     if not description.is_file():
         raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
     scans = sorted(folder.glob("sub-*/ses-*/anat/*_T1w.nii*")) + sorted(folder.glob("sub-*/anat/*_T1w.nii*"))
-    name = str(json.loads(description.read_text(encoding="utf-8")).get("Name", folder.name))
+    try:
+        name = str(json.loads(description.read_text(encoding="utf-8")).get("Name", folder.name))
+    except (ValueError, AttributeError):  # AttributeError: JSON, but no object
+        raise CohortError(f"{shown(description)} is no JSON object; mend it") from None
     rows = [_bids_row(folder, scan, name) for scan in scans]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     labels = folder / "participants.tsv"
     if labels.is_file():
-        table = _with_labels(table, pd.read_csv(labels, sep="\t", na_values=["n/a"], dtype={"participant_id": str}))
+        table = _with_labels(table, _label_file(labels, "participant_id", "participant"))
     return _with_session_labels(folder, table)
 
 
 def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, str, str, str, str]:
     entities = dict(part.partition("-")[::2] for part in scan.name.split("_")[:-1])
+    if "sub" not in entities:
+        raise CohortError(f"{shown(scan)}: its name must begin with {scan.relative_to(folder).parts[0]}_; rename it")
     stem = scan.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_T1w")
     masks = sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
     others = [f"{key}-{value}" for key, value in entities.items() if key not in ("sub", "ses")]  # run-2, acq-...
@@ -103,13 +112,25 @@ def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, str, str, st
     return (entities["sub"], session, dataset, str(scan), str(masks[0]) if masks else "")
 
 
+def _label_file(path: Path, key: str, name: str) -> pd.DataFrame:
+    """Labels of a BIDS file, a row a `key` (such as participant_id), which is renamed and loses its prefix."""
+    labels = _tsv_or_csv(path, {key: str})
+    if key not in labels:
+        raise CohortError(f"{shown(path)}: needs a column {key}; found {', '.join(labels.columns)}")
+    if taken := sorted(set(labels) & set(COLUMNS) - {"dataset"}):
+        raise CohortError(f"{shown(path)}: a column {taken[0]} of its own has no meaning beside BIDS's file names; "
+                          "rename or remove it (labels of sessions belong into sub-*/sub-*_sessions.tsv)")
+    labels[name] = labels.pop(key).str.replace(r"^(sub|ses)-", "", regex=True)
+    if (doubled := labels[name].duplicated()).any():
+        raise CohortError(f"{shown(path)}: {key} {labels[name][doubled].iloc[0]} is listed twice; "
+                          f"keep one row a {name}")
+    return labels
+
+
 def _with_labels(table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    if "participant_id" not in labels:
-        raise CohortError("participants.tsv: needs a column participant_id")
-    labels = labels.assign(participant=labels.pop("participant_id").str.removeprefix("sub-"))
     if "dataset" in labels:  # one folder may hold several datasets: its participants say which
         table = table.drop(columns="dataset")
-    table = table.merge(labels, on="participant", how="left", validate="many_to_one")
+    table = table.merge(labels, on="participant", how="left")
     return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
 
 
@@ -118,12 +139,9 @@ def _with_session_labels(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     files = sorted(folder.glob("sub-*/sub-*_sessions.tsv"))
     if not files:
         return table
-    parts = [pd.read_csv(file, sep="\t", na_values=["n/a"], dtype={"session_id": str}).assign(
-        participant=file.parent.name.removeprefix("sub-")) for file in files]
-    sessions = pd.concat(parts, ignore_index=True)
-    sessions["session"] = sessions.pop("session_id").str.removeprefix("ses-")
-    keys = ["participant", "session"]
-    table = table.merge(sessions, on=keys, how="left", suffixes=("", " of session"), validate="one_to_one")
+    sessions = pd.concat([_label_file(file, "session_id", "session").assign(
+        participant=file.parent.name.removeprefix("sub-")) for file in files], ignore_index=True)
+    table = table.merge(sessions, on=["participant", "session"], how="left", suffixes=("", " of session"))
     for name in [name for name in table if name.endswith(" of session")]:
         table[name.removesuffix(" of session")] = table[name].fillna(table[name.removesuffix(" of session")])
     return table.drop(columns=[name for name in table if name.endswith(" of session")])

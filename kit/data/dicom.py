@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from nibabel.affines import from_matvec
 
 from kit.data.nifti import ScanError, upright
 
@@ -42,9 +43,7 @@ def read_dicom(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ScanError("damaged DICOM series: a slice cannot be read, or has another shape than the first") from error
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(warnings)
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
+    affine = from_matvec(np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing(), image.GetOrigin())
     return upright(sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ affine)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel.affines import from_matvec
 
 # The middle of the paper's box: z -68..81, y -113..78, x -95..96 mm, here as (x, y, z).
 PAPER_CENTRE_MM = (0.5, -17.5, 6.5)
@@ -50,9 +51,7 @@ class Grid:
     @property
     def affine(self) -> np.ndarray:
         """The (4, 4) float64 matrix from a voxel (x, y, z) to MNI millimetres, RAS+."""
-        affine = np.diag([self.spacing_mm] * 3 + [1.0])
-        affine[:3, 3] = self.origin_mm
-        return affine
+        return from_matvec(np.diag([self.spacing_mm] * 3), self.origin_mm)
 
 
 # 150 x 192 x 192 voxels of 1 mm: the box on which the paper's models were trained.

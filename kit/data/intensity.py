@@ -9,9 +9,6 @@ from scipy import ndimage
 from kit.data.nifti import ScanError
 from kit.data.resample import one_thread, to_image
 
-BIAS_CORRECTIONS = ("none", "n4")
-INTENSITIES = ("zscore", "whitematter")
-
 # N4 works on voxels of about this size: a bias field is smooth, and finer voxels cost eight times as much.
 N4_MM = 4.0
 N4_ITERATIONS = [50, 50, 50, 50]  # at most, at each of four levels of ever finer splines; N4's own default
@@ -20,14 +17,12 @@ N4_ITERATIONS = [50, 50, 50, 50]  # at most, at each of four levels of ever fine
 def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Divide a scan by its bias field, found by N4 (Tustison et al. 2010, doi:10.1109/TMI.2010.2046908).
 
-    Args:
-        array: (z, y, x) intensities.
-        affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
-        mask: bool (z, y, x), where the field is found; None: above Otsu's threshold, which finds the head. A
-            brain mask is better. The same scan gives the same bits: one thread is used.
+    The same scan gives the same bits: one thread is used.
 
-    Returns:
-        Float32 (z, y, x).
+    Args:
+        array: (z, y, x) intensities, also of what is returned, float32.
+        affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
+        mask: where the field is found; None: above Otsu's threshold, which finds the head. A brain mask is better.
 
     Raises:
         ScanError: N4 did not find a field.
@@ -52,23 +47,8 @@ def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray | None)
     return corrected
 
 
-def scaled(image: np.ndarray, mask: np.ndarray, intensity: str, white_matter: np.ndarray) -> np.ndarray:
-    """Return the image on the intensity scale that is asked for, 0 outside the mask, float32.
-
-    Args:
-        image: (z, y, x) on the grid.
-        mask: bool (z, y, x), the brain.
-        intensity: "zscore" or "whitematter"; see `z_score` and `by_white_matter`.
-        white_matter: bool (z, y, x), where the template is white matter.
-
-    Raises:
-        ScanError: the mask is empty, or the image constant inside it, or without a white-matter peak.
-    """
-    return z_score(image, mask) if intensity == "zscore" else by_white_matter(image, mask, white_matter)
-
-
 def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the image with mean 0 and deviation 1 inside the mask and 0 outside, float32.
+    """Return an image (z, y, x) with mean 0 and deviation 1 inside the mask and 0 outside, float32.
 
     Raises:
         ScanError: the mask is empty, or the image constant inside it.
@@ -80,7 +60,7 @@ def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def by_white_matter(image: np.ndarray, mask: np.ndarray, white_matter: np.ndarray) -> np.ndarray:
-    """Return the image divided by the intensity of most of its white matter, 0 outside the mask, float32.
+    """Return an image (z, y, x) divided by the intensity of most of its white matter, 0 outside the mask, float32.
 
     The peak is the mode of the smoothed histogram of voxels in the mask where the template is white matter:
     lesions, and grey matter that registration left there, do not move it.

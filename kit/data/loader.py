@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,13 +16,15 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kit.data.split import participant_ids
 from kit.data.store import Store, StoreError
 
 # of malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
-# Damaged scans in a row that may be skipped: more mean that the store is gone, not a scan.
+# Substitutes that are tried for a damaged scan: if all are damaged the store is gone, not a scan.
 MOST_DAMAGED = 8
+Item = tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]  # image, mask, key, label, damaged scans in its place
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Batch:
     """Some scans, on one device.
 
     Attributes:
-        images: (batch, 1, depth, height, width) float32, z-scored inside the mask, zero outside.
+        images: (batch, 1, depth, height, width) float32, on the store's scale inside the mask, zero outside.
         masks: (batch, 1, depth, height, width) bool.
         keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
         labels: (batch,) float32, nan where there is none.
@@ -62,6 +64,11 @@ def scan_key(scan: str) -> int:
     return int.from_bytes(hashlib.blake2b(scan.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def keyed(*numbers: int) -> np.random.Generator:
+    """Random numbers that these decide, the same on every machine."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
+
+
 class PreparedScans(Dataset):
     """Rows of a store as a torch dataset; workers open files themselves and share no memory.
 
@@ -69,8 +76,12 @@ class PreparedScans(Dataset):
         store: prepared scans.
         rows: rows of `store.index` to serve, in the order of their numbers here.
         labels: (rows,) float, or None for unlabelled scans.
-        skip_damaged: for training: the next scan that can be read takes a damaged one's place, so that batches keep
-            their size on every process, and `load` warns of it by name. Otherwise a damaged scan is an error.
+        skip_damaged: for training: another scan takes a damaged one's place, so that batches keep their size on every
+            process, and `load` warns of it by name. It is another scan of the participant; where none can be read,
+            one of a participant who is not in the batch, a different one for each that is. So no participant comes
+            twice into a batch, and a pair of sessions stays one participant's. Where nobody is left, and without
+            `skip_damaged`, a damaged scan is an error. What else is in the batch is known from the scans that are
+            asked for together, and of batches that are cut over chunks or processes from `planned`.
 
     Attributes:
         damaged: how often `load` met each damaged scan, by name.
@@ -80,7 +91,8 @@ class PreparedScans(Dataset):
                  skip_damaged: bool = False) -> None:
         self.store = store
         self.skip_damaged, self.damaged = skip_damaged, Counter()
-        self.scans = rows["scan"].tolist()
+        self.scans, self.participants = rows["scan"].tolist(), participant_ids(rows).tolist()
+        self.batches: Sequence[Sequence[int]] = ()  # of the epoch, over all processes
         self.labels = np.full(len(rows), np.nan) if labels is None else np.asarray(labels, np.float64)
 
     def __len__(self) -> int:
@@ -90,21 +102,49 @@ class PreparedScans(Dataset):
         """What loading processes get: they read scans by name, and need no copy of a large index."""
         return {**self.__dict__, "store": Store(self.store.folder, None, self.store.record)}
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]:
-        damaged: list[str] = []
-        for place in range(number, number + MOST_DAMAGED + 1):
-            place %= len(self.scans)
-            try:
-                image, mask = self.store.read(self.scans[place])
-                return image, mask, scan_key(self.scans[place]), float(self.labels[place]), tuple(damaged)
-            except StoreError:
-                damaged.append(self.scans[place])
-                if not self.skip_damaged or len(damaged) > min(MOST_DAMAGED, len(self.scans) - 1):
-                    raise
-        raise AssertionError("the loop returns or raises")
+    def planned(self, batches: Callable[[int], list[list[int]]]) -> Callable[[int], list[list[int]]]:
+        """The same global batches of an epoch, noted here whenever they are asked for."""
+        def noted(epoch: int) -> list[list[int]]:
+            self.batches = batches(epoch)
+            return self.batches
+        return noted
+
+    def __getitem__(self, number: int) -> Item:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Item]:
+        """What a DataLoader asks for: the scans of a batch, or of a process's part of it."""
+        return [self._item(number, numbers) for number in numbers]
+
+    def _item(self, number: int, together: Sequence[int]) -> Item:
+        try:
+            return self._read(number)
+        except StoreError:
+            damaged = [self.scans[number]]
+            for place in self._substitutes(number, together)[:MOST_DAMAGED] if self.skip_damaged else ():
+                try:
+                    return (*self._read(place)[:-1], tuple(damaged))
+                except StoreError:
+                    damaged.append(self.scans[place])
+            raise
+
+    def _read(self, number: int) -> Item:
+        image, mask = self.store.read(self.scans[number])
+        return image, mask, scan_key(self.scans[number]), float(self.labels[number]), ()
+
+    def _substitutes(self, number: int, together: Sequence[int]) -> list[int]:
+        """Scans that may take a damaged one's place, the best first; see the class."""
+        asked = set(together)
+        batch = [each for batch in self.batches if asked <= set(batch) for each in batch] or together
+        present = list(dict.fromkeys(self.participants[each] for each in batch))
+        own, busy = self.participants[number], set(present)
+        free = [name for name in dict.fromkeys(self.participants) if name not in busy]
+        rank = {name: place for place, name in enumerate([own, *free[present.index(own)::len(present)]])}
+        scans = [each for each, name in enumerate(self.participants) if name in rank and each != number]
+        return sorted(scans, key=lambda each: rank[self.participants[each]])
 
 
-def collate(items: Sequence[tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]]) -> Batch:
+def collate(items: Sequence[Item]) -> Batch:
     """Stack scans; they stay float16 until they reach the device."""
     images, masks, keys, labels, damaged = zip(*items, strict=True)
     return Batch(torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]),
@@ -119,15 +159,13 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
     over come in other epochs.
 
     Args:
-        participants: each scan's participant.
+        participants: each scan's.
         batch_size: scans in a global batch.
-        seed: of the run.
-        epoch: from 0.
 
     Returns:
         lists of scan numbers.
     """
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(len(participants))
+    order = keyed(seed, epoch).permutation(len(participants))
     batches: list[list[int]] = []
     present: list[set[str]] = []
     first_open = 0
@@ -145,6 +183,46 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
             first_open += 1
     full = [batch for batch in batches if len(batch) == batch_size]
     return full or batches
+
+
+def balanced(datasets: Sequence[str], seed: int, epoch: int) -> list[int]:
+    """As many scans of each dataset, as many in all as there are: the chosen scans' numbers.
+
+    A large dataset is drawn from without replacement; of a small one each scan comes as often as any other, give
+    or take one.
+    """
+    codes, names = pd.factorize(np.asarray(datasets))
+    rng, chosen = keyed(seed, epoch, 1), []
+    for code in range(len(names)):
+        own = np.flatnonzero(codes == code)
+        wanted = len(codes) // len(names)
+        chosen += np.concatenate([rng.permutation(own) for _ in range(-(-wanted // len(own)))])[:wanted].tolist()
+    return chosen
+
+
+def session_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of twos: a scan, then another scan of the participant (itself where there is no other).
+
+    Each participant comes once in an epoch.
+
+    Returns:
+        lists of 2 x `batch_size` scan numbers.
+    """
+    codes, names = pd.factorize(np.asarray(participants))
+    rng = keyed(seed, epoch, 2)
+    scans = [rng.permutation(np.flatnonzero(codes == code))[:2].tolist() for code in range(len(names))]
+    return [[number for one in batch for number in (scans[one][0], scans[one][-1])]
+            for batch in epoch_batches(list(names), batch_size, seed, epoch)]
+
+
+def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size: int, seed: int, epoch: int,
+               sampling: str = "all") -> list[list[int]]:
+    """An epoch's batches with a participant at most once in each: of "all" scans, or "balanced" over datasets."""
+    if sampling == "all":
+        return epoch_batches(participants, batch_size, seed, epoch)
+    chosen = balanced(datasets, seed, epoch)
+    return [[chosen[place] for place in batch]
+            for batch in epoch_batches([participants[number] for number in chosen], batch_size, seed, epoch)]
 
 
 def load(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:

@@ -74,9 +74,7 @@ def upright(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.ascontiguousarray(values.T, np.float32), affine
 
 
-def read_mask(
-    path: str | Path, array_zyx: np.ndarray, affine: np.ndarray, no_codes_ok: bool = False
-) -> np.ndarray:
+def read_mask(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray, no_codes_ok: bool = False) -> np.ndarray:
     """Read a scan's mask, bool (z, y, x): what is above one half.
 
     Raises:
@@ -176,6 +174,4 @@ def _as_stored(header: nib.Nifti1Header) -> np.ndarray:
     nibabel takes such files for Analyze's, with x to the left.
     """
     sizes = np.array(header["pixdim"][1:4], float)
-    affine = np.diag([*sizes, 1.0])
-    affine[:3, 3] = -sizes * (np.array(header.get_data_shape()[:3]) - 1) / 2
-    return affine
+    return nib.affines.from_matvec(np.diag(sizes), -sizes * (np.array(header.get_data_shape()[:3]) - 1) / 2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pydantic.dataclasses import dataclass
 
 from kit.data import brain, intensity, quality
+from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
 from kit.data.dicom import read_dicom
 from kit.data.grid import Grid
 from kit.data.nifti import ScanError, read_mask, read_nifti
@@ -31,14 +33,6 @@ from kit.data.store import FORMAT, StoreError, claim, read_facts, remove_leftove
 from kit.data.table import check_cohort, scan_names, write_tables
 from kit.data.template import TEMPLATE_NAME, white_matter_on
 from kit.runs import progress
-
-CHOICES = {
-    "registration": ("none", *KINDS),
-    "mask": brain.MASKS,
-    "bias_correction": intensity.BIAS_CORRECTIONS,
-    "intensity": intensity.INTENSITIES,
-    "orientation_unknown": ("refuse", "assume_ras"),
-}
 
 
 @dataclass(frozen=True)
@@ -61,30 +55,18 @@ class Preparation:
     """
 
     grid: Grid
-    registration: str = "affine"
-    mask: str = "given"
-    bias_correction: str = "none"
-    intensity: str = "zscore"
-    orientation_unknown: str = "refuse"
-
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+    registration: Registration = "affine"
+    mask: Mask = "given"
+    bias_correction: BiasCorrection = "none"
+    intensity: Intensity = "zscore"
+    orientation_unknown: OrientationUnknown = "refuse"
 
     def record(self) -> dict[str, Any]:
         """Return what `preparation.json` says: what a store, and an encoder trained on it, must agree on."""
         return {
-            "format": FORMAT,
-            "axes": "zyx",
-            "shape": list(self.grid.shape),
-            "spacing_mm": self.grid.spacing_mm,
-            "origin_mm": list(self.grid.origin_mm),
-            "registration": self.registration,
-            "mask": self.mask,
-            "bias_correction": self.bias_correction,
-            "intensity": self.intensity,
-            "template": TEMPLATE_NAME,
+            "format": FORMAT, "axes": "zyx", "shape": list(self.grid.shape), "spacing_mm": self.grid.spacing_mm,
+            "origin_mm": list(self.grid.origin_mm), "registration": self.registration, "mask": self.mask,
+            "bias_correction": self.bias_correction, "intensity": self.intensity, "template": TEMPLATE_NAME,
             "versions": {name: version(name) for name in ("SimpleITK", "nibabel", "blosc2")},
         }
 
@@ -99,9 +81,8 @@ class Task(NamedTuple):
     settings: Preparation
 
 
-def prepare(
-    cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation, workers: int = 1
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
+            workers: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Prepare a cohort's scans into a folder, going on from what is there.
 
     Args:
@@ -121,7 +102,7 @@ def prepare(
     folder = Path(output_dir)
     names = scan_names(cohort)
     check_cohort(cohort, names, settings.mask)
-    if changes := claim(folder, settings.record(), change=True):
+    if changes := claim(folder, settings.record()):
         print(f"another preparation was here ({'; '.join(changes)}): its scans are prepared anew")
     remove_leftovers(folder)
     masks = cohort["mask_path"].fillna("") if settings.mask == "given" else [""] * len(cohort)
@@ -165,7 +146,7 @@ def _to_template_space(task: Task, known: dict[str, Any]) -> tuple[np.ndarray, n
     native_mask = _mask_before(task, array, affine)
     if settings.bias_correction == "n4":
         array = intensity.correct_bias(array, affine, native_mask)
-    wanted = {settings.registration, *(["affine"] if settings.mask == "template" else [])} & set(KINDS)
+    wanted = {settings.registration, *(["affine"] if settings.mask == "template" else [])}
     if settings.registration == "none":
         wanted = set()
     matrices = {kind: np.array(matrix) for kind, matrix in known.items()}
@@ -173,13 +154,14 @@ def _to_template_space(task: Task, known: dict[str, Any]) -> tuple[np.ndarray, n
         found = find_transforms(array, affine, tuple(kind for kind in KINDS if kind in wanted))
         matrices |= {kind: matrix for kind, (matrix, _) in found.items()}
     matrix = matrices.get(settings.registration, np.eye(4))
-    if native_mask is None:
-        native_mask = brain.template_mask(array, affine, matrices.get("affine", matrix))
+    if native_mask is None:  # an affine found before, under other settings, is no guide
+        native_mask = brain.template_mask(array, affine, matrices["affine"] if "affine" in wanted else matrix)
     image = resample(array, affine, matrix, grid.shape, grid.affine)
     # Smoothed as the image is, then cut at a half: as many voxels on a coarse grid as volume.
     mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
     figures = quality.figures(array, affine, native_mask, matrix, image, mask, grid)
-    scaled = intensity.scaled(image, mask, settings.intensity, white_matter_on(grid))
+    scaled = (intensity.z_score(image, mask) if settings.intensity == "zscore"
+              else intensity.by_white_matter(image, mask, white_matter_on(grid)))
     transforms = {kind: each.tolist() for kind, each in matrices.items()}
     return scaled, mask, {"transform": matrix.tolist(), "transforms": transforms, "quality": figures}
 

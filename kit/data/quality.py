@@ -31,11 +31,8 @@ def figures(array: np.ndarray, affine: np.ndarray, native_mask: np.ndarray, matr
             mask: np.ndarray, grid: Grid) -> dict[str, float]:
     """Return a scan's quality figures; `FIGURES` says what each is.
 
-    Args:
-        array, affine, native_mask: the scan, its affine (voxel to mm, RAS+) and its brain, (z, y, x).
-        matrix: (4, 4), MNI millimetres to the scan's.
-        image, mask: on the grid, (z, y, x).
-        grid: where those lie.
+    `array` and `native_mask` are the scan and its brain (z, y, x), `affine` their voxel to mm, RAS+; `matrix` takes MNI
+    millimetres to the scan's; `image` and `mask` lie on the grid.
     """
     like, like_mask = template_on(grid)
     both = np.count_nonzero(mask & like_mask)
@@ -51,12 +48,9 @@ def figures(array: np.ndarray, affine: np.ndarray, native_mask: np.ndarray, matr
 def signal_to_noise(array: np.ndarray, mask: np.ndarray) -> float:
     """Return the median inside a mask over the noise's standard deviation there.
 
-    The noise is what a second difference along each of the three axes leaves (Immerkaer 1996,
-    doi:10.1006/cviu.1996.0060, in three dimensions), by its median absolute deviation: edges count for little.
-
-    Args:
-        array: (z, y, x) intensities, not resampled.
-        mask: bool (z, y, x).
+    The noise of an array (z, y, x), which must not be resampled, is what a second difference along each of the three
+    axes leaves (Immerkaer 1996, doi:10.1006/cviu.1996.0060, in three dimensions), by its median absolute deviation:
+    edges count for little.
     """
     inside = ndimage.binary_erosion(mask, iterations=2)
     where = np.nonzero(inside)
@@ -73,13 +67,7 @@ def signal_to_noise(array: np.ndarray, mask: np.ndarray) -> float:
 
 
 def outside_share(shape: tuple[int, int, int], affine: np.ndarray, matrix: np.ndarray) -> float:
-    """Return the share of the template's brain that lies outside a scan's field of view.
-
-    Args:
-        shape: the scan's voxels (z, y, x).
-        affine: (4, 4), voxel (x, y, z) to the scan's millimetres.
-        matrix: (4, 4), MNI millimetres to the scan's.
-    """
+    """Return the share of the template's brain that lies outside a scan's field of view; arguments as of `figures`."""
     _, brain, to_mm = template()
     z, y, x = np.nonzero(brain[::4, ::4, ::4])
     points = np.stack([4 * x, 4 * y, 4 * z, np.ones_like(x)])

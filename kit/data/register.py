@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
+from nibabel.affines import from_matvec
 from scipy import ndimage
 
 from kit.data.resample import one_thread, resample, to_image, to_transform
@@ -51,33 +52,26 @@ class _Template(NamedTuple):
     centre: np.ndarray  # (x, y, z) mm, centre of mass
 
 
-def find_transform(array: np.ndarray, affine: np.ndarray, kind: str) -> tuple[np.ndarray, float]:
-    """Register a T1-weighted scan, whole head or skull-stripped, to the template.
+def find_transforms(array: np.ndarray, affine: np.ndarray,
+                    kinds: tuple[str, ...]) -> dict[str, tuple[np.ndarray, float]]:
+    """Register a T1-weighted scan, whole head or skull-stripped, to the template, by several kinds in one search.
 
     Mattes mutual information (Mattes et al. 2003, doi:10.1109/TMI.2003.809072) is climbed from the best of many
-    starts around the centre of mass: rigid at 8 and 4 mm, then with all parameters of `kind` at 4 (affine) and
+    starts around the centre of mass: rigid at 8 and 4 mm, then with all parameters of the kind at 4 (affine) and
     2 mm. The same scan gives the same matrix to the bit: one thread is used.
 
     Args:
         array: (z, y, x) intensities.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
-        kind: "rigid" or "affine".
+        kinds: of `KINDS`.
 
     Returns:
-        The (4, 4) float64 matrix from MNI millimetres to the scan's millimetres, RAS+, and the correlation of the
-        moved scan with the template inside the template's brain mask.
+        For each kind the (4, 4) float64 matrix from MNI millimetres to the scan's millimetres, RAS+, and the
+        correlation of the moved scan with the template inside the template's brain mask.
 
     Raises:
         RegistrationError: the search ended where the scan does not resemble the template.
-        ValueError: `kind` is neither.
     """
-    return find_transforms(array, affine, (kind,))[kind]
-
-
-def find_transforms(array: np.ndarray, affine: np.ndarray, kinds: tuple[str, ...]) -> dict[str, tuple]:
-    """Find several kinds of transform in one search: each kind's matrix and similarity, see `find_transform`."""
-    if wrong := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"registration: expected one of {', '.join(KINDS)}, got {wrong[0]!r}")
     found = {}
     with one_thread():
         try:
@@ -87,8 +81,9 @@ def find_transforms(array: np.ndarray, affine: np.ndarray, kinds: tuple[str, ...
             scan[FINE_MM] = (_smoothed(fine), fine_affine)
             for kind in kinds:
                 start = sitk.Euler3DTransform(pose)
-                if kind == "affine":
-                    start = _climb(scan, _freed(pose), MIDDLE_MM, step_mm=0.2)
+                if kind == "affine":  # the same map, with twelve parameters to change
+                    freed = sitk.AffineTransform(pose.GetMatrix(), pose.GetTranslation(), pose.GetCenter())
+                    start = _climb(scan, freed, MIDDLE_MM, step_mm=0.2)
                 found[kind] = _matrix(_climb(scan, start, FINE_MM, step_mm=0.2))
         except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
             raise RegistrationError("the search left the scan: too little overlap with the template") from error
@@ -102,9 +97,8 @@ def _checked(matrix: np.ndarray, similarity: float) -> float:
     if stretch.max() > MOST_STRETCH or stretch.min() < 1 / MOST_STRETCH:
         raise RegistrationError(f"the scan was stretched by {', '.join(f'{factor:.2f}' for factor in stretch)}")
     if not similarity >= LEAST_SIMILARITY:
-        raise RegistrationError(
-            f"does not resemble the template: correlation {similarity:.2f}, at least {LEAST_SIMILARITY} is needed"
-        )
+        raise RegistrationError(f"does not resemble the template: correlation {similarity:.2f}, at least "
+                                f"{LEAST_SIMILARITY} is needed")
     return similarity
 
 
@@ -137,9 +131,8 @@ def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float) -> dict[flo
         sides = np.ceil((extent + 2 * margin_mm) / size).astype(int)
         margin_mm = 0.0  # coarser levels inherit it
         # The new grid has the same directions and the same middle as the old one.
-        voxels = np.diag([*(size / spacing), 1.0])
-        voxels[:3, 3] = (np.array(array.shape[::-1]) - 1 - (sides - 1) * size / spacing) / 2
-        affine_before, affine = affine, affine @ voxels
+        corner = (np.array(array.shape[::-1]) - 1 - (sides - 1) * size / spacing) / 2
+        affine_before, affine = affine, affine @ from_matvec(np.diag(size / spacing), corner)
         array = resample(array, affine_before, np.eye(4), tuple(sides[::-1]), affine)
         levels[size] = (array, affine)
     return levels
@@ -191,15 +184,6 @@ def _pair(scan: dict, size: float) -> tuple[sitk.Image, sitk.Image]:
     return _template().smooth if size == FINE_MM else _template().images[size], to_image(*scan[size])
 
 
-def _freed(pose: sitk.Euler3DTransform) -> sitk.AffineTransform:
-    """Return a rigid transform as an affine one, with twelve parameters to change."""
-    affine = sitk.AffineTransform(3)
-    affine.SetCenter(pose.GetCenter())
-    affine.SetMatrix(pose.GetMatrix())
-    affine.SetTranslation(pose.GetTranslation())
-    return affine
-
-
 def _similarity(scan: dict, matrix: np.ndarray) -> float:
     """Correlation with the template inside its brain mask at 2 mm."""
     fine = _template().images[FINE_MM]
@@ -214,9 +198,4 @@ def _centre_of_mass(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def _matrix(transform: sitk.Transform) -> np.ndarray:
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
-    matrix[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
-    return matrix
-
-
+    return from_matvec(np.reshape(transform.GetMatrix(), (3, 3)), transform.TransformPoint((0.0, 0.0, 0.0)))

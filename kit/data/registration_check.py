@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from nibabel.affines import apply_affine
 
 from kit.data.cohort import read_cohort
 from kit.data.grid import Grid
@@ -42,8 +43,8 @@ def registration_check(moved: Path, folder: Path, workers: int) -> pd.DataFrame:
         move = moves.loc[participant]
         known = move[[f"m{i}{j}" for i in range(4) for j in range(4)]].to_numpy(np.float64).reshape(4, 4)
         points = _brain_points(store, still)
-        native = points @ read_transform(folder, still).T  # where the first session has them
-        should, found = native @ known.T, points @ read_transform(folder, turned).T
+        native = apply_affine(read_transform(folder, still), points)  # where the first session has them
+        should, found = apply_affine(known, native), apply_affine(read_transform(folder, turned), points)
         rows.append({"scan": turned, "rotation_deg": move["rotation_deg"], "translation_mm": move["translation_mm"],
                      "moved_mm": _distance(should, native).mean(),
                      "error_mm": float(np.quantile(_distance(should, found), 0.95))})
@@ -51,10 +52,9 @@ def registration_check(moved: Path, folder: Path, workers: int) -> pd.DataFrame:
 
 
 def _brain_points(store: Store, scan: str) -> np.ndarray:
-    """(points, 4) homogeneous MNI millimetres of the brain's voxels."""
-    z, y, x = np.nonzero(store.read(scan)[1])
-    return np.stack([x, y, z, np.ones_like(x)], axis=1) @ store.grid.affine.T
+    """(points, 3) MNI millimetres (x, y, z) of the brain's voxels."""
+    return apply_affine(store.grid.affine, np.argwhere(store.read(scan)[1])[:, ::-1])
 
 
 def _distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.linalg.norm((first - second)[:, :3], axis=1)
+    return np.linalg.norm(first - second, axis=1)

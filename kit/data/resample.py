@@ -15,20 +15,17 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 
-def resample(
-    array: np.ndarray, affine: np.ndarray, matrix: np.ndarray, shape: tuple[int, int, int], to_affine: np.ndarray
-) -> np.ndarray:
+def resample(array: np.ndarray, affine: np.ndarray, matrix: np.ndarray, shape: tuple[int, int, int],
+             to_affine: np.ndarray) -> np.ndarray:
     """Resample an array once, linearly, through a transform onto another grid.
 
     Where the new grid is coarser, the array is smoothed before, so that fine detail does not fold over: a
     Gaussian with a full width at half maximum of sqrt(new^2 - old^2) mm along each of the array's axes.
 
     Args:
-        array: (z, y, x) numbers.
-        affine: (4, 4), the array's voxel (x, y, z) to its millimetres.
-        matrix: (4, 4), the new grid's millimetres to the array's millimetres.
-        shape: the new grid's voxels (z, y, x).
-        to_affine: (4, 4), the new grid's voxel (x, y, z) to its millimetres.
+        array: (z, y, x) numbers; `affine` takes its voxel (x, y, z) to its millimetres.
+        matrix: (4, 4), the new grid's millimetres to the array's.
+        shape: the new grid's voxels (z, y, x); `to_affine` takes one (x, y, z) to its millimetres.
 
     Returns:
         Float32 (z, y, x), zero outside the array.
@@ -39,14 +36,8 @@ def resample(
     if sigma.any():
         smooth = ndimage.gaussian_filter(smooth, sigma[::-1], mode="nearest", truncate=3)
     moved = sitk.Resample(
-        to_image(smooth, affine),
-        [int(side) for side in shape[::-1]],
-        to_transform(matrix),
-        sitk.sitkLinear,
-        to_affine[:3, 3].tolist(),
-        new.tolist(),
-        (to_affine[:3, :3] / new).ravel().tolist(),
-    )
+        to_image(smooth, affine), [int(side) for side in shape[::-1]], to_transform(matrix), sitk.sitkLinear,
+        to_affine[:3, 3].tolist(), new.tolist(), (to_affine[:3, :3] / new).ravel().tolist())
     return sitk.GetArrayFromImage(moved)
 
 

@@ -60,13 +60,7 @@ def label_subset(ids: pd.Series, labels: np.ndarray, kind: str, fraction: float,
 
     Args:
         ids: (rows,) participants.
-        labels: (rows,) float.
-        kind: "classification" or "regression".
-        fraction: above 0, up to 1.
-        seed: draws the participants.
-
-    Returns:
-        (rows,) bool.
+        labels: (rows,) float, of the `kind` "classification" or "regression".
     """
     keep: set[str] = set()
     for value in np.unique(labels) if kind == "classification" else [None]:

@@ -44,27 +44,18 @@ def scan_path(folder: str | Path, scan: str) -> Path:
     return Path(folder) / "scans" / f"{scan}.b2nd"
 
 
-def claim(folder: str | Path, record: dict[str, Any], change: bool = False) -> list[str]:
-    """Write a preparation's record before its scans, so that no other preparation mixes with them.
+def claim(folder: str | Path, record: dict[str, Any]) -> list[str]:
+    """Write a preparation's record, `preparation.json`, before its scans, so that no other preparation mixes with them.
 
-    Args:
-        folder: of the prepared scans.
-        record: what `preparation.json` will say.
-        change: take over a folder of another preparation. Its index goes first: nobody can open the folder until
-            all its scans are prepared anew.
+    The index of another preparation goes: nobody can open the folder until all its scans are prepared anew.
 
     Returns:
         what changed, a line each; versions of libraries may differ.
-
-    Raises:
-        StoreError: the folder holds another preparation, and `change` is false.
     """
     path = Path(folder) / "preparation.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else record
     names = [name for name in record if name != "versions" and before.get(name) != record[name]]
     differ = [f"{name}: {before.get(name)} there, {record[name]} asked" for name in names]
-    if differ and not change:
-        raise StoreError(f"{folder} holds another preparation ({'; '.join(differ)}); choose another output_dir")
     if differ:
         (Path(folder) / "index.csv").unlink(missing_ok=True)
     if differ or not path.exists():
@@ -78,14 +69,8 @@ def remove_leftovers(folder: str | Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_scan(
-    path: str | Path,
-    image: np.ndarray,
-    mask: np.ndarray,
-    scan: str,
-    affine: np.ndarray,
-    notes: dict[str, Any] | None = None,
-) -> None:
+def write_scan(path: str | Path, image: np.ndarray, mask: np.ndarray, scan: str, affine: np.ndarray,
+               notes: dict[str, Any] | None = None) -> None:
     """Write one prepared scan, whole or not at all.
 
     Args:
@@ -98,24 +83,14 @@ def write_scan(
     """
     array = np.where(mask, image, 0).astype(np.float16)
     array[mask & (array == 0)] = -0.0
-    facts = {
-        "format": FORMAT,
-        "scan": scan,
-        "affine": np.asarray(affine, float).tolist(),
-        "checksum": _checksum(array),
-        "notes": notes or {},
-    }
+    facts = {"format": FORMAT, "scan": scan, "affine": np.asarray(affine, float).tolist(),
+             "checksum": _checksum(array), "notes": notes or {}}
 
     def write(aside: Path) -> None:
         stored = blosc2.asarray(
-            array,
-            urlpath=str(aside),
-            mode="w",
-            contiguous=True,
-            chunks=array.shape,
+            array, urlpath=str(aside), mode="w", contiguous=True, chunks=array.shape,
             blocks=(min(BLOCK_SLICES, len(array)), *array.shape[1:]),
-            cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
-        )
+            cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1})
         for name, value in facts.items():
             stored.schunk.vlmeta[name] = value
 
@@ -181,10 +156,14 @@ class Store:
         except (ValueError, KeyError, OSError) as error:
             raise StoreError(f"{folder}: preparation.json or index.csv is damaged: {error}") from error
         if record.get("format") != FORMAT:
-            raise StoreError(
-                f"{folder}: format {record.get('format')}, this version reads {FORMAT}; run 1_preprocess again"
-            )
+            raise StoreError(f"{folder}: format {record.get('format')}, this version reads {FORMAT}; "
+                             "run 1_preprocess again")
         return cls(folder, index, record)
+
+    @property
+    def zscored(self) -> bool:
+        """Whether intensities are z-scores; if not, white matter is 1."""
+        return self.record["intensity"] == "zscore"
 
     def read(self, scan: str, crop: tuple[slice, slice, slice] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Read a scan, or a crop of it without reading the rest.

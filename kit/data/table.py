@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kit.data.brain import missing_tool
 from kit.data.quality import FIGURES, flagged
 from kit.data.store import claim, read_index, scan_path
 from kit.runs import write_table, write_whole
@@ -34,19 +33,12 @@ def scan_names(cohort: pd.DataFrame) -> list[str]:
 
 
 def check_cohort(cohort: pd.DataFrame, names: list[str], mask: str) -> None:
-    """Look for what would spoil a preparation, before it starts.
-
-    Args:
-        cohort: a row a scan.
-        names: of the scans.
-        mask: see `kit.data.preprocess.Preparation`.
+    """Look for what would spoil a preparation with such a `mask`, before it starts.
 
     Raises:
         PreparationError: with all that is wrong.
     """
     wrong = []
-    if cohort.empty:
-        wrong.append("the cohort has no scans")
     folded = pd.Series(names, dtype=str).str.casefold()
     if folded.duplicated().any():
         twice = sorted({names[row] for row in np.flatnonzero(folded.duplicated())})
@@ -56,15 +48,12 @@ def check_cohort(cohort: pd.DataFrame, names: list[str], mask: str) -> None:
         wrong.append(f"columns that the index adds itself: {', '.join(taken)}; rename them in the cohort")
     if mask == "given" and ("mask_path" not in cohort or not cohort["mask_path"].fillna("").any()):
         wrong.append("mask: 'given' needs a column mask_path; otherwise use 'nonzero' or 'template'")
-    if missing := missing_tool(mask):
-        wrong.append(missing)
     if wrong:
         raise PreparationError("; ".join(wrong))
 
 
-def write_tables(
-    cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dict | str], folder: Path
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dict | str],
+                 folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return the index of prepared scans and the table of failed ones.
 
     Args:
@@ -92,9 +81,8 @@ def _written(index: pd.DataFrame, failed: pd.DataFrame, folder: Path) -> tuple[p
     write_table(folder / "failed.csv", failed)
     write_table(folder / "index.csv", index)
     if index.empty:
-        raise PreparationError(
-            f"none of {len(failed)} scans could be prepared; the first, {failed.scan[0]}: {failed.reason[0]}"
-        )
+        raise PreparationError(f"none of {len(failed)} scans could be prepared; the first, {failed.scan[0]}: "
+                               f"{failed.reason[0]}")
     return index, failed
 
 
@@ -139,7 +127,7 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int) -> tuple
                              if name != "versions" and record[name] != records[0].get(name)}):
             print(f"shards of different preparations ({', '.join(differ)}) are not merged: prepare all of them anew")
             return None
-        claim(folder, records[0], change=True)
+        claim(folder, records[0])
         indexes = [read_index(part / "index.csv") for part in parts]
         fails = [pd.read_csv(part / "failed.csv", dtype=str, keep_default_na=False) for part in parts]
         index, failed = (_in_order(tables, scan_names(cohort)) for tables in (indexes, fails))

@@ -43,8 +43,6 @@ def correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
     return float(one @ other / scale) if scale > 0 else 0.0
 
 
-
-
 @lru_cache(maxsize=1)
 def white_matter_on(grid: Grid) -> np.ndarray:
     """Return where the template surely is white matter (probability above 0.9), bool (z, y, x) on a grid."""

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from kit.data.cohort import PROCEDURAL
 from kit.data.nifti import read_nifti, write_nifti
 from kit.data.resample import resample
 from kit.data.sample import effect_masks
@@ -64,7 +65,8 @@ def known_place(cohort: Path | None, store: Store, scan: str, task: str) -> np.n
     """Where the sample cohort's generator put a task's effect in a scan, on the store's grid.
 
     Args:
-        cohort: BIDS folder of the sample cohort; None for data whose truth nobody knows.
+        cohort: BIDS folder of the sample cohort; None for data whose truth nobody knows. Of scans of any other
+            dataset nothing is known either, whatever their participants are called.
         store: prepared without registration, so that the scan's own millimetres are the grid's.
         scan: of the store.
         task: a label column.
@@ -75,6 +77,8 @@ def known_place(cohort: Path | None, store: Store, scan: str, task: str) -> np.n
     if cohort is None or task not in EFFECTS or store.record["registration"] != "none":
         return None
     row = store.index.set_index("scan").loc[scan]
+    if not row["dataset"].startswith(PROCEDURAL):
+        return None
     path = effect_masks(cohort, row["participant"], row["session"]).get(EFFECTS[task])
     if path is None:
         return None

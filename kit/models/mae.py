@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import nn
 
 from kit.augment.masking import masked_patches
+from kit.data.loader import keyed
 from kit.models.encoders import ViTEncoder, patch_size
 
 
@@ -76,8 +77,7 @@ def masks_for(keys: Sequence[int], shape: tuple[int, int, int], ratio: float, *,
         ratio: share of the patches that are masked.
     """
     count = math.prod(side // width for side, width in zip(shape, patch_size(shape), strict=True))
-    streams = (np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, key]))) for key in keys)
-    return torch.from_numpy(np.stack([masked_patches(count, ratio, stream) for stream in streams]))
+    return torch.from_numpy(np.stack([masked_patches(count, ratio, keyed(seed, epoch, key)) for key in keys]))
 
 
 def patch_statistics(true: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kit.runs import shown, write_whole
+from kit.runs import differences, shown, write_whole
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 AGAIN_SECONDS = 10.0  # between two tries on a full disk
@@ -144,9 +144,6 @@ def check_same(state: dict[str, Any], params: dict[str, Any], folder: Path) -> N
     Raises:
         CheckpointError: every difference is listed.
     """
-    old = state.get("params", {})
-    differences = [f"{name}: the checkpoint has {old.get(name)!r}, asked for {params.get(name)!r}"
-                   for name in {**old, **params} if old.get(name) != params.get(name)]
-    if differences:
-        raise CheckpointError(f"{shown(folder / 'checkpoints')} are of other parameters:\n  " + "\n  ".join(differences)
-                              + "\ngive another output_dir, or delete that folder")
+    if listed := differences(state.get("params", {}), params, "the checkpoint"):
+        raise CheckpointError(f"{shown(folder / 'checkpoints')} are of other parameters:\n  {listed}\n"
+                              "give another output_dir, or delete that folder")

@@ -132,7 +132,7 @@ def finetune(task: Task, encoder: nn.Module, settings: Settings, flip: bool,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         predictor = Predictor(copy.deepcopy(encoder), mean, sd)
-    objective = Supervised(predictor, task.labels.kind, flip=flip, seed=settings.seed)
+    objective = Supervised(predictor, task.labels.kind, flip=flip, seed=settings.seed, zscored=train.store.zscored)
     participants = train.participants.tolist()
     size = min(settings.batch_size, train.participants.nunique())
     log = fit(objective, train.scans(skip_damaged=True),

@@ -20,11 +20,12 @@ class SimCLR(nn.Module):
     """Two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020)."""
 
     def __init__(self, encoder: nn.Module, recipe: Recipe, *, projection: list[int], temperature: float, seed: int,
-                 spacing_mm: float, paired: bool = False) -> None:
+                 spacing_mm: float, paired: bool = False, zscored: bool = True) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = projection_head(encoder.features, projection)
         self.recipe, self.temperature, self.seed, self.spacing_mm = recipe, temperature, seed, spacing_mm
+        self.zscored = zscored  # the scale of the scans, which their views keep; see `make_views`
         self.paired = paired  # while training, scans come in twos: the two views are of two sessions
 
     def forward(self, batch: Batch, epoch: int, embed: bool = False) -> dict[str, torch.Tensor] | torch.Tensor:
@@ -44,7 +45,7 @@ class SimCLR(nn.Module):
             parts = [Batch(batch.images[turn::2], batch.masks[turn::2], batch.keys[turn::2], batch.labels[turn::2])
                      for turn in (0, 1)]
         return [make_views(part.images, part.masks, part.keys, self.recipe, seed=self.seed, epoch=key, view=view,
-                           spacing_mm=self.spacing_mm)[0] for view, part in enumerate(parts)]
+                           spacing_mm=self.spacing_mm, zscored=self.zscored)[0] for view, part in enumerate(parts)]
 
     def compare(self, first: torch.Tensor, second: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss and top-1 of two views' embeddings (scans, width); over all processes while training."""
@@ -81,17 +82,18 @@ class MaskedReconstruction(nn.Module):
 class Supervised(nn.Module):
     """A label is predicted: logistic loss for two classes, squared error for a standardised number."""
 
-    def __init__(self, predictor: Predictor, kind: str, *, flip: bool, seed: int) -> None:
+    def __init__(self, predictor: Predictor, kind: str, *, flip: bool, seed: int, zscored: bool = True) -> None:
         super().__init__()
         self.predictor = predictor
-        self.kind, self.seed = kind, seed
+        self.kind, self.seed, self.zscored = kind, seed, zscored
         self.recipe = Recipe(flip=Flip(probability=0.5, axes=["x"])) if flip else Recipe()
 
     def forward(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """Loss; scans are mirrored at random while training, if so asked."""
         images = batch.images
         if self.training:
-            images = make_views(images, batch.masks, batch.keys, self.recipe, seed=self.seed, epoch=epoch, view=0)[0]
+            images = make_views(images, batch.masks, batch.keys, self.recipe, seed=self.seed, epoch=epoch, view=0,
+                                zscored=self.zscored)[0]
         output = self.predictor(images)[:, 0].float()
         if self.kind == "classification":
             return {"loss": F.binary_cross_entropy_with_logits(output, batch.labels)}

@@ -13,9 +13,8 @@ from torch import nn
 
 import kit
 from kit.augment.recipe import read_recipe
-from kit.data.loader import PreparedScans, collate
+from kit.data.loader import PreparedScans, batches_of, collate, session_batches
 from kit.data.quality import passing
-from kit.data.sampling import batches_of, session_batches
 from kit.data.split import participant_hash, participant_ids, shuffled
 from kit.data.store import Store
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
@@ -45,8 +44,14 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
 
     Returns:
         one row an epoch, see `kit.train.loop.fit`; of an unfinished epoch the means so far.
+
+    Raises:
+        CheckpointError: the run is of other parameters, or its recipe's file says something else now.
     """
     if (run / "encoder.safetensors").exists():
+        if "views" in (record := read_record(run.folder)):
+            now = {"views": read_recipe(params.recipe).plain()}
+            checkpoint.check_same({"params": {"views": record["views"]}}, now, run.folder)
         return pd.read_csv(run / "log.csv")
     if params.epochs == 0:
         return pd.DataFrame()
@@ -95,7 +100,7 @@ def build_objective(params: Pretrain, store: Store) -> nn.Module:
         torch.manual_seed(params.seed)
         return SimCLR(encoder, read_recipe(params.recipe), projection=params.projection,
                       temperature=params.temperature, seed=params.seed, spacing_mm=store.grid.spacing_mm,
-                      paired=params.session_pairs)
+                      paired=params.session_pairs, zscored=store.zscored)
 
 
 def batches_for(params: Pretrain, learned: pd.DataFrame) -> Callable[[int], list[list[int]]]:
@@ -134,16 +139,22 @@ def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Mod
     """The encoder that a run left, with its record; with `params`, that of the last checkpoint of an unfinished run."""
     if params and not (run / "encoder.safetensors").exists():
         model, store = _restored(params, run)
-        return model.encoder, record_of(params, store)
+        return model.encoder, record_of(params, store, model)
     record = read_record(run.folder)
     return load_encoder(run.folder, record["preparation"])
 
 
-def record_of(params: Pretrain, store: Store) -> dict[str, Any]:
+def views_of(objective: nn.Module) -> dict[str, Any]:
+    """What the recipe said when the objective was built, as `views`: a file of the same name may say else later."""
+    return {"views": objective.recipe.plain()} if isinstance(objective, SimCLR) else {}
+
+
+def record_of(params: Pretrain, store: Store, objective: nn.Module) -> dict[str, Any]:
     """What an encoder's file says of itself: see `kit.models.encoder_file`."""
     seen = sorted({participant_hash(name) for name in participant_ids(pd.concat(choose_scans(params, store)))})
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
-            "preparation": store.record, "participants": seen, "params": params.plain()}
+            "preparation": store.record, "participants": seen, "params": params.plain(),
+            **views_of(objective)}
 
 
 def train(params: Pretrain, folder: Path) -> None:
@@ -154,9 +165,10 @@ def train(params: Pretrain, folder: Path) -> None:
     if world_size() > 1:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
+    same |= views_of(objective)
     try:
-        out = PreparedScans(store, held_out)
-        fit(objective, PreparedScans(store, learned, skip_damaged=True), batches_for(params, learned), out,
+        out, scans = PreparedScans(store, held_out), PreparedScans(store, learned, skip_damaged=True)
+        fit(objective, scans, scans.planned(batches_for(params, learned)), out,
             Settings.of(params), folder, params=same, may_stop=True,
             monitor=monitor_of(out, held_out, params.monitor_epochs, params.chunk or params.batch_size, params.epochs))
     except Stopped as stopped:
@@ -164,7 +176,7 @@ def train(params: Pretrain, folder: Path) -> None:
             write_table(folder / UNFINISHED, stopped.log)
         return
     if rank() == 0:
-        save_encoder(folder / "encoder.safetensors", objective.encoder, record_of(params, store))
+        save_encoder(folder / "encoder.safetensors", objective.encoder, record_of(params, store, objective))
 
 
 def _worker(plain: dict[str, Any], folder: str) -> None:

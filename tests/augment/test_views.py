@@ -105,6 +105,25 @@ def test_views_are_z_scored_inside_their_mask_and_zero_outside(batch):
         assert view[mask].std(correction=0).item() == pytest.approx(1, abs=1e-3)
 
 
+def test_views_keep_the_scale_of_scans_that_are_not_z_scored(batch):
+    images, masks, keys = batch
+    key = {"seed": 0, "epoch": 0, "view": 0}
+    white = (0.8 + 0.25 * images) * masks  # as after `intensity: whitematter`
+    still, _, _ = make_views(white, masks, keys, Recipe(), **key, zscored=False)
+    torch.testing.assert_close(still, white.float(), rtol=1e-4, atol=1e-5)
+    mirrored, _, _ = make_views(white, masks, keys, alone("flip"), **key, zscored=False)
+    torch.testing.assert_close(mirrored, white.float().flip(-1), rtol=1e-4, atol=1e-5)
+    grey = Recipe.model_validate({"flip": {"axes": ["x"]}, "gamma": {"range": [0.7, 1.4]}, "noise": {"range": [0, 1]}})
+    views, moved, drawn = make_views(white, masks, keys, grey, **key, zscored=False)
+    images, _, _ = make_views(images, masks, keys, Recipe(), **key)  # z-scored
+    scores, _, _ = make_views(images, masks, keys, grey, **key)  # noise is drawn in deviations, on any scale
+    for view, mask, score, scan in zip(views, moved, scores, white, strict=True):
+        torch.testing.assert_close(view, (score * scan[mask].std(correction=0) + scan[mask].mean()) * mask,
+                                   rtol=1e-3, atol=1e-4)
+    assert torch.equal(apply(white, masks, drawn, grey, zscored=False)[0], views)
+    assert torch.isfinite(make_views(white, masks & False, keys, Recipe(), **key, zscored=False)[0]).all()
+
+
 def test_a_marked_left_side_after_a_flip():
     image, mask = torch.zeros(1, 1, *SHAPE), torch.ones(1, 1, *SHAPE, dtype=torch.bool)
     image[..., 2, 5, 1] = 1  # low x: left

@@ -49,3 +49,26 @@ def test_bids_with_sessions_labels_and_masks(tmp_path):
         ["01", "a"], ["01", "b"], ["02", "01"], ["02", "01_run-2"]]
     assert cohort["age"].tolist()[:2] == [60, 62] and cohort["age"].isna().tolist()[2:] == [True, True]
     assert cohort["mask_path"].tolist() == ["", str(mask), "", ""] and set(cohort["dataset"]) == {"site"}
+
+
+@pytest.mark.parametrize(("file", "text", "message"), [
+    ("participants.tsv", "participant_id\tsession\nsub-01\ta\n", "participants.tsv: a column session .* rename"),
+    ("participants.tsv", "participant_id\tage\nsub-01\t6\n01\t7\n", "participant_id 01 is listed twice; keep"),
+    ("participants.tsv", "id\tage\nsub-01\t6\n", "participants.tsv: needs a column participant_id; found id, age"),
+    ("participants.tsv", "", "participants.tsv is no table"),
+    ("sub-01/sub-01_sessions.tsv", "session\tage\nses-a\t6\n",
+     "sub-01_sessions.tsv: needs a column session_id; found session, age"),
+    ("sub-01/sub-01_sessions.tsv", "session_id\tage\nses-a\t6\nses-a\t7\n", "session_id a is listed twice"),
+    ("dataset_description.json", "{", "dataset_description.json is no JSON object"),
+    ("sub-01/ses-a/anat/scan_T1w.nii.gz", "", "scan_T1w.nii.gz: its name must begin with sub-01_"),
+    ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii", "", "1 scans are listed twice"),
+])
+def test_faults_of_a_bids_folder_name_file_and_cure(tmp_path, file, text, message):
+    (tmp_path / "dataset_description.json").write_text(json.dumps({"Name": "site"}))
+    (tmp_path / "sub-01/ses-a/anat").mkdir(parents=True)
+    (tmp_path / "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz").touch()
+    if file != "sub-01/sub-01_sessions.tsv":
+        (tmp_path / "sub-01/sub-01_sessions.tsv").write_text("session_id\tage\nses-a\t62\n")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(CohortError, match=message):
+        read_cohort(tmp_path)

@@ -1,15 +1,28 @@
-"""Batches: every scan, a participant at most once in each, an order that (seed, epoch) alone decide."""
+"""Batches: every scan, balanced, in pairs; a participant once in each; in an order that (seed, epoch) decide."""
 
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from kit.data.loader import PreparedScans, collate, epoch_batches, in_order, load, scan_key
+from kit.data.loader import (
+    PreparedScans,
+    balanced,
+    batches_of,
+    collate,
+    epoch_batches,
+    in_order,
+    load,
+    scan_key,
+    session_batches,
+)
 from kit.data.store import Store, StoreError, scan_path
 
 PARTICIPANTS = [f"p{number // 2}" for number in range(50)]
+DATASETS = ["large"] * 30 + ["small"] * 6
+PEOPLE = [f"{dataset}/{number // 2}" for number, dataset in enumerate(DATASETS)]  # two sessions each
 
 
 def test_a_participant_comes_once_in_a_batch():
@@ -29,6 +42,33 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 def test_a_cohort_smaller_than_a_batch_is_one_batch():
     assert sorted(epoch_batches(["a", "b", "c"], 8, seed=0, epoch=0)[0]) == [0, 1, 2]
+
+
+def test_each_dataset_comes_as_often():
+    chosen = balanced(DATASETS, seed=0, epoch=1)
+    assert Counter(DATASETS[number] for number in chosen) == {"large": 18, "small": 18}
+    counts = Counter(chosen)
+    assert {counts[number] for number in range(30, 36)} == {3} and max(counts[number] for number in range(30)) == 1
+    assert chosen == balanced(DATASETS, 0, 1) != balanced(DATASETS, 0, 2)
+
+
+def test_a_participant_comes_once_in_a_batch_of_either_sampling():
+    for sampling in ("all", "balanced"):
+        batches = batches_of(PEOPLE, DATASETS, 4, seed=0, epoch=3, sampling=sampling)
+        assert batches and all(len({PEOPLE[number] for number in batch}) == len(batch) == 4 for batch in batches)
+        assert batches == batches_of(PEOPLE, DATASETS, 4, 0, 3, sampling)
+
+
+def test_two_sessions_stand_together():
+    batches = session_batches([*PEOPLE, "large/single"], 4, seed=0, epoch=0)
+    seen = Counter()
+    for batch in batches:
+        firsts, seconds = batch[::2], batch[1::2]
+        people = [[*PEOPLE, "large/single"][number] for number in firsts]
+        assert len(set(people)) == 4 and [[*PEOPLE, "large/single"][number] for number in seconds] == people
+        assert all((first == second) == (first == 36) for first, second in zip(firsts, seconds, strict=True))
+        seen.update(people)
+    assert max(seen.values()) == 1 and len(batches) == 4
 
 
 def test_keys_are_the_same_everywhere():
@@ -70,9 +110,49 @@ def test_a_damaged_scan_is_skipped_counted_and_named(store, tmp_path, workers):
             batches = list(load(scans, in_order(8, 4), workers))
         assert scans.damaged == {name: epoch}
         assert [len(batch) for batch in batches] == [4, 4]
-        assert batches[0].keys[3] == scan_key(rows["scan"][4])
+        assert batches[0].keys[3] == scan_key(rows["scan"][2])  # the participant's other session
     with pytest.raises(StoreError, match=name):
         list(load(PreparedScans(Store.open(folder), rows), in_order(8, 4)))
+
+
+def damaged_store(store, folder, damaged):
+    shutil.copytree(store.folder, folder)
+    for number in damaged:
+        scan_path(folder, store.index["scan"][number]).write_bytes(b"no scan")
+    return Store.open(folder)
+
+
+def people(batch, index):
+    names = {scan_key(scan): participant for scan, participant in zip(index["scan"], index["participant"], strict=True)}
+    return [names[key] for key in batch.keys]
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_substitute_is_nobody_who_is_in_the_batch(store, tmp_path, parts):
+    """Scans 0, 1, 4, 5, 8 are their participants' only ones; batches are loaded whole, or in two processes' halves."""
+    scans = PreparedScans(damaged_store(store, tmp_path / "store", [0, 5]), store.index, skip_damaged=True)
+    batches = scans.planned(lambda epoch: [[0, 1, 4, 5], [8, 9, 12, 13]])(0)
+    halves = [[part for batch in batches for part in (batch[:2], batch[2:])][place::2] for place in (0, 1)]
+    loaded = [list(load(scans, part)) for part in (halves if parts == 2 else [batches])]
+    whole = [name for part in loaded for name in people(part[0], store.index)]
+    assert len(set(whole)) == 4 and whole[1:3] == store.index["participant"][[1, 4]].tolist()
+    assert scans.damaged == {store.index["scan"][number]: 1 for number in (0, 5)}
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("damaged", [[2], [3], [2, 3]])
+def test_a_pair_of_sessions_stays_one_participants(store, tmp_path, damaged):
+    scans = PreparedScans(damaged_store(store, tmp_path / "store", damaged), store.index, skip_damaged=True)
+    names = people(next(load(scans, [[0, 0, 2, 3, 6, 7]])), store.index)
+    assert names[::2] == names[1::2] and len(set(names)) == 3
+    assert (names[2] == store.index["participant"][2]) == (damaged != [2, 3])
+
+
+def test_where_nobody_is_left_a_damaged_scan_is_an_error(store, tmp_path):
+    scans = PreparedScans(damaged_store(store, tmp_path / "store", [0]), store.index.iloc[[0, 1]], skip_damaged=True)
+    with pytest.raises(StoreError, match=f"{store.index['scan'][0]}.* damaged; delete it"):
+        list(load(scans, [[0, 1]]))
 
 
 def test_a_store_that_is_gone_is_an_error(store, tmp_path):

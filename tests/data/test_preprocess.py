@@ -165,6 +165,23 @@ def test_a_changed_setting_redoes_what_it_touches(
         prepare(cohort, tmp_path / "out", replace(first, bias_correction="n4"), workers=0)
 
 
+def test_an_affine_found_before_shapes_no_mask_without_registration(tmp_path: Path) -> None:
+    values, _, affine = template()
+    write_nifti(tmp_path / "a.nii.gz", values[::2, ::2, ::2], affine @ np.diag([2, 2, 2, 1]))
+    cohort = table([str(tmp_path / "a.nii.gz")])
+    prepare(cohort, tmp_path / "fresh", settings("template", "none"), workers=0)
+    prepare(cohort, tmp_path / "out", settings("template", "affine"), workers=0)
+    prepare(cohort, tmp_path / "out", settings("template", "none"), workers=0)
+    for one, same in zip(*(Store.open(tmp_path / name).read("Test_000_ses-1") for name in ("out", "fresh")),
+                         strict=True):
+        np.testing.assert_array_equal(one, same)
+
+
+def test_z_scores_need_no_white_matter(cohort: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "white_matter_on", lambda _: pytest.fail("worked out for nothing"))
+    assert len(prepare(cohort, tmp_path / "out", settings(), workers=0)[0]) == 3
+
+
 def test_a_folder_whose_preparation_changed_cannot_be_opened_before_its_scans_are_there(
     cohort: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +202,7 @@ def test_impossible_cohort_is_refused_before_work(cohort: pd.DataFrame, tmp_path
         assert part in str(caught.value)
     assert not (tmp_path / "out").exists()
     for name in ("registration", "mask"):
-        with pytest.raises(ValueError, match=f"{name}: expected one of"):
+        with pytest.raises(ValueError, match=f"{name}\n  Input should be '.*input_value='best'"):
             Preparation(GRID, **{name: "best"})
 
 

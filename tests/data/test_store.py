@@ -121,10 +121,11 @@ def test_missing_scan_and_files_are_named(folder: Path) -> None:
         Store.open(folder / "nowhere")
 
 
-def test_claimed_folder_refuses_another_preparation(folder: Path) -> None:
-    claim(folder, RECORD | {"versions": {"SimpleITK": "newer"}})
-    with pytest.raises(StoreError, match="mask: given there, template asked.; choose another"):
-        claim(folder, RECORD | {"mask": "template"})
+def test_another_preparation_takes_the_folder_over_and_its_index_away(folder: Path) -> None:
+    assert not claim(folder, RECORD | {"versions": {"SimpleITK": "newer"}}) and Store.open(folder)
+    assert claim(folder, RECORD | {"mask": "template"}) == ["mask: given there, template asked"]
+    with pytest.raises(StoreError, match="no index.csv"):
+        Store.open(folder)
 
 
 def test_other_format_is_refused(folder: Path) -> None:

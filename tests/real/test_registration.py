@@ -14,7 +14,7 @@ from scipy import ndimage
 from kit.data.brain import template_mask
 from kit.data.intensity import correct_bias
 from kit.data.nifti import read_nifti
-from kit.data.register import find_transform, find_transforms
+from kit.data.register import find_transforms
 from kit.data.resample import resample
 from kit.data.template import template
 from tests.real.conftest import HEAD
@@ -52,7 +52,7 @@ def moved_head(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def registered(number: int | None) -> tuple[np.ndarray, np.ndarray]:
     """A moved head, or the head itself for None, through bias field and registration: what is found, the move."""
     array, affine, move = (*read_nifti(HEAD), np.eye(4)) if number is None else moved_head(number)
-    return find_transform(correct_bias(array, affine, None), affine, "rigid")[0], move
+    return find_transforms(correct_bias(array, affine, None), affine, ("rigid",))["rigid"][0], move
 
 
 def error_mm(found: np.ndarray, still: np.ndarray, move: np.ndarray) -> float:

@@ -16,12 +16,13 @@ from kit.augment.recipe import Recipe
 from kit.data.labels import LabelError
 from kit.data.loader import PreparedScans, collate
 from kit.data.split import LeakageError
-from kit.data.store import scan_path, write_scan
+from kit.data.store import Store, scan_path, write_scan
 from kit.models.encoder_file import read_record
 from kit.models.encoders import build_encoder
 from kit.params import Finetune, Pretrain
 from kit.runs import Run
 from kit.train import checkpoint
+from kit.train import finetune as finetuning
 from kit.train.distributed import (
     AllReducedBatchNorm,
     launch,
@@ -30,11 +31,11 @@ from kit.train.distributed import (
     synchronise_batch_norm,
     world_size,
 )
-from kit.train.finetune import load_predictor, read_task, run_finetune
+from kit.train.finetune import finetune, load_predictor, read_task, run_finetune
 from kit.train.loop import validate
 from kit.train.objectives import SimCLR
 from kit.train.optimizers import learning_rate
-from kit.train.pretrain import pretrain
+from kit.train.pretrain import build_objective, pretrain
 from kit.train.state import Settings, TrainingError
 from kit.train.step import cut
 from tests.conftest import SHAPE, make_store
@@ -96,6 +97,23 @@ def test_pretraining_learns_and_says_what_it_saw(store, tmp_path):
     assert record["architecture"] == "resnet18_narrow" and len(record["participants"]) == 24
     assert not set(record["participants"]) & set(store.index["participant"])  # hashes, not names
     assert pretrain(learned, run).equals(log)  # a finished run is only read
+
+
+def test_views_keep_the_stores_scale(tmp_path, monkeypatch):
+    """What evaluation reads is what training reads, where the store is not z-scored."""
+    made = make_store(tmp_path / "store", participants=12)
+    whitened = Store(made.folder, made.index, made.record | {"intensity": "whitematter"})
+    asked, scales = params(whitened, tmp_path / "run", recipe="none"), []
+    objective = build_objective(asked, whitened).train()
+    batch = collate([PreparedScans(whitened, whitened.index)[0]]).to(torch.device("cpu"))
+    batch = replace(batch, images=(0.8 + 0.2 * batch.images) * batch.masks)
+    torch.testing.assert_close(objective.views(batch, 0)[0], batch.images, rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(finetuning, "Supervised", lambda *_, **options: scales.append(options["zscored"]) or 1 / 0)
+    for store in (made, whitened):
+        with pytest.raises(ZeroDivisionError):
+            finetune(read_task(store, None, "lesion", "auto", 0), build_encoder("resnet18_narrow", SHAPE),
+                     SETTINGS, flip=False)
+    assert scales == [True, False]
 
 
 def test_participants_seen_in_pretraining_are_refused(store, tmp_path):

@@ -192,6 +192,27 @@ def test_a_checkpoint_of_other_parameters_is_refused_with_the_differences(store,
         pretrain(other, Run.of(other))
 
 
+def test_a_recipe_that_changed_is_refused_with_the_differences(store, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("gamma: {range: [0.7, 1.4]}\n")
+    asked = params(store, tmp_path / "run", recipe=str(recipe), checkpoint_minutes=10)
+    held = Run.of(asked)
+    (held / "stop").touch()
+    pretrain(asked, held)
+    assert pretrained_encoder(held, asked)[1]["views"]["gamma"]["range"] == [0.7, 1.4]
+    recipe.write_text("gamma: {range: [0.5, 1.4]}\nnoise: {range: [0, 0.1]}\n")
+    with pytest.raises(CheckpointError, match="of other parameters") as refused:
+        pretrain(asked, held)
+    assert "\n  views.gamma.range: the checkpoint has [0.7, 1.4], asked for [0.5, 1.4]\n" in str(refused.value)
+    assert "\n  views.noise: the checkpoint has None, asked for {" in str(refused.value)
+    assert "crop" not in str(refused.value)  # what is the same
+    recipe.write_text("gamma: {range: [0.7, 1.4]}\n")
+    pretrain(asked, held)
+    recipe.write_text("gamma: {range: [0.5, 1.4]}\n")
+    with pytest.raises(CheckpointError, match="views.gamma.range"):  # of a finished run, too
+        pretrain(asked, held)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_takes_the_way_of_the_stop_file(store, tmp_path, workers):

@@ -6,8 +6,6 @@ No person was scanned. In reading order:
 - ``anatomy``   one head: its shape, and what age, sex and disease change
 - ``scan``      one scan of a head: pose, contrast, bias field, resolution, noise
 - ``cohort``    who takes part, the BIDS folder, the cache
-
-``python -m kit.data.sample --participants 60 --seed 0`` makes a cohort from the command line.
 """
 
 from kit.data.sample.anatomy import GENERATOR_VERSION

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.interpolate import BSpline
 
 from kit.data.grid import PAPER_CENTRE_MM, Grid
 from kit.data.sample.atlas import Atlas, Volume
@@ -96,14 +97,8 @@ def smooth_field(rng: np.random.Generator, grid: Grid, knots_mm: float, channels
 
 def _bspline_basis(side: int, step: float) -> torch.Tensor:
     """Return cubic B-spline weights (voxel, knot) for voxels `step` knots apart."""
-    position = np.arange(side) * step
-    first = np.floor(position).astype(int)
-    t = position - first
-    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
-    basis = np.zeros((side, first[-1] + 4), dtype=np.float32)
-    for k in range(4):
-        basis[np.arange(side), first + k] = weights[k]
-    return torch.from_numpy(basis)
+    at = np.arange(side) * step
+    return torch.from_numpy(BSpline.design_matrix(at, np.arange(-3.0, int(at[-1]) + 5), 3).toarray().astype(np.float32))
 
 
 def draw_fields(seed: int, participant: str) -> Volume:

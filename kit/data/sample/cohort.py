@@ -6,19 +6,16 @@ the seed and the number of participants, so that cohorts of different sizes hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
+from kit.data.cohort import PROCEDURAL
 from kit.data.nifti import write_nifti
+from kit.data.pool import run_all
 from kit.data.sample.anatomy import GENERATOR_VERSION, stream
 from kit.data.sample.atlas import load_atlas
 from kit.data.sample.scan import SITES, make_scan, rigid
@@ -51,11 +48,8 @@ def sample_cohort(
         seed: of the table and the scans.
         workers: processes that make scans, each on one thread; the result is the same for any number.
         cache_dir: folder of all sample cohorts; `sample` under the outputs folder if not given.
-
-    Raises:
-        ValueError: participants or workers below 1.
     """
-    cache = _cache(cache_dir, participants=participants, workers=workers)
+    cache = _cache(cache_dir)
     folder = cache / f"v{GENERATOR_VERSION}-seed{seed}-n{participants}"
     if not (folder / MARKER).exists():
         make_scans(draw_participants(participants, seed), folder, seed, workers, cache)
@@ -73,16 +67,13 @@ def moved_cohort(scans: int = 12, seed: int = 0, workers: int = 2, cache_dir: Pa
     Args:
         scans: how many heads are moved.
         seed, workers, cache_dir: as in `sample_cohort`; these participants are in no other cohort.
-
-    Raises:
-        ValueError: scans or workers below 1.
     """
-    cache = _cache(cache_dir, scans=scans, workers=workers)
+    cache = _cache(cache_dir)
     folder = cache / f"moved-v{GENERATOR_VERSION}-seed{seed}-n{scans}"
     if (folder / MARKER).exists():
         return folder
     still = draw_participants(scans, seed, prefix="sub-moved").drop_duplicates("participant")
-    still = still.drop(columns="split").assign(dataset="procedural-moved")
+    still = still.drop(columns="split").assign(dataset=f"{PROCEDURAL}moved")
     moves = [draw_move(seed, participant) for participant in still["participant"]]
     write_table(folder / "moves.csv", pd.DataFrame(
         {"participant": participant, "session": "ses-02"}
@@ -120,7 +111,7 @@ def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.
     table.insert(0, "participant", [f"{prefix}{number:04d}" for number in range(1, participants + 1)])
     for disease, column in (("AD", "alzheimers"), ("stroke", "stroke")):
         table[column] = table["diagnosis"].map({disease: 1, "CN": 0}).astype("Int64")
-    table["dataset"] = "procedural-" + table["site"]
+    table["dataset"] = PROCEDURAL + table["site"]
     again = table[table["sessions"] == 2].copy()
     again["age"] = (again["age"] + rng.uniform(*YEARS_TO_SECOND_SESSION, len(again))).round(1)
     scans = pd.concat([table.assign(session="ses-01"), again.assign(session="ses-02")])
@@ -149,10 +140,12 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
     if missing:
         load_atlas(atlas_path)  # made here, so that the workers find it
     make = partial(_write_scan, folder=folder, seed=seed, atlas_path=atlas_path)
-    with _mapper(min(workers, len(missing))) as run:
-        for _ in progress(run(make, missing), desc="procedural scans", total=len(rows), unit="scan",
-                          initial=len(rows) - len(missing)):
-            pass
+    workers = min(workers, len(missing))
+    for row, image in progress(run_all(make, missing, workers if workers > 1 else 0), desc="procedural scans",
+                               total=len(rows), unit="scan", initial=len(rows) - len(missing)):
+        if image is None:
+            raise RuntimeError(f"{row['participant']} {row['session']}: its process was killed, twice: most likely not "
+                               "enough memory; take fewer workers")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1)})
 
@@ -196,8 +189,8 @@ def write_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
     write_whole(folder / ".bidsignore", lambda aside: aside.write_text(f"{MARKER}\nmoves.csv\n", encoding="utf-8"))
 
 
-def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) -> None:
-    """Make one scan and write its files, the image last: where it is, all of the scan is."""
+def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) -> Path:
+    """Make one scan and write its files, the image last, which is returned: where it is, all of the scan is."""
     participant, session = row["participant"], row["session"]
     move = row.get("move")
     # A moved head keeps the first session's pose and contrast, so that the move alone differs.
@@ -211,19 +204,7 @@ def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) 
         write_nifti(masks / f"{participant}_{session}_label-{label}_mask.nii.gz", mask, scan.affine)
     write_json(image.with_name(f"{participant}_{session}_T1w.json"), {"Procedural": True, "Latent": scan.latent})
     write_nifti(image, scan.image, scan.affine)
-
-
-@contextmanager
-def _mapper(workers: int) -> Iterator[Any]:
-    """Give a `map` that runs here, or in several processes of one thread each."""
-    if workers < 2:
-        yield map
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
-    try:
-        yield pool.map
-    finally:  # after an error or an interrupt, don't make the rest
-        pool.shutdown(cancel_futures=True)
+    return image
 
 
 def _deal(levels: Any, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -231,11 +212,7 @@ def _deal(levels: Any, count: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(np.resize(rng.permutation(list(levels)), count))
 
 
-def _cache(cache_dir: Path | str | None, **at_least_one: int) -> Path:
-    """Return the folder of all sample cohorts, once the numbers are found to be possible."""
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected a whole number from 1 on, got {value!r}")
+def _cache(cache_dir: Path | str | None) -> Path:
     return outputs_dir() / "sample" if cache_dir is None else Path(cache_dir).resolve()
 
 

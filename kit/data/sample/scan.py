@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from nibabel.affines import from_matvec
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -119,11 +120,8 @@ def draw_pose(seed: int, participant: str, session: str) -> np.ndarray:
 
 def rigid(rotation_degrees: np.ndarray, translation_mm: np.ndarray) -> np.ndarray:
     """Return the (4, 4) matrix that turns by a rotation vector about the head's middle, then shifts."""
-    matrix = np.eye(4)
-    matrix[:3, :3] = Rotation.from_rotvec(rotation_degrees, degrees=True).as_matrix()
-    centre = np.array(PAPER_CENTRE_MM)
-    matrix[:3, 3] = centre - matrix[:3, :3] @ centre + translation_mm
-    return matrix
+    turn, centre = Rotation.from_rotvec(rotation_degrees, degrees=True).as_matrix(), np.array(PAPER_CENTRE_MM)
+    return from_matvec(turn, centre - turn @ centre + translation_mm)
 
 
 def head_points(grid: Grid, pose: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,9 @@
+"""The words that say how scans are prepared; `kit.data.preprocess.Preparation` says what they mean."""
+
+from typing import Literal
+
+Registration = Literal["none", "rigid", "affine"]
+Mask = Literal["given", "nonzero", "template", "hd-bet", "mri_synthstrip"]
+BiasCorrection = Literal["none", "n4"]
+Intensity = Literal["zscore", "whitematter"]
+OrientationUnknown = Literal["refuse", "assume_ras"]
