@@ -126,6 +126,15 @@ class Pretrain(Parameters):
     loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes of each worker
     seed: Seed = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_folder(cls, values: Any) -> Any:
+        """A plan is a run of its own, in `plan` of the folder that the real run will have."""
+        if isinstance(values, dict) and values.get("epochs") == 0 and values.get("output_dir"):
+            folder = Path(values["output_dir"])
+            return values if folder.name == "plan" else {**values, "output_dir": str(folder / "plan")}
+        return values
+
     def processes(self) -> int:
         """Processes over all nodes."""
         return self.workers * self.all_nodes()

@@ -42,14 +42,15 @@ class Similar:
 Similarity = Callable[[int, Recipe, int], Similar]
 
 
-def similarity_under(encoder: nn.Module, name: str, scans: Batch, spacing_mm: float) -> Similarity:
+def similarity_under(encoder: nn.Module, name: str, scans: Batch, spacing_mm: float,
+                     zscored: bool = True) -> Similarity:
     """A function of (number of the scan shown, recipe, seed) that compares all scans' views.
 
     Args:
         encoder: scans (batch, 1, depth, height, width) to features (batch, features).
         name: of the encoder, for the figure.
         scans: that are compared; with the same recipe and seed as the pair that is shown.
-        spacing_mm: of their grid.
+        spacing_mm, zscored: of their store.
     """
     encoder = encoder.eval()
 
@@ -57,7 +58,8 @@ def similarity_under(encoder: nn.Module, name: str, scans: Batch, spacing_mm: fl
     def similarity(number: int, recipe: Recipe, seed: int) -> Similar:
         first, second = (F.normalize(torch.cat([encoder(make_views(
             scans.images[one:one + 1], scans.masks[one:one + 1], scans.keys[one:one + 1], recipe, seed=seed, epoch=0,
-            view=view, spacing_mm=spacing_mm)[0]) for one in range(len(scans))]), dim=1) for view in (0, 1))
+            view=view, spacing_mm=spacing_mm, zscored=zscored)[0])
+            for one in range(len(scans))]), dim=1) for view in (0, 1))
         table = (first @ second.T).cpu().numpy()
         pairs = np.diag(table)
         return Similar(float(pairs[number]), np.delete(pairs, number), table[~np.eye(len(table), dtype=bool)], name)

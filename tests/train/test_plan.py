@@ -58,3 +58,4 @@ def test_the_plan_says_what_it_assumes(store, tmp_path):
     if not torch.cuda.is_available():
         assert "ESTIMATED from counted operations" in words and f"{SUSTAINED / 1e12:g} Tflop/s" in words
     assert len(pretrain(asked, Run.of(asked))) == 0 and not (tmp_path / "run/checkpoints").exists()
+    Run.of(params(store, tmp_path / "run", epochs=3))  # the real run's folder is still free
