@@ -126,13 +126,17 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
 
 
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Held-out scans of an MAE run: the scan, what the network sees, what it fills in; each (depth, height, width)."""
+    """Held-out scans of an MAE run: the scan, what the network sees, what it fills in within the brain's mask.
+
+    Each (depth, height, width).
+    """
     model, store = _restored(params, run)
     held_out = PreparedScans(store, choose_scans(params, store)[1])
     batch = collate([held_out[number] for number in range(min(scans, len(held_out)))])
     images = batch.images.float()
     seen, filled = reconstruct(model.eval().autoencoder, images, model.masks(batch, 0), params.normalise_patches)
-    return [tuple(part[number, 0].numpy() for part in (images, seen, filled)) for number in range(len(images))]
+    parts = (images, seen, filled * batch.masks)
+    return [tuple(part[number, 0].numpy() for part in parts) for number in range(len(images))]
 
 
 def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Module, dict[str, Any]]:
