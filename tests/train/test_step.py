@@ -122,6 +122,7 @@ def test_chunks_in_two_processes_give_the_gradient_of_one_batch(store, tmp_path)
 
 MEMORY = """
 import json, sys, torch
+from benchmarks.ratio import memory_bytes
 from torch import nn
 from kit.augment.recipe import Recipe
 from kit.data.loader import Batch
@@ -138,12 +139,10 @@ def stream():
     for part in reads(step, True):
         images = torch.randn(len(part), 1, 64, 64, 64).half()
         yield Batch(images, torch.ones_like(images, dtype=torch.bool), list(part), torch.zeros(len(part)))
-def peak():  # not ru_maxrss: that starts from what the process before exec had
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1e3
-before = peak()
+before = memory_bytes("VmHWM")
 for _ in range(steps):
     gradients(objective, objective, stream(), step, 0, 0, 0)
-print(json.dumps(peak() - before))
+print(json.dumps((memory_bytes("VmHWM") - before) / 1e6))
 """
 
 
