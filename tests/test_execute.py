@@ -85,3 +85,8 @@ def test_a_folder_of_parameters_runs_in_order_and_ends_with_where_things_lie(tmp
     (params / "1_preprocess.yaml").write_text("sample_participants: 41\nmoved_scans: 0\noutput_dir: outputs/few\n")
     with pytest.raises(RunError, match="sample_participants: the folder has 40, asked for 41"):
         run_folder(params)
+
+
+def test_a_folder_without_a_budget_is_refused():
+    done = command("params/paper")
+    assert done.returncode == 2 and "params/paper: no budget.yaml" in done.stderr
