@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -81,10 +81,11 @@ class PreparedScans(Dataset):
             one of a participant who is not in the batch, a different one for each that is. So no participant comes
             twice into a batch, and a pair of sessions stays one participant's. Where nobody is left, and without
             `skip_damaged`, a damaged scan is an error. What else is in the batch is known from the scans that are
-            asked for together, and of batches that are cut over chunks or processes from `planned`.
+            asked for together, and of batches that are cut over chunks or processes from `batches`.
 
     Attributes:
         damaged: how often `load` met each damaged scan, by name.
+        batches: the epoch's global batches, which `kit.train.loop` notes here.
     """
 
     def __init__(self, store: Store, rows: pd.DataFrame, labels: np.ndarray | None = None,
@@ -92,7 +93,7 @@ class PreparedScans(Dataset):
         self.store = store
         self.skip_damaged, self.damaged = skip_damaged, Counter()
         self.scans, self.participants = rows["scan"].tolist(), participant_ids(rows).tolist()
-        self.batches: Sequence[Sequence[int]] = ()  # of the epoch, over all processes
+        self.batches: Sequence[Sequence[int]] = ()
         self.labels = np.full(len(rows), np.nan) if labels is None else np.asarray(labels, np.float64)
 
     def __len__(self) -> int:
@@ -101,13 +102,6 @@ class PreparedScans(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         """What loading processes get: they read scans by name, and need no copy of a large index."""
         return {**self.__dict__, "store": Store(self.store.folder, None, self.store.record)}
-
-    def planned(self, batches: Callable[[int], list[list[int]]]) -> Callable[[int], list[list[int]]]:
-        """The same global batches of an epoch, noted here whenever they are asked for."""
-        def noted(epoch: int) -> list[list[int]]:
-            self.batches = batches(epoch)
-            return self.batches
-        return noted
 
     def __getitem__(self, number: int) -> Item:
         return self.__getitems__([number])[0]

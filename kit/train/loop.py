@@ -125,6 +125,7 @@ def _scans_of(objective: nn.Module, train: PreparedScans, batches: list[list[int
     cuts = [cut(batch, settings.chunk * per_item) for batch in batches]
     steps = [cuts[start:start + settings.accumulate] for start in range(0, len(cuts), settings.accumulate)]
     parts = [part for step in steps[done:] for part in reads(step, twice)]
+    train.batches = batches  # a damaged scan's substitute must be in none of its chunks and processes
     return steps, Waiting(load(train, parts, settings.loader_workers))
 
 

@@ -34,20 +34,19 @@ LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are prob
 LEAST = 20  # participants of a probe, held-out scans of a verdict on the validation loss; fewer say nothing
 
 
-def look(objective: nn.Module, scans: PreparedScans, rows: pd.DataFrame, batch_size: int) -> dict[str, float]:
+def look(objective: nn.Module, scans: PreparedScans, rows: pd.DataFrame) -> dict[str, float]:
     """Measure the encoder on held-out scans, in evaluation mode.
 
     Args:
         objective: SimCLR (with `embed`) or any other with an `encoder`.
         scans, rows: held-out scans, and their rows of the index in the same order.
-        batch_size: scans at a time, fewer where they are large; what is measured does not depend on it.
 
     Returns:
         rank (at most scans - 1); for SimCLR alignment, uniformity, spread, found (share of views whose nearest
         among all views of all scans is the right one; by chance 1 / (2 scans - 1));
         `probe_LABEL` for each label: balanced accuracy, or the coefficient of determination of a number.
     """
-    features, views = embed(objective, scans, batch_size)
+    features, views = embed(objective, scans)
     found = {"rank": effective_rank(features)}
     if views is not None:
         first, second = F.normalize(views, dim=-1)
@@ -62,11 +61,11 @@ def look(objective: nn.Module, scans: PreparedScans, rows: pd.DataFrame, batch_s
 
 
 @torch.no_grad()
-def embed(objective: nn.Module, scans: PreparedScans, batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def embed(objective: nn.Module, scans: PreparedScans) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features of the scans as they are (scans, width), and for SimCLR the views' embeddings (2, scans, width)."""
     objective.eval()
     features, views = [], []
-    for batch in load(scans, in_order(len(scans), min(batch_size, scans_at_a_time(scans.store.grid.shape)))):
+    for batch in load(scans, in_order(len(scans), scans_at_a_time(scans.store.grid.shape))):
         batch = batch.to(device())
         with as_trained():
             features.append(objective.encoder(batch.images).float().cpu())
@@ -118,12 +117,12 @@ def probe(features: np.ndarray, labels: pd.Series, participants: np.ndarray) -> 
     return float(r2_score(target, guess) if number else balanced_accuracy_score(target, guess))
 
 
-def monitor_of(held_out: PreparedScans, rows: pd.DataFrame, every: int, batch_size: int,
+def monitor_of(held_out: PreparedScans, rows: pd.DataFrame, every: int,
                epochs: int) -> Callable[[nn.Module, int], dict[str, float]] | None:
     """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last."""
     if not every or len(rows) < 3:
         return None
-    return lambda objective, epoch: (look(objective, held_out, rows, batch_size)
+    return lambda objective, epoch: (look(objective, held_out, rows)
                                      if epoch % every == 0 or epoch in (1, epochs) else {})
 
 

@@ -172,9 +172,8 @@ def train(params: Pretrain, folder: Path) -> None:
     same |= views_of(objective)
     try:
         out, scans = PreparedScans(store, held_out), PreparedScans(store, learned, skip_damaged=True)
-        fit(objective, scans, scans.planned(batches_for(params, learned)), out,
-            Settings.of(params), folder, params=same, may_stop=True,
-            monitor=monitor_of(out, held_out, params.monitor_epochs, params.chunk or params.batch_size, params.epochs))
+        fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
+            may_stop=True, monitor=monitor_of(out, held_out, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)

@@ -132,7 +132,7 @@ def people(batch, index):
 def test_a_substitute_is_nobody_who_is_in_the_batch(store, tmp_path, parts):
     """Scans 0, 1, 4, 5, 8 are their participants' only ones; batches are loaded whole, or in two processes' halves."""
     scans = PreparedScans(damaged_store(store, tmp_path / "store", [0, 5]), store.index, skip_damaged=True)
-    batches = scans.planned(lambda epoch: [[0, 1, 4, 5], [8, 9, 12, 13]])(0)
+    batches = scans.batches = [[0, 1, 4, 5], [8, 9, 12, 13]]
     halves = [[part for batch in batches for part in (batch[:2], batch[2:])][place::2] for place in (0, 1)]
     loaded = [list(load(scans, part)) for part in (halves if parts == 2 else [batches])]
     whole = [name for part in loaded for name in people(part[0], store.index)]

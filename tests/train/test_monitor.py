@@ -105,10 +105,10 @@ def test_chance_follows_the_batches_that_are_really_used(store):
 def test_a_look_takes_few_scans_at_a_time_and_finds_the_same(store, monkeypatch):
     asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused", "batch_size": 16})
     objective, scans = build_objective(asked, store), PreparedScans(store, store.index)
-    whole, sizes = look(objective, scans, store.index, 16), []
+    whole, sizes = look(objective, scans, store.index), []
     objective.encoder.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
     monkeypatch.setattr(evaluate, "VOXELS", 3 * math.prod(store.grid.shape))
-    assert look(objective, scans, store.index, 16) == pytest.approx(whole, abs=1e-3)
+    assert look(objective, scans, store.index) == pytest.approx(whole, abs=1e-3)
     assert isinstance(objective, SimCLR) and max(sizes) == 6  # both views of three scans
 
 
