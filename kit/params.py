@@ -65,10 +65,7 @@ class Preprocess(Parameters):
     def _own_folder(cls, values: Any) -> Any:
         """A shard is a run of its own, in `shards/` of the folder that all shards are merged into."""
         if isinstance(values, dict) and isinstance(values.get("shards"), int) and values["shards"] > 1:
-            own = Path("shards") / f"{values.get('shard', 0)}-of-{values['shards']}"
-            folder = Path(values.get("output_dir", ""))
-            if values.get("output_dir") and folder.parts[-2:] != own.parts:
-                values = {**values, "output_dir": str(folder / own)}
+            return _within(values, Path("shards") / f"{values.get('shard', 0)}-of-{values['shards']}")
         return values
 
     @property
@@ -130,10 +127,7 @@ class Pretrain(Parameters):
     @classmethod
     def _own_folder(cls, values: Any) -> Any:
         """A plan is a run of its own, in `plan` of the folder that the real run will have."""
-        if isinstance(values, dict) and values.get("epochs") == 0 and values.get("output_dir"):
-            folder = Path(values["output_dir"])
-            return values if folder.name == "plan" else {**values, "output_dir": str(folder / "plan")}
-        return values
+        return _within(values, Path("plan")) if isinstance(values, dict) and values.get("epochs") == 0 else values
 
     def processes(self) -> int:
         """Processes over all nodes."""
@@ -260,6 +254,14 @@ def _cohort_problems(cohort: str) -> list[str]:
     except CohortError as error:
         return [f"cohort: {error}"]
     return []
+
+
+def _within(values: dict[str, Any], own: Path) -> dict[str, Any]:
+    """The values with `own` at the end of their output_dir, once."""
+    folder = Path(values.get("output_dir") or "")
+    if not values.get("output_dir") or folder.parts[-len(own.parts):] == own.parts:
+        return values
+    return {**values, "output_dir": str(folder / own)}
 
 
 def _prepared_problems(name: str, folder: Path) -> list[str]:
