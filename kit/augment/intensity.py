@@ -1,117 +1,99 @@
-"""Changes of the grey levels of one scan, in place, inside its mask; what lies outside stays zero.
+"""Changes of the grey levels of one scan's brain, in place.
 
-Every function takes the image (depth, height, width) float32, which it changes and returns; `inside` is its mask as
-zeros and ones of type int8 (`mask.view(torch.int8)`, which multiplies faster than bool). Those whose text says
-"magnitude" want what `magnitude` makes: no voxel below zero, the darkest at zero, as a scanner's image has it. The
-last z-score undoes that shift.
+Every function takes the values of the brain's voxels (voxels,) float32 or float64, which it changes and returns; where
+it matters where they lie, `places` (voxels,) int64 are theirs in the flattened volume of `shape`. Those whose text says
+"magnitude" want the darkest value at zero, as a scanner's image has it; the last z-score undoes that shift.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 
-def magnitude(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Move the darkest value inside the mask to zero, where the outside is."""
-    low = image.amin()
-    if low >= 0:  # of the outside
-        low = image.masked_fill(inside == 0, 1e30).amin()  # finite: an empty mask must not give nan
-    return keep(image.sub_(low), inside)
+def magnitude(values: torch.Tensor) -> torch.Tensor:
+    """Move the darkest value to zero."""
+    return values.sub_(values.amin())
 
 
-def gamma(image: torch.Tensor, inside: torch.Tensor, exponent: float, inverted: bool = False) -> torch.Tensor:
-    """Raise a magnitude image to a power over its own range, which stays what it was.
+def gamma(values: torch.Tensor, exponent: float, inverted: bool = False) -> torch.Tensor:
+    """Raise magnitude values to a power over their own range, which stays what it was.
 
     `x -> (x / max) ** exponent * max`, as MONAI's AdjustContrast does; `inverted`: of the negative, as nnU-Net does.
     """
-    span = image.amax().clamp(min=1e-7)
-    unit = image.div_(span)
+    span = values.amax().clamp(min=1e-7)
+    unit = values.div_(span)
     if inverted:
         unit.neg_().add_(1)
     unit.clamp_(min=1e-30).log2_().mul_(exponent).exp2_()  # half the time of `pow`, and as exact
     if inverted:
-        keep(unit.neg_().add_(1), inside)
+        unit.neg_().add_(1)
     return unit.mul_(span)
 
 
-def contrast(image: torch.Tensor, inside: torch.Tensor, factor: float) -> torch.Tensor:
-    """Stretch a magnitude image about the mean inside the mask, then cut to the range that was there."""
-    high, mean = image.amax(), image.sum() / count(inside)
-    image.sub_(mean).mul_(factor).add_(mean).clamp_(min=0)
-    return keep(torch.minimum(image, high, out=image), inside)
+def contrast(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """Stretch magnitude values about their mean, then cut to the range that was there."""
+    high, mean = values.amax(), values.mean()
+    values.sub_(mean).mul_(factor).add_(mean).clamp_(min=0)
+    return torch.minimum(values, high, out=values)
 
 
-def histogram(image: torch.Tensor, inside: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
-    """Bend a magnitude image's grey levels: the broken line through `levels` at equal steps of its range.
+def histogram(values: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
+    """Bend magnitude values: the broken line through `levels` at equal steps of their range.
 
     Args:
         levels: rising, from 0 to 1; equal steps change nothing.
     """
-    span = image.amax().clamp(min=1e-7)
+    span = values.amax().clamp(min=1e-7)
     steps = len(levels) - 1
-    knots = torch.tensor(levels, dtype=torch.float32, device=image.device)
-    place = image.mul_(steps / span)
+    knots = torch.tensor(levels, dtype=values.dtype, device=values.device)
+    place = values.mul_(steps / span)
     index = place.to(torch.int32).clamp_(0, steps - 1)
     place -= index
-    index = index.view(-1)
-    rise = knots.diff().index_select(0, index).view_as(place)
-    return keep(place.mul_(rise).add_(knots.index_select(0, index).view_as(place)).mul_(span), inside)
+    return place.mul_(knots.diff().index_select(0, index)).add_(knots.index_select(0, index)).mul_(span)
 
 
-def bias_field(image: torch.Tensor, inside: torch.Tensor, sd: float, seed: int, points: Sequence[int]) -> torch.Tensor:
-    """Multiply a magnitude image by exp(smooth field), as the sensitivity of a receive coil does.
+def bias_field(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int,
+               points: Sequence[int]) -> torch.Tensor:
+    """Multiply magnitude values by exp(smooth field), as the sensitivity of a receive coil does.
 
     Args:
         sd: standard deviation of the log field at its control points; between them it is interpolated linearly.
         seed: of the field.
-        points: how many control points along (z, y, x).
+        points: how many control points along (z, y, x), the outer ones in the middles of the box's outer voxels.
     """
-    drawn = normal((1, 1, *points), seed, image).mul_(sd)
-    log_field = F.interpolate(drawn, size=image.shape, mode="trilinear", align_corners=True)[0, 0]
-    return image.mul_(log_field.exp_())
+    along_z, along_y, along_x = (torch.from_numpy(between(*counts)).to(values)
+                                 for counts in zip(shape, points, strict=True))
+    drawn = normal(points, seed, values).mul_(sd).to(values.dtype)
+    field = along_y @ torch.tensordot(along_z, drawn, 1) @ along_x.T
+    return values.mul_(field.view(-1).index_select(0, places).exp_())
 
 
-def noise(image: torch.Tensor, inside: torch.Tensor, sd: float, seed: int) -> torch.Tensor:
-    """Add Gaussian noise of standard deviation `sd` inside the mask."""
-    return image.add_(keep(normal(image.shape, seed, image), inside), alpha=sd)
+def between(side: int, points: int) -> np.ndarray:
+    """The matrix (side, points) that interpolates linearly between equally spaced control points."""
+    at = np.linspace(0, points - 1, side)
+    return np.clip(1 - np.abs(at[:, None] - np.arange(points)), 0, None)
 
 
-def rician(image: torch.Tensor, inside: torch.Tensor, sd: float, seed: int) -> torch.Tensor:
+def noise(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int) -> torch.Tensor:
+    """Add Gaussian noise of standard deviation `sd`; a voxel's does not depend on the mask."""
+    return values.add_(normal(shape, seed, values).view(-1).index_select(0, places), alpha=sd)
+
+
+def rician(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int) -> torch.Tensor:
     """Noise of a magnitude image: |x + n1 + i n2|, both normal (Gudbjartsson and Patz 1995, eq. 1)."""
-    image.add_(normal(image.shape, seed, image), alpha=sd)
-    return keep(torch.hypot(image, normal(image.shape, seed + 1, image).mul_(sd), out=image), inside)
+    noise(values, places, shape, sd, seed)
+    return torch.hypot(values, noise(torch.zeros_like(values), places, shape, sd, seed + 1), out=values)
 
 
-def z_score(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and standard deviation 1 inside the mask; the image is zero outside, and a constant one becomes zero."""
-    voxels = count(inside)
-    mean = image.sum() / voxels
-    keep(image.sub_(mean), inside)
-    flat = image.view(-1)
-    sd = (torch.dot(flat, flat) / voxels).sqrt()
-    return image.mul_(torch.where(sd > 1e-6 * mean.abs().clamp(min=1), 1 / sd, 0))
-
-
-def mean_and_sd(image: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation inside the mask, tensors without axes; the image stays as it is."""
-    voxels = count(inside)
-    mean = image.sum() / voxels
-    return mean, ((image - mean) * inside).square().sum().div(voxels).sqrt()
-
-
-def keep(image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Set what lies outside the mask to zero, in place; a few slices at a time, which a CPU's cache holds."""
-    for part, here in zip(image.split(8), inside.split(8), strict=True):
-        part.mul_(here)
-    return image
-
-
-def count(inside: torch.Tensor) -> torch.Tensor:
-    """Voxels inside the mask, at least 1, as a tensor without axes."""
-    return torch.count_nonzero(inside).clamp(min=1)
+def z_score(values: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and standard deviation 1; constant values become zero."""
+    mean = values.mean()
+    values.sub_(mean)
+    sd = (torch.dot(values, values) / len(values)).sqrt()
+    return values.mul_(torch.where(sd > 1e-6 * mean.abs().clamp(min=1), 1 / sd, 0))
 
 
 def normal(shape: Sequence[int], seed: int, like: torch.Tensor) -> torch.Tensor:

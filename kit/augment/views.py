@@ -12,13 +12,12 @@ import torch
 from kit.augment import intensity, physics
 from kit.augment.draws import Draw, detail, draw
 from kit.augment.recipe import Recipe, transform_types
-from kit.augment.spatial import bend, resample, view_to_scan
+from kit.augment.spatial import bend, resample, spread, view_to_scan
 
 ATTEMPTS = 8  # draws of a view before it is centred on the brain
 LEAST_BRAIN = 0.01  # share of the box that must be brain
-MAGNITUDE = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "motion_mm", "ghosting",
-             "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen", "rician_sd")  # need the darkest voxel at zero
-LARGEST = 1e15  # values beyond it are cut, so that no sum of squares overflows
+GREY = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "rician_sd")
+BOX = ("motion_mm", "ghosting", "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen")  # act on the whole box
 
 
 @torch.no_grad()
@@ -46,99 +45,105 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
         views (batch, 1, depth, height, width) float32 (float64 where the scans are), zero outside the mask;
         their masks; and what was drawn, which `apply` repeats.
     """
-    views, view_masks = _empty(images, masks)
-    draws = []
-    for number, key in enumerate(keys):
-        scan, out = (images[number, 0], masks[number, 0]), (views[number, 0], view_masks[number, 0])
+    views, view_masks = _nothing(images, masks)
+
+    def make(number: int, key: int) -> Draw:
+        image, mask = images[number, 0], masks[number, 0]
         for attempt in range(ATTEMPTS + 1):
             drawn = draw(recipe, seed, epoch, key, view, attempt)
-            drawn = _centred(drawn, scan[1]) if attempt == ATTEMPTS else drawn
-            _geometry(*scan, drawn, recipe, spacing_mm, out)
-            if (brain := _brain(out[1])) >= LEAST_BRAIN or brain >= 0.5 * _brain(scan[1]):
+            drawn = _centred(drawn, mask) if attempt == ATTEMPTS else drawn
+            values, places = _geometry(image, mask, drawn, recipe, spacing_mm)
+            share = len(places) / mask.numel()
+            if share >= LEAST_BRAIN or share >= 0.5 * torch.count_nonzero(mask).item() / mask.numel():
                 break
-        _grey_levels(*out, drawn, recipe, spacing_mm, zscored)
-        draws.append(drawn)
-    return views, view_masks, draws
+        _fill(views[number, 0], view_masks[number, 0], values, places, drawn, recipe, spacing_mm, zscored)
+        return drawn
+
+    return views, view_masks, [make(number, key) for number, key in enumerate(keys)]
 
 
 @torch.no_grad()
 def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
           spacing_mm: float = 1.0, zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Make the views that these draws describe; the arguments as for `make_views`."""
-    views, view_masks = _empty(images, masks)
+    views, view_masks = _nothing(images, masks)
     for number, drawn in enumerate(draws):
-        out = views[number, 0], view_masks[number, 0]
-        _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm, out)
-        _grey_levels(*out, drawn, recipe, spacing_mm, zscored)
+        values, places = _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm)
+        _fill(views[number, 0], view_masks[number, 0], values, places, drawn, recipe, spacing_mm, zscored)
     return views, view_masks
 
 
-def _empty(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for views and their masks: float32, or float64 where the scans are."""
+def _nothing(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty views, float32, or float64 where the scans are, and their masks."""
     kind = torch.promote_types(images.dtype, torch.float32)
-    return (torch.empty(images.shape, dtype=kind, device=images.device),
-            torch.empty(masks.shape, dtype=torch.bool, device=masks.device))
+    return (torch.zeros(images.shape, dtype=kind, device=images.device),
+            torch.zeros(masks.shape, dtype=torch.bool, device=masks.device))
 
 
-def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float,
-              out: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe,
+              spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of the view's brain, and where they lie in the flattened view."""
     shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
-    resample(image.to(out[0].dtype).contiguous(), mask.contiguous(), view_to_scan(drawn, shape, spacing_mm),
-             bend(drawn, shape, spacing_mm, apart), apart / spacing_mm, out=out)
-    out[0].clamp_(-LARGEST, LARGEST)
+    return resample(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
+                    apart / spacing_mm)
 
 
-def _grey_levels(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float,
-                 zscored: bool) -> None:
-    """Everything after the geometry, on one scan (depth, height, width), in place.
+def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places: torch.Tensor, drawn: Draw,
+          recipe: Recipe, spacing_mm: float, zscored: bool) -> None:
+    """Everything after the geometry; the result goes into an empty view (depth, height, width) and its mask.
 
     `drawn.shift` needs no work: what follows begins at the darkest voxel, or is the z-score, and undoes it.
     """
-    inside, view = mask.view(torch.int8), image
+    if not len(places):
+        return
+    shape = tuple(view.shape)
     if not zscored:
-        mean, sd = intensity.mean_and_sd(image, inside)
-        intensity.z_score(image, inside)
-    if any(getattr(drawn, name) != getattr(Draw, name) for name in MAGNITUDE):
-        intensity.magnitude(image, inside)
-        _contrast(image, inside, drawn, recipe, spacing_mm)
-        image = _acquisition(image, inside, drawn, recipe, spacing_mm)
+        sd, mean = torch.std_mean(values, correction=0)
+        intensity.z_score(values)
+    if _drawn(drawn, GREY + BOX):
+        intensity.magnitude(values)
+        _contrast(values, places, shape, drawn, recipe, spacing_mm)
+        if _drawn(drawn, BOX):
+            image = _acquisition(spread(values, places, shape), drawn, recipe, spacing_mm)
+            values = image.reshape(-1).index_select(0, places)
+        if drawn.rician_sd:
+            intensity.rician(values, places, shape, drawn.rician_sd, drawn.field_seed + 2)
     if drawn.noise_sd:
-        intensity.noise(image, inside, drawn.noise_sd, drawn.field_seed + 1)
-    if image is not view:
-        view.copy_(image)
-    intensity.z_score(view, inside)
+        intensity.noise(values, places, shape, drawn.noise_sd, drawn.field_seed + 1)
+    view.view(-1).scatter_(0, places, intensity.z_score(values))
+    inside.view(-1).index_fill_(0, places, True)
     if drawn.cutout_mm:
         physics.cutout(view, drawn.cutout_mm / spacing_mm, _setting(recipe, "cutout", "boxes"), drawn)
     if drawn.patches:
         physics.patches(view, drawn.patches, _setting(recipe, "patches", "size_mm") / spacing_mm, drawn)
     if not zscored:
-        intensity.keep(view.mul_(sd).add_(mean), inside)
+        view.mul_(sd).add_(mean).mul_(inside)
 
 
-def _contrast(image: torch.Tensor, inside: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> None:
-    """What the tissue's grey levels and the coil do to a magnitude image, in place."""
+def _contrast(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], drawn: Draw, recipe: Recipe,
+              spacing_mm: float) -> None:
+    """What the tissue's grey levels and the coil do to magnitude values, in place."""
     if drawn.scale != 1:
-        image.mul_(drawn.scale)
+        values.mul_(drawn.scale)
     if drawn.gamma != 1:
-        intensity.gamma(image, inside, drawn.gamma)
+        intensity.gamma(values, drawn.gamma)
     if drawn.gamma_inverted != 1:
-        intensity.gamma(image, inside, drawn.gamma_inverted, inverted=True)
+        intensity.gamma(values, drawn.gamma_inverted, inverted=True)
     if drawn.contrast != 1:
-        intensity.contrast(image, inside, drawn.contrast)
+        intensity.contrast(values, drawn.contrast)
     if drawn.histogram_sd:
         knots = _setting(recipe, "histogram", "knots")
         levels = np.linspace(0, 1, knots + 2)
         levels[1:-1] += detail(drawn, "histogram").normal(0, drawn.histogram_sd, knots)
-        intensity.histogram(image, inside, np.sort(np.clip(levels, 0, 1)).tolist())
+        intensity.histogram(values, np.sort(np.clip(levels, 0, 1)).tolist())
     if drawn.bias_sd:
         apart = _setting(recipe, "bias", "spacing_mm") / spacing_mm
-        points = [max(2, math.ceil(side / apart) + 1) for side in image.shape]
-        intensity.bias_field(image, inside, drawn.bias_sd, drawn.field_seed, points)
+        points = [max(2, math.ceil(side / apart) + 1) for side in shape]
+        intensity.bias_field(values, places, shape, drawn.bias_sd, drawn.field_seed, points)
 
 
-def _acquisition(image: torch.Tensor, inside: torch.Tensor, drawn: Draw, recipe: Recipe,
-                 spacing_mm: float) -> torch.Tensor:
-    """What the scanner does to a magnitude image; the image is then cut to the mask again."""
+def _acquisition(image: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> torch.Tensor:
+    """What the scanner does to a magnitude image (depth, height, width), the whole box."""
     if drawn.motion_mm:
         image = physics.motion(image, drawn, _setting(recipe, "motion", "movements"), spacing_mm)
     if drawn.ghosting:
@@ -153,20 +158,18 @@ def _acquisition(image: torch.Tensor, inside: torch.Tensor, drawn: Draw, recipe:
         image = physics.blur(image, drawn.blur_mm / spacing_mm)
     if drawn.sharpen:
         image = physics.sharpen(image, drawn.sharpen, _setting(recipe, "sharpen", "fwhm_mm") / spacing_mm)
-    if drawn.rician_sd:
-        image = intensity.rician(image, inside, drawn.rician_sd, drawn.field_seed + 2)
-    return intensity.keep(image, inside)
+    return image
+
+
+def _drawn(drawn: Draw, names: Sequence[str]) -> bool:
+    """Whether any of these changes anything."""
+    return any(getattr(drawn, name) != getattr(Draw, name) for name in names)
 
 
 def _setting(recipe: Recipe, name: str, setting: str) -> float:
     """What a recipe says beside a transform's range, or the default where it has no such transform."""
     transform = getattr(recipe, name)
     return transform_types()[name].model_fields[setting].default if transform is None else getattr(transform, setting)
-
-
-def _brain(mask: torch.Tensor) -> float:
-    """Share of the box that lies inside the mask."""
-    return torch.count_nonzero(mask.view(torch.int8)).item() / mask.numel()
 
 
 def _centred(drawn: Draw, mask: torch.Tensor) -> Draw:
