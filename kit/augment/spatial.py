@@ -218,7 +218,7 @@ def _flat(voxels: Sequence[torch.Tensor], padded: torch.Tensor) -> torch.Tensor:
 def _between(padded: torch.Tensor, where: Sequence[torch.Tensor]) -> torch.Tensor:
     """Between the voxels of a volume with a border of one, linearly, at points (z, y, x) that its border surrounds.
 
-    By gathers: on a CPU they take a third of the time of torch's 3D `grid_sample`.
+    By gathers: on a CPU they take half the time of `grid_sample` at the same points.
     """
     below = [axis.floor() for axis in where]
     z, y, x = (axis - lower for axis, lower in zip(where, below, strict=True))
