@@ -197,8 +197,6 @@ class Saliency(Parameters):
     methods: list[Literal["gradient", "integrated_gradients"]] = ["gradient", "integrated_gradients"]
     participants: Positive = 2  # test participants to draw
     steps: Positive = 16  # of integrated gradients
-    cohort: str | None = "sample"  # `sample` or its BIDS folder, for the known places of its effects; or None
-    sample_participants: Annotated[int, Field(ge=40)] = 60
     workers: Positive = 2
     seed: Seed = 0
 

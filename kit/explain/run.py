@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from torch import nn
 
 from kit.data.cohort import PROCEDURAL
 from kit.data.nifti import read_nifti, write_nifti
 from kit.data.resample import resample
-from kit.data.sample import effect_masks
+from kit.data.sample import effect_masks, sample_cohort
 from kit.data.store import Store
 from kit.explain.regions import inside_share, region_table
 from kit.explain.saliency import Maps, saliency
-from kit.runs import Run, write_table
+from kit.runs import Run, resolve, write_table
 
 EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
 
@@ -61,12 +62,25 @@ def region_means(maps: Maps, store: Store, run: Run) -> pd.DataFrame:
     return means
 
 
+def cohort_of(store: Store, workers: int) -> Path | None:
+    """BIDS folder of the cohort that 1_preprocess prepared; None where it was no such folder, or was not noted.
+
+    The sample cohort is made again, where it is gone, by the numbers of that run.
+    """
+    noted = store.folder / "params.yaml"
+    made = yaml.safe_load(noted.read_text(encoding="utf-8")) if noted.exists() else {"cohort": ""}
+    if made["cohort"] == "sample":
+        return sample_cohort(made["sample_participants"], made["seed"], workers)
+    folder = resolve(made["cohort"])
+    return folder if made["cohort"] and folder.is_dir() else None
+
+
 def known_place(cohort: Path | None, store: Store, scan: str, task: str) -> np.ndarray | None:
     """Where the sample cohort's generator put a task's effect in a scan, on the store's grid.
 
     Args:
-        cohort: BIDS folder of the sample cohort; None for data whose truth nobody knows. Of scans of any other
-            dataset nothing is known either, whatever their participants are called.
+        cohort: BIDS folder, see `cohort_of`. Only of the sample cohort's own datasets is anything known, whatever
+            other participants are called.
         store: prepared without registration, so that the scan's own millimetres are the grid's.
         scan: of the store.
         task: a label column.

@@ -6,7 +6,7 @@ import pytest
 
 from kit.data.nifti import write_nifti
 from kit.data.store import Store
-from kit.explain.run import known_place
+from kit.explain.run import cohort_of, known_place
 from tests.conftest import make_store
 
 
@@ -20,3 +20,15 @@ def test_only_the_sample_has_known_places(tmp_path, dataset, known):
                 np.indices(store.grid.shape)[0] > 6, store.grid.affine)
     place = known_place(tmp_path / "bids", Store(store.folder, index, store.record), "made_000_01", "stroke")
     assert (place is not None) == known and (not known or place.any())
+
+
+def test_the_cohort_is_the_one_that_was_prepared(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "store", participants=1)
+    assert cohort_of(store, 1) is None  # not noted
+    asked = []
+    monkeypatch.setattr("kit.explain.run.sample_cohort", lambda *numbers: asked.append(numbers) or tmp_path)
+    for cohort, found in (("sample", tmp_path), (str(tmp_path / "store"), tmp_path / "store"), ("my/cohort.csv", None)):
+        (store.folder / "params.yaml").write_text(
+            f"cohort: {cohort}\nsample_participants: 80\nseed: 3\n", encoding="utf-8")
+        assert cohort_of(store, 1) == found
+    assert asked == [(80, 3, 1)]
