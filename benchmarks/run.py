@@ -33,10 +33,11 @@ def main() -> None:
     """Measure, print a table, write the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help="default: all")
-    chosen = parser.parse_args().modules or MODULES
+    chosen = parser.parse_args().modules
     path = outputs_dir() / "bench" / "bench.json"
-    lines = {line["name"]: line for line in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
-    for module in chosen:
+    kept = json.loads(path.read_text(encoding="utf-8")) if chosen and path.exists() else []
+    lines = {line["name"]: line for line in kept}
+    for module in chosen or MODULES:
         begun = time.monotonic()
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             ratios = pool.submit(measure, module).result()

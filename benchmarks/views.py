@@ -21,6 +21,7 @@ from kit.augment.recipe import read_recipe
 from kit.augment.spatial import in_plane, resample, view_to_scan
 from kit.augment.views import make_views
 from kit.data.grid import PAPER_GRID
+from kit.data.loader import keep_freed_memory
 from kit.data.nifti import write_nifti
 from kit.data.store import Store, scan_path, write_scan
 
@@ -106,6 +107,7 @@ def extra_volumes() -> float:
 def measure() -> list[Ratio]:
     """Views, a single resampling, what a training pair costs, and memory."""
     warnings.filterwarnings("ignore")
+    keep_freed_memory()  # as every training process does; the peers profit from it, too
     image, mask = template_scan()
     images, masks = torch.from_numpy(image)[None, None], torch.from_numpy(mask)[None, None]
     recipe, key = read_recipe("paper"), {"seed": 0, "epoch": 0, "view": 0}
