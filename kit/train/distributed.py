@@ -184,8 +184,8 @@ class _SharedBatchNorm(torch.autograd.Function):
                 eps: float) -> tuple[torch.Tensor, ...]:
         dims, count = [0, *range(2, images.dim())], images.numel() / images.shape[1]
         mean = images.sum(dims) / count
-        square = (images - _channels(mean, images)).square_().sum(dims) / count
-        moments = _mean(torch.stack([mean.double(), square + mean.double() ** 2]))
+        deviations, _ = _sums(images, images, weight, mean, torch.ones_like(mean), 0.0)  # of x (x - mean)
+        moments = _mean(torch.stack([mean.double(), deviations.double() / count + mean.double() ** 2]))
         mean, variance = moments[0].to(images.dtype), (moments[1] - moments[0] ** 2).to(images.dtype)
         context.save_for_backward(images, weight, mean, variance)
         context.eps = eps
@@ -195,13 +195,22 @@ class _SharedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         images, weight, mean, variance = context.saved_tensors
-        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, images, weight, mean, variance, None, None, False, context.eps, [False, True, True])
+        of_weight, of_bias = _sums(gradient, images, weight, mean, variance, context.eps)
         count = images.numel() / images.shape[1]
         sums = (_mean(torch.stack([of_weight, of_bias]).double()) / count).to(images.dtype)
         scale = weight * (variance + context.eps).rsqrt()
         shared = F.batch_norm(images, mean, variance, -scale * sums[0], -scale * sums[1], eps=context.eps)
         return shared.addcmul_(gradient, _channels(scale, images)), of_weight, of_bias, None
+
+
+def _sums(gradient: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor,
+          variance: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each channel: the sum of the gradient times the normalised images, and that of the gradient.
+
+    By a kernel of torch's own BatchNorm, which reads both once.
+    """
+    return torch.ops.aten.native_batch_norm_backward(gradient, images, weight, mean, variance, None, None, False, eps,
+                                                     [False, True, True])[1:]
 
 
 def _channels(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
