@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,7 @@ from kit.data.loader import keep_freed_memory
 
 # DDP is told to look for unused parameters on purpose (see `kit.train.loop.fit`), and warns at every start
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+AWAKE = 0.05  # seconds; a process that is further behind is waited for asleep
 PATIENCE = timedelta(hours=2)  # one process may validate, or wait for a full disk, while the others stand by
 
 
@@ -219,8 +221,14 @@ def _channels(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over processes, always added up in the same order; for small tensors, of which gloo gathers twice as
-    fast as it reduces."""
+    """The mean over processes of something small, always added up in the same order.
+
+    BatchNorm asks for it some forty times a step. Gloo gathers faster than it reduces, and a process that stays awake
+    for the answer has it in 0.15 ms instead of 0.4, or 2 in one case of ten.
+    """
     parts = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(parts, values)
+    work, begun = dist.all_gather(parts, values, async_op=True), time.monotonic()
+    while not work.is_completed() and time.monotonic() - begun < AWAKE:
+        os.sched_yield()
+    work.wait()
     return torch.stack(parts).mean(0)
