@@ -174,7 +174,7 @@ def _two_processes(shape: tuple[int, int, int], batch: int, steps: int, name: st
     torch.set_num_threads(1)
     alone = _objective(shape).train()
     turns = [(_step_seconds(alone, alone, shape, batch, steps), launch(_worker, (shape, batch, steps), 2))
-             for _ in range(3)]
+             for _ in range(5)]
     one, two = np.median(turns, axis=0)
     return Ratio(f"ddp_efficiency_{name}", two, one, one / two, "higher", 0.85, "seconds",
                  f"a step of {batch} scans of {'x'.join(map(str, shape))} a process, one thread each: one process "
