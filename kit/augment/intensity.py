@@ -64,14 +64,14 @@ def bias_field(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int],
         seed: of the field.
         points: how many control points along (z, y, x), the outer ones in the middles of the box's outer voxels.
     """
-    along_z, along_y, along_x = (torch.from_numpy(between(*counts)).to(values)
+    along_z, along_y, along_x = (torch.from_numpy(_interpolation(*counts)).to(values)
                                  for counts in zip(shape, points, strict=True))
     drawn = normal(points, seed, values).mul_(sd).to(values.dtype)
     field = along_y @ torch.tensordot(along_z, drawn, 1) @ along_x.T
     return values.mul_(field.view(-1).index_select(0, places).exp_())
 
 
-def between(side: int, points: int) -> np.ndarray:
+def _interpolation(side: int, points: int) -> np.ndarray:
     """The matrix (side, points) that interpolates linearly between equally spaced control points."""
     at = np.linspace(0, points - 1, side)
     return np.clip(1 - np.abs(at[:, None] - np.arange(points)), 0, None)

@@ -110,15 +110,15 @@ def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np
     linear[np.abs(linear) < 1e-9] = 0  # sines of whole turns
     mirrored = [axis for axis in range(3) if linear[axis, axis] < 0]
     still = np.diag([-1.0 if axis in mirrored else 1.0 for axis in range(3)])
-    kind = torch.promote_types(image.dtype, torch.float32)
+    image = image.to(torch.promote_types(image.dtype, torch.float32))
     slab = slab or (max(8, IN_CACHE // image[0].numel()) if image.device.type == "cpu" else len(image))
     if bent is None and np.array_equal(linear, still) and np.allclose(offset, (side - 1) * (np.diag(still) < 0)):
-        parts, slab = [brain(image.flip(mirrored).to(kind), mask.flip(mirrored))], len(image)
+        parts, slab = [brain(image.flip(mirrored), mask.flip(mirrored))], len(image)
     elif bent is None and not (linear[0, 1:].any() or linear[1:, 0].any()):
         parts = _separable(image, mask, linear, offset, slab)
     else:
         parts = _by_points(image, mask, linear, offset, bent, apart, slab)
-    values, places = image.new_empty(image.numel(), dtype=kind), mask.new_empty(mask.numel(), dtype=torch.int64)
+    values, places = image.new_empty(image.numel()), mask.new_empty(mask.numel(), dtype=torch.int64)
     count = 0
     for first, (value, place) in zip(range(0, image.numel(), slab * image[0].numel()), parts, strict=True):
         part = slice(count, count + len(place))
@@ -144,8 +144,7 @@ def spread(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int]) -> 
 def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray,
                slab: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Resample through a map that leaves z to itself: linearly along z, bilinearly in the plane."""
-    image, inside = image.to(torch.promote_types(image.dtype, torch.float32)), mask.view(torch.int8).flatten(1)
-    depth, height, width = image.shape
+    inside, (depth, height, width) = mask.view(torch.int8).flatten(1), image.shape
     grid, pixels, known = (torch.from_numpy(part).to(image.device) for part in
                            in_plane(linear[1:, 1:], offset[1:], height, width))
     at = linear[0, 0] * np.arange(depth) + offset[0]
@@ -179,10 +178,7 @@ def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int) ->
 def _by_points(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray, bent: np.ndarray | None,
                apart: float, slab: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Resample through any map, point by point of the brain."""
-    kind = torch.promote_types(image.dtype, torch.float32)
-    padded = image.new_zeros([side + 2 for side in image.shape], dtype=kind)  # what lies outside is zero
-    padded[1:-1, 1:-1, 1:-1] = image
-    inside = F.pad(mask.view(torch.int8), (1, 1, 1, 1, 1, 1))
+    padded, inside = (F.pad(part, (1,) * 6) for part in (image, mask.view(torch.int8)))  # what lies outside is zero
     for where in _places(image.shape, linear, offset, bent, apart, slab, padded):
         near = _flat([axis.round().clamp_(-1, side) for axis, side in zip(where, image.shape, strict=True)], inside)
         places = inside.view(-1).index_select(0, near).nonzero().view(-1)

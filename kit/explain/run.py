@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 from torch import nn
 
 from kit.data.cohort import PROCEDURAL
@@ -16,6 +15,7 @@ from kit.data.sample import effect_masks, sample_cohort
 from kit.data.store import Store
 from kit.explain.regions import inside_share, region_table
 from kit.explain.saliency import Maps, saliency
+from kit.reading import read_yaml
 from kit.runs import Run, resolve, write_table
 
 EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
@@ -68,11 +68,13 @@ def cohort_of(store: Store, workers: int) -> Path | None:
     The sample cohort is made again, where it is gone, by the numbers of that run.
     """
     noted = store.folder / "params.yaml"
-    made = yaml.safe_load(noted.read_text(encoding="utf-8")) if noted.exists() else {"cohort": ""}
+    if not noted.exists():
+        return None
+    made = read_yaml(noted)
     if made["cohort"] == "sample":
         return sample_cohort(made["sample_participants"], made["seed"], workers)
     folder = resolve(made["cohort"])
-    return folder if made["cohort"] and folder.is_dir() else None
+    return folder if folder.is_dir() else None
 
 
 def known_place(cohort: Path | None, store: Store, scan: str, task: str) -> np.ndarray | None:

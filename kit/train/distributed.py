@@ -20,7 +20,7 @@ from torch import nn
 
 from kit.data.loader import keep_freed_memory
 
-# DDP is told to look for unused parameters on purpose (see `kit.train.loop.fit`), and warns at every start
+# DDP is told to look for unused parameters on purpose (see `kit.train.state.State`), and warns at every start
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 AWAKE = 0.05  # seconds; a process that is further behind is waited for asleep
 PATIENCE = timedelta(hours=2)  # one process may validate, or wait for a full disk, while the others stand by
