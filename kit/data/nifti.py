@@ -203,6 +203,8 @@ def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pai
         if kind is nib.Nifti1Image and voxels is not None and len(data) >= 348:
             raise ScanError("Analyze 7.5: it does not say where left and right are; convert it to NIfTI with an "
                             "orientation that you know, such as mri_convert --in_orientation LAS")
+        if data.startswith(b"version https://git-lfs"):
+            raise ScanError("a Git LFS pointer in place of the scan; fetch the scan with git lfs pull")
         raise ScanError("not a NIfTI file (.nii, .nii.gz, or .hdr with .img); convert it with mri_convert, or DICOM "
                         "with dcm2niix")
     header_size = kind.header_class.sizeof_hdr

@@ -251,6 +251,12 @@ def test_other_kinds_are_refused_by_name_with_a_cure(tmp_path: Path, name: str, 
         read_scan(tmp_path / name)
 
 
+def test_scan_that_git_has_not_fetched_says_how(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:80fa\nsize 8781091\n")
+    with pytest.raises(ScanError, match="git lfs pull"):
+        read_scan(tmp_path / "a.nii.gz")
+
+
 def test_zip_of_a_scan_is_an_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(write(tmp_path / "a.mgz", ramp()), "a.mgz")
