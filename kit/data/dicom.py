@@ -24,7 +24,7 @@ MOST_LISTED = 20  # series in a message
 def read_dicom(path: str | Path, series: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Read a DICOM series, or a multi-frame file, in RAS order, its slices sorted by where they lie.
 
-    Voxels and geometry are taken, no other header field. Files that are no DICOM are passed over.
+    Voxels and geometry are taken, no other header field. Files that are no DICOM images are passed over.
 
     Args:
         path: a folder, whose subfolders are searched too, or a multi-frame file.

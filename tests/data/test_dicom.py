@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -84,8 +85,9 @@ def test_oblique_series_keeps_its_rotation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "reason"), [
     ("empty", "one DICOM series in the folder, found none"), ("two", "found 2"), ("gap", "not evenly spaced"),
     ("cut", "damaged DICOM series|not evenly spaced"), ("single", "single file"), ("constant", "constant"),
+    ("colours", "no grey values"),
 ])
-def test_unusable_series_is_refused(tmp_path: Path, kind: str, reason: str) -> None:
+def test_unusable_series_is_refused(tmp_path: Path, kind: str, reason: str, capfd: pytest.CaptureFixture) -> None:
     folder = write_series(tmp_path / "scan", numbers() if kind != "constant" else np.full(SHAPE, 3), np.eye(3))
     if kind == "empty":
         shutil.rmtree(folder)
@@ -99,12 +101,22 @@ def test_unusable_series_is_refused(tmp_path: Path, kind: str, reason: str) -> N
     elif kind == "cut":
         file = folder / "006.dcm"
         file.write_bytes(file.read_bytes()[:-200])
+    elif kind == "colours":
+        for number, file in enumerate(sorted(folder.iterdir())):
+            image = sitk.GetImageFromArray(np.full((1, *SHAPE[1:], 3), number, np.uint8), isVector=True)
+            image.SetMetaData("0020|000e", SERIES)
+            image.SetMetaData("0010|0010", SECRET)
+            writer = sitk.ImageFileWriter()
+            writer.KeepOriginalImageUIDOn()
+            writer.SetFileName(str(file))
+            writer.Execute(image)
     elif kind == "single":
         for number in range(2, SHAPE[0] + 1):
             (folder / f"{number:03d}.dcm").unlink()
     with pytest.raises(ScanError, match=reason) as caught:
         read_dicom(folder)
-    assert SECRET not in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert SECRET not in str(caught.value) + "".join(capfd.readouterr()) and str(tmp_path) not in str(caught.value)
+    assert re.search("[;?]", str(caught.value)), "no way out"
 
 
 def frames(number: int = 12, step: float = 3.0, direction: np.ndarray | None = None) -> np.ndarray:
@@ -184,7 +196,8 @@ def test_compressed_frames_are_read(tmp_path: Path) -> None:
     ("slopes", "several intensity scales; convert it with dcm2niix"), ("nowhere", "where its frames lie; convert it"),
     ("cut", "damaged DICOM.*export it again"), ("constant", "constant"),
 ])
-def test_frames_that_are_no_volume_are_refused(tmp_path: Path, kind: str, reason: str) -> None:
+def test_frames_that_are_no_volume_are_refused(tmp_path: Path, kind: str, reason: str,
+                                               capfd: pytest.CaptureFixture) -> None:
     values, places, slopes = numbers(), frames(), 2.0
     if kind == "gap":
         places[6:] += [0, 0, 3]
@@ -201,7 +214,7 @@ def test_frames_that_are_no_volume_are_refused(tmp_path: Path, kind: str, reason
         file.write_bytes(file.read_bytes()[:-2000])
     with pytest.raises(ScanError, match=reason) as caught:
         read_scan(file)
-    assert SECRET not in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert SECRET not in str(caught.value) + "".join(capfd.readouterr()) and str(tmp_path) not in str(caught.value)
 
 
 def test_one_slice_asks_for_its_folder(tmp_path: Path) -> None:
@@ -224,6 +237,18 @@ def test_series_in_subfolders_is_found_even_in_pieces(tmp_path: Path) -> None:
     array, affine = read_scan(tmp_path / "deep")
     np.testing.assert_array_equal(array, expected[0])
     np.testing.assert_allclose(affine, expected[1])
+
+
+def test_reports_and_annotations_beside_a_series_are_passed_over(tmp_path: Path) -> None:
+    expected = read_scan(write_series(tmp_path / "scan", numbers(), np.eye(3)))
+    report = Dataset()
+    report.file_meta = FileMetaDataset()
+    report.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"  # a text report
+    report.file_meta.MediaStorageSOPInstanceUID = report.SOPInstanceUID = f"{SERIES}.99"
+    report.SeriesInstanceUID, report.SeriesNumber, report.PatientName, report.Modality = f"{SERIES}.9", 99, SECRET, "SR"
+    report.save_as(tmp_path / "scan" / "report.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(read_scan(tmp_path / "scan")[0], expected[0])
 
 
 def three_series(folder: Path) -> Path:
