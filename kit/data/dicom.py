@@ -89,9 +89,12 @@ def _files(folder: Path, series: str | None) -> list[str]:
             found[uid].append(place)
     if not found:
         raise ScanError("expected one DICOM series in the folder, found none; give a folder that holds DICOM files")
-    if len(found) == 1 and series is None:
-        return _sorted_files(folder, *found.popitem())
     files = {uid: _sorted_files(folder, uid, places) for uid, places in sorted(found.items())}
+    files = {uid: each for uid, each in files.items() if each and _is_image(each[0])}
+    if not files:
+        raise ScanError("damaged DICOM: none of the folder's series can be read; export it again")
+    if len(files) == 1 and series is None:
+        return files.popitem()[1]
     numbers = {uid: _number(each[0]) for uid, each in files.items()}
     shared, names = Counter(numbers.values()), {}
     for uid in sorted(files, key=lambda uid: (numbers[uid], uid)):
@@ -127,6 +130,13 @@ def _facts(files: list[str]) -> str:
         sizes[2] = float(np.linalg.norm(np.subtract(_information(files[1]).GetOrigin(), first.GetOrigin())))
     count = max(frames, len(files))
     return f"{columns}x{rows}, {count} slice{'s' * (count > 1)} of {'x'.join(f'{size:.3g}' for size in sizes)} mm"
+
+
+def _is_image(file: str) -> bool:
+    try:
+        return min(_information(file).GetSize()) > 0
+    except RuntimeError:
+        return False
 
 
 def _information(file: str) -> sitk.ImageFileReader:

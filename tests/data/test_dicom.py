@@ -251,6 +251,17 @@ def test_reports_and_annotations_beside_a_series_are_passed_over(tmp_path: Path)
     np.testing.assert_array_equal(read_scan(tmp_path / "scan")[0], expected[0])
 
 
+def test_series_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    file = write_frames(tmp_path / "scan" / "bad" / "IM1", numbers(), frames())
+    data = pydicom.dcmread(file)
+    data.SeriesInstanceUID, data.BitsAllocated = f"{SERIES}.9", 13  # no voxel has 13 bits
+    data.save_as(file)
+    with pytest.raises(ScanError, match="none of the folder's series can be read; export it again"):
+        read_scan(tmp_path / "scan")
+    expected = read_scan(write_series(tmp_path / "scan" / "good", numbers(), np.eye(3)))
+    np.testing.assert_array_equal(read_scan(tmp_path / "scan")[0], expected[0])
+
+
 def three_series(folder: Path) -> Path:
     write_series(folder / "b", numbers(), np.eye(3), series_number=4)
     write_series(folder / "a", numbers()[:3, :10], np.eye(3), series=SERIES + ".2", series_number=2)
