@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -42,17 +43,19 @@ class Preprocess(Parameters):
 
     may_change: ClassVar[frozenset[str]] = frozenset({  # of these the scans remember what they were made with
         "workers", "max_failed_fraction", "bias_correction", "registration", "mask", "intensity",
-        "orientation_unknown", "spacing_mm", "shape"})
+        "orientation_unknown", "brain_ml", "spacing_mm", "shape"})
 
-    cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
+    cohort: str = "sample"  # `sample`, a table (CSV, TSV), a BIDS folder, FOMO60K, FOMO300K or OpenMind
+    contrast: str = "T1w"  # which scans of a folder: T1w, T2w, FLAIR, T1ce, ...; a table's are all taken
     sample_participants: Annotated[int, Field(ge=40)] = 60
     moved_scans: Annotated[int, Field(ge=0)] = 2  # scans with moved heads that registration is checked on
     seed: Seed = 0
     bias_correction: BiasCorrection = "none"
     registration: Registration = "none"
-    mask: Mask = "given"
+    mask: Mask = "auto"
     intensity: Intensity = "zscore"
     orientation_unknown: OrientationUnknown = "refuse"  # scans whose header does not say where they lie
+    brain_ml: tuple[Positive, Positive] = (700, 2100)  # volumes (ml) between which a brain is not flagged; adults'
     spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0
     shape: Shape = (36, 48, 40)  # voxels (z, y, x); the paper: 150, 192, 192 at 1 mm
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # above it the last cell fails
@@ -74,14 +77,14 @@ class Preprocess(Parameters):
         return self.output_dir.parent.parent if self.shards > 1 else self.output_dir
 
     def problems(self) -> list[str]:
-        problems = _cohort_problems(self.cohort)
+        problems = _cohort_problems(self.cohort, self.contrast)
+        if self.brain_ml[0] >= self.brain_ml[1]:
+            problems.append(f"brain_ml: got {list(self.brain_ml)}; the first is the smaller one")
         if self.shard >= self.shards:
             problems.append(f"shard: got {self.shard}; {self.shards} shards are numbered 0 to {self.shards - 1}")
-        if self.mask in ("hd-bet", "mri_synthstrip"):
-            from kit.data.brain import missing_tool
+        from kit.data.brain import missing_tool
 
-            problems += [missing for missing in [missing_tool(self.mask)] if missing]
-        return problems
+        return problems + [missing for missing in [missing_tool(self.mask)] if missing]
 
 
 class Pretrain(Parameters):
@@ -242,13 +245,14 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
 }
 
 
-def _cohort_problems(cohort: str) -> list[str]:
+def _cohort_problems(cohort: str, contrast: str = "T1w") -> list[str]:
     if cohort == "sample":
         return []
     from kit.data.cohort import CohortError, read_cohort
 
     try:
-        read_cohort(cohort)
+        with redirect_stdout(None):  # what it counts is printed where the cohort is used
+            read_cohort(cohort, contrast)
     except CohortError as error:
         return [f"cohort: {error}"]
     return []

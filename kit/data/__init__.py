@@ -11,9 +11,10 @@
 - ``resample``    resampling, and arrays as SimpleITK images
 - ``template``    the MNI152 template, its brain and its white matter
 - ``register``    registration to the template (SimpleITK)
-- ``brain``       brain masks: given, of stripped scans, the template's, other tools'
+- ``brain``       brain masks: given, of stripped scans, deepbet's, other tools'
 - ``intensity``   bias field and intensity scale
-- ``quality``     figures of each prepared scan, and flags against the cohort's distribution
+- ``quality``     QC metrics of each scan; flags by limits and by its site's distribution
+- ``selection``   whom refusals and flags hit, by each label
 - ``pool``        many tasks over a few processes, one of which may be killed
 - ``table``       the index, the failed scans, shards merged
 - ``preprocess``  one scan, then a cohort, into the store

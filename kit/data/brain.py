@@ -1,31 +1,39 @@
-"""The brain in a scan's own voxels: a given mask, a stripped scan's, the template's, or another tool's."""
+"""The brain in a scan's own voxels: a given mask, a stripped scan's, deepbet's, or another tool's."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
 from kit.data.nifti import ScanError, read_mask, write_nifti
-from kit.data.resample import resample
-from kit.data.template import template
+
+if TYPE_CHECKING:
+    from deepbet import BrainExtraction
 
 # No brain is larger: where "nonzero" finds more, the scan still has its head or a background above zero.
 MOST_BRAIN_ML = 2500.0
+# Below this no brain is left to work with; the smallest newborn's has some 250 ml.
+LEAST_BRAIN_ML = 100.0
+# Of a stripped scan's voxels that are not zero, at most this share lies outside the brain that deepbet finds in it: of
+# whole heads 0.7 and more.
+STRIPPED_OUTSIDE = 0.3
+# A background fills most of the border.
+LEAST_BACKGROUND = 0.5
 
-# The template's mask is fitted to a scan within these depths (mm): surely brain, and how far it may grow.
-SURE_MM, GROWN_MM = 10.0, 3.0
-# Brain's intensities as shares of the inside's median; grey matter of a T1-weighted scan has 0.65 to 0.8 of it.
-# On Colin27 the plain mask overlaps ch2bet with a Dice of 0.948, the fitted one with 0.971; 0.7 would reach
-# 0.977 there, and cost other scans their grey matter.
-DARKEST, BRIGHTEST = 0.6, 1.6
-LEAST_LEFT = 0.8  # share of the template's brain
-
+# deepbet 1.0.2's networks, TorchScript in its wheel; another file is refused.
+NETWORKS = {
+    "bbox_model.pt": "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",
+    "model.pt": "de8ee7c69654d0dd3935dc4a5d84571d8ecf4637a6bfc01df399c4c2bc86e0fd",
+}
 # Tools that are not Python packages of this kit: how to call them on IMAGE so that they write MASK.
 COMMANDS = {
     "hd-bet": ["hd-bet", "-i", "IMAGE", "-o", "BRAIN", "-device", "cpu", "--disable_tta", "--save_bet_mask",
@@ -40,23 +48,100 @@ INSTALL = {
 TOOL_MINUTES = 60.0
 
 
+class Brain(NamedTuple):
+    """A brain in a scan's voxels."""
+
+    mask: np.ndarray  # bool (z, y, x)
+    source: str  # where it is from: given, nonzero, deepbet, hd-bet or mri_synthstrip
+
+
 def missing_tool(mask: str) -> str | None:
-    """Return what to install where a mask needs a command that is not there; None where nothing is missing."""
-    if mask not in COMMANDS or shutil.which(COMMANDS[mask][0]):
-        return None
-    return f"mask: no command {COMMANDS[mask][0]!r} on the PATH; {INSTALL[mask]}, or choose another mask"
+    """Return what to install where a kind of mask needs what is not there; None where nothing is missing."""
+    if mask in ("auto", "deepbet"):
+        try:
+            _network_folder()
+        except ScanError as error:
+            return f"mask: {error}"
+    if mask in COMMANDS and not shutil.which(COMMANDS[mask][0]):
+        return f"mask: no command {COMMANDS[mask][0]!r} on the PATH; {INSTALL[mask]}, or choose another mask"
+    return None
+
+
+def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str, no_codes_ok: bool = False) -> Brain:
+    """Find a scan's brain.
+
+    Args:
+        kind: "given", "nonzero", "deepbet", a name of `COMMANDS`, or "auto": the given mask where there is one; the
+            voxels above zero of a scan that is stripped already; else deepbet's.
+        array: (z, y, x) intensities.
+        affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
+        mask_path: the cohort's, or "".
+        no_codes_ok: see `kit.data.scan_file.read_scan`.
+
+    Raises:
+        ScanError: there is no such mask, or it cannot be a brain's.
+    """
+    if kind == "given" or (kind == "auto" and mask_path):
+        if not mask_path:
+            raise ScanError("mask: no mask_path given for this scan; add it, or choose mask: auto")
+        found = Brain(read_mask(mask_path, array, affine, no_codes_ok), "given")
+    elif kind == "nonzero":
+        found = Brain(nonzero_mask(array, affine), kind)
+    elif kind in COMMANDS:
+        found = Brain(tool_mask(kind, array, affine), kind)
+    else:
+        found = Brain(deepbet_mask(array), "deepbet")
+        if kind == "auto" and _background_is_zero(array):
+            above = ndimage.binary_fill_holes(array != 0)
+            if np.count_nonzero(above & ~found.mask) <= STRIPPED_OUTSIDE * np.count_nonzero(above):
+                found = Brain(above, "nonzero")
+    if (volume := millilitres(found.mask, affine)) < LEAST_BRAIN_ML:
+        raise ScanError(f"no brain: its mask ({found.source}) has {volume:.0f} ml; look at the scan, and choose "
+                        "another mask if it has one")
+    return found
 
 
 def nonzero_mask(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Return a skull-stripped scan's voxels above zero, holes filled, bool (z, y, x).
+    """Return a skull-stripped scan's voxels that are not zero, holes filled, bool (z, y, x).
 
     Raises:
-        ScanError: there are more of them than a brain has.
+        ScanError: zero is not the background, or there are more such voxels than a brain has.
     """
-    mask = ndimage.binary_fill_holes(array > 0)
+    if not _background_is_zero(array):
+        raise ScanError("zero is not its background: less than half of its border is zero; give a mask (mask: given)")
+    mask = ndimage.binary_fill_holes(array != 0)
     if (volume := millilitres(mask, affine)) > MOST_BRAIN_ML:
-        raise ScanError(f"{volume:.0f} ml above zero, more than a brain: is the scan skull-stripped?")
+        raise ScanError(f"{volume:.0f} ml are not zero, more than a brain: is the scan skull-stripped? If not, choose "
+                        "mask: deepbet")
     return mask
+
+
+def deepbet_mask(array: np.ndarray, quick: bool = False) -> np.ndarray:
+    """Return the brain that deepbet finds in a T1-weighted head (Fisch et al. 2024), bool (z, y, x).
+
+    Its own network, pre- and post-processing (doi:10.1016/j.compbiomed.2024.108845), on CUDA where there is one, else
+    on one thread. It always finds something: on noise, or a head that lies on its side, a wrong brain.
+
+    Args:
+        array: (z, y, x) intensities in RAS order.
+        quick: at 128 voxels a side, not 256; an eighth of the work, for a first look.
+
+    Raises:
+        ScanError: it finds nothing at all.
+    """
+    import torch
+
+    network, threads = _network(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        likely = network.run_model(np.ascontiguousarray(array.T), shape=(128 if quick else 256,) * 3)
+        mask = network.postprocess(likely > 0.5)
+    except (AssertionError, ValueError) as error:  # no voxel in the box, or none in the mask
+        raise ScanError("deepbet finds no brain; is this a T1-weighted head? If it is, give a mask (mask: given)"
+                        ) from error
+    finally:
+        torch.set_num_threads(threads)
+    return np.ascontiguousarray(mask.T) > 0
 
 
 def tool_mask(tool: str, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -87,48 +172,45 @@ def tool_mask(tool: str, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
         return read_mask(found, array, affine)
 
 
-def template_mask(array: np.ndarray, affine: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Return the template's brain carried back to a scan, fitted to the scan's own edges, bool (z, y, x).
+@lru_cache(maxsize=1)
+def _network() -> BrainExtraction:
+    """Return deepbet's networks, loaded once a process."""
+    folder = _network_folder()
+    from deepbet import BrainExtraction
 
-    Within a few millimetres of the template's edge, voxels stay that are as bright as brain and hang together with
-    its inside; dark fluid, and what only thin bridges join, goes. Where that would take away much of the brain,
-    the scan's intensities are no guide, and the template's mask stays as it is.
-
-    Args:
-        array: (z, y, x) intensities.
-        affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
-        matrix: (4, 4), MNI millimetres to the scan's; an affine fits better than a rigid transform.
-    """
-    depth, to_mm = _template_depth()
-    image = ndimage.gaussian_filter(resample(array, affine, matrix, depth.shape, to_mm), 0.7)
-    level = float(np.median(image[depth > SURE_MM]))
-    bright = (image > DARKEST * level) & (image < BRIGHTEST * level) & (depth > -GROWN_MM)
-    mask = _connected(bright | (depth > SURE_MM - 2))
-    if np.count_nonzero(mask) < LEAST_LEFT * np.count_nonzero(depth > 0):
-        mask = depth > 0
-    return resample(mask, to_mm, np.linalg.inv(matrix), array.shape, affine) > 0.5
-
-
-def _connected(mask: np.ndarray) -> np.ndarray:
-    """Take thin bridges of a 1 mm mask away, keep the largest piece, close narrow clefts and holes."""
-    pieces, _ = ndimage.label(ndimage.binary_erosion(mask, iterations=2))
-    largest = pieces == 1 + np.argmax(np.bincount(pieces.ravel(), minlength=2)[1:])
-    opened = ndimage.binary_dilation(largest, iterations=3) & mask
-    closed = ndimage.binary_erosion(ndimage.binary_dilation(opened, iterations=4), iterations=4) | opened
-    return ndimage.binary_fill_holes(closed)
+    return BrainExtraction(model_path=str(folder / "model.pt"), bbox_model_path=str(folder / "bbox_model.pt"))
 
 
 @lru_cache(maxsize=1)
-def _template_depth() -> tuple[np.ndarray, np.ndarray]:
-    """Return how deep in the template's brain a voxel lies (mm, negative outside), with room around it."""
-    _, brain, to_mm = template()
-    low, high = (np.array([edge(places) for places in np.nonzero(brain)]) for edge in (np.min, np.max))
-    low, high = np.maximum(low - 8, 0), high + 9
-    brain = brain[tuple(slice(*ends) for ends in zip(low, high, strict=True))]
-    to_mm = to_mm.copy()
-    to_mm[:3, 3] += to_mm[:3, :3] @ low[::-1]
-    depth = np.where(brain, ndimage.distance_transform_edt(brain), -ndimage.distance_transform_edt(~brain))
-    return depth.astype(np.float32), to_mm
+def _network_folder() -> Path:
+    """Return the folder of deepbet's networks, checked by their hashes; the package itself is not imported.
+
+    Raises:
+        ScanError: deepbet is not installed, or a file is not as expected.
+    """
+    spec = importlib.util.find_spec("deepbet")
+    if spec is None or spec.origin is None:
+        raise ScanError("deepbet is not installed; pip install deepbet==1.0.2, or choose another mask")
+    folder = Path(spec.origin).parents[1] / "data" / "models"
+    for name, expected in NETWORKS.items():
+        file = folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            raise ScanError(f"deepbet's {name} is missing or not the one of deepbet 1.0.2; pip install "
+                            "--force-reinstall --no-deps deepbet==1.0.2")
+    return folder
+
+
+def _background_is_zero(array: np.ndarray) -> bool:
+    """Whether most of the border's voxels are zero."""
+    border = np.ones(array.shape, bool)
+    border[1:-1, 1:-1, 1:-1] = False
+    return bool(np.mean(array[border] == 0) >= LEAST_BACKGROUND)
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the Dice overlap of two bool arrays; 0.0 where both are empty."""
+    total = np.count_nonzero(one) + np.count_nonzero(other)
+    return 2 * np.count_nonzero(one & other) / total if total else 0.0
 
 
 def millilitres(mask: np.ndarray, affine: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 Registration = Literal["none", "rigid", "affine"]
-Mask = Literal["given", "nonzero", "template", "hd-bet", "mri_synthstrip"]
+Mask = Literal["auto", "given", "nonzero", "deepbet", "hd-bet", "mri_synthstrip"]
 BiasCorrection = Literal["none", "n4"]
 Intensity = Literal["zscore", "whitematter"]
 OrientationUnknown = Literal["refuse", "assume_ras"]

@@ -1,6 +1,6 @@
 """From a cohort's scans to a store.
 
-Each scan: read upright, bias field, registration, brain mask, one resampling, intensity, quality figures, write.
+Each scan: read, brain mask, orientation, bias field, registration, one resampling, intensity, QC metrics, write.
 Scans are prepared in parallel, one process and one thread each. One that fails is set aside with its reason;
 one that is prepared already, from the same files with the same settings, is not prepared again. Where a setting
 changed, scans are prepared anew, with the transforms found before if nothing changed that the search looks at.
@@ -19,20 +19,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from nibabel.affines import from_matvec
 from pydantic.dataclasses import dataclass
 
 from kit.data import brain, intensity, quality
 from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
 from kit.data.grid import Grid
-from kit.data.nifti import ScanError, read_mask
+from kit.data.nifti import ScanError, upright
 from kit.data.pool import run_all
-from kit.data.register import KINDS, RegistrationError, find_transforms
+from kit.data.register import (
+    ORIENTATION_LEAD,
+    ORIENTATIONS,
+    UPRIGHT,
+    RegistrationError,
+    Transforms,
+    find_orientation,
+    find_transforms,
+    likeness,
+)
 from kit.data.resample import resample
 from kit.data.scan_file import read_scan, scan_files
 from kit.data.store import FORMAT, StoreError, claim, read_facts, remove_leftovers, scan_path, write_scan
 from kit.data.table import check_cohort, scan_names, write_tables
-from kit.data.template import TEMPLATE_NAME, white_matter_on
+from kit.data.template import TEMPLATE_NAME, tissue_on
 from kit.runs import progress
+
+KINDS = Transforms._fields
 
 
 @dataclass(frozen=True)
@@ -42,9 +54,9 @@ class Preparation:
     Args:
         grid: where prepared arrays lie.
         registration: "affine", "rigid", or "none" for scans that already lie near MNI space.
-        mask: "given" (the cohort's mask_path), "nonzero" (a skull-stripped scan's voxels above zero, holes
-            filled), "template" (the template's brain carried back through an affine registration and fitted to the
-            scan's edges), or the command "hd-bet" or "mri_synthstrip".
+        mask: "auto" (the cohort's mask_path where there is one, a stripped scan's own voxels, else deepbet's),
+            "given" (mask_path), "nonzero" (a skull-stripped scan's voxels that are not zero, holes filled), "deepbet"
+            (a network that comes with the kit), or the command "hd-bet" or "mri_synthstrip".
         bias_correction: "n4" or "none".
         intensity: "zscore" inside the mask, or "whitematter": the white-matter peak is 1.
         orientation_unknown: a scan whose header does not say where it lies is refused ("refuse"), or taken as
@@ -56,7 +68,7 @@ class Preparation:
 
     grid: Grid
     registration: Registration = "affine"
-    mask: Mask = "given"
+    mask: Mask = "auto"
     bias_correction: BiasCorrection = "none"
     intensity: Intensity = "zscore"
     orientation_unknown: OrientationUnknown = "refuse"
@@ -67,7 +79,7 @@ class Preparation:
             "format": FORMAT, "axes": "zyx", "shape": list(self.grid.shape), "spacing_mm": self.grid.spacing_mm,
             "origin_mm": list(self.grid.origin_mm), "registration": self.registration, "mask": self.mask,
             "bias_correction": self.bias_correction, "intensity": self.intensity, "template": TEMPLATE_NAME,
-            "versions": {name: version(name) for name in ("SimpleITK", "nibabel", "blosc2")},
+            "versions": {name: version(name) for name in ("SimpleITK", "nibabel", "blosc2", "deepbet")},
         }
 
 
@@ -81,8 +93,8 @@ class Task(NamedTuple):
     settings: Preparation
 
 
-def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
-            workers: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:
+def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation, workers: int = 1,
+            brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Prepare a cohort's scans into a folder, going on from what is there.
 
     Args:
@@ -90,11 +102,12 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         output_dir: the folder, described in `kit.data.store`.
         settings: how.
         workers: processes, one scan each; 0 works in this process, for debugging.
+        brain_ml: volumes (ml) between which a brain is not flagged; None: those of adults.
 
     Returns:
         The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
-        index has all the cohort's columns but those that end in `_path`, the figures of `kit.data.quality`,
-        seconds (time taken), flags and pass (see `kit.data.quality.flagged`).
+        index has all the cohort's columns but those that end in `_path`, mask_source, the metrics of
+        `kit.data.quality`, seconds (time taken), flags and unusable (see `kit.data.quality.flagged`).
 
     Raises:
         PreparationError: the cohort cannot be prepared so, or none of its scans could be.
@@ -105,7 +118,8 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     if changes := claim(folder, settings.record()):
         print(f"another preparation was here ({'; '.join(changes)}): its scans are prepared anew")
     remove_leftovers(folder)
-    masks = cohort["mask_path"].fillna("") if settings.mask == "given" else [""] * len(cohort)
+    wanted = settings.mask in ("auto", "given") and "mask_path" in cohort
+    masks = cohort["mask_path"].fillna("") if wanted else [""] * len(cohort)
     tasks = [
         Task(name, str(image), str(mask), scan_path(folder, name), settings)
         for name, image, mask in zip(names, cohort["image_path"], masks, strict=True)
@@ -115,11 +129,11 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         for task, outcome in run_all(prepare_scan, [task for task in tasks if task.scan not in outcomes], workers):
             outcomes[task.scan] = outcome or "its process was killed, twice: most likely not enough memory"
             bar.update()
-    return write_tables(cohort, names, outcomes, folder)
+    return write_tables(cohort, names, outcomes, folder, brain_ml)
 
 
-def prepare_scan(task: Task) -> dict[str, float] | str:
-    """Prepare one scan; return its quality numbers, or the reason why it failed."""
+def prepare_scan(task: Task) -> dict[str, Any] | str:
+    """Prepare one scan; return its QC metrics and what they are made of, or the reason why it failed."""
     start = perf_counter()
     try:
         search, source = _sources(task)
@@ -137,51 +151,83 @@ def prepare_scan(task: Task) -> dict[str, float] | str:
 
 
 def _to_template_space(task: Task, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Return the image and the mask on the grid, and the transforms and quality figures as notes.
+    """Return the image and the mask on the grid, and the transforms and QC metrics as notes.
 
-    `known` has the transforms that an earlier search found, by kind.
+    `known` has the transforms that an earlier search found, by kind, and the orientation.
     """
     settings, grid = task.settings, task.settings.grid
-    array, affine = _read(task)
-    native_mask = _mask_before(task, array, affine)
+    head = _upright_head(task, np.array(known["orientation"]) if known else None)
+    array, affine, native_mask = head.array, head.affine, head.brain.mask
     if settings.bias_correction == "n4":
         array = intensity.correct_bias(array, affine, native_mask)
-    wanted = {settings.registration, *(["affine"] if settings.mask == "template" else [])}
-    if settings.registration == "none":
-        wanted = set()
-    matrices = {kind: np.array(matrix) for kind, matrix in known.items()}
-    if not wanted <= set(matrices):
-        found = find_transforms(array, affine, tuple(kind for kind in KINDS if kind in wanted))
-        matrices |= {kind: matrix for kind, (matrix, _) in found.items()}
-    matrix = matrices.get(settings.registration, np.eye(4))
-    if native_mask is None:  # an affine found before, under other settings, is no guide
-        native_mask = brain.template_mask(array, affine, matrices["affine"] if "affine" in wanted else matrix)
+    turn, transforms = head.orientation, None  # transforms are stored to the millimetres that the header says
+    if settings.registration != "none":
+        transforms = (Transforms(*(turn.T @ np.array(known[kind]) for kind in KINDS)) if known
+                      else find_transforms(array, affine, native_mask))
+    matrix = getattr(transforms, settings.registration, np.eye(4))
     image = resample(array, affine, matrix, grid.shape, grid.affine)
     # Smoothed as the image is, then cut at a half: as many voxels on a coarse grid as volume.
     mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
-    figures = quality.figures(array, affine, native_mask, matrix, image, mask, grid)
     scaled = (intensity.z_score(image, mask) if settings.intensity == "zscore"
-              else intensity.by_white_matter(image, mask, white_matter_on(grid)))
-    transforms = {kind: each.tolist() for kind, each in matrices.items()}
-    return scaled, mask, {"transform": matrix.tolist(), "transforms": transforms, "quality": figures}
+              else intensity.by_white_matter(image, mask, tissue_on(grid, "white")))
+    metrics = quality.measure(array, affine, native_mask, transforms, turn)
+    if transforms:
+        known = {"orientation": turn.tolist(), **{kind: (turn @ getattr(transforms, kind)).tolist() for kind in KINDS}}
+    return scaled, mask, {"transform": (turn @ matrix).tolist(), "transforms": known,
+                          "quality": {"mask_source": head.brain.source, **metrics}}
 
 
-def _read(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    return read_scan(task.image_path, no_codes_ok=task.settings.orientation_unknown == "assume_ras")
+class Head(NamedTuple):
+    """A scan, upright, and its brain."""
+
+    array: np.ndarray  # float32 (z, y, x)
+    affine: np.ndarray  # (4, 4), voxel (x, y, z) to mm, RAS+ once upright
+    brain: brain.Brain
+    orientation: np.ndarray  # (4, 4) rotation from these millimetres to those that the header says
 
 
-def _mask_before(task: Task, array: np.ndarray, affine: np.ndarray) -> np.ndarray | None:
-    """Return the brain in the scan's own voxels, bool (z, y, x); None where registration must find it."""
-    kind = task.settings.mask
-    if kind == "template":
-        return None
-    if kind == "nonzero":
-        return brain.nonzero_mask(array, affine)
-    if kind in brain.COMMANDS:
-        return brain.tool_mask(kind, array, affine)
-    if not task.mask_path:
-        raise ScanError("mask: no mask_path given for this scan")
-    return read_mask(task.mask_path, array, affine, task.settings.orientation_unknown == "assume_ras")
+def _upright_head(task: Task, orientation: np.ndarray | None) -> Head:
+    """Read a scan, find its brain, and turn both upright where the header's orientation is wrong.
+
+    deepbet looks for upright heads, and finds half a brain in others: where its brain is not much like the template's,
+    it is shown all 24 orientations, and the one whose brain is most like it is taken.
+    `orientation` is what an earlier preparation found; None: look.
+    """
+    kind, no_codes_ok = task.settings.mask, task.settings.orientation_unknown == "assume_ras"
+    array, affine = read_scan(task.image_path, no_codes_ok=no_codes_ok)
+    found = brain.find_brain(kind, array, affine, task.mask_path, no_codes_ok)
+    if task.settings.registration == "none":
+        return Head(array, affine, found, np.eye(4))
+    if orientation is None:
+        orientation = np.eye(4)
+        if likeness(array, affine, found.mask) < UPRIGHT:
+            if found.source == "deepbet":
+                looks = [_quick_look(*_turned(array, affine, from_matvec(turn))) for turn in ORIENTATIONS]
+                looks[0] += ORIENTATION_LEAD
+                orientation = from_matvec(ORIENTATIONS[int(np.argmax(looks))])
+            else:
+                orientation = find_orientation(array, affine, found.mask)
+    if np.array_equal(orientation, np.eye(4)):
+        return Head(array, affine, found, orientation)
+    upright_array, upright_affine = _turned(array, affine, orientation)
+    if found.source == "deepbet":
+        upright_mask = brain.deepbet_mask(upright_array)
+    else:
+        upright_mask = _turned(found.mask.astype(np.float32), affine, orientation)[0] > 0.5
+    return Head(upright_array, upright_affine, found._replace(mask=upright_mask), orientation)
+
+
+def _quick_look(array: np.ndarray, affine: np.ndarray) -> float:
+    """How much the brain that deepbet finds in such a head is like the template's; the higher the better."""
+    try:
+        return likeness(array, affine, brain.deepbet_mask(array, quick=True))
+    except ScanError:  # it finds none
+        return 0.0
+
+
+def _turned(array: np.ndarray, affine: np.ndarray, orientation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Undo a wrong orientation of an array (z, y, x) and its affine, voxels only flipped and swapped."""
+    return upright(array.T, orientation.T @ affine)
 
 
 def _sources(task: Task) -> tuple[str, str]:
@@ -197,15 +243,14 @@ def _sources(task: Task) -> tuple[str, str]:
             raise ScanError("no such file" if path == task.image_path else "mask: no such file") from error
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     settings = asdict(task.settings)
-    before = [settings["orientation_unknown"], settings["bias_correction"],
-              settings["mask"] if settings["bias_correction"] == "n4" else None]  # N4 fits inside the mask
+    before = [settings["orientation_unknown"], settings["bias_correction"], settings["mask"]]
     search, source = (hashlib.sha256(json.dumps([FORMAT, files, each]).encode()).hexdigest()
                       for each in (before, settings))
     return search, source
 
 
 def _known(task: Task, search: str) -> dict[str, Any]:
-    """Return the transforms, by kind, that an earlier preparation of these files found."""
+    """Return the transforms and the orientation that an earlier preparation of these files found, by name."""
     try:
         notes = read_facts(task.output)["notes"]
         return notes["transforms"] if notes.get("search") == search else {}
@@ -213,8 +258,8 @@ def _known(task: Task, search: str) -> dict[str, Any]:
         return {}
 
 
-def _found(task: Task) -> dict[str, float] | None:
-    """Return the quality numbers of a scan that is prepared already from these files, else None."""
+def _found(task: Task) -> dict[str, Any] | None:
+    """Return the QC metrics of a scan that is prepared already from these files, else None."""
     try:
         notes = read_facts(task.output)["notes"]
         return notes["quality"] if notes["source"] == _sources(task)[1] else None

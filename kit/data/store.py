@@ -28,11 +28,12 @@ from kit.data.grid import Grid
 from kit.runs import write_json, write_whole
 
 # Raised when files written before can no longer be read, or would mean something else.
-FORMAT = 2
+FORMAT = 3
 # A chunk is the whole scan and a block some of its slices, so that a file's order is the array's own and a whole scan
 # needs no rearranging. A crop reads the blocks that it touches.
 BLOCK_SLICES = 8
 IDENTITY_COLUMNS = ("scan", "participant", "session", "dataset")
+QC_COLUMNS = ("mask_source", "flags", "unusable")  # text, where an index has them
 
 
 class StoreError(RuntimeError):
@@ -119,7 +120,7 @@ def read_index(path: str | Path) -> pd.DataFrame:
     """Read an index. Names stay the text that they are: "0001" no number, "NA" not missing."""
     index = pd.read_csv(path, low_memory=False)
     text = pd.read_csv(path, dtype=str, keep_default_na=False)
-    names = [name for name in (*IDENTITY_COLUMNS, "flags") if name != "flags" or name in index]
+    names = [name for name in (*IDENTITY_COLUMNS, *QC_COLUMNS) if name not in QC_COLUMNS or name in index]
     index[names] = text[names]
     return index
 

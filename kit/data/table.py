@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kit.data.quality import FIGURES, flagged
+from kit.data.quality import METRICS, flagged
 from kit.data.store import claim, read_index, scan_path
 from kit.runs import write_table, write_whole
 
 # Columns that the index adds to the cohort's.
-QUALITY_COLUMNS = (*FIGURES, "seconds")
-ADDED = ("scan", *QUALITY_COLUMNS, "flags", "pass")
+QUALITY_COLUMNS = ("mask_source", *METRICS, "seconds")
+ADDED = ("scan", *QUALITY_COLUMNS, "flags", "unusable")
 
 
 class PreparationError(ValueError):
@@ -47,21 +47,22 @@ def check_cohort(cohort: pd.DataFrame, names: list[str], mask: str) -> None:
     if taken := sorted(set(ADDED) & set(cohort)):
         wrong.append(f"columns that the index adds itself: {', '.join(taken)}; rename them in the cohort")
     if mask == "given" and ("mask_path" not in cohort or not cohort["mask_path"].fillna("").any()):
-        wrong.append("mask: 'given' needs a column mask_path; otherwise use 'nonzero' or 'template'")
+        wrong.append("mask: 'given' needs a column mask_path; otherwise use 'auto'")
     if wrong:
         raise PreparationError("; ".join(wrong))
 
 
-def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dict | str],
-                 folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dict | str], folder: Path,
+                 brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return the index of prepared scans and the table of failed ones.
 
     Args:
         cohort: a row a scan.
         names: of the scans.
-        outcomes: each scan's figures, or the reason why it failed.
+        outcomes: each scan's QC metrics, or the reason why it failed.
         folder: where `index.csv` and `failed.csv` are written; they say nothing of where files lay, but that
             `failed.csv` has the image_path of the failed.
+        brain_ml: see `kit.data.quality.flagged`.
 
     Raises:
         PreparationError: no scan was prepared; the tables are written.
@@ -74,7 +75,8 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dic
         index[column] = [outcomes[name][column] for name in index["scan"]]
     failed = table[~good].reset_index(drop=True)
     failed["reason"] = [outcomes[name] for name in failed["scan"]]
-    return _written(flagged(index), failed[["scan", "participant", "session", "image_path", "reason"]], folder)
+    failed = failed[["scan", "participant", "session", "image_path", "reason"]]
+    return _written(flagged(index, brain_ml), failed, folder)
 
 
 def _written(index: pd.DataFrame, failed: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -97,7 +99,8 @@ def shard_of(cohort: pd.DataFrame, shard: int, shards: int) -> pd.DataFrame:
     return cohort.iloc[shard::shards].reset_index(drop=True)
 
 
-def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
+                 brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     """Merge the shards below `<folder>/shards` into the folder, once all are done; the last one to end does it.
 
     Scans are hard links to the shards' (copies where a file system has none), so that either can be deleted. Flags
@@ -107,6 +110,7 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int) -> tuple
         cohort: the whole cohort.
         folder: of the merged preparation.
         shards: how many there are.
+        brain_ml: see `kit.data.quality.flagged`.
 
     Returns:
         The index and the failed scans, in the cohort's order; None while a shard is missing, or is of another
@@ -134,7 +138,7 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int) -> tuple
         for part, table in zip(parts, indexes, strict=True):
             for scan in table["scan"]:
                 _link(scan_path(part, scan), scan_path(folder, scan))
-        return _written(flagged(index), failed, folder)
+        return _written(flagged(index, brain_ml), failed, folder)
 
 
 def _in_order(tables: list[pd.DataFrame], names: list[str]) -> pd.DataFrame:

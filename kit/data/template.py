@@ -27,7 +27,7 @@ def template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values, np.ascontiguousarray(mask.get_fdata().T > 0), image.affine
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def template_on(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """Return the template, float32 (z, y, x), and its brain mask, bool, resampled onto a grid."""
     values, brain, affine = template()
@@ -43,11 +43,11 @@ def correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
     return float(one @ other / scale) if scale > 0 else 0.0
 
 
-@lru_cache(maxsize=1)
-def white_matter_on(grid: Grid) -> np.ndarray:
-    """Return where the template surely is white matter (probability above 0.9), bool (z, y, x) on a grid."""
-    from nilearn.datasets import load_mni152_wm_template
+@lru_cache(maxsize=4)
+def tissue_on(grid: Grid, tissue: str) -> np.ndarray:
+    """Return where the template surely is "grey" or "white" matter (probability above 0.9), bool (z, y, x)."""
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
-    image = load_mni152_wm_template(resolution=1)
+    image = {"grey": load_mni152_gm_template, "white": load_mni152_wm_template}[tissue](resolution=1)
     values = np.ascontiguousarray(image.get_fdata(dtype=np.float32).T)
     return resample(values, image.affine, np.eye(4), grid.shape, grid.affine) > 0.9

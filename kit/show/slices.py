@@ -66,14 +66,14 @@ def three_planes(
 
 
 def montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], note: str = "", title: str = "",
-            planes: Sequence[str] = ("axial",), outline: np.ndarray | None = None) -> Figure:
+            planes: Sequence[str] = ("axial",), outlines: Sequence[np.ndarray] | None = None) -> Figure:
     """Draw a middle slice of each scan, three scans to a row.
 
     Args:
         images: (depth, height, width) each, on the grid; each with its own grey levels.
         titles: a short line per scan.
         planes: of `kit.show.planes.PLANES`; several slices of a scan stand side by side.
-        outline: (depth, height, width), a mask drawn as a contour over each, such as the template's brain.
+        outlines: (depth, height, width) each, masks drawn as contours, such as the template's brain.
     """
     tall, wide = _beside(np.empty(grid.shape, dtype=bool), grid, planes).shape
     rows = max(1, math.ceil(len(images) / IN_A_ROW))
@@ -81,11 +81,11 @@ def montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], not
     panels = figure.subplots(rows, IN_A_ROW, squeeze=False).ravel()
     for axes in panels:
         bare(axes)
-    for axes, image, text in zip(panels, images, titles, strict=False):
-        _same_shape(grid, image=image)
+    for axes, image, text, outline in zip(panels, images, titles, outlines or [None] * len(images), strict=False):
+        _same_shape(grid, image=image, outline=outline)
         _draw_grey(axes, _beside(image, grid, planes), window(image))
-        if outline is not None:
-            axes.contour(_beside(outline, grid, planes), levels=[0.5], colors="#ffd54a", linewidths=0.7)
+        if outline is not None and (edge := _beside(outline, grid, planes)).any():
+            axes.contour(edge, levels=[0.5], colors="#ffd54a", linewidths=0.7)
         axes.set_title(text, fontsize=TEXT - 1)
     if len(planes) == 1:
         _letters(panels[0], planes[0])

@@ -1,18 +1,32 @@
-"""The template's mask is fitted to a scan; other tools are called as commands, and refused where they are not there."""
+"""A scan's brain: given, its own voxels, deepbet's; other tools are called as commands, and refused where they miss."""
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from kit.data import brain
-from kit.data.brain import INSTALL, missing_tool, template_mask, tool_mask
-from kit.data.nifti import ScanError
+from kit.data.brain import (
+    INSTALL,
+    NETWORKS,
+    deepbet_mask,
+    dice,
+    find_brain,
+    missing_tool,
+    nonzero_mask,
+    tool_mask,
+)
+from kit.data.nifti import ScanError, write_nifti
 from kit.data.template import template
 from kit.params import Preprocess
 from kit.reading import ParameterError, check
+from kit.runs import ROOT
 
 AFFINE = np.array([[2.0, 0, 0, -9], [0, 1.5, 0, -7], [0, 0, 3, -11], [0, 0, 0, 1]])
 TOOLS = ("hd-bet", "mri_synthstrip")
@@ -40,8 +54,6 @@ def scan() -> np.ndarray:
 
 
 def install(tool: str, folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str = "") -> None:
-    import sys
-
     (folder / tool).write_text(SCRIPT.format(python=sys.executable, fault=fault), encoding="utf-8")
     (folder / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
@@ -72,22 +84,78 @@ def test_a_tool_that_is_not_there_is_refused_before_work(tool: str, tmp_path: Pa
     assert f"no command '{tool}'" in str(caught.value) and INSTALL[tool] in str(caught.value)
 
 
-def test_template_mask_follows_the_scans_own_edges() -> None:
-    values, known, affine = template()
-    depth, to_mm = brain._template_depth()
-    assert depth.max() > 40 and depth.min() < -5
-    # A brain that is 3 mm narrower than the template's all around, dark fluid up to the template's edge.
-    shrunk = np.zeros(values.shape, np.float32)
-    low = np.rint(np.linalg.inv(affine) @ to_mm @ [0, 0, 0, 1])[:3].astype(int)[::-1]
-    box = tuple(slice(at, at + side) for at, side in zip(low, depth.shape, strict=True))
-    shrunk[box] = np.where(depth > 3, 0.8, np.where(depth > 0, 0.15, 0))
-    truth = np.zeros(values.shape, bool)
-    truth[box] = depth > 3
-    found = template_mask(shrunk, affine, np.eye(4))
-    assert dice(found, truth) > 0.97 > dice(known, truth)
-    # Without contrast there is nothing to follow: the template's own mask stays.
-    assert dice(template_mask(np.where(truth, shrunk, 0) * (values > 0.75), affine, np.eye(4)), known) > 0.99
+def stripped() -> tuple[np.ndarray, np.ndarray]:
+    """The template's brain alone at 2 mm, and its affine."""
+    values, mask, affine = template()
+    return np.where(mask, 100 * values, 0)[::2, ::2, ::2].copy(), affine @ np.diag([2, 2, 2, 1])
 
 
-def dice(one: np.ndarray, other: np.ndarray) -> float:
-    return 2 * np.count_nonzero(one & other) / (np.count_nonzero(one) + np.count_nonzero(other))
+def test_auto_takes_a_given_mask_and_a_stripped_scan_as_they_are(tmp_path: Path) -> None:
+    array, affine = stripped()
+    own = ndimage.binary_fill_holes(array > 0)
+    found = find_brain("auto", array, affine, "")
+    assert found.source == "nonzero"
+    np.testing.assert_array_equal(found.mask, own)
+
+    smaller = ndimage.binary_erosion(own)
+    write_nifti(tmp_path / "mask.nii.gz", smaller, affine)
+    found = find_brain("auto", array, affine, str(tmp_path / "mask.nii.gz"))
+    assert found.source == "given"
+    np.testing.assert_array_equal(found.mask, smaller)
+
+
+def test_auto_strips_what_has_a_head_around_it() -> None:
+    array, affine = stripped()
+    own = ndimage.binary_fill_holes(array > 0)
+    distance = ndimage.distance_transform_edt(~own, sampling=2)
+    array[(distance > 8) & (distance < 20)] = 90  # a scalp; zero in the skull and outside
+    found = find_brain("auto", array, affine, "")
+    assert found.source == "deepbet"
+    assert dice(found.mask, own) > 0.9
+
+
+def test_negative_brain_is_brain_and_a_background_above_zero_is_none() -> None:
+    array, affine = stripped()
+    own = ndimage.binary_fill_holes(array > 0)
+    scored = np.where(array > 0, (array - array[array > 0].mean()) / array[array > 0].std(), 0)
+    np.testing.assert_array_equal(nonzero_mask(scored, affine), own)
+    with pytest.raises(ScanError, match="zero is not its background"):
+        nonzero_mask(scored + 3, affine)
+
+
+def test_two_runs_of_the_network_agree_to_the_bit() -> None:
+    array, _ = stripped()
+    np.testing.assert_array_equal(deepbet_mask(array, quick=True), deepbet_mask(array, quick=True))
+
+
+def test_what_has_no_brain_to_speak_of_is_refused() -> None:
+    array, affine = stripped()
+    with pytest.raises(ScanError, match="no brain: its mask .nonzero. has"):
+        find_brain("nonzero", np.where(np.arange(array.shape[0])[:, None, None] == 30, array, 0), affine, "")
+
+
+def test_networks_that_are_not_as_expected_are_refused_before_work(tmp_path: Path, monkeypatch) -> None:
+    real = Path(importlib.util.find_spec("deepbet").origin).parents[1]
+    (tmp_path / "deepbet").mkdir()
+    (tmp_path / "deepbet" / "__init__.py").write_text("", encoding="utf-8")
+    (tmp_path / "data" / "models").mkdir(parents=True)
+    for name in NETWORKS:
+        data = bytearray((real / "data" / "models" / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (tmp_path / "data" / "models" / name).write_bytes(data)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepbet", raising=False)
+    brain._network_folder.cache_clear()
+    try:
+        with pytest.raises(ParameterError, match="deepbet's bbox_model.pt is missing or not the one of deepbet 1.0.2"):
+            check(Preprocess, {"output_dir": str(tmp_path), "mask": "auto"})
+    finally:
+        brain._network_folder.cache_clear()
+
+
+def test_no_window_is_needed() -> None:
+    """deepbet's own program draws a window by tkinter, which servers lack."""
+    code = ("import sys; sys.modules['tkinter'] = sys.modules['customtkinter'] = None\n"
+            "from kit.data.brain import _network; _network()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import pytest
 from kit.data.grid import Grid
 from kit.data.intensity import by_white_matter, correct_bias
 from kit.data.nifti import ScanError
-from kit.data.template import template_on, white_matter_on
+from kit.data.template import template_on, tissue_on
 
 GRID = Grid((40, 50, 44), 4.0)
 
@@ -46,7 +46,7 @@ def test_n4_without_an_image_is_a_reason() -> None:
 
 def test_white_matter_peak_is_one() -> None:
     image, mask = template_on(GRID)
-    white = white_matter_on(GRID)
+    white = tissue_on(GRID, "white")
     assert 100 < white.sum() * 0.064 < 700  # ml
     lesioned = 340 * image
     lesioned[20:26, 25:31, 25:31] = 20  # dark, in the white matter of one side

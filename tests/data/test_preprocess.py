@@ -19,7 +19,7 @@ from kit.data.intensity import z_score
 from kit.data.nifti import ScanError, write_nifti
 from kit.data.pool import run_all
 from kit.data.preprocess import Preparation, Task, prepare
-from kit.data.register import RegistrationError
+from kit.data.register import ORIENTATIONS, RegistrationError
 from kit.data.store import Store, StoreError, read_transform
 from kit.data.table import PreparationError
 from kit.data.template import template
@@ -89,6 +89,7 @@ def test_prepared_folder(cohort: pd.DataFrame, tmp_path: Path) -> None:
     store = Store.open(tmp_path / "out")
     assert store.index.participant.tolist() == ["000", "002", "003"]
     assert (store.record["registration"], store.record["mask"]) == ("none", "nonzero")
+    assert index["mask_source"].tolist() == ["nonzero"] * 3
     np.testing.assert_array_equal(read_transform(tmp_path / "out", "Test_000_ses-1"), np.eye(4))
     image, mask = store.read("Test_000_ses-1")
     assert image[mask].astype(float).mean() == pytest.approx(0, abs=1e-3)
@@ -112,10 +113,9 @@ def test_similarity_tells_upright_from_upside_down(tmp_path: Path) -> None:
     paths = [tmp_path / "upright.nii.gz", tmp_path / "upside_down.nii.gz"]
     for path, scan in zip(paths, (values, values[::-1]), strict=True):
         write_nifti(path, scan[::2, ::2, ::2], affine @ np.diag([2, 2, 2, 1]))
-    index, _ = prepare(table([str(path) for path in paths]), tmp_path / "out", settings("template"), workers=0)
+    index, _ = prepare(table([str(path) for path in paths]), tmp_path / "out", settings("nonzero"), workers=0)
     assert index.template_similarity[0] > 0.97
     assert index.template_similarity[1] < 0.5
-    assert index.brain_ml[0] == pytest.approx(1883, rel=0.06)  # the template's mask, fitted to the scan
 
 
 def test_same_scans_are_not_prepared_again(cohort: pd.DataFrame, tmp_path: Path) -> None:
@@ -165,20 +165,36 @@ def test_a_changed_setting_redoes_what_it_touches(
         prepare(cohort, tmp_path / "out", replace(first, bias_correction="n4"), workers=0)
 
 
-def test_an_affine_found_before_shapes_no_mask_without_registration(tmp_path: Path) -> None:
-    values, _, affine = template()
-    write_nifti(tmp_path / "a.nii.gz", values[::2, ::2, ::2], affine @ np.diag([2, 2, 2, 1]))
-    cohort = table([str(tmp_path / "a.nii.gz")])
-    prepare(cohort, tmp_path / "fresh", settings("template", "none"), workers=0)
-    prepare(cohort, tmp_path / "out", settings("template", "affine"), workers=0)
-    prepare(cohort, tmp_path / "out", settings("template", "none"), workers=0)
-    for one, same in zip(*(Store.open(tmp_path / name).read("Test_000_ses-1") for name in ("out", "fresh")),
-                         strict=True):
-        np.testing.assert_array_equal(one, same)
+@pytest.mark.parametrize("mask", ["nonzero", "given"])
+def test_a_header_that_says_another_orientation_is_put_right_and_flagged(tmp_path: Path, mask: str) -> None:
+    """A scan in LPS whose header says RAS: turned by 180 degrees about z. The stored transform is to its own header."""
+    values, brain_mask, affine = template()
+    affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.1, -0.05, 0.12), [6, -9, 4]) @ affine
+    turn = nib.affines.from_matvec(next(turn for turn in ORIENTATIONS if np.array_equal(turn, np.diag([-1, -1, 1]))))
+    paths = {}
+    for name, header in (("right", affine), ("wrong", turn @ affine)):
+        for kind, array in (("scan", values * brain_mask), ("mask", brain_mask)):
+            paths[name, kind] = str(tmp_path / f"{name}-{kind}.nii.gz")
+            image = nib.Nifti1Image(array.T[::2, ::2, ::2].astype(np.float32), header @ np.diag([2, 2, 2, 1]))
+            nib.save(image, paths[name, kind])
+    cohort = table([paths["right", "scan"], paths["wrong", "scan"]],
+                   mask_path=[paths["right", "mask"], paths["wrong", "mask"]])
+    index, failed = prepare(cohort, tmp_path / "out", settings(mask, "rigid"), workers=2)
+    assert failed.empty and index["mask_source"].tolist() == [mask, mask]
+    assert index["orientation_deg"].tolist() == [0, 180]
+    assert [("orientation_deg high" in flags) for flags in index["flags"]] == [False, True]
+    store = Store.open(tmp_path / "out")
+    (one, _), (other, _) = (store.read(scan) for scan in index["scan"])
+    np.testing.assert_allclose(one, other, atol=0.1)
+    right, wrong = (read_transform(tmp_path / "out", scan) for scan in index["scan"])
+    np.testing.assert_allclose(wrong, turn @ right, atol=0.05)
+    again, _ = prepare(cohort, tmp_path / "out", replace(settings(mask, "rigid"), intensity="whitematter"), workers=0)
+    assert again["orientation_deg"].tolist() == [0, 180]  # what the first search found
+    np.testing.assert_allclose(read_transform(tmp_path / "out", index["scan"][1]), wrong, atol=1e-9)
 
 
 def test_z_scores_need_no_white_matter(cohort: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess, "white_matter_on", lambda _: pytest.fail("worked out for nothing"))
+    monkeypatch.setattr(preprocess, "tissue_on", lambda *_: pytest.fail("worked out for nothing"))
     assert len(prepare(cohort, tmp_path / "out", settings(), workers=0)[0]) == 3
 
 
@@ -214,13 +230,16 @@ def test_unusable_masks_are_reasons(tmp_path: Path) -> None:
     masks = [good, None, str(tmp_path / "absent.nii"), save(tmp_path / "c.nii.gz", corner)]
     index, failed = prepare(table([scan] * 4, mask_path=masks), tmp_path / "out", settings("given"), workers=0)
     assert index.participant.tolist() == ["000"]
-    expected = ["no mask_path", "mask: no such file", "constant inside the brain mask|no brain inside the grid"]
+    expected = ["no mask_path", "mask: no such file", "no brain: its mask .given. has 1 ml"]
     for reason, pattern in zip(failed.reason, expected, strict=True):
         assert pd.Series([reason]).str.contains(pattern)[0], reason
 
 
 def test_whole_head_is_no_nonzero_mask(tmp_path: Path) -> None:
     head = np.random.default_rng(0).uniform(1, 9, SHAPE_XYZ).astype(np.float32)
+    with pytest.raises(PreparationError, match="zero is not its background"):
+        prepare(table([save(tmp_path / "a.nii.gz", head)]), tmp_path / "out", settings(), workers=0)
+    head[[0, -1]] = head[:, [0, -1]] = head[:, :, [0, -1]] = 0
     with pytest.raises(PreparationError, match="is the scan skull-stripped"):
         prepare(table([save(tmp_path / "a.nii.gz", head)]), tmp_path / "out", settings(), workers=0)
     assert len(pd.read_csv(tmp_path / "out" / "failed.csv")) == 1

@@ -8,7 +8,16 @@ import pytest
 import SimpleITK as sitk
 
 from kit.data.grid import Grid
-from kit.data.register import RegistrationError, find_transforms
+from kit.data.nifti import upright
+from kit.data.register import (
+    ORIENTATIONS,
+    RegistrationError,
+    disagreement,
+    find_orientation,
+    find_transforms,
+    likeness,
+    rigid_part,
+)
 from kit.data.resample import resample
 from kit.data.template import correlation, template, template_on
 
@@ -22,11 +31,11 @@ def move(turns_degrees: tuple, shift_mm: tuple, stretch: tuple = (1, 1, 1)) -> n
     return nib.affines.from_matvec(turn @ np.diag(stretch), shift_mm)
 
 
-def moved_template(matrix: np.ndarray) -> np.ndarray:
-    """The template as a scan whose millimetres are `matrix` times MNI's, with noise."""
-    values, _, affine = template()
-    scan = resample(values, affine, np.linalg.inv(matrix), SHAPE, AFFINE)
-    return 500 * scan + np.random.default_rng(0).normal(scale=10, size=SHAPE).astype(np.float32)
+def moved_template(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The template as a scan whose millimetres are `matrix` times MNI's, with noise; and its brain."""
+    values, brain, affine = template()
+    scan, mask = (resample(each, affine, np.linalg.inv(matrix), SHAPE, AFFINE) for each in (values, brain))
+    return 500 * scan + np.random.default_rng(0).normal(scale=10, size=SHAPE).astype(np.float32), mask > 0.5
 
 
 def errors_mm(found: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -37,27 +46,57 @@ def errors_mm(found: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 def test_known_rigid_move_is_found_with_the_same_bits_each_time() -> None:
     known = move((15, -10, 18), (25, -20, 15))
-    scan = moved_template(known)
+    scan, mask = moved_template(known)
     threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    (found, similarity), (again, _) = (find_transforms(scan, AFFINE, ("rigid",))["rigid"] for _ in range(2))
+    found, again = (find_transforms(scan, AFFINE, mask).rigid for _ in range(2))
     assert np.percentile(errors_mm(found, known), 95) < 1.0
-    assert similarity > 0.9
     np.testing.assert_allclose(found[:3, :3] @ found[:3, :3].T, np.eye(3), atol=1e-9)
     assert found.tobytes() == again.tobytes()
     assert sitk.ProcessObject.GetGlobalDefaultNumberOfThreads() == threads
 
 
+@pytest.mark.parametrize("size", [0.83, 1.1])
+def test_the_rigid_pose_does_not_depend_on_the_brains_size(size: float) -> None:
+    """With the scale held at 1, a brain of 0.83 of the template's size was found 8 mm away."""
+    known = move((10, -6, 8), (12, -9, 6), stretch=(size, size, size))
+    found = find_transforms(*(moved_template(known)[0], AFFINE, moved_template(known)[1]))
+    expected = rigid_part(known)
+    assert np.percentile(errors_mm(found.rigid, expected), 95) < 1.0
+    assert disagreement(found.rigid, found.affine).rotation_deg < 0.5
+    assert disagreement(found.rigid, found.affine).shift_mm < 0.5
+
+
 def test_known_affine_move_is_found() -> None:
     known = move((-12, 8, -15), (-20, 10, -5), stretch=(0.93, 1.06, 0.9))
-    found, similarity = find_transforms(moved_template(known), AFFINE, ("affine",))["affine"]
-    assert np.percentile(errors_mm(found, known), 95) < 1.0
-    assert similarity > 0.9
+    scan, mask = moved_template(known)
+    assert np.percentile(errors_mm(find_transforms(scan, AFFINE, mask).affine, known), 95) < 1.0
 
 
-def test_noise_is_refused() -> None:
-    noise = np.random.default_rng(1).normal(loc=5, size=SHAPE).astype(np.float32)
-    with pytest.raises(RegistrationError, match="does not resemble the template"):
-        find_transforms(noise, AFFINE, ("rigid",))["rigid"]
+def test_disagreement_is_of_the_rigid_parts_at_the_brains_centre() -> None:
+    one, other = move((0, 0, 0), (0, 0, 0), stretch=(0.9, 0.9, 0.9)), move((0, 5, 0), (0, 0, 3))
+    apart = disagreement(one, one @ np.diag([1.1, 1.1, 1.1, 1]))
+    assert apart.rotation_deg == pytest.approx(0, abs=1e-5)
+    assert disagreement(np.eye(4), other).rotation_deg == pytest.approx(5)
+    assert disagreement(np.eye(4), move((0, 0, 0), (1, 2, 2))).shift_mm == pytest.approx(3)
+    with pytest.raises(RegistrationError, match="mirrored"):
+        rigid_part(np.diag([-1.0, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("number", [0, 3, 9, 15, 17, 23])
+def test_a_wrong_orientation_is_found(number: int) -> None:
+    scan, mask = moved_template(move((8, 5, -6), (5, -8, 4)))
+    header = nib.affines.from_matvec(ORIENTATIONS[number]) @ AFFINE
+    turned, affine = upright(scan.T, header)
+    turned_mask = upright(mask.astype(np.float32).T, header)[0] > 0.5
+    found = find_orientation(turned, affine, turned_mask)
+    np.testing.assert_array_equal(found[:3, :3], ORIENTATIONS[number])
+    assert len(ORIENTATIONS) == 24 and np.allclose([np.linalg.det(turn) for turn in ORIENTATIONS], 1)
+    assert (likeness(turned, affine, turned_mask) > 0.45) == (number == 0)
+
+
+def test_an_empty_mask_is_refused() -> None:
+    with pytest.raises(RegistrationError, match="the mask is empty"):
+        find_transforms(np.ones(SHAPE, np.float32), AFFINE, np.zeros(SHAPE, bool))
 
 
 def test_resample_moves_a_voxel_where_the_matrix_says() -> None:

@@ -20,12 +20,12 @@ SETTINGS = Preparation(Grid((12, 16, 14), 12.0), "none", "nonzero")
 
 
 def cohort(folder: Path, scans: int = 11) -> pd.DataFrame:
-    """Noise in a box of brain's size; the fourth file is no scan."""
+    """Noise in a box of brain's size, zeros around it; the fourth file is no scan."""
     rng = np.random.default_rng(0)
     affine = np.diag([12.0, 12, 12, 1])
     affine[:3, 3] = [-70, -100, -60]
     for row in range(scans):
-        write_nifti(folder / f"{row}.nii.gz", rng.uniform(10, 100 + row, (10, 11, 12)).astype(np.float32), affine)
+        write_nifti(folder / f"{row}.nii.gz", np.pad(rng.uniform(10, 100 + row, (8, 9, 10)), 1), affine)
     (folder / "3.nii.gz").write_text("no scan", encoding="utf-8")
     names = [f"{row:04d}" for row in range(scans)]
     return pd.DataFrame({"participant": names, "session": "NA", "dataset": "d", "age": [*range(scans - 1), None],
@@ -53,7 +53,7 @@ def test_merged_shards_are_what_one_run_makes(tmp_path: Path) -> None:
     assert len(list((tmp_path / "merged" / "scans").iterdir())) == 10
     # A shard that is prepared again is merged again.
     changed = tmp_path / "0.nii.gz"
-    write_nifti(changed, np.random.default_rng(5).uniform(10, 90, (10, 11, 12)), np.diag([12.0, 12, 12, 1]))
+    write_nifti(changed, np.pad(np.random.default_rng(5).uniform(10, 90, (8, 9, 10)), 1), np.diag([12.0, 12, 12, 1]))
     prepare(shard_of(table, 0, 3), shard_folder(tmp_path / "merged", 0), SETTINGS, workers=0)
     merge_shards(table, tmp_path / "merged", 3)
     assert not np.array_equal(Store.open(tmp_path / "merged").read("d_0000_NA")[0], whole.read("d_0000_NA")[0])

@@ -1,4 +1,4 @@
-"""Three real scans, which are not in the repository."""
+"""Real scans, which are not in the repository."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ def head() -> Path:
 def brain_files(real_files: dict[str, Path]) -> dict[str, Path]:
     """The brains alone, on the scans' own voxels."""
     return BRAINS
+
+
+@pytest.fixture(scope="session")
+def real_cohorts() -> Path:
+    """The folder with IXI at 2 mm, ds000011 and ds002748."""
+    missing = [name for name in ("ixi_2mm", "ds000011", "ds002748_2mm") if not (FOLDER / name).is_dir()]
+    if missing or not HEAD.is_file():
+        absent(f"no real cohorts: {', '.join(missing) or HEAD} (KIT_REAL_SCANS names their folder)")
+    return FOLDER

@@ -44,7 +44,7 @@ def cohort(real_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 def prepared(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The three scans at the paper's size, through the notebook."""
     report = run("1_preprocess", {
-        "cohort": str(cohort), "moved_scans": 0, "registration": "rigid", "mask": "template", "spacing_mm": 1.0,
+        "cohort": str(cohort), "moved_scans": 0, "registration": "rigid", "spacing_mm": 1.0,
         "shape": [150, 192, 192], "output_dir": str(tmp_path_factory.mktemp("real") / "1_preprocess")})
     assert report.stat().st_size > 100_000
     store = Store.open(report.parent)
@@ -67,7 +67,7 @@ def test_a_pretrained_encoder_embeds_them(cohort: Path, tmp_path: Path) -> None:
     params = Pretrain(prepared=procedural, epochs=1, batch_size=8, output_dir=tmp_path / "2_pretrain")
     pretrain(params, Run.of(params))
 
-    prepare(read_cohort(cohort), tmp_path / "real", Preparation(grid, "rigid", "template"), workers=2)
+    prepare(read_cohort(cohort), tmp_path / "real", Preparation(grid, "rigid"), workers=2)
     store = Store.open(tmp_path / "real")
     encoder, record = load_encoder(tmp_path / "2_pretrain", store.record)
     features = outputs(encoder, PreparedScans(store, store.index))

@@ -1,0 +1,78 @@
+"""Whom a filter hits: refused and flagged scans against the rest, by each label."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+# A label with more values than this, or without two values, tells no groups apart; numbers with few are classes.
+MOST_CLASSES = 12
+FEWEST_NUMBERS = 6
+# Below this a difference is called one, after Holm's correction for as many labels as were tested.
+ALPHA = 0.05
+
+
+def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
+    """Test whether scans that a filter hit differ from the rest.
+
+    Numbers by the Mann-Whitney U test, classes by Fisher's exact test (two classes) or by chi-square's statistic over
+    permutations of the rows; p is corrected over the labels by Holm's method.
+
+    Args:
+        labels: a row a scan; columns that tell no groups apart are passed over.
+        hit: bool, a row each.
+
+    Returns:
+        A row a label that could be tested, the smallest p first: label, hit, rest (medians, or shares of the classes),
+        p, differs.
+    """
+    rows = []
+    for name in labels:
+        values = labels[name]
+        known = values.notna().to_numpy() & (values.astype(str).str.strip() != "").to_numpy()
+        chosen, rest = values[known & hit], values[known & ~hit]
+        if len(chosen) and len(rest) and (tested := _tested(chosen, rest)):
+            rows.append({"label": name, **tested})
+    table = pd.DataFrame(rows, columns=["label", "hit", "rest", "p"]).sort_values("p", ignore_index=True)
+    steps = len(table) - np.arange(len(table))
+    table["p"] = np.minimum(np.maximum.accumulate(table["p"].to_numpy() * steps), 1.0) if len(table) else table["p"]
+    return table.assign(differs=table["p"] < ALPHA)
+
+
+def warning(name: str, table: pd.DataFrame) -> str:
+    """Return one line on whom a filter hit, for people to read.
+
+    Args:
+        name: of what was hit, such as "flagged scans".
+        table: of `selection_bias`.
+    """
+    if table.empty:
+        return f"{name}: too few, or no labels to compare them by"
+    if not table["differs"].any():
+        return f"{name} do not differ from the rest in {', '.join(table['label'])}: p = {table['p'].min():.2g} or more"
+    parts = [f"{row.label} (p = {row.p:.2g}: {row.hit} against {row.rest})"
+             for row in table[table["differs"]].itertuples()]
+    return f"WARNING: {name} differ from the rest in {'; '.join(parts)}. Look at them before you study these labels."
+
+
+def _tested(chosen: pd.Series, rest: pd.Series) -> dict[str, object] | None:
+    """Medians or shares of both groups, and p; None where all values are the same, or are mostly different text."""
+    both = pd.concat([chosen, rest])
+    different = both.nunique()
+    if different < 2:
+        return None
+    if pd.api.types.is_numeric_dtype(both) and not pd.api.types.is_bool_dtype(both) and different >= FEWEST_NUMBERS:
+        p = stats.mannwhitneyu(chosen.astype(float), rest.astype(float)).pvalue
+        return {"hit": f"median {chosen.median():.4g}", "rest": f"median {rest.median():.4g}", "p": float(p)}
+    if different > MOST_CLASSES:
+        return None
+    counts = pd.crosstab(np.r_[np.ones(len(chosen)), np.zeros(len(rest))], both.astype(str).to_numpy())
+    if different == 2:
+        p = stats.fisher_exact(counts.to_numpy()).pvalue
+    else:
+        method = stats.PermutationMethod(n_resamples=9999, rng=np.random.default_rng(0))
+        p = stats.chi2_contingency(counts.to_numpy(), correction=False, method=method).pvalue
+    shares = counts.div(counts.sum(axis=1), axis=0)
+    hit, others = (", ".join(f"{share:.0%} {name}" for name, share in shares.loc[group].items()) for group in (1, 0))
+    return {"hit": hit, "rest": others, "p": float(p)}
