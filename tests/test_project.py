@@ -61,6 +61,3 @@ def test_the_demo_fits_in_its_fifteen_minutes():
     assert sum(budget.values()) <= 15 * 60
 
 
-def test_modules_are_small():
-    lines = {path.relative_to(ROOT): path.read_bytes().count(b"\n") for path in (ROOT / "kit").rglob("*.py")}
-    assert not {path: count for path, count in lines.items() if count > 300}

@@ -30,6 +30,9 @@ SMOOTH_MM = 4.0
 RIM_MM = 4.0
 # Zeros around the brain: without them, voxels that fall outside the array do not count, and little overlap would pay.
 MARGIN_MM = 30.0
+# Deviation of the Gaussian within which intensities are flattened for the search. Without it, a coil that is weak at
+# the vertex pulled the rigid and the affine pose of 76 heads apart by up to 2.9 degrees; with it as little as with N4.
+FLATTEN_MM = 15.0
 # Rotations about each axis from which the search starts, and how many starts are followed at each level.
 START_ROTATIONS_DEG = (-20.0, 0.0, 20.0)
 FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1}
@@ -206,7 +209,7 @@ def _scan(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> _Scan:
     corner[:3, 3] = apply_affine(affine, [side.start for side in box[::-1]])
     array, mask = array[box], mask[box]
     brain = np.where(mask, np.minimum(array, np.percentile(array[mask], 99.5)), 0).astype(np.float32)
-    return _Scan(_images(_levels(brain, corner, MARGIN_MM)), _centre(mask, corner), _mm3(mask, corner))
+    return _Scan(_images(_levels(brain, corner, MARGIN_MM, mask)), _centre(mask, corner), _mm3(mask, corner))
 
 
 def _turned(scan: _Scan, rotation: np.ndarray) -> _Scan:
@@ -217,9 +220,13 @@ def _turned(scan: _Scan, rotation: np.ndarray) -> _Scan:
     return _Scan({COARSE_MM: image}, rotation @ scan.centre, scan.brain_mm3)
 
 
-def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float) -> dict[float, tuple[np.ndarray, np.ndarray]]:
-    """Return the array and its affine at each level's voxel size, each made from the finer one, with a margin."""
-    levels = {}
+def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float,
+            mask: np.ndarray | None = None) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """Return the array and its affine at each level's voxel size, each made from the finer one, with a margin.
+
+    With a mask, intensities are divided by their mean nearby in it, which takes a bias field off.
+    """
+    levels, affine_given = {}, affine
     for size in (FINE_MM, MIDDLE_MM, COARSE_MM):
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         extent = np.array(array.shape[::-1]) * spacing
@@ -229,6 +236,10 @@ def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float) -> dict[flo
         corner = (np.array(array.shape[::-1]) - 1 - (sides - 1) * size / spacing) / 2
         affine_before, affine = affine, affine @ from_matvec(np.diag(size / spacing), corner)
         array = resample(array, affine_before, np.eye(4), tuple(sides[::-1]), affine)
+        if size == FINE_MM and mask is not None:
+            inside = resample(mask, affine_given, np.eye(4), array.shape, affine)
+            near, values = (ndimage.gaussian_filter(each, FLATTEN_MM / FINE_MM) for each in (inside, array))
+            array = np.where(inside > 0.5, array * near / np.maximum(values, 1e-6 * array.max()), 0).astype(np.float32)
         levels[size] = (array, affine)
     return levels
 

@@ -22,8 +22,8 @@ from kit.data.template import template
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 # IXI's six smallest brains, its largest, and five more; of the others the first.
-SMALL = ["IXI079", "IXI080", "IXI320", "IXI035", "IXI212", "IXI148"]
-DOZEN = {"IXI": [*SMALL, "IXI012", "IXI072"], "ds000011": ["05", "04"], "ds002748": ["01", "02"]}
+SMALL = ["IXI526", "IXI328", "IXI295", "IXI259", "IXI206", "IXI213"]
+DOZEN = {"IXI": [*SMALL, "IXI080", "IXI012"], "ds000011": ["05", "04"], "ds002748": ["01", "02"]}
 SPOILT = ("turned z", "no upper half", "contrast inverted", "like CT", "two values", "moved")
 
 
