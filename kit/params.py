@@ -9,9 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
+from kit.problems import alias_problems, label_problems
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
 
+TaskType = Literal["auto", "classification", "regression"]
+Code = int | float | str
 Architecture = Literal["resnet18", "resnet18_narrow", "vit", "vit_narrow"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__
 
@@ -92,6 +95,8 @@ class Pretrain(Parameters):
 
     prepared: ProjectPath
     split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
+    leave_out_test: bool = True  # without a column `split`: not those who will be tested, decided by hash
+    aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
     take_flagged: bool = False  # learn from scans that quality control flagged, too
     objective: Literal["simclr", "mae"] = "simclr"
     architecture: Architecture = "resnet18_narrow"
@@ -138,7 +143,7 @@ class Pretrain(Parameters):
         return self.nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
 
     def problems(self) -> list[str]:
-        problems = _prepared_problems("prepared", self.prepared)
+        problems = _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases)
         if self.objective == "mae" and not self.architecture.startswith("vit"):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
         if self.objective == "mae" and self.session_pairs:
@@ -165,11 +170,13 @@ class Tuning(Parameters):
     schedule: Literal["cosine", "constant"] = "cosine"
     flip: bool = True  # mirror left and right at random while fine-tuning
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
+    rows_are_people: bool = False  # a cohort without a column participant has one scan of each person
+    aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
     seed: Seed = 0
 
     def problems(self) -> list[str]:
         others = self.out_of_distribution
-        return _prepared_problems("prepared", self.prepared) + (
+        return _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases) + (
             _prepared_problems("out_of_distribution", others) if others is not None else [])
 
 
@@ -178,7 +185,8 @@ class Finetune(Tuning):
 
     encoder: str  # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain
     task: str = "age"  # a label column
-    task_type: Literal["auto", "classification", "regression"] = "auto"
+    task_type: TaskType = "auto"
+    missing_codes: list[Code] = []  # values of the label that mean missing, such as 9, 999 or NA
     mode: Literal["probe", "finetune"] = "finetune"
     label_fraction: Fraction = 1.0  # of the training participants
     epochs: Positive = 12
@@ -186,7 +194,7 @@ class Finetune(Tuning):
     def problems(self) -> list[str]:
         problems = super().problems()
         return problems + _encoder_problems("encoder", self.encoder) + (
-            [] if problems else _label_problems("task", self.prepared, self.task, self.task_type))
+            [] if problems else label_problems("task", self.prepared, self.task, self.task_type, self.missing_codes))
 
 
 class Saliency(Parameters):
@@ -217,6 +225,8 @@ class Benchmark(Tuning):
     finetune_tasks: list[str] = ["stroke"]  # tasks to fine-tune on besides
     finetune_fractions: list[Fraction] = [0.2]
     seeds: list[Seed] = [0]
+    task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
+    missing_codes: dict[str, list[Code]] = {}  # of a task, as in 3_finetune
     epochs: Positive = 6  # of fine-tuning
     seed: Seed = 0  # of the random encoders
 
@@ -224,11 +234,14 @@ class Benchmark(Tuning):
         problems = super().problems()
         for name, encoder in self.encoders.items():
             problems += _encoder_problems(f"encoders.{name}", encoder)
+        problems += [f"{name}: {task} is not among tasks" for name in ("task_types", "missing_codes")
+                     for task in getattr(self, name) if task not in self.tasks]
         problems += [f"finetune_tasks: {task} is not among tasks"
                      for task in self.finetune_tasks if task not in self.tasks]
         if not _prepared_problems("prepared", self.prepared):
             for task in self.tasks:
-                problems += _label_problems("tasks", self.prepared, task, "auto")
+                problems += label_problems("tasks", self.prepared, task, self.task_types.get(task, "auto"),
+                                            self.missing_codes.get(task, []))
         return problems
 
 
@@ -276,15 +289,3 @@ def _encoder_problems(name: str, encoder: str) -> list[str]:
     path = resolve(encoder)
     path = path / "encoder.safetensors" if path.is_dir() else path
     return [] if path.is_file() else [f"{name}: no file {shown(path)}; run 2_pretrain first, or say `random`"]
-
-
-def _label_problems(name: str, prepared: Path, task: str, task_type: str) -> list[str]:
-    import pandas as pd
-
-    from kit.data.labels import LabelError, read_labels
-
-    try:
-        read_labels(pd.read_csv(prepared / "index.csv", low_memory=False), task, task_type)
-    except LabelError as error:
-        return [f"{name}: {error}"]
-    return []

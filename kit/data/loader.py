@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kit.data.split import participant_ids
+from kit.data.identity import participant_ids
 from kit.data.store import Store, StoreError
 
 # of malloc.h

@@ -24,6 +24,7 @@ import blosc2
 import numpy as np
 import pandas as pd
 
+from kit.data.cells import read_table
 from kit.data.grid import Grid
 from kit.runs import write_json, write_whole
 
@@ -116,11 +117,16 @@ def read_transform(folder: str | Path, scan: str) -> np.ndarray:
 
 
 def read_index(path: str | Path) -> pd.DataFrame:
-    """Read an index. Names stay the text that they are: "0001" no number, "NA" not missing."""
-    index = pd.read_csv(path, low_memory=False)
-    text = pd.read_csv(path, dtype=str, keep_default_na=False)
-    names = [name for name in (*IDENTITY_COLUMNS, "flags") if name != "flags" or name in index]
-    index[names] = text[names]
+    """Read an index. Names stay the text that they are: "0001" no number, "NA" not missing.
+
+    Raises:
+        KeyError: a column of `IDENTITY_COLUMNS` is missing.
+    """
+    index = read_table(path, text=(*IDENTITY_COLUMNS, "flags"))
+    if missing := [name for name in IDENTITY_COLUMNS if name not in index]:
+        raise KeyError(f"no column {missing[0]}")
+    if "pass" in index:
+        index["pass"] = index["pass"].astype(str) == "True"
     return index
 
 

@@ -24,8 +24,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from kit.data.identity import participant_ids
 from kit.data.loader import PreparedScans, in_order, load
-from kit.data.split import participant_ids
 from kit.models.encoder_file import device
 from kit.train.evaluate import as_trained, scans_at_a_time
 from kit.train.loss import nt_xent
