@@ -15,7 +15,7 @@ from kit.data.identity import loose
 Kind = Literal["classification", "regression"]
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
                               for times in range(1, 5)) | {-1}
-FEW = 12  # distinct numbers, each three times on average, look like codes
+MOST_CODES = 20  # numbers from 0 or 1 on without a gap, each three times on average, look like codes
 
 
 class LabelError(ValueError):
@@ -89,7 +89,10 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
     whole = bool(np.isfinite(values).all() and (values == np.round(values)).all())
     if len(values) <= 2 and (len(rest) != 1 or set(values) == {-1, 1}):
         return
-    if whole and (all(abs(value) < 10 for value in rest) or (len(values) <= FEW and len(present) >= 3 * len(values))):
+    run = sorted(value for value in values if value in rest or 0 <= value <= MOST_CODES)
+    counted = (len(run) <= MOST_CODES and len(present) >= 3 * len(run)
+               and run in [list(range(first, first + len(run))) for first in (0, 1)])
+    if whole and (counted or all(abs(value) < 10 for value in rest)):
         raise LabelError(f"{task}: codes of classes, or numbers? Found {counts}. Say task_type: regression or "
                          "classification, and list codes for missing in missing_codes")
     strange = [value for value in values if value in CODES_FOR_MISSING and rest

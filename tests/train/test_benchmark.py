@@ -6,11 +6,13 @@ from kit.params import Benchmark
 from kit.runs import Run
 from kit.show.curves import summary
 from kit.train.benchmark import KEYS, plan, run_benchmark
+from tests.conftest import make_store
 
 
 def test_table_is_complete_and_resumes(store, tmp_path):
+    elsewhere = make_store(tmp_path / "elsewhere", seed=1, dataset="elsewhere")
     params = Benchmark.model_validate({
-        "prepared": store.folder, "out_of_distribution": store.folder, "output_dir": tmp_path / "run",
+        "prepared": store.folder, "out_of_distribution": elsewhere.folder, "output_dir": tmp_path / "run",
         "encoders": {"ResNet": "random:resnet18_narrow", "ViT": "random:vit_narrow"}, "tasks": ["lesion", "age"],
         "finetune_tasks": ["lesion"], "label_fractions": [0.5, 1.0], "seeds": [0, 1], "epochs": 1})
     run = Run.of(params)
