@@ -83,11 +83,14 @@ def participant_ids(index: pd.DataFrame) -> pd.Series:
 
 
 def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
-    """The index with a column `alias_of`, if there are aliases: one name a person."""
+    """The index with a column `alias_of`, if there are aliases: one name a person, the first of those in the index."""
     if not aliases:
         return index
     ids = participant_ids(index)
-    return index.assign(alias_of=[aliases[key(name)][0] if key(name) in aliases else name for name in ids])
+    first: dict[tuple[str, ...], str] = {}
+    for name in sorted(set(ids)):
+        first.setdefault(known_as(name, aliases), name)
+    return index.assign(alias_of=[first[known_as(name, aliases)] for name in ids])
 
 
 def read_aliases(path: Path | None) -> Aliases:

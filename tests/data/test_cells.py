@@ -38,8 +38,8 @@ def test_text_that_looks_like_numbers_stays_text(tmp_path):
 @pytest.mark.parametrize("quoted", [True, False])
 def test_an_index_of_this_and_of_an_older_kit(tmp_path, quoted):
     index = pd.DataFrame({"scan": ["a", "b"], "participant": ["001", "2"], "session": ["NA", "1"],
-                          "dataset": ["", "NA"], "site": ["01", "1"], "age": [60, 61], "note": ["NA", None], "flags": ["", "snr"],
-                          "pass": [True, False]})
+                          "dataset": ["", "NA"], "site": ["01", "1"], "age": [60, 61],
+                          "note": ["NA", None], "flags": ["", "snr"], "pass": [True, False]})
     write_table(tmp_path / "i.csv", index) if quoted else index.to_csv(tmp_path / "i.csv", index=False)
     found = read_index(tmp_path / "i.csv")
     for name in index:
