@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from kit.data.identity import IdentityError, participant_ids
-from kit.data.split import LeakageError, check_unseen, hashed_ids, label_subset, participant_hash, splits
+from kit.data.split import LeakageError, check_unseen, hashed_ids, label_subset, participant_hash, salt, splits
 
 
 @pytest.fixture
@@ -52,10 +52,13 @@ def test_leakage_is_an_error_that_names_how_many(index):
 
 
 def test_a_person_is_found_under_any_spelling(index, monkeypatch):
-    seen = hashed_ids("ADNI/sub-001") | hashed_ids("ADNI/007")
+    seen = {participant_hash(name, salt()) for name in ("adni/1", "adni/7")}
     for dataset, participant in (("adni", "001"), (" Adni", "1"), ("ADNI", " sub-001 "), ("ADNI", "1.0")):
         rows = pd.DataFrame({"dataset": [dataset] * 2, "participant": [participant, "2"]})
         assert check_unseen(participant_ids(rows), seen, allow=True) == 1
+        assert check_unseen(participant_ids(rows.assign(dataset="OASIS")), seen) == 0
+        nameless = [participant_hash("?/1", salt())]  # of a cohort whose dataset nobody named
+        assert check_unseen(participant_ids(rows.assign(dataset="OASIS")), nameless, allow=True) == 1
     monkeypatch.setenv("KIT_SALT", "the site's own")
     assert hashed_ids("ADNI/1").isdisjoint(seen)
 
