@@ -1,8 +1,11 @@
 """From files on disk to batches.
 
+- ``cells``       what is a number, text or missing in a table; the kit's own tables come back as they were
+- ``identity``    who is who: names of participants, sessions and datasets; people known under several
 - ``cohort``      tables and BIDS folders, one scan a row
 - ``labels``      a label column as numbers, with its kind checked
 - ``split``       participants into train, validation and test
+- ``leakage``     nobody and no scan on both sides, of a split or of an encoder and its test
 - ``sample``      the procedural sample cohort
 - ``choices``     the words that say how scans are prepared
 - ``grid``        where prepared arrays lie in MNI152 millimetres

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.data.cells import TableError, read_foreign, typed
+from kit.data.cells import TableError, read_foreign, trimmed, typed
 from kit.data.identity import (
     UNSAID,
     IdentityError,
@@ -132,10 +132,10 @@ def _read_bids(folder: Path) -> pd.DataFrame:
         raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
     scans = sorted(folder.glob("sub-*/ses-*/anat/*_T1w.nii*")) + sorted(folder.glob("sub-*/anat/*_T1w.nii*"))
     try:
-        name = str(json.loads(description.read_text(encoding="utf-8")).get("Name", folder.name)).strip()
+        name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))
     except (ValueError, AttributeError):  # AttributeError: JSON, but no object
         raise CohortError(f"{shown(description)} is no JSON object; mend it") from None
-    table = pd.DataFrame([_bids_row(folder, scan, name or folder.name) for scan in scans],
+    table = pd.DataFrame([_bids_row(folder, scan, name or UNSAID + folder.name) for scan in scans],
                          columns=[*COLUMNS, "others"], dtype=str)
     table = _one_a_session(folder, table)
     labels = folder / "participants.tsv"

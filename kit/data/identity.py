@@ -159,6 +159,6 @@ def check_datasets_known(index: pd.DataFrame, beside: str) -> None:
     unsaid = sorted({name for name in index["dataset"].astype(str) if name.startswith(UNSAID)})
     if unsaid:
         name = unsaid[0].removeprefix(UNSAID)
-        raise IdentityError(f"the cohort {name} has no column dataset, so its people cannot be told from those of "
-                            f"{beside}: add one, the same wherever the same study is meant (with {name!r} nothing is "
-                            "prepared anew), and run 1_preprocess again")
+        raise IdentityError(f"the cohort {name} has no column dataset (a BIDS folder: no Name), so its people cannot "
+                            f"be told from those of {beside}: add one, the same wherever the same study is meant (with "
+                            f"{name!r} nothing is prepared anew), and run 1_preprocess again")

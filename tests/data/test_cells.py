@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.data.cells import read_table
+from kit.data.cells import read_foreign, read_table
 from kit.data.store import read_index
 from kit.runs import write_table
 
@@ -26,6 +26,12 @@ def test_a_table_comes_back(tmp_path_factory, rows):
     assert np.array_equal(found["score"], table["score"], equal_nan=True)
     assert [None if pd.isna(cell) else cell for cell in found["site"]] == [
         None if pd.isna(cell) else cell for cell in table["site"]]
+
+
+def test_a_columns_type_is_that_of_all_its_rows(tmp_path):
+    (tmp_path / "t.tsv").write_text("site\tage\n" + "01\t60\n" * 100_000 + "1\t61\n" * 150_000 + "1\tn/a\n")
+    found = read_foreign(tmp_path / "t.tsv", list)
+    assert found["site"].value_counts().to_dict() == {"1": 150_001, "01": 100_000} and found["age"].sum() == 15_150_000
 
 
 def test_text_that_looks_like_numbers_stays_text(tmp_path):

@@ -85,6 +85,11 @@ def test_the_same_people_in_two_tables_are_asked_about_then_found(scans, adni, t
     store = prepared(table(scans, "adni"), tmp_path / "a")
     with pytest.raises(IdentityError, match="cohort adni has no column dataset.* encoder's pretraining"):
         finetuned(store, adni, tmp_path / "run")
+    scan = tmp_path / "a/scans" / f"{store.index['scan'][0]}.b2nd"
+    before = scan.stat().st_mtime_ns
+    with pytest.raises(LeakageError, match="4 of 4 participants"):  # nothing was prepared anew
+        finetuned(prepared(table(scans, "adni", dataset="adni "), tmp_path / "a"), adni, tmp_path / "again")
+    assert scan.stat().st_mtime_ns == before
     assert finetuned(store, "random:resnet18_narrow", tmp_path / "random")[2]["train_participants"] == 12
     for name, participant, dataset in (("b", "sub-{:03d}", "ADNI"), ("c", "{}", "adni"), ("d", " {:02d} ", " ADNI")):
         store = prepared(table(scans, name, participant, dataset), tmp_path / name)
