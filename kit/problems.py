@@ -19,8 +19,8 @@ def alias_problems(aliases: Path | None) -> list[str]:
 
 def label_problems(name: str, prepared: Path, task: str, task_type: str, missing_codes: list[Any]) -> list[str]:
     """What is wrong with a label column of prepared scans."""
-    from kit.data.cells import read_table
     from kit.data.labels import LabelError, read_labels
+    from kit.data.tabular import read_table
 
     try:
         read_labels(read_table(prepared / "index.csv"), task, task_type, missing_codes)

@@ -1,6 +1,6 @@
 """From files on disk to batches.
 
-- ``cells``       what is a number, text or missing in a table; the kit's own tables come back as they were
+- ``tabular``     what is a number, text or missing in a table; the kit's own tables come back as they were
 - ``identity``    who is who: names of participants, sessions and datasets; people known under several
 - ``cohort``      tables and BIDS folders, one scan a row
 - ``labels``      a label column as numbers, with its kind checked

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.data.cells import TableError, read_foreign, trimmed, typed
 from kit.data.identity import (
     UNSAID,
     IdentityError,
@@ -25,6 +24,7 @@ from kit.data.identity import (
     read_id,
     split_names,
 )
+from kit.data.tabular import TableError, read_foreign, trimmed, typed
 from kit.runs import resolve, shown
 
 COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.data.cells import TableError, read_foreign, trimmed
+from kit.data.tabular import TableError, read_foreign, trimmed
 from kit.runs import shown
 
 UNSAID = "?"

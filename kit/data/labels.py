@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from kit.data.cells import DATE, DECIMAL_COMMA, NUMBER, trimmed
 from kit.data.identity import loose
+from kit.data.tabular import DATE, DECIMAL_COMMA, NUMBER, trimmed
 
 Kind = Literal["classification", "regression"]
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"

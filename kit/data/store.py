@@ -24,8 +24,8 @@ import blosc2
 import numpy as np
 import pandas as pd
 
-from kit.data.cells import read_table
 from kit.data.grid import Grid
+from kit.data.tabular import read_table
 from kit.runs import write_json, write_whole
 
 # Raised when files written before can no longer be read, or would mean something else.

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kit.data.cells import read_table
 from kit.data.quality import FIGURES, flagged
 from kit.data.store import claim, read_index, scan_path
+from kit.data.tabular import read_table
 from kit.runs import write_table, write_whole
 
 # Columns that the index adds to the cohort's.

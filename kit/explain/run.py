@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from kit.data.cells import read_table
 from kit.data.cohort import PROCEDURAL
 from kit.data.identity import participant_ids
 from kit.data.nifti import read_nifti, write_nifti
 from kit.data.resample import resample
 from kit.data.sample import effect_masks, sample_cohort
 from kit.data.store import Store
+from kit.data.tabular import read_table
 from kit.explain.regions import inside_share, region_table
 from kit.explain.saliency import Maps, saliency
 from kit.reading import read_yaml

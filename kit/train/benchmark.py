@@ -10,10 +10,10 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from kit.data.cells import read_table
 from kit.data.identity import read_aliases
 from kit.data.loader import PreparedScans
 from kit.data.store import Store, read_facts, scan_path
+from kit.data.tabular import read_table
 from kit.models.encoder_file import load_encoder
 from kit.params import Benchmark
 from kit.runs import Run, progress, write_table, write_whole

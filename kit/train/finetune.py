@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kit.data.cells import read_table
 from kit.data.identity import Aliases, check_datasets_known, check_people_known, joined, participant_ids, read_aliases
 from kit.data.labels import LabelError, Labels, read_labels
 from kit.data.leakage import check_apart, check_encoder
@@ -23,6 +22,7 @@ from kit.data.loader import PreparedScans, epoch_batches
 from kit.data.quality import passing
 from kit.data.split import label_subset, splits
 from kit.data.store import Store
+from kit.data.tabular import read_table
 from kit.models.encoder_file import load_encoder
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
@@ -34,6 +34,7 @@ from kit.train.loop import fit
 from kit.train.objectives import Supervised
 from kit.train.state import Settings
 
+NAMES = ("scan", "participant", "dataset")  # of a table of predictions: text, whatever they look like
 TESTED = {"test": "in_distribution", "out_of_distribution": "out_of_distribution"}
 
 
@@ -198,7 +199,7 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     task = task.with_labels_for(params.label_fraction, params.seed)
     if (run / "predictions.csv").exists() and (run / "metrics.json").exists():
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-        return task, read_table(run / "predictions.csv", text=("scan", "participant")), metrics
+        return task, read_table(run / "predictions.csv", text=NAMES), metrics
     predictions = _train_and_predict(params, run, task, encoder, record)
     table = pd.concat([_table(task, name, values) for name, values in predictions.items()], ignore_index=True)
     scores = evaluate(task, predictions, params.seed)

@@ -47,7 +47,7 @@ SETTINGS = Settings(epochs=10, batch_size=8, learning_rate=0.1, weight_decay=0.0
 
 def params(store, folder, **changes):
     return Pretrain.model_validate({"prepared": store.folder, "output_dir": folder, "epochs": 3, "batch_size": 8,
-                                    "validation_fraction": 0.2, **changes})
+                                    "validation_fraction": 0.2, "leave_out_test": False, **changes})
 
 
 def weights(folder):
@@ -94,7 +94,7 @@ def test_pretraining_learns_and_says_what_it_saw(store, tmp_path):
     assert log["loss"].iloc[-1] < 0.8 * log["loss"].iloc[0]
     assert {"epoch", "loss", "top1", "validation_loss", "learning_rate", "seconds"} <= set(log.columns)
     record = read_record(tmp_path / "run")
-    assert record["architecture"] == "resnet18_narrow" and len(record["participants"]) == 19  # a fifth is for testing
+    assert record["architecture"] == "resnet18_narrow" and len(record["participants"]) == 24
     assert not set(record["participants"]) & set(store.index["participant"])  # hashes, not names
     assert pretrain(learned, run).equals(log)  # a finished run is only read
 
@@ -117,7 +117,7 @@ def test_views_keep_the_stores_scale(tmp_path, monkeypatch):
 
 
 def test_participants_seen_in_pretraining_are_refused(store, tmp_path):
-    learned = params(store, tmp_path / "run", epochs=1, leave_out_test=False)
+    learned = params(store, tmp_path / "run", epochs=1)
     pretrain(learned, Run.of(learned))
     values = {"prepared": store.folder, "encoder": str(tmp_path / "run"), "task": "lesion", "mode": "probe"}
     refused = Finetune.model_validate({**values, "output_dir": tmp_path / "a"})

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.data.cells import read_foreign, read_table
 from kit.data.store import read_index
+from kit.data.tabular import read_foreign, read_table
 from kit.runs import write_table
 
 WORDS = st.one_of(st.sampled_from(["001", "1", "1.0", "NA", "None", "null", "nan", "inf", "True", 'say "x"', "a,b"]),
