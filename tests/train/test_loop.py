@@ -101,7 +101,7 @@ def test_pretraining_learns_and_says_what_it_saw(store, tmp_path):
 
 def test_views_keep_the_stores_scale(tmp_path, monkeypatch):
     """What evaluation reads is what training reads, where the store is not z-scored."""
-    made = make_store(tmp_path / "store", participants=12)
+    made = make_store(tmp_path / "store")
     whitened = Store(made.folder, made.index, made.record | {"intensity": "whitematter"})
     asked, scales = params(whitened, tmp_path / "run", recipe="none"), []
     objective = build_objective(asked, whitened).train()
