@@ -194,13 +194,13 @@ def test_a_session_has_the_labels_of_its_own_row_whatever_else_its_file_is_calle
     assert cohort[["session", "age", "diagnosis"]].values.tolist() == [["01", 60, "CN"], ["02", 72, "AD"]] and not said
 
 
-def test_several_runs_are_one_session_and_contrast_agents_are_left_out(tmp_path):
+def test_several_runs_are_one_session_and_contrast_agents_are_left_out(tmp_path, capsys):
     cohort, said = bids(tmp_path, ["sub-01_run-10", "sub-01_run-2", "sub-02_ce-gadolinium", "sub-02", "sub-03_acq-b",
                                    "sub-03_run-2_acq-a", "sub-04_ce-gadolinium"], {})
     assert [path.rsplit("/", 1)[1] for path in cohort["image_path"]] == [
         "sub-01_run-2_T1w.nii.gz", "sub-02_T1w.nii.gz", "sub-03_run-2_acq-a_T1w.nii.gz"]
     assert set(cohort["session"]) == {"01"}
-    assert "2 scans with a contrast agent" in said and "2 further scans of a session" in said
+    assert "left out: 2 T1ce" in capsys.readouterr().out and "2 further scans of a session" in said
 
 
 @pytest.mark.parametrize(("participants", "sessions", "message"), [

@@ -147,7 +147,7 @@ def test_a_bids_session_has_the_labels_of_its_row(rows, random):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if all("ce-" in entities for _, _, entities, _, _ in rows):
-                with pytest.raises(CohortError, match="no scans"):
+                with pytest.raises(CohortError, match="no T1w scans"):
                     read_cohort(folder)
                 return
             cohort = read_cohort(folder)
