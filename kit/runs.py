@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
@@ -158,11 +159,12 @@ class Run:
                     lambda aside: figure.savefig(aside, format="png", bbox_inches="tight"))
         return figure
 
-    def metrics(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Add flat names and numbers to `metrics.json`; returns all that it holds now."""
+    def metrics(self, values: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Add flat names and numbers to `metrics.json`, nan as null; returns all that it holds now."""
         path = self.folder / "metrics.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known.update({name: float(value) for name, value in values.items()})
+        known.update({name: None if value is None or math.isnan(value) else float(value)
+                      for name, value in values.items()})
         write_json(path, known)
         return known
 

@@ -156,7 +156,7 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     `model.safetensors`, `log.csv` and `checkpoints/`.
 
     Returns:
-        the task, the predictions (one scan a row), the metrics.
+        the task, the predictions (one scan a row), the metrics (an interval that there is not is None).
 
     Raises:
         LabelError, EncoderError, LeakageError: before any training; each says what does not fit.
@@ -204,5 +204,5 @@ def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor
 
 def _table(task: Task, part: str, values: np.ndarray) -> pd.DataFrame:
     rows = task.parts[part].rows
-    return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "distribution": TESTED[part],
-                         "true": task.parts[part].labels, "predicted": values})
+    return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "dataset": rows["dataset"],
+                         "distribution": TESTED[part], "true": task.parts[part].labels, "predicted": values})
