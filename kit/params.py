@@ -13,6 +13,7 @@ from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
 
 Architecture = Literal["resnet18", "resnet18_narrow", "vit", "vit_narrow"]
+Precision = Literal["fp32", "bf16"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__
 
 
@@ -116,6 +117,7 @@ class Pretrain(Parameters):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants, held out
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the held-out scans; 0: none
     retry_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the rate after a loss that is not finite; 0: stop
+    precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
     retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
     workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
@@ -163,6 +165,7 @@ class Tuning(Parameters):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     optimizer: Literal["adam", "adamw"] = "adamw"
     schedule: Literal["cosine", "constant"] = "cosine"
+    precision: Precision = "fp32"  # of the network while it is fine-tuned: fp32, bf16 (products and convolutions only)
     flip: bool = True  # mirror left and right at random while fine-tuning
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
     seed: Seed = 0

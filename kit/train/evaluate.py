@@ -15,6 +15,7 @@ from torch import nn
 
 from kit.data.loader import PreparedScans, in_order, load
 from kit.models.encoder_file import device, on_device
+from kit.models.precision import evaluation
 from kit.runs import progress
 
 METRICS = {"classification": "auc", "regression": "mean_absolute_error"}  # area under the ROC curve; label's unit
@@ -22,7 +23,7 @@ RESAMPLES = 1000
 DRAWS = 100  # of these at a time; bounds memory
 LEAST_PARTICIPANTS = 10  # of each class, or in all for a number, that an interval needs; see `score`
 PENALTIES = tuple(10.0 ** power for power in range(-4, 5))  # of probes
-VOXELS = 2**24  # run at a time without gradients: resnet18 in bfloat16 then takes about 4 GB
+VOXELS = 2**24  # run at a time without gradients: resnet18 then takes about 8 GB
 
 
 def scans_at_a_time(shape: Sequence[int]) -> int:
@@ -30,15 +31,9 @@ def scans_at_a_time(shape: Sequence[int]) -> int:
     return min(32, max(2, VOXELS // math.prod(shape)))
 
 
-def as_trained() -> torch.autocast:
-    """The precision of a training step: bfloat16 on CUDA, else as it is."""
-    where = device().type
-    return torch.autocast(where, torch.bfloat16, enabled=where == "cuda")
-
-
 @torch.no_grad()
 def outputs(model: nn.Module, scans: PreparedScans, batch_size: int | None = None) -> np.ndarray:
-    """(scans, width) float32: what a model gives for each scan, in evaluation mode.
+    """(scans, width) float32: what a model gives for each scan, in evaluation mode and in float32 all through.
 
     `batch_size` scans run at a time, if not given as many as `scans_at_a_time` says.
     """
@@ -46,7 +41,7 @@ def outputs(model: nn.Module, scans: PreparedScans, batch_size: int | None = Non
     parts = []
     batches = in_order(len(scans), batch_size or scans_at_a_time(scans.store.grid.shape))
     for batch in progress(load(scans, batches), total=len(batches), desc="reading scans"):
-        with as_trained():
+        with evaluation(device()):
             parts.append(model(batch.to(device()).images).float().cpu().numpy())
     return np.concatenate(parts)
 

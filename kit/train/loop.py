@@ -19,6 +19,7 @@ from torch import nn
 
 from kit.data.loader import Batch, PreparedScans, load
 from kit.models.encoder_file import device
+from kit.models.precision import evaluation
 from kit.train import checkpoint
 from kit.train.distributed import mean_over_processes, rank, world_size
 from kit.train.evaluate import scans_at_a_time
@@ -147,7 +148,7 @@ class Waiting:
 
 @torch.no_grad()
 def validate(objective: nn.Module, scans: PreparedScans, batch_size: int) -> dict[str, float]:
-    """Means over held-out scans of what the objective reports, in evaluation mode, with the same draws each time.
+    """Means over held-out scans of what the objective reports, in evaluation mode and float32, with the same draws.
 
     As many run at a time as fit (`scans_at_a_time`); those of SimCLR are then compared in equal groups of at most
     `batch_size`, so that no group is a lone scan, which always finds its partner.
@@ -161,8 +162,9 @@ def validate(objective: nn.Module, scans: PreparedScans, batch_size: int) -> dic
     stream, total = load(scans, [part for parts in cuts for part in parts]), {}
     options = {"embed": True} if compared else {}
     for group, parts in zip(groups, cuts, strict=True):
-        out = [run_model(objective, next(stream), 0, 0, **options) for _ in parts]
-        report = objective.compare(*torch.cat(out, dim=1)) if compared else out[0]
+        with evaluation(device()):
+            out = [run_model(objective, next(stream), 0, 0, "fp32", **options) for _ in parts]
+            report = objective.compare(*torch.cat(out, dim=1)) if compared else out[0]
         for name, value in report.items():
             total[name] = total.get(name, 0.0) + float(value) * len(group) / len(scans)
     return total

@@ -113,7 +113,7 @@ def test_where_there_is_no_interval_none_is_shown(tidy):
     assert table.loc[("age", "mean_absolute_error", "in_distribution", "probe", 1.0, 120), "random"].endswith("10.2]")
     text = summary(tidy)
     assert "0.81 [–]            0.61 [–]" in text and "nan" not in text
-    assert text.endswith(f"fewer than {LEAST_PARTICIPANTS} participants (of a class), or as every draw gives the same\n")
+    assert f"\n[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a class)" in text
     line, _, (bars,) = label_efficiency(tidy).axes[0].containers[0]
     assert np.isfinite(line.get_xydata()).all()
     assert not any(np.isfinite(bar).any() for bar in bars.get_segments())
