@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
+from kit.machine import missing_of_slurm, slurm_nodes
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
 
@@ -137,7 +137,16 @@ class Pretrain(Parameters):
 
     def all_nodes(self) -> int:
         """Nodes to train on; those of the Slurm job unless `nodes` says."""
-        return self.nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+        job, missing = slurm_nodes()
+        return self.nodes or (1 if missing else job)
+
+    def left_out(self) -> str:
+        """Why a Slurm job's other nodes are not trained on though nobody said so, or nothing."""
+        job, missing = slurm_nodes()
+        if self.nodes or not missing:
+            return ""
+        return (f"training on this machine alone: of a Slurm job {' and '.join(missing)}"
+                + (f", so its {job} nodes cannot be used" if job > 1 else ""))
 
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared)
@@ -148,6 +157,9 @@ class Pretrain(Parameters):
         if self.session_pairs and self.sampling == "balanced":
             problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
                             "set sampling: all, or session_pairs: false")
+        if self.nodes > 1 and (missing := missing_of_slurm()):
+            problems.append(f"nodes: {self.nodes} are started by Slurm from inside its job, but "
+                            f"{' and '.join(missing)}; set nodes: 1 to train on this machine")
         if self.batch_size % self.processes():
             problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
                             + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kit.params import NOTEBOOKS, Explore, Preprocess, Pretrain
-from kit.reading import ParameterError, assigned_names, check
+from kit.reading import ParameterError, check
 from kit.runs import ROOT, outputs_dir, resolve, shown
 
 
@@ -90,11 +90,6 @@ def test_cohort_tables_are_looked_at_first(tmp_path):
 def test_batch_must_divide_over_workers(prepared):
     assert "batch_size: 15 does not divide over 2 workers" in refusal(
         Pretrain, output_dir="outputs/x", prepared=prepared, batch_size=15, workers=2)
-
-
-def test_names_come_from_the_source_not_from_the_globals():
-    assert assigned_names(["# Parameters\nseed = 0\nshape: list = [1]\n", "# Parameters\nsed = 1\nprint(seed)"]) == [
-        "seed", "shape", "sed"]
 
 
 def test_relative_paths_mean_the_project(monkeypatch, tmp_path):

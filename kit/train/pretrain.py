@@ -55,6 +55,8 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
         return pd.read_csv(run / "log.csv")
     if params.epochs == 0:
         return pd.DataFrame()
+    if params.left_out():
+        print(params.left_out())
     stop, unfinished = run / STOP, run / UNFINISHED
     unfinished.unlink(missing_ok=True)
     try:
