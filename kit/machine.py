@@ -72,7 +72,7 @@ def slurm_nodes() -> tuple[int, list[str]]:
     if not told.strip() and not os.environ.get("SLURM_JOB_ID"):
         return 1, []
     if not (told.isdecimal() and int(told)):
-        return 1, [f"SLURM_JOB_NUM_NODES is {told!r}"]
+        return 1, [f"SLURM_JOB_NUM_NODES is {repr(told) if told else 'not set'}"]
     return int(told), missing_of_slurm() if int(told) > 1 else []
 
 

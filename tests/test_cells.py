@@ -202,3 +202,53 @@ def test_a_whole_notebook_runs_twice_and_then_from_its_second_cell(kernel, tmp_p
         for cell in ([first] if turn < 2 else []) + rest:
             kernel.run(cell)
     assert json.loads((tmp_path / "run/metrics.json").read_text())
+
+
+def few(folder, rows, **columns):
+    """A store of these rows of the made-up index, with these columns besides."""
+    store = make_store(folder, participants=12)
+    store.index.iloc[list(rows)].assign(**columns).to_csv(folder / "index.csv", index=False)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("rows", "columns", "words"), [
+    (range(16), {"split": ["test"] * 10 + ["train"] * 6},
+     "split: 'pretrain' leaves 0 scans of 0 participants to learn from, besides 0 held out; at least two participants "
+     "are needed. In PLACE the column split of its index has test 10 scans of 8 participants, train 6 scans of 4 "
+     "participants"),
+    (range(16), {"split": ["test"] * 14 + ["pretrain"] * 2}, "pretrain 2 scans of 1 participants"),
+    (range(2, 4), {}, "its index has 2 scans of 1 participants and no column split"),
+    (range(2), {"split": None}, "the column split of its index has empty 2 scans of 2 participants"),
+])
+def test_what_cannot_be_learned_from_is_said_with_what_the_table_has(kernel, tmp_path, rows, columns, words):
+    kernel.run(parameters("2_pretrain", prepared=few(tmp_path, rows, **columns)))
+    kernel.run(cells("2_pretrain")[1])
+    kernel.run(cells("2_pretrain")[2], fails=words.replace("PLACE", str(tmp_path)))
+
+
+@pytest.mark.parametrize(("split", "words"), [
+    (["train"] * 10 + ["test"] * 6, "age: the validation split has 0 usable scans with this label, of 0 participants; "
+     "it needs two scans. In PLACE the column split of its index has train 10 scans of 8 participants, test 6 scans"),
+    (["validation"] * 2 + ["train"] * 2 + ["test"] * 12, "the train split has 2 usable scans with this label, of 1 "
+     "participants; it needs two scans and two participants"),
+])
+def test_a_split_that_lacks_somebody_is_said_with_what_the_table_has(kernel, tmp_path, split, words):
+    kernel.run(parameters("3_finetune", prepared=few(tmp_path, range(16), split=split), out_of_distribution=None,
+                          encoder="random:resnet18_narrow", task="age"))
+    kernel.run(cells("3_finetune")[1])
+    kernel.run(cells("3_finetune")[2], fails=words.replace("PLACE", str(tmp_path)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows", "changes"), [
+    ("2_pretrain", range(2), {"epochs": 2, "validation_fraction": 0.0}),
+    ("2_pretrain", [0, 1, 4], {"epochs": 2}),  # three scans of three participants, one of them held out
+    ("2_pretrain", range(8), {"epochs": 1, "validation_fraction": 0.0, "objective": "mae",
+                              "architecture": "vit_narrow"}),
+    ("0_explore_augmentations", range(1), {}),
+    ("0_explore_augmentations", range(3), {}),
+])
+def test_few_scans_go_through_the_whole_notebook(kernel, tmp_path, name, rows, changes):
+    folder = few(tmp_path, rows)
+    for cell in [parameters(name, prepared=folder, **changes), *cells(name)[1:]]:
+        kernel.run(cell)

@@ -73,7 +73,8 @@ def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: 
     Where the other store's index has a column `split`, its rows of `out_of_distribution` are taken, else all.
 
     Raises:
-        LabelError: the label cannot be used, the two stores' classes differ, or a part lacks scans or a class.
+        LabelError: the label cannot be used, the two stores' classes differ, or a part lacks scans or a class, or
+            training a second participant.
     """
     labels = read_labels(store.index, task, kind)
     place = splits(store.index, seed)
@@ -90,9 +91,13 @@ def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: 
         keep = (index["split"] == "out_of_distribution").to_numpy() if "split" in index else np.ones(len(index), bool)
         parts["out_of_distribution"] = _part(out_of_distribution, theirs, keep)
     for name, part in parts.items():
-        if len(part.rows) < 2 or (labels.kind == "classification" and len(np.unique(part.labels)) < 2):
-            raise LabelError(f"{task}: the {name} split has {len(part.rows)} labelled scans, "
-                             f"of classes {sorted(set(part.labels))}; it needs both classes, or another split")
+        people, both, present = part.participants.nunique(), labels.kind == "classification", set(part.labels)
+        if len(part.rows) < 2 or (both and len(present) < 2) or (name == "train" and people < 2):
+            found = f", all of class {labels.classes[int(part.labels[0])]}" if both and len(present) == 1 else ""
+            raise LabelError(f"{task}: the {name} split has {len(part.rows)} usable scans with this label, of {people} "
+                             f"participants{found}; it needs two scans{' of both classes' * both}"
+                             f"{' and two participants' * (name == 'train')}. In {shown(part.store.folder)} "
+                             f"{part.store.contents()}")
     return Task(labels, parts)
 
 

@@ -21,7 +21,8 @@ from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.mae import reconstruct
 from kit.params import Pretrain
-from kit.runs import Run, write_table
+from kit.reading import ParameterError
+from kit.runs import Run, shown, write_table
 from kit.train import checkpoint
 from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm, world_size
 from kit.train.loop import fit
@@ -85,12 +86,23 @@ def standing(params: Pretrain, run: Run) -> str:
 
 
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of the index to learn from, and those of the participants that are held out."""
+    """Rows of the index to learn from, and those of the participants that are held out.
+
+    Raises:
+        ParameterError: fewer than two participants are left to learn from.
+    """
     index = store.index if params.take_flagged else passing(store.index)
     rows = index[index["split"] == params.split] if "split" in index else index
     ids = participant_ids(rows)
     out = set(shuffled(ids, params.seed, "held out")[:round(params.validation_fraction * ids.nunique())])
-    return rows[~ids.isin(out)], rows[ids.isin(out)]
+    learned, held_out = rows[~ids.isin(out)], rows[ids.isin(out)]
+    if (people := participant_ids(learned).nunique()) < 2:
+        flagged = "" if params.take_flagged else f", {len(store.index) - len(index)} of them flagged and left out"
+        raise ParameterError(
+            f"split: {params.split!r} leaves {len(learned)} scans of {people} participants to learn from, besides "
+            f"{len(held_out)} held out; at least two participants are needed. In {shown(store.folder)} "
+            f"{store.contents()}{flagged}")
+    return learned, held_out
 
 
 def build_objective(params: Pretrain, store: Store) -> nn.Module:
@@ -130,11 +142,12 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Held-out scans of an MAE run: the scan, what the network sees, what it fills in within the brain's mask.
 
-    Each (depth, height, width).
+    Each (depth, height, width). Where none are held out, scans that were learned from.
     """
     model, store = _restored(params, run)
-    held_out = PreparedScans(store, choose_scans(params, store)[1])
-    batch = collate([held_out[number] for number in range(min(scans, len(held_out)))])
+    learned, held_out = choose_scans(params, store)
+    some = PreparedScans(store, held_out if len(held_out) else learned)
+    batch = collate([some[number] for number in range(min(scans, len(some)))])
     images = batch.images.float()
     seen, filled = reconstruct(model.eval().autoencoder, images, model.masks(batch, 0), params.normalise_patches)
     parts = (images, seen, filled * batch.masks)
