@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,6 +29,10 @@ MOST_DAMAGED = 8
 Item = tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]  # image, mask, key, label, damaged scans in its place
 
 
+class LoaderError(RuntimeError):
+    """Loading processes could not be started, or one died; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some scans, on one device.
@@ -37,6 +43,7 @@ class Batch:
         keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
         labels: (batch,) float32, nan where there is none.
         damaged: names of scans whose place another scan took.
+        piped: whether it came from a loading process that got no shared memory for it.
     """
 
     images: torch.Tensor
@@ -44,9 +51,28 @@ class Batch:
     keys: list[int]
     labels: torch.Tensor
     damaged: tuple[str, ...] = ()
+    piped: bool = False
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process gets: tensors in shared memory, or arrays through the pipe where it has no room.
+
+        torch would find that out while it writes to the pipe, in a thread whose errors nobody hears.
+        """
+        tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, torch.Tensor)}
+        try:
+            for value in tensors.values():
+                value.share_memory_()
+        except (RuntimeError, OSError):  # a small /dev/shm, or too many open files
+            arrays = {name: value.numpy() for name, value in tensors.items()}
+            return {**self.__dict__, **arrays, "piped": True}
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                              for name, value in state.items()})
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, as float32; the copy does not block where memory is pinned."""
@@ -56,7 +82,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by the DataLoader: memory that a CUDA device can copy from without waiting."""
         return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory(),
-                     self.damaged)
+                     self.damaged, self.piped)
 
 
 def scan_key(scan: str) -> int:
@@ -223,16 +249,49 @@ def load(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 
     """Load batches in the given order, with pinned memory where there is a CUDA device.
 
     Damaged scans that were skipped are counted in `scans.damaged`; the first time, a warning names them.
+
+    Raises:
+        LoaderError: loading processes cannot be started. What torch raises when one dies, `loading_may_fail` words.
     """
     options = {"multiprocessing_context": "spawn", "prefetch_factor": 2,
                "worker_init_fn": keep_freed_memory} if workers else {}
-    for batch in DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                            pin_memory=torch.cuda.is_available(), **options):
+    loader = DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                        pin_memory=torch.cuda.is_available(), **options)
+    piped = False
+    with loading_may_fail() if workers else nullcontext():  # loading processes start here
+        batches = iter(loader)
+    for batch in batches:
+        if batch.piped and not piped:
+            piped = True
+            warnings.warn("loading processes get no shared memory (is /dev/shm small? docker: --shm-size): batches "
+                          "come through pipes, which is slower", stacklevel=2)
         if new := sorted(set(batch.damaged) - set(scans.damaged)):
             warnings.warn(f"skipped {', '.join(new)}: missing or damaged in {scans.store.folder}; delete what is left "
                           "of them and run 1_preprocess again", stacklevel=2)
         scans.damaged.update(batch.damaged)
         yield batch
+
+
+@contextmanager
+def loading_may_fail() -> Iterator[None]:
+    """Name the cure where loading processes cannot be started or one dies.
+
+    torch raises that a process died wherever the main thread is at that moment, so it stands around training, too.
+
+    Raises:
+        LoaderError: in place of torch's error.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not full and not str(error).startswith("DataLoader worker"):
+            raise
+        why, more = (("loading processes cannot be started: /dev/shm is full", "room in /dev/shm (docker: --shm-size)")
+                     if full else (f"a loading process died, for want of memory perhaps ({str(error).splitlines()[0]})",
+                                   "memory"))
+        raise LoaderError(f"{why}. Set loader_workers: 0, which loads in the training process, or give the machine "
+                          f"more {more}") from error
 
 
 def keep_freed_memory(*_: object) -> None:

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from kit.data.loader import Batch, PreparedScans, load
+from kit.data.loader import Batch, PreparedScans, load, loading_may_fail
 from kit.models.encoder_file import device
 from kit.models.precision import evaluation
 from kit.train import checkpoint
@@ -30,6 +30,7 @@ from kit.train.stop import NAME as STOP
 from kit.train.stop import Stopped
 
 
+@loading_may_fail()
 def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], list[list[int]]],
         held_out: PreparedScans, settings: Settings, folder: Path | None = None, *,
         params: dict[str, Any] | None = None, may_stop: bool = False,
@@ -57,6 +58,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
         TrainingError: the loss is not finite; the scans of that batch are named.
         MemoryError: a step does not fit; the chunk to try is named.
         CheckpointError: checkpoints of other parameters lie there, or the disk was full for too long.
+        LoaderError: loading processes cannot be started, or one died.
         Stopped: the stop file was there; the checkpoint is written.
     """
     state = State(objective, settings, folder, params)
