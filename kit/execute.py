@@ -23,7 +23,7 @@ from typing import Any
 
 import nbformat
 
-from kit.cells import literals
+from kit.cells import assigned_names, literals
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError, Parameters, check, read_options, read_yaml
 from kit.runs import ROOT, Run, RunError, resolve, shown, write_json, write_whole
@@ -32,10 +32,17 @@ FOLDER = ROOT / "notebooks"
 
 
 def defaults(notebook: str) -> dict[str, Any]:
-    """The values in a notebook's `parameters` cell, which holds literals only."""
+    """The values in a notebook's `parameters` cell, which holds literals only.
+
+    Raises:
+        ParameterError: an expression stands there.
+    """
     cells = nbformat.read(FOLDER / f"{notebook}.ipynb", as_version=4).cells
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    return literals([source])
+    values = literals([source])
+    if others := [name for name in assigned_names([source]) if name not in values]:
+        raise ParameterError(f"{notebook}: in the cell `# Parameters`, {', '.join(others)} must be plain values")
+    return values
 
 
 def parameters(notebook: str, values: dict[str, Any]) -> Parameters:

@@ -146,7 +146,10 @@ def check(model: type[Model], values: Mapping[str, Any]) -> Model:
     try:
         params = model.model_validate(dict(values))
     except ValidationError as error:
-        raise ParameterError(_listing([_wording(model, fault) for fault in error.errors()] + _odd(values))) from None
+        faults = [_wording(model, fault) for fault in error.errors()]
+        named = {fault.partition(":")[0] for fault in faults}
+        odd = [fault for fault in _odd(values) if fault.partition(":")[0] not in named]
+        raise ParameterError(_listing(faults + odd)) from None
     if odd := _odd(values, dict(params)):
         raise ParameterError(_listing(odd))
     if problems := getattr(params, "problems", list)():  # a recipe has nothing outside itself to check

@@ -252,3 +252,10 @@ def test_few_scans_go_through_the_whole_notebook(kernel, tmp_path, name, rows, c
     folder = few(tmp_path, rows)
     for cell in [parameters(name, prepared=folder, **changes), *cells(name)[1:]]:
         kernel.run(cell)
+
+
+def test_numbers_that_nobody_means_are_refused_in_a_cell_too(kernel):
+    kernel.run(parameters("0_explore_augmentations", seed=True))
+    kernel.run(READ, fails="seed: got true, which would count as 1; write a number")
+    kernel.run(parameters("0_explore_augmentations", seed=True) + "\nspacing_mm = float('inf')")
+    kernel.run(READ, fails="1 thing is wrong:\n  spacing_mm: got inf; input should be less than or equal to 16")

@@ -195,7 +195,7 @@ def with_shared_memory(size, tmp_path, values):
 
 @pytest.mark.slow
 def test_a_small_shared_memory_changes_nothing_but_the_way(store, tmp_path):
-    values = {"prepared": str(store.folder), "epochs": 2, "batch_size": 8, "projection": [16, 8]}
+    values = {"prepared": str(store.folder), "epochs": 1, "batch_size": 8, "projection": [16, 8]}
     losses = []
     for size, workers in (("160k", 2), ("1g", 2), ("1g", 0)):
         done = with_shared_memory(size, tmp_path, {**values, "output_dir": str(tmp_path / f"{size}-{workers}"),
