@@ -76,6 +76,13 @@ def slurm_nodes() -> tuple[int, list[str]]:
     return int(told), missing_of_slurm() if int(told) > 1 else []
 
 
+def why_alone() -> str:
+    """Why the nodes of this Slurm job are not trained on, or nothing."""
+    nodes, missing = slurm_nodes()
+    return (f"training on this machine alone: of a Slurm job {' and '.join(missing)}"
+            + f", so its {nodes} nodes cannot be used" * (nodes > 1)) if missing else ""
+
+
 def missing_of_slurm() -> list[str]:
     """What is missing to start processes on the nodes of a Slurm job: programs, variables."""
     met = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")  # else Slurm is asked where rank 0 is

@@ -140,14 +140,6 @@ class Pretrain(Parameters):
         job, missing = slurm_nodes()
         return self.nodes or (1 if missing else job)
 
-    def left_out(self) -> str:
-        """Why a Slurm job's other nodes are not trained on though nobody said so, or nothing."""
-        job, missing = slurm_nodes()
-        if self.nodes or not missing:
-            return ""
-        return (f"training on this machine alone: of a Slurm job {' and '.join(missing)}"
-                + (f", so its {job} nodes cannot be used" if job > 1 else ""))
-
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared)
         if self.objective == "mae" and not self.architecture.startswith("vit"):

@@ -24,11 +24,12 @@ print(standing(params, run))
 """
 ASK = """
 import json, sys
+from kit.machine import why_alone
 from kit.params import Pretrain
 from kit.reading import ParameterError, check
 try:
     params = check(Pretrain, json.loads(sys.argv[1]))
-    print(params.all_nodes(), params.left_out())
+    print(params.all_nodes(), why_alone())
 except ParameterError as error:
     print(error)
 """

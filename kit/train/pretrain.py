@@ -17,6 +17,7 @@ from kit.data.loader import PreparedScans, batches_of, collate, session_batches
 from kit.data.quality import passing
 from kit.data.split import participant_hash, participant_ids, shuffled
 from kit.data.store import Store
+from kit.machine import why_alone
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.mae import reconstruct
@@ -56,8 +57,8 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
         return pd.read_csv(run / "log.csv")
     if params.epochs == 0:
         return pd.DataFrame()
-    if params.left_out():
-        print(params.left_out())
+    if not params.nodes and (words := why_alone()):
+        print(words)
     stop, unfinished = run / STOP, run / UNFINISHED
     unfinished.unlink(missing_ok=True)
     try:

@@ -154,6 +154,7 @@ def test_a_cell_that_fails_fails_the_job_and_stands_in_the_notebook(jobs, tmp_pa
 
 SHELL = """
 import json, sys
+from kit.machine import why_alone
 from kit.params import Pretrain
 from kit.reading import check
 from kit.runs import Run
@@ -162,11 +163,13 @@ from kit.train.pretrain import pretrain, standing
 params = check(Pretrain, json.loads(sys.argv[1]))
 run = Run.of(params)
 pretrain(params, run)
-print(standing(params, run), checkpoint.load(run / "checkpoints")["workers"], params.left_out())
+print(standing(params, run), checkpoint.load(run / "checkpoints")["workers"], why_alone())
 """
 
+STEP = ["srun", "--overlap", "-N1", "-n1", "--mem=1000"]
 
-@pytest.mark.parametrize(("nodes", "inside"), [(1, []), (2, []), (2, "srun --overlap -N1 -n1 --mem=1000".split())])
+
+@pytest.mark.parametrize(("nodes", "inside"), [(1, []), (2, []), (2, STEP)])
 def test_an_salloc_shell_trains_on_its_nodes(jobs, scans, tmp_path, nodes, inside):
     """By hand: in the shell that salloc gives, and in one that srun gives on one of the nodes."""
     values = {"prepared": str(scans.folder), "output_dir": str(tmp_path / "run"), "epochs": 1, "batch_size": 8,
