@@ -1,6 +1,7 @@
 """A cohort is a table with one scan a row: participant, session, dataset, image_path, mask_path, labels.
 
-Read from a CSV or TSV (columns `image_path, mask_path, label` alone are enough) or from a BIDS folder.
+Read from a CSV or TSV (columns `image_path, mask_path, label` alone are enough), from a BIDS folder, or from a
+public collection (`kit.data.collections`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from pathlib import Path
 
 import pandas as pd
 
+from kit.data.collections import CohortError, contrast_of, is_collection, pick, read_collection
 from kit.runs import resolve, shown
 
 COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")
 PROCEDURAL = "procedural-"  # begins the dataset names of `kit.data.sample`, and of no others
 
 
-class CohortError(ValueError):
-    """A cohort cannot be read; the message names the file and what to do."""
+def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
+    """Read a cohort from a table, a BIDS folder, or a public collection: FOMO60K, FOMO300K, OpenMind.
 
-
-def read_cohort(path: str | Path) -> pd.DataFrame:
-    """Read a cohort from a table or a BIDS folder.
+    Args:
+        path: the table or folder; of OpenMind also its `pretrain_data.json`.
+        contrast: which of a folder's scans, in BIDS's words: "T1w", "T2w", "FLAIR", ... T1-weighted scans after
+            contrast agent are none of "T1w" but "T1ce". What is left out is counted in a printed line. A table's
+            scans are all taken.
 
     Returns:
         one scan a row: participant, session, dataset (str), image_path, mask_path (absolute, mask_path ""
@@ -31,12 +35,14 @@ def read_cohort(path: str | Path) -> pd.DataFrame:
         CohortError: no such file, no column `image_path`, no scan, or a scan listed twice.
     """
     path = resolve(path)
-    if path.is_dir():
-        table = _read_bids(path)
+    if is_collection(path):
+        table = read_collection(path, contrast)
+    elif path.is_dir():
+        table = _read_bids(path, contrast)
     elif path.suffix in (".csv", ".tsv"):
         table = _read_table(path)
     else:
-        raise CohortError(f"{shown(path)}: " + ("expected .csv, .tsv or a BIDS folder" if path.exists()
+        raise CohortError(f"{shown(path)}: " + ("expected .csv, .tsv, a BIDS folder, FOMO or OpenMind" if path.exists()
                                                 else "no such file or folder"))
     if table.empty:
         raise CohortError(f"{shown(path)}: no scans in it")
@@ -84,11 +90,12 @@ def _beside(table: Path, value: str) -> str:
     return str((table.parent / Path(value).expanduser()).resolve()) if value else ""
 
 
-def _read_bids(folder: Path) -> pd.DataFrame:
+def _read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     description = folder / "dataset_description.json"
     if not description.is_file():
         raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
-    scans = sorted(folder.glob("sub-*/ses-*/anat/*_T1w.nii*")) + sorted(folder.glob("sub-*/anat/*_T1w.nii*"))
+    scans = sorted(folder.glob("sub-*/ses-*/anat/*.nii*")) + sorted(folder.glob("sub-*/anat/*.nii*"))
+    scans = [scans[place] for place in pick([contrast_of(scan.name) for scan in scans], contrast, shown(folder))]
     try:
         name = str(json.loads(description.read_text(encoding="utf-8")).get("Name", folder.name))
     except (ValueError, AttributeError):  # AttributeError: JSON, but no object
@@ -105,7 +112,7 @@ def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, str, str, st
     entities = dict(part.partition("-")[::2] for part in scan.name.split("_")[:-1])
     if "sub" not in entities:
         raise CohortError(f"{shown(scan)}: its name must begin with {scan.relative_to(folder).parts[0]}_; rename it")
-    stem = scan.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_T1w")
+    stem = scan.name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
     masks = sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
     others = [f"{key}-{value}" for key, value in entities.items() if key not in ("sub", "ses")]  # run-2, acq-...
     session = "_".join([entities.get("ses", "01"), *others])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import re
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import nibabel as nib
@@ -14,14 +16,19 @@ from kit.runs import write_whole
 
 # A header can claim any size: more voxels than this (4 GB as float32) is taken for a broken header.
 MOST_VOXELS = 10**9
+HALVES = {"hdr": "img", "img": "hdr", "head": "brik", "brik": "head"}  # formats that keep a scan in two files
+_HALF = re.compile(rf"(.+\.)({'|'.join(HALVES)})(\.gz)?", re.IGNORECASE)
+TRUNCATED = "truncated: fewer voxels than the header promises; copy the file again"
+ASSUME_RAS = "if it is stored as RAS, say orientation_unknown: assume_ras"
+SINGULAR = "its affine is singular: a voxel size is zero; convert the scan anew, from DICOM if you have it"
 
 
 class ScanError(ValueError):
-    """A scan that cannot be used. Its message is a plain reason without file names or header text."""
+    """A scan that cannot be used. Its message is a plain reason and a way out, without file names or header text."""
 
 
 def read_nifti(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Read a 3D NIfTI-1 or NIfTI-2 file (`.nii` or `.nii.gz`) in RAS order.
+    """Read a 3D NIfTI-1 or NIfTI-2 file (`.nii`, `.nii.gz`, or either half of `.hdr` and `.img`) in RAS order.
 
     Axes are flipped and swapped to the nearest RAS orientation (nibabel's `as_closest_canonical`), never
     resampled; an oblique scan keeps its rotation in the affine. Intensities are scaled as the header says,
@@ -37,15 +44,16 @@ def read_nifti(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray,
         The image, float32 (z, y, x), and its (4, 4) affine from a voxel (x, y, z) to millimetres, RAS+.
 
     Raises:
-        ScanError: the file is missing, damaged or truncated, not NIfTI, not one 3D volume of grey values,
-            constant, has values that are not finite, or does not say where it lies in space.
+        ScanError: the file or its other half is missing, damaged or truncated, not NIfTI, not one 3D volume of grey
+            values, constant, has values that are not finite, or does not say where it lies in space.
     """
-    image = _open(_whole_bytes(Path(path)), no_codes_ok)
+    image = _open(*both_halves(Path(path)), no_codes_ok)
     try:
         values = image.get_fdata(dtype=np.float32, caching="unchanged")
     except (OSError, EOFError, ValueError) as error:
-        raise ScanError("truncated: fewer voxels than the header promises") from error
-    affine = _as_stored(image.header) if _no_codes(image.header) else image.affine
+        raise ScanError(TRUNCATED) from error
+    header = image.header
+    affine = as_stored(header["pixdim"][1:4], image.shape) if _no_codes(header) else image.affine
     return upright(values.reshape(values.shape[:3]), affine)
 
 
@@ -63,31 +71,36 @@ def upright(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndar
         ScanError: values that are not finite, or all the same.
     """
     if not np.isfinite(values).all():
-        raise ScanError("NaN or infinite intensities")
+        raise ScanError("NaN or infinite intensities; set them to 0, or leave the scan out")
     if values.min() == values.max():
-        raise ScanError("all zero" if values.flat[0] == 0 else f"constant: each voxel is {values.flat[0]:g}")
+        raise ScanError(("all zero" if values.flat[0] == 0 else f"constant: each voxel is {values.flat[0]:g}")
+                        + "; export it again, or leave it out")
     turn = nib.orientations.io_orientation(affine)
     if np.isnan(turn).any():
-        raise ScanError("its affine is singular: a voxel size is zero")
+        raise ScanError(SINGULAR)
     affine = affine @ nib.orientations.inv_ornt_aff(turn, values.shape)
     values = nib.orientations.apply_orientation(values, turn)
     return np.ascontiguousarray(values.T, np.float32), affine
 
 
 def read_mask(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray, no_codes_ok: bool = False) -> np.ndarray:
-    """Read a scan's mask, bool (z, y, x): what is above one half.
+    """Read a scan's mask, of any format that scans may have, bool (z, y, x): what is above one half.
 
     Raises:
-        ScanError: as `read_nifti`, an empty mask among it, or the mask lies on other voxels than the scan.
+        ScanError: as `read_scan`, an empty mask among it, or the mask lies on other voxels than the scan.
     """
+    from kit.data.scan_file import read_scan  # which imports this module
+
     try:
-        values, mask_affine = read_nifti(path, no_codes_ok)
+        values, mask_affine = read_scan(path, no_codes_ok)
     except ScanError as error:
         raise ScanError(f"mask: {error}") from error
     if values.shape != array_zyx.shape:
-        raise ScanError(f"mask: its shape {values.shape} is not the scan's {array_zyx.shape} (z, y, x)")
+        raise ScanError(f"mask: its shape {values.shape} is not the scan's {array_zyx.shape} (z, y, x); "
+                        "resample it onto the scan's voxels")
     if not np.allclose(mask_affine, affine, atol=1e-2):
-        raise ScanError("mask: it lies elsewhere in space than the scan (their affines differ)")
+        raise ScanError("mask: it lies elsewhere in space than the scan (their affines differ); resample it onto the "
+                        "scan's voxels")
     return values > 0.5
 
 
@@ -112,66 +125,113 @@ def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> 
     write_whole(Path(path), lambda aside: aside.write_bytes(data))
 
 
-def _whole_bytes(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
     """Return the file's bytes, unzipped. Read whole, so that gzip's checksum is verified."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise ScanError("no such file") from error
+        raise ScanError("no such file; correct its path") from error
     except OSError as error:
-        raise ScanError(f"cannot be read: {error.strerror}") from error
+        raise ScanError(f"cannot be read: {error.strerror}; mend its permissions or its disk") from error
     if not data.startswith(b"\x1f\x8b"):
         return data
     try:
         return gzip.decompress(data)
     except EOFError as error:
-        raise ScanError("truncated gzip: the file ends too early") from error
+        raise ScanError("truncated gzip: the file ends too early; copy it again") from error
     except (OSError, zlib.error) as error:
-        raise ScanError("damaged gzip: the contents do not match their checksum") from error
+        raise ScanError("damaged gzip: the contents do not match their checksum; copy the file again") from error
 
 
-def _open(data: bytes, no_codes_ok: bool) -> nib.Nifti1Image:
+def other_half(path: Path) -> Path | None:
+    """Return the file beside one half of `.hdr` and `.img`, or of `.HEAD` and `.BRIK`; None where there is none."""
+    name = _HALF.fullmatch(path.name)
+    if name is None:
+        return None
+    wanted = HALVES[name[2].lower()]
+    others = (path.with_name(name[1] + half + gz) for half in (wanted, wanted.upper()) for gz in ("", ".gz"))
+    return next((each for each in others if each.is_file()), None)
+
+
+def both_halves(path: Path) -> tuple[bytes, bytes | None]:
+    """Return the bytes of a scan's header and of its voxels, whichever half is given; whole files have no second."""
+    name = _HALF.fullmatch(path.name)
+    if name is None or not path.exists():
+        return file_bytes(path), None
+    other = other_half(path)
+    if other is None:
+        raise ScanError(f"half of it is missing: no .{HALVES[name[2].lower()]} beside the .{name[2]}; put both into "
+                        "one folder")
+    header, voxels = (path, other) if name[2].lower() in ("hdr", "head") else (other, path)
+    return file_bytes(header), file_bytes(voxels)
+
+
+def check_volume(shape: tuple[int, ...], dtype_kind: str, sizes: np.ndarray) -> None:
+    """Refuse what is not one 3D volume of grey values, before its voxels are read.
+
+    Args:
+        shape: voxels along each axis, x first.
+        dtype_kind: numpy's letter for the type of a voxel.
+        sizes: mm, of a voxel along x, y, z.
+    """
+    dimensions = "x".join(map(str, shape))
+    if len(shape) < 3 or any(side != 1 for side in shape[3:]) or min(shape[:3]) < 2:
+        raise ScanError(f"expected one 3D volume, got dimensions {dimensions}; list one volume of it, as a file of its "
+                        "own")
+    if np.prod(shape, dtype=float) > MOST_VOXELS:
+        raise ScanError(f"too large: {dimensions} voxels; is its header damaged? Else resample it")
+    if dtype_kind not in "iuf":
+        raise ScanError("no grey values: voxels are colours or complex numbers; export magnitudes")
+    if not (np.asarray(sizes) > 0).all():
+        raise ScanError("a voxel size is zero or negative; convert the scan anew, from DICOM if you have it")
+
+
+def as_stored(sizes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the affine of voxels in RAS order with their middle at the origin; NIfTI's "method 1".
+
+    nibabel takes NIfTI files without codes for Analyze's, with x to the left.
+    """
+    sizes = np.asarray(sizes, float)
+    return nib.affines.from_matvec(np.diag(sizes), -sizes * (np.array(shape[:3]) - 1) / 2)
+
+
+def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pair:
     """Return the image whose header has passed all checks; its voxels are not read yet."""
     size_of_header = {struct.pack(order + "i", size): size for size in (348, 540) for order in "<>"}
     kind = {348: nib.Nifti1Image, 540: nib.Nifti2Image}.get(size_of_header.get(data[:4], 0))
     if kind is None or not kind.header_class.may_contain_header(data[: kind.header_class.sizeof_hdr]):
-        raise ScanError("not a NIfTI file (.nii or .nii.gz)")
+        if kind is nib.Nifti1Image and voxels is not None and len(data) >= 348:
+            raise ScanError("Analyze 7.5: it does not say where left and right are; convert it to NIfTI with an "
+                            "orientation that you know, such as mri_convert --in_orientation LAS")
+        if data.startswith(b"version https://git-lfs"):
+            raise ScanError("a Git LFS pointer in place of the scan; fetch the scan with git lfs pull")
+        raise ScanError("not a NIfTI file (.nii, .nii.gz, or .hdr with .img); convert it with mri_convert, or DICOM "
+                        "with dcm2niix")
     header_size = kind.header_class.sizeof_hdr
+    files = {"image": data}
+    if (data[344:346] if kind is nib.Nifti1Image else data[4:6]) == b"ni":  # the magic of a pair
+        if voxels is None:
+            raise ScanError("the header of a pair in a single file; name the two halves .hdr and .img")
+        kind = nib.Nifti1Pair if kind is nib.Nifti1Image else nib.Nifti2Pair
+        files = {"header": data, "image": voxels}
     try:
         # Unchecked: nibabel's check repairs voxel sizes of zero or less in silence.
         header = kind.header_class(data[:header_size], check=False)
         _check(header, no_codes_ok)
-        return kind.from_bytes(data)
+        return kind.from_file_map({name: nib.FileHolder(fileobj=BytesIO(each)) for name, each in files.items()})
     except nib.spatialimages.HeaderDataError as error:
-        raise ScanError("damaged NIfTI header") from error
+        raise ScanError("damaged NIfTI header; copy the file again, or convert the scan anew") from error
 
 
 def _check(header: nib.Nifti1Header, no_codes_ok: bool) -> None:
-    shape = header.get_data_shape()
-    if len(shape) < 3 or any(side != 1 for side in shape[3:]) or min(shape[:3]) < 2:
-        raise ScanError(f"expected one 3D volume, got dimensions {'x'.join(map(str, shape))}")
-    if np.prod(shape, dtype=float) > MOST_VOXELS:
-        raise ScanError(f"too large: {'x'.join(map(str, shape))} voxels")
-    if header.get_data_dtype().kind not in "iuf":
-        raise ScanError("no grey values: voxels are colours or complex numbers")
-    if not (header["pixdim"][1:4] > 0).all():
-        raise ScanError("a voxel size is zero or negative")
+    shape, sizes = header.get_data_shape(), header["pixdim"][1:4]
+    check_volume(shape, header.get_data_dtype().kind, sizes)
     if _no_codes(header) and not no_codes_ok:
-        raise ScanError("does not say where it lies in space (sform and qform codes are both 0); if it is stored "
-                        "as RAS, say orientation_unknown: assume_ras")
-    affine = _as_stored(header) if _no_codes(header) else header.get_best_affine()
+        raise ScanError(f"does not say where it lies in space (sform and qform codes are both 0); {ASSUME_RAS}")
+    affine = as_stored(sizes, shape) if _no_codes(header) else header.get_best_affine()
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise ScanError("its affine is singular: a voxel size is zero")
+        raise ScanError(SINGULAR)
 
 
 def _no_codes(header: nib.Nifti1Header) -> bool:
     return header["sform_code"] <= 0 and header["qform_code"] <= 0
-
-
-def _as_stored(header: nib.Nifti1Header) -> np.ndarray:
-    """Return NIfTI's own reading of a header without codes (its "method 1"), with the middle at the origin.
-
-    nibabel takes such files for Analyze's, with x to the left.
-    """
-    sizes = np.array(header["pixdim"][1:4], float)
-    return nib.affines.from_matvec(np.diag(sizes), -sizes * (np.array(header.get_data_shape()[:3]) - 1) / 2)

@@ -23,12 +23,12 @@ from pydantic.dataclasses import dataclass
 
 from kit.data import brain, intensity, quality
 from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
-from kit.data.dicom import read_dicom
 from kit.data.grid import Grid
-from kit.data.nifti import ScanError, read_mask, read_nifti
+from kit.data.nifti import ScanError, read_mask
 from kit.data.pool import run_all
 from kit.data.register import KINDS, RegistrationError, find_transforms
 from kit.data.resample import resample
+from kit.data.scan_file import read_scan, scan_files
 from kit.data.store import FORMAT, StoreError, claim, read_facts, remove_leftovers, scan_path, write_scan
 from kit.data.table import check_cohort, scan_names, write_tables
 from kit.data.template import TEMPLATE_NAME, white_matter_on
@@ -167,9 +167,7 @@ def _to_template_space(task: Task, known: dict[str, Any]) -> tuple[np.ndarray, n
 
 
 def _read(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    if Path(task.image_path).is_dir():
-        return read_dicom(task.image_path)
-    return read_nifti(task.image_path, no_codes_ok=task.settings.orientation_unknown == "assume_ras")
+    return read_scan(task.image_path, no_codes_ok=task.settings.orientation_unknown == "assume_ras")
 
 
 def _mask_before(task: Task, array: np.ndarray, affine: np.ndarray) -> np.ndarray | None:
@@ -194,8 +192,7 @@ def _sources(task: Task) -> tuple[str, str]:
     files = []
     for path in filter(None, (task.image_path, task.mask_path)):
         try:
-            each = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-            stats = [(file.name, file.stat()) for file in each]
+            stats = [(file.name, file.stat()) for file in scan_files(path)]
         except OSError as error:
             raise ScanError("no such file" if path == task.image_path else "mask: no such file") from error
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])

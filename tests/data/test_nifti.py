@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -112,6 +113,8 @@ def broken(kind: str, folder: Path) -> Path:
         header_edit(path, 84, np.float32(0).tobytes())
     elif kind == "no codes":
         header_edit(path, 252, bytes(4))
+    elif kind == "half":
+        header_edit(path, 344, b"ni1")
     elif kind == "singular":
         header_edit(path, 280, bytes(16))  # the first row of the sform
     elif kind == "constant":
@@ -140,6 +143,7 @@ def broken(kind: str, folder: Path) -> Path:
         ("negative size", "zero or negative"),
         ("zero size", "zero or negative"),
         ("no codes", "both 0"),
+        ("half", "the header of a pair in a single file"),
         ("singular", "singular"),
         ("constant", "constant: each voxel is 3"),
         ("nan", "NaN"),
@@ -152,6 +156,7 @@ def test_unusable_file_is_refused_with_its_reason(tmp_path: Path, kind: str, rea
         read_nifti(broken(kind, tmp_path))
     assert SECRET.decode() not in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
+    assert re.search("[;?]", str(caught.value)), "no way out"
 
 
 def test_mask_must_lie_on_the_scans_voxels(tmp_path: Path) -> None:
