@@ -8,7 +8,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -206,8 +206,13 @@ def load(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 
     loader = DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                         pin_memory=torch.cuda.is_available(), **options)
     piped = False
-    with loading_may_fail() if workers else nullcontext():  # loading processes start here
-        batches = iter(loader)
+    try:
+        batches = iter(loader)  # loading processes start here, and their queues take a little of /dev/shm
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise LoaderError("loading processes cannot be started, as /dev/shm is full. Set loader_workers: 0, which "
+                          "loads in the training process, or make room there (docker: --shm-size)") from error
     for batch in batches:
         if batch.piped and not piped:
             piped = True
@@ -222,24 +227,21 @@ def load(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 
 
 @contextmanager
 def loading_may_fail() -> Iterator[None]:
-    """Name the cure where loading processes cannot be started or one dies.
+    """Name the cure where a loading process dies.
 
-    torch raises that a process died wherever the main thread is at that moment, so it stands around training, too.
+    torch raises that wherever the main thread is at that moment, so this stands around all of the training.
 
     Raises:
         LoaderError: in place of torch's error.
     """
     try:
         yield
-    except (RuntimeError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if not full and not str(error).startswith("DataLoader worker"):
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
             raise
-        why, more = (("loading processes cannot be started: /dev/shm is full", "room in /dev/shm (docker: --shm-size)")
-                     if full else (f"a loading process died, for want of memory perhaps ({str(error).splitlines()[0]})",
-                                   "memory"))
-        raise LoaderError(f"{why}. Set loader_workers: 0, which loads in the training process, or give the machine "
-                          f"more {more}") from error
+        first = str(error).splitlines()[0]
+        raise LoaderError(f"a loading process died, for want of memory perhaps ({first}). Set loader_workers: 0, which "
+                          "loads in the training process, or give the job more memory") from error
 
 
 def keep_freed_memory(*_: object) -> None:

@@ -210,7 +210,7 @@ def test_no_shared_memory_at_all_ends_the_run_with_the_cure(store, tmp_path):
     done = with_shared_memory("32k", tmp_path, {
         "prepared": str(store.folder), "epochs": 2, "batch_size": 8, "output_dir": str(tmp_path / "run"),
         "loader_workers": 2})
-    assert done.returncode and "LoaderError: loading processes cannot be started: /dev/shm is full" in done.stderr
+    assert done.returncode and "LoaderError: loading processes cannot be started, as /dev/shm is full" in done.stderr
     assert "Set loader_workers: 0" in done.stderr
 
 
