@@ -2,6 +2,8 @@
 
 In the order in which the data flow:
 
+- ``kit.machine``  file locks, cores, a Slurm job's nodes, where the system has them
+- ``kit.cells``    the cells of parameters of the running notebook, as they stand now
 - ``kit.runs``     a run's folder: what each notebook reads and leaves behind
 - ``kit.reading``  parameters from cells and files, refused where they cannot be used
 - ``kit.data``     cohort tables, the procedural sample cohort, preprocessing, the store, loading

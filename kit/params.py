@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
+from kit.machine import missing_of_slurm, slurm_nodes
 from kit.problems import alias_problems, label_problems
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
@@ -16,6 +16,7 @@ from kit.runs import resolve, shown
 TaskType = Literal["auto", "classification", "regression"]
 Code = int | float | str
 Architecture = Literal["resnet18", "resnet18_narrow", "vit", "vit_narrow"]
+Precision = Literal["fp32", "bf16"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__
 
 
@@ -121,6 +122,7 @@ class Pretrain(Parameters):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants, held out
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the held-out scans; 0: none
     retry_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the rate after a loss that is not finite; 0: stop
+    precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
     retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
     workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
@@ -140,7 +142,8 @@ class Pretrain(Parameters):
 
     def all_nodes(self) -> int:
         """Nodes to train on; those of the Slurm job unless `nodes` says."""
-        return self.nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+        job, missing = slurm_nodes()
+        return self.nodes or (1 if missing else job)
 
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases)
@@ -151,6 +154,9 @@ class Pretrain(Parameters):
         if self.session_pairs and self.sampling == "balanced":
             problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
                             "set sampling: all, or session_pairs: false")
+        if self.nodes > 1 and (missing := missing_of_slurm()):
+            problems.append(f"nodes: {self.nodes} are started by Slurm from inside its job, but "
+                            f"{' and '.join(missing)}; set nodes: 1 to train on this machine")
         if self.batch_size % self.processes():
             problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
                             + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
@@ -168,6 +174,7 @@ class Tuning(Parameters):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     optimizer: Literal["adam", "adamw"] = "adamw"
     schedule: Literal["cosine", "constant"] = "cosine"
+    precision: Precision = "fp32"  # of the network while it is fine-tuned: fp32, bf16 (products and convolutions only)
     flip: bool = True  # mirror left and right at random while fine-tuning
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
     rows_are_people: bool = False  # a cohort without a column participant has one scan of each person

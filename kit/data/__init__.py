@@ -21,5 +21,6 @@
 - ``table``       the index, the failed scans, shards merged
 - ``preprocess``  one scan, then a cohort, into the store
 - ``store``       prepared scans: one blosc2 array each and an index
+- ``batch``       some scans together, on a device or between processes
 - ``loader``      batches of prepared scans, which and in what order (seed, epoch) alone decide
 """

@@ -171,6 +171,15 @@ class Store:
         """Whether intensities are z-scores; if not, white matter is 1."""
         return self.record["intensity"] == "zscore"
 
+    def contents(self) -> str:
+        """What the index has in each split, in words, for messages about what it lacks."""
+        split = self.index["split"].fillna("empty") if "split" in self.index else pd.Series("all", self.index.index)
+        who = self.index["dataset"].astype(str) + "/" + self.index["participant"].astype(str)
+        words = [f"{name} {len(rows)} scans of {who[rows.index].nunique()} participants"
+                 for name, rows in self.index.groupby(split, sort=False)]
+        return f"the column split of its index has {', '.join(words)}" if "split" in self.index else (
+            f"its index has {', '.join(words).removeprefix('all ')} and no column split")
+
     def read(self, scan: str, crop: tuple[slice, slice, slice] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Read a scan, or a crop of it without reading the rest.
 

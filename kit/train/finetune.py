@@ -34,7 +34,7 @@ from kit.train.loop import fit
 from kit.train.objectives import Supervised
 from kit.train.state import Settings
 
-NAMES = ("scan", "participant", "dataset")  # of a table of predictions: text, whatever they look like
+NAMES = ("scan", "participant", "dataset", "alias_of")  # of a table of predictions: text, whatever they look like
 TESTED = {"test": "in_distribution", "out_of_distribution": "out_of_distribution"}
 
 
@@ -84,7 +84,8 @@ def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: 
         aliases: who is known under several names.
 
     Raises:
-        LabelError: the label cannot be used, the two stores' classes differ, or a part lacks scans or a class.
+        LabelError: the label cannot be used, the two stores' classes differ, or a part lacks scans or a class, or
+            training a second participant.
         IdentityError: participants, or of two stores their datasets, have no name.
         LeakageError: somebody, or a scan under two names, stands in two parts.
     """
@@ -107,9 +108,13 @@ def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: 
         keep = (index["split"] == "out_of_distribution").to_numpy() if "split" in index else np.ones(len(index), bool)
         parts["out_of_distribution"] = _part(out_of_distribution, theirs, keep, aliases)
     for name, part in parts.items():
-        if len(part.rows) < 2 or (labels.kind == "classification" and len(np.unique(part.labels)) < 2):
-            raise LabelError(f"{task}: the {name} split has {len(part.rows)} labelled scans, "
-                             f"of classes {sorted(set(part.labels))}; it needs both classes, or another split")
+        people, both, present = part.participants.nunique(), labels.kind == "classification", set(part.labels)
+        if len(part.rows) < 2 or (both and len(present) < 2) or (name == "train" and people < 2):
+            found = f", all of class {labels.classes[int(part.labels[0])]}" if both and len(present) == 1 else ""
+            raise LabelError(f"{task}: the {name} split has {len(part.rows)} usable scans with this label, of {people} "
+                             f"participants{found}; it needs two scans{' of both classes' * both}"
+                             f"{' and two participants' * (name == 'train')}. In {shown(part.store.folder)} "
+                             f"{part.store.contents()}")
     check_apart({name: (part.store, part.rows, part.participants) for name, part in parts.items()}, aliases)
     return Task(labels, parts)
 
@@ -184,7 +189,7 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     `model.safetensors`, `log.csv` and `checkpoints/`.
 
     Returns:
-        the task, the predictions (one scan a row), the metrics.
+        the task, the predictions (one scan a row), the metrics (an interval that there is not is None).
 
     Raises:
         LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does not fit.
@@ -202,6 +207,8 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
         return task, read_table(run / "predictions.csv", text=NAMES), metrics
     predictions = _train_and_predict(params, run, task, encoder, record)
     table = pd.concat([_table(task, name, values) for name, values in predictions.items()], ignore_index=True)
+    if aliases:  # the score counts people
+        table["alias_of"] = np.concatenate([task.parts[name].participants for name in predictions])
     scores = evaluate(task, predictions, params.seed)
     metric = METRICS[task.labels.kind]
     flat = {f"{TESTED[part]}_{metric if name == 'value' else f'{metric}_{name}'}": value
@@ -233,5 +240,5 @@ def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor
 
 def _table(task: Task, part: str, values: np.ndarray) -> pd.DataFrame:
     rows = task.parts[part].rows
-    return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "distribution": TESTED[part],
-                         "true": task.parts[part].labels, "predicted": values})
+    return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "dataset": rows["dataset"],
+                         "distribution": TESTED[part], "true": task.parts[part].labels, "predicted": values})

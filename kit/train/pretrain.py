@@ -19,11 +19,13 @@ from kit.data.loader import PreparedScans, batches_of, collate, session_batches
 from kit.data.quality import passing
 from kit.data.split import left_out, shuffled
 from kit.data.store import Store
+from kit.machine import why_alone
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.mae import reconstruct
 from kit.params import Pretrain
-from kit.runs import Run, write_table
+from kit.reading import ParameterError
+from kit.runs import Run, shown, write_table
 from kit.train import checkpoint
 from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm, world_size
 from kit.train.loop import fit
@@ -58,6 +60,8 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
         return pd.read_csv(run / "log.csv")
     if params.epochs == 0:
         return pd.DataFrame()
+    if not params.nodes and (words := why_alone()):
+        print(words)
     check_start(params)
     stop, unfinished = run / STOP, run / UNFINISHED
     unfinished.unlink(missing_ok=True)
@@ -91,13 +95,25 @@ def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataF
 
     Without a column `split`, those that `kit.data.split.splits` gives to the test are in neither, unless
     `leave_out_test` is false.
+
+    Raises:
+        ParameterError: fewer than two participants are left to learn from.
     """
     every = joined(store.index, read_aliases(params.aliases))
     index = every if params.take_flagged else passing(every)
     rows = index[index["split"] == params.split] if "split" in index else index[~_tested(params, every, index)]
     ids = participant_ids(rows)
     out = set(shuffled(ids, params.seed, "held out")[:round(params.validation_fraction * ids.nunique())])
-    return rows[~ids.isin(out)], rows[ids.isin(out)]
+    learned, held_out = rows[~ids.isin(out)], rows[ids.isin(out)]
+    if (people := participant_ids(learned).nunique()) < 2:
+        flagged = "" if params.take_flagged else f", {len(every) - len(index)} of them flagged and left out"
+        tested = "" if "split" in index or not params.leave_out_test else (
+            f", {len(index) - len(rows)} left out for testing (leave_out_test)")
+        raise ParameterError(
+            f"split: {params.split!r} leaves {len(learned)} scans of {people} participants to learn from, besides "
+            f"{len(held_out)} held out; at least two participants are needed. In {shown(store.folder)} "
+            f"{store.contents()}{flagged}{tested}")
+    return learned, held_out
 
 
 def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
@@ -160,11 +176,12 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Held-out scans of an MAE run: the scan, what the network sees, what it fills in within the brain's mask.
 
-    Each (depth, height, width).
+    Each (depth, height, width). Where none are held out, scans that were learned from.
     """
     model, store = _restored(params, run)
-    held_out = PreparedScans(store, choose_scans(params, store)[1])
-    batch = collate([held_out[number] for number in range(min(scans, len(held_out)))])
+    learned, held_out = choose_scans(params, store)
+    some = PreparedScans(store, held_out if len(held_out) else learned)
+    batch = collate([some[number] for number in range(min(scans, len(some)))])
     images = batch.images.float()
     seen, filled = reconstruct(model.eval().autoencoder, images, model.masks(batch, 0), params.normalise_patches)
     parts = (images, seen, filled * batch.masks)

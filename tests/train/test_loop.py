@@ -1,5 +1,6 @@
 """The loop: it learns, resumes to the bit, and two processes equal one."""
 
+import json
 import os
 import re
 import warnings
@@ -135,12 +136,14 @@ def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
         "mode": mode, "epochs": 15, "batch_size": 8, "flip": False, "learning_rate": 3e-3})
     found, predictions, metrics = run_finetune(tuned, run := Run.of(tuned))
     value, low, high = (metrics[f"in_distribution_{metric}{end}"] for end in ("", "_low", "_high"))
-    assert low <= value <= high
+    assert low is None and high is None  # of a handful of participants
+    assert json.loads((run / "metrics.json").read_text())[f"in_distribution_{metric}_low"] is None
     constant = found.parts["train"].labels.mean()
     assert value > 0.9 if metric == "auc" else value < predictions["true"].sub(constant).abs().mean()
-    assert predictions.columns.tolist() == ["scan", "participant", "distribution", "true", "predicted"]
-    again = run_finetune(tuned, run)[1]
-    assert np.allclose(again["predicted"], predictions["predicted"])
+    assert predictions.columns.tolist() == ["scan", "participant", "dataset", "distribution", "true",
+                                            "predicted"]
+    _, again, read = run_finetune(tuned, run)
+    assert np.allclose(again["predicted"], predictions["predicted"]) and read == metrics
     if mode == "finetune":  # the model that is left gives the predictions that were written
         model, record = load_predictor(tmp_path / "run", store.record)
         image = torch.from_numpy(store.read(predictions["scan"][0])[0].astype(np.float32))[None, None]

@@ -9,7 +9,7 @@ import pytest
 
 from kit.data.cohort import read_cohort
 from kit.data.grid import Grid
-from kit.data.identity import IdentityError
+from kit.data.identity import IdentityError, participant_ids
 from kit.data.leakage import voxel_hashes
 from kit.data.nifti import write_nifti
 from kit.data.preprocess import Preparation, prepare
@@ -159,7 +159,10 @@ def test_people_known_under_two_names_are_found_by_a_table_of_aliases(tmp_path):
 def test_aliases_of_one_cohort_stay_on_one_side(store, tmp_path):
     pairs = [f"made,{number:03d},P{number // 2}" for number in range(24)]
     (tmp_path / "aliases.csv").write_text("dataset,participant,person\n" + "\n".join(pairs))
-    task = finetuned(store, "random:resnet18_narrow", tmp_path / "run", aliases=str(tmp_path / "aliases.csv"))[0]
+    for _ in range(2):  # trained, then read
+        task, predictions, _ = finetuned(store, "random:resnet18_narrow", tmp_path / "run",
+                                         aliases=str(tmp_path / "aliases.csv"))
+        assert participant_ids(predictions).tolist() == task.parts["test"].participants.tolist()  # as scored, so drawn
     sides = [{int(name) // 2 for name in part.rows["participant"]} for part in task.parts.values()]
     assert sum(map(len, sides)) == len(set.union(*sides)) == 12
 
