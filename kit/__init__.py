@@ -2,9 +2,12 @@
 
 In the order in which the data flow:
 
+- ``kit.machine``  file locks, cores, a Slurm job's nodes, where the system has them
+- ``kit.cells``    the cells of parameters of the running notebook, as they stand now
 - ``kit.runs``     a run's folder: what each notebook reads and leaves behind
 - ``kit.reading``  parameters from cells and files, refused where they cannot be used
 - ``kit.data``     cohort tables, the procedural sample cohort, preprocessing, the store, loading
+- ``kit.problems`` what is wrong with files that parameters name
 - ``kit.params``   every knob of every notebook: name, unit, default, bounds
 - ``kit.augment``  random views, made in batches on the training device
 - ``kit.models``   encoders, heads, the masked autoencoder, encoder files

@@ -12,7 +12,6 @@ Plain `papermill notebooks/2_pretrain.ipynb OUTPUT.ipynb -f FILE.yaml` does the 
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import logging
 import os
@@ -23,21 +22,27 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 
+from kit.cells import assigned_names, literals
 from kit.params import NOTEBOOKS
-from kit.reading import ParameterError, Parameters, assigned_names, check, read_yaml
+from kit.reading import ParameterError, Parameters, check, read_options, read_yaml
 from kit.runs import ROOT, Run, RunError, resolve, shown, write_json, write_whole
 
 FOLDER = ROOT / "notebooks"
 
 
 def defaults(notebook: str) -> dict[str, Any]:
-    """The values in a notebook's `parameters` cell, which holds literals only."""
+    """The values in a notebook's `parameters` cell, which holds literals only.
+
+    Raises:
+        ParameterError: an expression stands there.
+    """
     cells = nbformat.read(FOLDER / f"{notebook}.ipynb", as_version=4).cells
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    return {name: ast.literal_eval(node.value) for node in ast.parse(source).body
-            for name in assigned_names([ast.unparse(node)])}
+    values = literals([source])
+    if others := [name for name in assigned_names([source]) if name not in values]:
+        raise ParameterError(f"{notebook}: in the cell `# Parameters`, {', '.join(others)} must be plain values")
+    return values
 
 
 def parameters(notebook: str, values: dict[str, Any]) -> Parameters:
@@ -180,7 +185,7 @@ def main() -> int:
             run_folder(resolve(arguments.what))
         elif (notebook := Path(arguments.what or "").name.removesuffix(".ipynb")) in NOTEBOOKS:
             values = read_yaml(arguments.file) if arguments.file else {}
-            values.update({name: yaml.safe_load(value) for name, value in arguments.parameter})
+            values.update(read_options(arguments.parameter))
             print(parameters(notebook, values).output_dir if arguments.check
                   else shown(run(notebook, values, arguments.output, arguments.log)))
         else:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
+from kit.data.choices import UNUSABLE, BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
+from kit.machine import missing_of_slurm, slurm_nodes
+from kit.problems import alias_problems, label_problems
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
 
+TaskType = Literal["auto", "classification", "regression"]
+Code = int | float | str
 Architecture = Literal["resnet18", "resnet18_narrow", "vit", "vit_narrow"]
+Precision = Literal["fp32", "bf16"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__
+
+
+def _unusable_flag(name: str) -> str:
+    if name not in UNUSABLE:
+        raise ValueError(f"the flags that make a scan unusable are {', '.join(UNUSABLE)}")
+    return name
 
 
 class Explore(Parameters):
@@ -95,7 +105,9 @@ class Pretrain(Parameters):
 
     prepared: ProjectPath
     split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
-    take_flagged: bool = False  # learn from scans that quality control flagged, too
+    leave_out_test: bool = True  # without a column `split`: not those who will be tested, decided by hash
+    aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
+    accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
     objective: Literal["simclr", "mae"] = "simclr"
     architecture: Architecture = "resnet18_narrow"
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
@@ -119,6 +131,7 @@ class Pretrain(Parameters):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants, held out
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the held-out scans; 0: none
     retry_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the rate after a loss that is not finite; 0: stop
+    precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
     retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
     workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
@@ -138,10 +151,11 @@ class Pretrain(Parameters):
 
     def all_nodes(self) -> int:
         """Nodes to train on; those of the Slurm job unless `nodes` says."""
-        return self.nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+        job, missing = slurm_nodes()
+        return self.nodes or (1 if missing else job)
 
     def problems(self) -> list[str]:
-        problems = _prepared_problems("prepared", self.prepared)
+        problems = _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases)
         if self.objective == "mae" and not self.architecture.startswith("vit"):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
         if self.objective == "mae" and self.session_pairs:
@@ -149,6 +163,9 @@ class Pretrain(Parameters):
         if self.session_pairs and self.sampling == "balanced":
             problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
                             "set sampling: all, or session_pairs: false")
+        if self.nodes > 1 and (missing := missing_of_slurm()):
+            problems.append(f"nodes: {self.nodes} are started by Slurm from inside its job, but "
+                            f"{' and '.join(missing)}; set nodes: 1 to train on this machine")
         if self.batch_size % self.processes():
             problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
                             + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
@@ -160,19 +177,22 @@ class Tuning(Parameters):
 
     prepared: ProjectPath
     out_of_distribution: ProjectPath | None = None  # prepared scans of other sites, tested beside the test set
-    take_flagged: bool = False  # learn from scans that quality control flagged, too
+    accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
     batch_size: Annotated[int, Field(ge=2)] = 16
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     optimizer: Literal["adam", "adamw"] = "adamw"
     schedule: Literal["cosine", "constant"] = "cosine"
+    precision: Precision = "fp32"  # of the network while it is fine-tuned: fp32, bf16 (products and convolutions only)
     flip: bool = True  # mirror left and right at random while fine-tuning
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
+    rows_are_people: bool = False  # a cohort without a column participant has one scan of each person
+    aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
     seed: Seed = 0
 
     def problems(self) -> list[str]:
         others = self.out_of_distribution
-        return _prepared_problems("prepared", self.prepared) + (
+        return _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases) + (
             _prepared_problems("out_of_distribution", others) if others is not None else [])
 
 
@@ -181,7 +201,8 @@ class Finetune(Tuning):
 
     encoder: str  # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain
     task: str = "age"  # a label column
-    task_type: Literal["auto", "classification", "regression"] = "auto"
+    task_type: TaskType = "auto"
+    missing_codes: list[Code] = []  # values of the label that mean missing, such as 9, 999 or NA
     mode: Literal["probe", "finetune"] = "finetune"
     label_fraction: Fraction = 1.0  # of the training participants
     epochs: Positive = 12
@@ -189,7 +210,7 @@ class Finetune(Tuning):
     def problems(self) -> list[str]:
         problems = super().problems()
         return problems + _encoder_problems("encoder", self.encoder) + (
-            [] if problems else _label_problems("task", self.prepared, self.task, self.task_type))
+            [] if problems else label_problems("task", self.prepared, self.task, self.task_type, self.missing_codes))
 
 
 class Saliency(Parameters):
@@ -220,6 +241,8 @@ class Benchmark(Tuning):
     finetune_tasks: list[str] = ["stroke"]  # tasks to fine-tune on besides
     finetune_fractions: list[Fraction] = [0.2]
     seeds: list[Seed] = [0]
+    task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
+    missing_codes: dict[str, list[Code]] = {}  # of a task, as in 3_finetune
     epochs: Positive = 6  # of fine-tuning
     seed: Seed = 0  # of the random encoders
 
@@ -227,11 +250,14 @@ class Benchmark(Tuning):
         problems = super().problems()
         for name, encoder in self.encoders.items():
             problems += _encoder_problems(f"encoders.{name}", encoder)
+        problems += [f"{name}: {task} is not among tasks" for name in ("task_types", "missing_codes")
+                     for task in getattr(self, name) if task not in self.tasks]
         problems += [f"finetune_tasks: {task} is not among tasks"
                      for task in self.finetune_tasks if task not in self.tasks]
         if not _prepared_problems("prepared", self.prepared):
             for task in self.tasks:
-                problems += _label_problems("tasks", self.prepared, task, "auto")
+                problems += label_problems("tasks", self.prepared, task, self.task_types.get(task, "auto"),
+                                            self.missing_codes.get(task, []))
         return problems
 
 
@@ -280,15 +306,3 @@ def _encoder_problems(name: str, encoder: str) -> list[str]:
     path = resolve(encoder)
     path = path / "encoder.safetensors" if path.is_dir() else path
     return [] if path.is_file() else [f"{name}: no file {shown(path)}; run 2_pretrain first, or say `random`"]
-
-
-def _label_problems(name: str, prepared: Path, task: str, task_type: str) -> list[str]:
-    import pandas as pd
-
-    from kit.data.labels import LabelError, read_labels
-
-    try:
-        read_labels(pd.read_csv(prepared / "index.csv", low_memory=False), task, task_type)
-    except LabelError as error:
-        return [f"{name}: {error}"]
-    return []

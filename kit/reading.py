@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import linecache
+import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from kit.cells import CellError, current_values
 from kit.runs import resolve, shown
 
 
@@ -54,35 +55,86 @@ Model = TypeVar("Model", bound=Parameters)
 def read(model: type[Model]) -> Model:
     """The running notebook's parameters, checked.
 
-    Takes the names assigned in the notebook's cells that start with ``# Parameters`` (the cell of defaults
-    and the one that papermill injects) and their present values.
+    Takes the names assigned in the notebook's cells that start with ``# Parameters``, as they were last run: the cell
+    of defaults, and the one that papermill injects.
 
     Raises:
-        ParameterError: with every unknown name, wrong type, impossible value and unusable file.
+        ParameterError: with every unknown name, wrong type, impossible value and unusable file; a name holds
+            something else than its cell says; papermill's cell ran before the other one.
     """
-    shell = sys.modules["IPython"].get_ipython()
-    # IPython keeps each cell's source here, for tracebacks. `In` lacks cells run without history, as nbval runs them.
-    cells = ["".join(entry[2]) for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
-    sources = [cell for cell in cells if cell.lstrip().startswith("# Parameters")]
-    return check(model, {name: shell.user_ns[name] for name in assigned_names(sources)})
+    try:
+        values = current_values(model.__name__, sys.modules["IPython"].get_ipython())
+    except CellError as error:
+        raise ParameterError(str(error)) from None
+    return check(model, values)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Names and values of a YAML file.
 
     Raises:
-        ParameterError: the file is missing, is no YAML, or does not map names to values.
+        ParameterError: the file is missing, is no YAML, does not map names to values, names one twice, or has numbers
+            that YAML reads as other numbers.
     """
     path = resolve(path)
     if not path.is_file():
         raise ParameterError(f"{shown(path)}: no such file")
+    text = path.read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ParameterError(f"{shown(path)} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ParameterError(f"{shown(path)}: expected `name: value` lines, found a {type(values).__name__}")
+    if misread := _misread(yaml.compose(text, yaml.SafeLoader)):
+        raise ParameterError(f"{shown(path)}: {_listing(misread)}")
     return values
+
+
+def read_options(options: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Names and values of a command line, each value YAML.
+
+    Raises:
+        ParameterError: values that are no YAML, or numbers that YAML reads as other numbers.
+    """
+    values, problems = {}, []
+    for name, text in options:
+        try:
+            values[name] = yaml.safe_load(text)
+            problems += _misread(yaml.compose(text, yaml.SafeLoader), name)
+        except yaml.YAMLError as error:
+            problems.append(f"{name}: {text!r} is not YAML: {str(error).splitlines()[0]}")
+    if problems:
+        raise ParameterError(_listing(problems))
+    return values
+
+
+OCTAL, SIXTIES = re.compile(r"[-+]?0[0-7_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+def _misread(node: yaml.Node | None, name: str = "") -> list[str]:
+    """Numbers that YAML 1.1 takes for others than a person who typed them, and names that stand twice."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        return [f"{_dotted(name, key)}: stands here twice" for key in twice] + [
+            fault for key, value in node.value for fault in _misread(value, _dotted(name, str(key.value)))]
+    if isinstance(node, yaml.SequenceNode):
+        return [fault for place, item in enumerate(node.value) for fault in _misread(item, _dotted(name, str(place)))]
+    if node is None or not node.tag.endswith((":int", ":float")):
+        return []
+    text, read = node.value, yaml.safe_load(node.value)
+    if OCTAL.fullmatch(text):
+        return [f"{name}: YAML reads {text} as {read} (octal); write {int(text)} for the number, "
+                f"'{text}' in quotes for text"]
+    if SIXTIES.fullmatch(text):
+        return [f"{name}: YAML reads {text} as {read} (sixties, as of minutes); write {read} for the number, "
+                f"'{text}' in quotes for text"]
+    return []
+
+
+def _dotted(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
 
 
 def check(model: type[Model], values: Mapping[str, Any]) -> Model:
@@ -94,20 +146,40 @@ def check(model: type[Model], values: Mapping[str, Any]) -> Model:
     try:
         params = model.model_validate(dict(values))
     except ValidationError as error:
-        raise ParameterError(_listing([_wording(model, fault) for fault in error.errors()])) from None
+        faults = [_wording(model, fault) for fault in error.errors()]
+        named = {fault.partition(":")[0] for fault in faults}
+        odd = [fault for fault in _odd(values) if fault.partition(":")[0] not in named]
+        raise ParameterError(_listing(faults + odd)) from None
+    if odd := _odd(values, dict(params)):
+        raise ParameterError(_listing(odd))
     if problems := getattr(params, "problems", list)():  # a recipe has nothing outside itself to check
         raise ParameterError(_listing(problems))
     return params
 
 
-def assigned_names(sources: Iterable[str]) -> list[str]:
-    """Names assigned at the top level of the cells' sources, in order, each once."""
-    names: dict[str, None] = {}
-    for source in sources:
-        for node in ast.parse(source).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            names.update({target.id: None for target in targets if isinstance(target, ast.Name)})
-    return list(names)
+def _odd(given: Any, read: Any = None, name: str = "") -> list[str]:
+    """Values that pydantic takes and nobody means: true for a number, numbers that are not finite.
+
+    Args:
+        given: the values.
+        read: what the model made of them; None where it could not.
+        name: of the part.
+    """
+    read = dict(read) if isinstance(read, BaseModel) else read
+    if isinstance(given, Mapping) and isinstance(read, Mapping | None):
+        return [fault for key, value in given.items() for fault in _odd(value, (read or {}).get(key),
+                                                                       _dotted(name, str(key)))]
+    if isinstance(given, list | tuple) and isinstance(read, list | tuple | None):
+        parts = read if read is not None and len(read) == len(given) else [None] * len(given)
+        return [fault for place, (value, part) in enumerate(zip(given, parts, strict=True))
+                for fault in _odd(value, part, _dotted(name, str(place)))]
+    if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        return [f"{name}: got {str(given).lower()}, which would count as {read:g}; write a number"]
+    number = read if isinstance(read, float) else given
+    if isinstance(number, float) and not math.isfinite(number):
+        return [f"{name}: got {given}, understood as {'not a number' if math.isnan(number) else 'infinity'}; "
+                "write a finite number"]
+    return []
 
 
 def _wording(model: type[Parameters], fault: Mapping[str, Any]) -> str:

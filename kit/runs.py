@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-import fcntl
+import csv
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from kit.machine import Lock
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,8 +76,9 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> Path:
-    """Write a CSV without its row numbers, whole or not at all."""
-    return write_whole(path, lambda aside: table.to_csv(aside, index=False))
+    """Write a CSV without its row numbers, whole or not at all. Text is in quotes: `kit.data.tabular.read_table`."""
+    table = table.astype({name: str for name in table.select_dtypes(bool)})
+    return write_whole(path, lambda aside: table.to_csv(aside, index=False, quoting=csv.QUOTE_NONNUMERIC))
 
 
 def progress(items: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> Any:
@@ -90,17 +94,29 @@ def progress(items: Iterable[Any] | None = None, *, disable: bool = False, **opt
 
 def environment() -> str:
     """Python, machine type and the installed packages with their versions, a line each."""
-    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
     lines = [f"python=={platform.python_version()}", f"machine {platform.machine()} {platform.system()}"]
-    return "\n".join(lines + [f"{name}=={installed[name]}" for name in sorted(installed, key=str.lower)]) + "\n"
+    return "\n".join(lines + sorted({_named(dist) for dist in metadata.distributions()}, key=str.lower)) + "\n"
+
+
+def _named(dist: metadata.Distribution) -> str:
+    """A package with its version; one whose metadata cannot be read is named by its folder."""
+    try:
+        name, version = dist.metadata["Name"], dist.metadata["Version"]
+    except Exception:  # what is wrong with it is not ours to say
+        name = version = None
+    return f"{name}=={version}" if name and version else f"{name or _folder(dist)} (its metadata are broken)"
+
+
+def _folder(dist: metadata.Distribution) -> str:
+    return Path(getattr(dist, "_path", "a package")).name
 
 
 class Run:
-    """A run folder that this process holds. Open one with `Run.open`."""
+    """A run folder that this process holds, until the last `Run` of it is closed or gone. Open one with `Run.open`."""
 
-    def __init__(self, folder: Path, lock: int) -> None:
+    def __init__(self, folder: Path, lock: Lock) -> None:
         self.folder = folder
-        self._lock = lock
+        self._lock: Lock | None = lock
 
     @classmethod
     def open(cls, folder: str | Path, params: Mapping[str, Any], may_change: frozenset[str] = frozenset()) -> Run:
@@ -117,11 +133,9 @@ class Run:
         """
         folder = resolve(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
+            lock = Lock.take(folder / ".lock")
+        except BlockingIOError:
             raise RunError(f"{shown(folder)}: another process is writing this run; "
                            "wait for it, or give another output_dir") from None
         stored = folder / "params.yaml"
@@ -130,7 +144,6 @@ class Run:
             before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
             before = {name: value for name, value in before.items() if name not in may_change}
             if listed := differences(before, fixed, "the folder"):
-                os.close(lock)
                 raise RunError(f"{shown(folder)} holds a run of other parameters:\n  {listed}\n"
                                "give another output_dir, or delete that folder")
         text = yaml.safe_dump(dict(params), sort_keys=False)
@@ -147,10 +160,8 @@ class Run:
         return self.folder / name
 
     def close(self) -> None:
-        """Let another process write this run. Leaving the process does the same."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """Let another process write this run, where this one has no other `Run` of it. Leaving it does the same."""
+        self._lock = None
 
     def figure(self, figure: Figure, name: str) -> Figure:
         """Save `figures/<name>.png` and hand the figure back, to be shown."""
@@ -158,11 +169,12 @@ class Run:
                     lambda aside: figure.savefig(aside, format="png", bbox_inches="tight"))
         return figure
 
-    def metrics(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Add flat names and numbers to `metrics.json`; returns all that it holds now."""
+    def metrics(self, values: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Add flat names and numbers to `metrics.json`, nan as null; returns all that it holds now."""
         path = self.folder / "metrics.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known.update({name: float(value) for name, value in values.items()})
+        known.update({name: None if value is None or math.isnan(value) else float(value)
+                      for name, value in values.items()})
         write_json(path, known)
         return known
 

@@ -21,7 +21,7 @@ def absent(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def make_store(folder, participants=24, shape=SHAPE, seed=0):
+def make_store(folder, participants=24, shape=SHAPE, seed=0, dataset="made"):
     """Noise in an ellipsoid; a bright corner says `lesion`, the mean brightness of the lower half says `age`."""
     grid = Grid(shape, 4.0)
     rng = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def make_store(folder, participants=24, shape=SHAPE, seed=0):
             image = np.where(mask, (image - image[mask].mean()) / image[mask].std(), 0)
             scan = f"made_{number:03d}_{session}"
             write_scan(scan_path(folder, scan), image, mask, scan, grid.affine)
-            rows.append({"scan": scan, "participant": f"{number:03d}", "session": session, "dataset": "made",
+            rows.append({"scan": scan, "participant": f"{number:03d}", "session": session, "dataset": dataset,
                          "lesion": lesion, "age": age, "site": "AB"[number % 4 // 2]})
     pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
     (folder / "preparation.json").write_text(json.dumps({

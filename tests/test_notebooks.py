@@ -6,6 +6,7 @@ import re
 import nbformat
 import pytest
 
+from kit.cells import _papermills
 from kit.execute import FOLDER, defaults
 from kit.params import NOTEBOOKS
 
@@ -48,6 +49,7 @@ def test_at_most_a_third_of_the_outputs_are_unchecked(name):
 def test_parameters_are_the_models_own(name):
     cell, = (cell for cell in code(name) if "parameters" in tags(cell))
     assert cell.source.startswith("# Parameters\n")
+    assert not _papermills(cell.source), "a comment tells it from the cell that papermill injects"
     NOTEBOOKS[name].model_validate(defaults(name))
     optional = {field for field, info in NOTEBOOKS[name].model_fields.items() if not info.is_required()}
     needed = set(NOTEBOOKS[name].model_fields) - optional
@@ -68,6 +70,35 @@ def test_every_figure_is_saved_and_small(name):
     size = (FOLDER / f"{name}.ipynb").stat().st_size
     assert size < 1_000_000, f"{size / 1e6:.1f} MB: too large to be read on a code host"
     assert any("image/png" in out.get("data", {}) for cell in code(name) for out in cell.outputs)
+
+
+def bound(node):
+    """Names that a cell's statement binds in the notebook: not those of functions, lambdas and comprehensions."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return set()
+    names = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del) else set()
+    if isinstance(node, ast.alias):
+        names = {(node.asname or node.name).partition(".")[0]}
+    if isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+        names = {node.name}
+    return names.union(*map(bound, ast.iter_child_nodes(node)))
+
+
+def test_what_a_statement_binds():
+    code = ("import a.b, c as d\nfor e, (f, *g) in h:\n    i = j\nwith k as l: pass\ntry: pass\nexcept m as n: pass\n"
+            "def o(p): q = 1\nr = [s for s in t]\nu += 1\nif (v := w): pass\nx: int = 1\ny.z = 1")
+    assert bound(ast.parse(code)) == set("adefgilnoruvx")
+
+
+@each
+def test_no_cell_rebinds_a_parameter(name):
+    """Or a cell that reads the parameters again would read what the other one left."""
+    fields = set(NOTEBOOKS[name].model_fields)
+    for cell in code(name):
+        if "parameters" not in tags(cell):
+            assert not bound(ast.parse(cell.source)) & fields, cell.source
 
 
 @each

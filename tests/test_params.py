@@ -6,8 +6,9 @@ import sys
 import pytest
 import yaml
 
+from kit.augment.recipe import names, read_recipe
 from kit.params import NOTEBOOKS, Explore, Preprocess, Pretrain
-from kit.reading import ParameterError, assigned_names, check
+from kit.reading import ParameterError, check, read_yaml
 from kit.runs import ROOT, outputs_dir, resolve, shown
 
 
@@ -79,6 +80,53 @@ def test_numbers_that_yaml_reads_as_text_arrive_as_numbers(prepared):
     assert check(Pretrain, {"output_dir": "outputs/x", "prepared": prepared, **values}).learning_rate == 1e-4
 
 
+@pytest.mark.parametrize(("typed", "words"), [
+    ("epochs: 010", "epochs: YAML reads 010 as 8 (octal); write 10 for the number, '010' in quotes for text"),
+    ("epochs: 1:30", "epochs: YAML reads 1:30 as 90 (sixties, as of minutes); write 90 for the number"),
+    ("temperature: 0:30.5", "temperature: YAML reads 0:30.5 as 30.5 (sixties"),
+    ("projection: [128, 064]", "projection.1: YAML reads 064 as 52 (octal); write 64"),
+    ("epochs: 3\nseed: 1\nepochs: 5", "epochs: stands here twice"),
+    ("epochs: true", "epochs: got true, which would count as 1; write a number"),
+    ("learning_rate: yes", "learning_rate: got true, which would count as 1"),
+    ("projection: [128, on]", "projection.1: got true"),
+    ("temperature: .inf", "temperature: got inf, understood as infinity; write a finite number"),
+    ("temperature: inf", "temperature: got inf, understood as infinity"),
+    ("temperature: 1e999", "temperature: got 1e999, understood as infinity"),
+    ("weight_decay: .nan", "weight_decay: got nan; input should be"),
+])
+def test_numbers_that_are_not_what_was_typed_are_refused(prepared, tmp_path, typed, words):
+    (tmp_path / "mine.yaml").write_text(f"prepared: {prepared}\noutput_dir: outputs/x\n{typed}\n")
+    with pytest.raises(ParameterError) as error:
+        check(Pretrain, read_yaml(tmp_path / "mine.yaml"))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("typed", "name", "value"), [
+    ("learning_rate: 1e-4", "learning_rate", 1e-4), ("epochs: 10", "epochs", 10), ("epochs: 0", "epochs", 0),
+    ("epochs: 08", "epochs", 8), ("epochs: 2.0", "epochs", 2), ("epochs: 1_000", "epochs", 1000),
+    ("session_pairs: true", "session_pairs", True), ("session_pairs: no", "session_pairs", False),
+    ("accept_flags: [contrast]", "accept_flags", ["contrast"]),
+    ("split: '010'", "split", "010"), ("temperature: .5", "temperature", 0.5), ("ema: 0", "ema", 0.0),
+])
+def test_what_was_typed_arrives(prepared, tmp_path, typed, name, value):
+    (tmp_path / "mine.yaml").write_text(f"prepared: {prepared}\noutput_dir: outputs/x\n{typed}\n")
+    found = getattr(check(Pretrain, read_yaml(tmp_path / "mine.yaml")), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_recipes_numbers_are_what_was_typed(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    for text, words in (("gamma: {range: [0.5, 01]}", "gamma.range.1: YAML reads 01 as 1"),
+                        ("gamma: {range: [0.5, 1.5], probability: true}", "gamma.probability: got true"),
+                        ("flip: {probability: 0.5}\nflip: {probability: 1.0}", "flip: stands here twice"),
+                        ("noise: {range: [0, .inf]}", "noise.range.1: got inf")):
+        mine.write_text(text)
+        with pytest.raises(ParameterError) as error:
+            read_recipe(mine)
+        assert words in str(error.value)
+    assert [read_recipe(name) for name in names()]
+
+
 def test_cohort_tables_are_looked_at_first(tmp_path):
     table = tmp_path / "cohort.csv"
     table.write_text("participant,scan\n1,a.nii\n")
@@ -90,11 +138,6 @@ def test_cohort_tables_are_looked_at_first(tmp_path):
 def test_batch_must_divide_over_workers(prepared):
     assert "batch_size: 15 does not divide over 2 workers" in refusal(
         Pretrain, output_dir="outputs/x", prepared=prepared, batch_size=15, workers=2)
-
-
-def test_names_come_from_the_source_not_from_the_globals():
-    assert assigned_names(["# Parameters\nseed = 0\nshape: list = [1]\n", "# Parameters\nsed = 1\nprint(seed)"]) == [
-        "seed", "shape", "sed"]
 
 
 def test_relative_paths_mean_the_project(monkeypatch, tmp_path):

@@ -34,7 +34,8 @@ def test_every_dependency_says_what_it_is_for():
 
 
 def test_the_lock_is_what_is_installed():
-    installed = {dist.metadata["Name"].lower(): dist.version.partition("+")[0] for dist in metadata.distributions()}
+    installed = {dist.metadata["Name"].lower(): dist.version.partition("+")[0] for dist in metadata.distributions()
+                 if dist.metadata["Name"]}
     differ = {name: (version, installed.get(name)) for name, version in LOCK.items() if installed.get(name) != version}
     assert not differ, "run `make clean setup`: the tests must run on what the lock pins"
 

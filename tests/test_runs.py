@@ -1,13 +1,16 @@
 """A run's folder: files whole or not at all, one writer, the same parameters."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from kit.runs import Run, RunError, write_whole
+from kit.runs import ROOT, Run, RunError, write_whole
+from tests.faults import without
 
 KILLED = """
 import os, sys, signal
@@ -44,17 +47,91 @@ def test_other_parameters_are_refused_with_the_differences(tmp_path):
     Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 2}, frozenset({"workers"})).close()
 
 
+HOLDS = """
+import sys
+from kit.runs import Run
+run = Run.open(sys.argv[1], {"seed": 0})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_one_writer_at_a_time(tmp_path):
-    run = Run.open(tmp_path / "run", {"seed": 0})
-    with pytest.raises(RunError, match="another process is writing this run"):
-        Run.open(tmp_path / "run", {"seed": 0})
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDS, folder], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process is writing this run"):
+            Run.open(folder, {"seed": 0})
+        other.stdin.close()
+    run = Run.open(folder, {"seed": 0})
+    asked = [sys.executable, "-c", HOLDS, folder]
+    refused = subprocess.run(asked, cwd=ROOT, text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert "another process is writing this run" in refused.stderr
     run.close()
-    Run.open(tmp_path / "run", {"seed": 0}).close()
+    assert subprocess.run(asked, cwd=ROOT, text=True, capture_output=True, stdin=subprocess.DEVNULL).stdout == "held\n"
+
+
+def test_the_lock_belongs_to_the_process(tmp_path):
+    """It holds the folder once, however often it asks, until the last that asked is done."""
+    first, second = (Run.open(tmp_path / "run", {"seed": 0}) for _ in range(2))
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    third = Run.open(tmp_path / "link", {"seed": 0})
+    asked = [sys.executable, "-c", HOLDS, tmp_path / "run"]
+
+    def free():
+        return not subprocess.run(asked, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL).returncode
+
+    first.close()
+    second.close()
+    assert not free()
+    with pytest.raises(RunError, match="other parameters"):
+        Run.open(tmp_path / "run", {"seed": 1})  # a refusal takes nothing away
+    assert not free()
+    del third  # as a cell does that is run again
+    assert free()
+    again = Run.open(tmp_path / "run", {"seed": 0})
+    shutil.rmtree(tmp_path / "run")  # somebody starts afresh, and the kernel lives on
+    assert Run.open(tmp_path / "run", {"seed": 0}).folder == again.folder
+    assert (tmp_path / "run/.lock").exists()
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, error):
+    code = without("flock", error) + HOLDS
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], cwd=ROOT, text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL, check=True)
+    assert done.stdout == "held\n" and (tmp_path / "run/params.yaml").exists()
+    assert f"this file system has no locks ({os.strerror(error)})" in done.stderr and "one at a time" in done.stderr
+    assert "another process" not in done.stderr
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path):
+    done = subprocess.run([sys.executable, "-c", without("flock", errno.EIO) + HOLDS, tmp_path / "run"], cwd=ROOT,
+                          text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert done.returncode and os.strerror(errno.EIO) in done.stderr and "another process" not in done.stderr
+
+
+def test_packages_with_broken_metadata_stop_no_run(tmp_path):
+    """Real folders beside ours: without a name, without a version, empty, and bytes that are no text."""
+    for name, text in (("nameless", b"Metadata-Version: 2.1\nVersion: 1\n"), ("odd", b"\xff\xfe\x00Name"),
+                       ("versionless", b"Name: versionless\n"), ("empty", None), ("fine", b"Name: fine\nVersion: 2\n")):
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        if text is not None:
+            (tmp_path / f"{name}-1.dist-info/METADATA").write_bytes(text)
+    subprocess.run([sys.executable, "-c", HOLDS, tmp_path / "run"], cwd=ROOT, check=True, stdin=subprocess.DEVNULL,
+                   stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    lines = (tmp_path / "run/environment.txt").read_text().splitlines()
+    assert {"fine==2", "nameless-1.dist-info (its metadata are broken)", "odd-1.dist-info (its metadata are broken)",
+            "versionless (its metadata are broken)", "empty-1.dist-info (its metadata are broken)"} <= set(lines)
+    assert any(line.startswith("torch==") for line in lines)
 
 
 def test_what_a_run_leaves(tmp_path):
     run = Run.open(tmp_path / "run", {"seed": 0})
     run.metrics({"loss": 2})
     assert run.metrics({"auc": 0.5}) == {"loss": 2.0, "auc": 0.5} == json.loads((run / "metrics.json").read_text())
+    assert run.metrics({"auc_low": float("nan")})["auc_low"] is None
+    assert "NaN" not in (run / "metrics.json").read_text()  # which is no JSON
     assert "torch==" in (run / "environment.txt").read_text()
     assert sorted(os.listdir(run.folder)) == [".lock", "environment.txt", "metrics.json", "params.yaml"]

@@ -1,8 +1,11 @@
 """From files on disk to batches.
 
+- ``tabular``     what is a number, text or missing in a table; the kit's own tables come back as they were
+- ``identity``    who is who: names of participants, sessions and datasets; people known under several
 - ``cohort``      tables and BIDS folders, one scan a row
 - ``labels``      a label column as numbers, with its kind checked
 - ``split``       participants into train, validation and test
+- ``leakage``     nobody and no scan on both sides, of a split or of an encoder and its test
 - ``sample``      the procedural sample cohort
 - ``choices``     the words that say how scans are prepared
 - ``grid``        where prepared arrays lie in MNI152 millimetres
@@ -19,5 +22,6 @@
 - ``table``       the index, the failed scans, shards merged
 - ``preprocess``  one scan, then a cohort, into the store
 - ``store``       prepared scans: one blosc2 array each and an index
+- ``batch``       some scans together, on a device or between processes
 - ``loader``      batches of prepared scans, which and in what order (seed, epoch) alone decide
 """

@@ -25,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 
+from kit.data.tabular import TableError, read_foreign, trimmed, typed
 from kit.runs import shown
 
 IDENTITY = ["dataset", "participant", "session"]
@@ -141,7 +142,7 @@ def _nnssl(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _openmind(file: Path) -> Iterator[dict[str, Any]]:
-    table = _table(file, low_memory=False)
+    table = _table(file, ("image_path", "modality"))
     if missing := {"image_path", "modality"} - set(table):
         raise CohortError(f"{shown(file)}: needs the columns {', '.join(sorted(missing))}; download it again")
     folder = file.parent / "OpenMind"
@@ -189,30 +190,39 @@ def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
         return table
     labels = pd.concat(tables, ignore_index=True)
     keys = [key for key in ("dataset", "participant", "visit") if key in labels]
+    own = list(table)
     table = table.merge(labels.drop_duplicates(keys), on=keys, how="left", suffixes=("", " of participants"))
-    return table.drop(columns=[name for name in table if name.endswith(" of participants")])
+    table = table.drop(columns=[name for name in table if name.endswith(" of participants")]).fillna("")
+    for name in [name for name in table if name not in own]:
+        table[name] = typed(table[name], decimal_comma=True)  # now, for one file of many may have numbers alone
+    return table
 
 
 def _participants(folder: Path, dataset: str | None) -> pd.DataFrame | None:
     file = folder / "participants.tsv"
     if not file.is_file():
         return None
-    labels = _table(file, sep="\t", dtype={"participant_id": str, "session_id": str}, na_values=["n/a"])
+    labels = _table(file, None)
     if "participant_id" not in labels:
         raise CohortError(f"{shown(file)}: needs a column participant_id; found {', '.join(labels.columns)}")
     labels["participant"] = labels.pop("participant_id").map(_bare)
     if "session_id" in labels:
-        labels["visit"] = labels.pop("session_id").map(_bare, na_action="ignore")
+        labels["visit"] = labels.pop("session_id").map(_bare)
     if dataset is not None:
         labels["dataset"] = dataset
     return labels
 
 
-def _table(file: Path, **how: Any) -> pd.DataFrame:
+def _table(file: Path, text: tuple[str, ...] | None) -> pd.DataFrame:
     try:
-        return pd.read_csv(file, **how)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise CohortError(f"{shown(file)} is no table: {error}; download it again") from None
+        return read_foreign(file, _names, text)
+    except TableError as error:
+        raise CohortError(f"{error}; download it again") from None
+
+
+def _names(header: list[str]) -> list[str]:
+    """Names of columns; a column of row numbers has none, and such a file is fine."""
+    return [trimmed(name) or f"column {place}" for place, name in enumerate(header, 1)]
 
 
 def _stem(name: str) -> str:

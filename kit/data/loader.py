@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,8 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kit.data.split import participant_ids
+from kit.data.batch import Batch
+from kit.data.identity import participant_ids
 from kit.data.store import Store, StoreError
 
 # of malloc.h
@@ -27,36 +29,8 @@ MOST_DAMAGED = 8
 Item = tuple[np.ndarray, np.ndarray, int, float, tuple[str, ...]]  # image, mask, key, label, damaged scans in its place
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some scans, on one device.
-
-    Attributes:
-        images: (batch, 1, depth, height, width) float32, on the store's scale inside the mask, zero outside.
-        masks: (batch, 1, depth, height, width) bool.
-        keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
-        labels: (batch,) float32, nan where there is none.
-        damaged: names of scans whose place another scan took.
-    """
-
-    images: torch.Tensor
-    masks: torch.Tensor
-    keys: list[int]
-    labels: torch.Tensor
-    damaged: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device, as float32; the copy does not block where memory is pinned."""
-        return Batch(self.images.to(device, non_blocking=True).float(), self.masks.to(device, non_blocking=True),
-                     self.keys, self.labels.to(device, non_blocking=True), self.damaged)
-
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader: memory that a CUDA device can copy from without waiting."""
-        return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory(),
-                     self.damaged)
+class LoaderError(RuntimeError):
+    """Loading processes could not be started, or one died; the message says what to do."""
 
 
 def scan_key(scan: str) -> int:
@@ -223,16 +197,51 @@ def load(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 
     """Load batches in the given order, with pinned memory where there is a CUDA device.
 
     Damaged scans that were skipped are counted in `scans.damaged`; the first time, a warning names them.
+
+    Raises:
+        LoaderError: loading processes cannot be started. What torch raises when one dies, `loading_may_fail` words.
     """
     options = {"multiprocessing_context": "spawn", "prefetch_factor": 2,
                "worker_init_fn": keep_freed_memory} if workers else {}
-    for batch in DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                            pin_memory=torch.cuda.is_available(), **options):
+    loader = DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                        pin_memory=torch.cuda.is_available(), **options)
+    piped = False
+    try:
+        batches = iter(loader)  # loading processes start here, and their queues take a little of /dev/shm
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise LoaderError("loading processes cannot be started, as /dev/shm is full. Set loader_workers: 0, which "
+                          "loads in the training process, or make room there (docker: --shm-size)") from error
+    for batch in batches:
+        if batch.piped and not piped:
+            piped = True
+            warnings.warn("loading processes get no shared memory (is /dev/shm small? docker: --shm-size): batches "
+                          "come through pipes, which is slower", stacklevel=2)
         if new := sorted(set(batch.damaged) - set(scans.damaged)):
             warnings.warn(f"skipped {', '.join(new)}: missing or damaged in {scans.store.folder}; delete what is left "
                           "of them and run 1_preprocess again", stacklevel=2)
         scans.damaged.update(batch.damaged)
         yield batch
+
+
+@contextmanager
+def loading_may_fail() -> Iterator[None]:
+    """Name the cure where a loading process dies.
+
+    torch raises that wherever the main thread is at that moment, so this stands around all of the training.
+
+    Raises:
+        LoaderError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        first = str(error).splitlines()[0]
+        raise LoaderError(f"a loading process died, for want of memory perhaps ({first}). Set loader_workers: 0, which "
+                          "loads in the training process, or give the job more memory") from error
 
 
 def keep_freed_memory(*_: object) -> None:

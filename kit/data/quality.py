@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import ndimage
 
 from kit.data.brain import dice, millilitres
+from kit.data.choices import UNUSABLE
 from kit.data.grid import Grid
 from kit.data.register import Transforms, disagreement, rotation_angle
 from kit.data.resample import resample
@@ -23,8 +24,7 @@ class Metric(NamedTuple):
         what: in words, with its unit.
         bad: the side that is bad in the cohort's distribution; "" where only the limits count.
         least: the least deviation that counts: scans that are nearly all the same are no reason to flag one.
-        low, high: limits for a scan alone.
-        unusable: whether a scan beyond the limits is none to learn from.
+        low, high: limits for a scan alone; beyond those of `UNUSABLE` it is none to learn from.
     """
 
     what: str
@@ -32,26 +32,24 @@ class Metric(NamedTuple):
     least: float = 0.0
     low: float = -np.inf
     high: float = np.inf
-    unusable: bool = False
 
 
 # Limits: see docs/real_heads.md, which draws them over 266 real scans, moved, cut and spoilt ones, and things that are
 # no brains. `benchmarks/real_heads.py` measures them anew.
 METRICS = {
     "template_similarity": Metric("correlation with the template inside its brain, after affine registration", "low",
-                                  0.02, low=0.25, unusable=True),
+                                  0.02, low=0.35),
     "mask_overlap": Metric("Dice of the brain mask with the template's, after affine registration", "low", 0.01,
-                           low=0.88),
-    "contrast": Metric("white less grey matter's median, over the brain's standard deviation", "low", 0.1, low=0.2,
-                       unusable=True),
+                           low=0.9),
+    "contrast": Metric("white less grey matter nearby, over the brain's standard deviation", "low", 0.1, low=0.15),
     "brain_ml": Metric("volume of the brain mask, ml", "both", 30.0, low=700.0, high=2100.0),
     "largest_piece": Metric("share of the brain mask in its largest piece", "", low=0.98),
     "bright_edge": Metric("share of voxels up to 4 mm outside the mask that are as bright as brain", "high", 0.05,
-                          high=0.5),
-    "snr": Metric("median of the brain over the noise's standard deviation", "low", 1.0, low=3.0, high=500.0),
-    "grey_levels": Metric("distinct intensities in the brain", "", low=32, unusable=True),
+                          high=0.3),
+    "snr": Metric("median of the brain over the noise's standard deviation", "low", 1.0, low=3.0, high=999.0),
+    "grey_levels": Metric("distinct intensities in the brain", "", low=32),
     "outside_share": Metric("share of the template's brain outside the scan's field of view", "high", 0.005, high=0.05),
-    "scale": Metric("size of the brain over the template's, mean of three directions", "", low=0.7, high=1.2),
+    "scale": Metric("size of the template's brain in the scan, mean of three directions", "", low=0.7, high=1.2),
     "stretch": Metric("largest over smallest of the three directions' scales", "high", 0.02, high=1.5),
     "orientation_deg": Metric("rotation by which the header's orientation was wrong, degrees", "", high=1.0),
     "pose_deg": Metric("rotation between the rigid and the affine transform, degrees", "", high=4.0),
@@ -185,8 +183,7 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
     """Return an index with its columns `flags` and `unusable` made anew, such as "contrast low; brain_ml high".
 
     A metric flags a scan when it lies beyond its limits, or more than `DEVIATIONS` robust deviations from the median
-    of its site, on the bad side. Scans beyond the limits of a metric that says so are unusable; that column names
-    these metrics.
+    of its site, on the bad side. Scans beyond the limits of a metric of `UNUSABLE` are unusable; that column names it.
 
     Args:
         index: a row a scan, with the columns of `METRICS`, and `site` or `dataset`.
@@ -203,7 +200,7 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
             if beyond or abs(distance) > DEVIATIONS:
                 below = value < low or (not value > high and distance < 0)
                 flags[row].append(f"{name} {'low' if below else 'high'}")
-            if beyond and metric.unusable:
+            if beyond and name in UNUSABLE:
                 unusable[row].append(name)
     return index.assign(flags=["; ".join(each) for each in flags], unusable=["; ".join(each) for each in unusable])
 

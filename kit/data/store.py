@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from kit.data.grid import Grid
+from kit.data.tabular import read_table
 from kit.runs import write_json, write_whole
 
 # Raised when files written before can no longer be read, or would mean something else.
@@ -117,11 +118,14 @@ def read_transform(folder: str | Path, scan: str) -> np.ndarray:
 
 
 def read_index(path: str | Path) -> pd.DataFrame:
-    """Read an index. Names stay the text that they are: "0001" no number, "NA" not missing."""
-    index = pd.read_csv(path, low_memory=False)
-    text = pd.read_csv(path, dtype=str, keep_default_na=False)
-    names = [name for name in (*IDENTITY_COLUMNS, *QC_COLUMNS) if name not in QC_COLUMNS or name in index]
-    index[names] = text[names]
+    """Read an index. Names stay the text that they are: "0001" no number, "NA" not missing.
+
+    Raises:
+        KeyError: a column of `IDENTITY_COLUMNS` is missing.
+    """
+    index = read_table(path, text=(*IDENTITY_COLUMNS, *QC_COLUMNS))
+    if missing := [name for name in IDENTITY_COLUMNS if name not in index]:
+        raise KeyError(f"no column {missing[0]}")
     return index
 
 
@@ -165,6 +169,15 @@ class Store:
     def zscored(self) -> bool:
         """Whether intensities are z-scores; if not, white matter is 1."""
         return self.record["intensity"] == "zscore"
+
+    def contents(self) -> str:
+        """What the index has in each split, in words, for messages about what it lacks."""
+        split = self.index["split"].fillna("empty") if "split" in self.index else pd.Series("all", self.index.index)
+        who = self.index["dataset"].astype(str) + "/" + self.index["participant"].astype(str)
+        words = [f"{name} {len(rows)} scans of {who[rows.index].nunique()} participants"
+                 for name, rows in self.index.groupby(split, sort=False)]
+        return f"the column split of its index has {', '.join(words)}" if "split" in self.index else (
+            f"its index has {', '.join(words).removeprefix('all ')} and no column split")
 
     def read(self, scan: str, crop: tuple[slice, slice, slice] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Read a scan, or a crop of it without reading the rest.

@@ -14,10 +14,12 @@ import pandas as pd
 
 from kit.data.quality import METRICS, flagged
 from kit.data.store import claim, read_index, scan_path
+from kit.data.tabular import read_table
 from kit.runs import write_table, write_whole
 
 # Columns that the index adds to the cohort's.
 QUALITY_COLUMNS = ("mask_source", *METRICS, "seconds")
+FAILED = ("scan", "participant", "session", "image_path", "reason")  # columns of failed.csv
 ADDED = ("scan", *QUALITY_COLUMNS, "flags", "unusable")
 
 
@@ -75,8 +77,7 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dic
         index[column] = [outcomes[name][column] for name in index["scan"]]
     failed = table[~good].reset_index(drop=True)
     failed["reason"] = [outcomes[name] for name in failed["scan"]]
-    failed = failed[["scan", "participant", "session", "image_path", "reason"]]
-    return _written(flagged(index, brain_ml), failed, folder)
+    return _written(flagged(index, brain_ml), failed[list(FAILED)], folder)
 
 
 def _written(index: pd.DataFrame, failed: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -133,7 +134,7 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
             return None
         claim(folder, records[0])
         indexes = [read_index(part / "index.csv") for part in parts]
-        fails = [pd.read_csv(part / "failed.csv", dtype=str, keep_default_na=False) for part in parts]
+        fails = [read_table(part / "failed.csv", text=FAILED) for part in parts]
         index, failed = (_in_order(tables, scan_names(cohort)) for tables in (indexes, fails))
         for part, table in zip(parts, indexes, strict=True):
             for scan in table["scan"]:

@@ -9,10 +9,12 @@ import pandas as pd
 from torch import nn
 
 from kit.data.cohort import PROCEDURAL
+from kit.data.identity import participant_ids
 from kit.data.nifti import read_nifti, write_nifti
 from kit.data.resample import resample
 from kit.data.sample import effect_masks, sample_cohort
 from kit.data.store import Store
+from kit.data.tabular import read_table
 from kit.explain.regions import inside_share, region_table
 from kit.explain.saliency import Maps, saliency
 from kit.reading import read_yaml
@@ -32,12 +34,13 @@ def choose_scans(model: Path, store: Store, count: int) -> pd.DataFrame:
         store: the scans that it was tested on.
         count: participants.
     """
-    predictions = pd.read_csv(model / "predictions.csv")
+    predictions = read_table(model / "predictions.csv", text=("scan", "participant"))
     known = predictions[predictions["distribution"] == "in_distribution"]
     if set(known["true"]) == {0.0, 1.0}:
         known = known[known["true"] == 1]
-    best = known.sort_values("predicted", ascending=False, kind="stable").drop_duplicates("participant").head(count)
-    return store.index.set_index("scan", drop=False).loc[best["scan"]].reset_index(drop=True)
+    best = known.sort_values("predicted", ascending=False, kind="stable")["scan"]
+    rows = store.index.set_index("scan", drop=False).loc[best]
+    return rows[~participant_ids(rows).duplicated()].head(count).reset_index(drop=True)
 
 
 def saliency_maps(model: nn.Module, store: Store, rows: pd.DataFrame, methods: list[str], steps: int, run: Run) -> Maps:

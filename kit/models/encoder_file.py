@@ -1,7 +1,8 @@
 """encoder.safetensors: an encoder's weights with the record of how to use them again.
 
-The record says the architecture, the preparation of the scans that it was trained on, and salted hashes of
-the participants that it saw. It is read without the weights, so that a misfit is refused before work starts.
+The record says the architecture, the preparation of the scans that it was trained on, and hashed ids of the
+participants and scans that it saw (`kit.data.leakage`). It is read without the weights, so that a misfit is refused
+before work starts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -
     Args:
         path: of the file.
         encoder: from `build_encoder`.
-        record: JSON values: architecture, objective, preparation, participants (hashes).
+        record: JSON values: architecture, objective, preparation, participants and voxels (hashed ids).
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     return write_whole(path, lambda aside: save_file(weights, aside, metadata={"record": json.dumps(record)}))

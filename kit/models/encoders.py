@@ -9,10 +9,20 @@ import torch
 from monai.networks.nets import MaskedAutoEncoderViT, ResNet
 from torch import nn
 
+from kit.models.precision import at_least_float32
+
 Shape = tuple[int, int, int]
 
 # hidden width, layers, heads, decoder width, decoder layers; `vit` as ViT-B and its decoder in He et al. 2022
 VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (192, 6, 6, 96, 2)}
+
+
+class AveragePool(nn.AdaptiveAvgPool3d):
+    """The mean over all places, in float32 at least."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, channel, depth, height, width) -> (batch, channel, 1, 1, 1)."""
+        return super().forward(at_least_float32(images))
 
 
 class ResNetEncoder(nn.Module):
@@ -29,6 +39,7 @@ class ResNetEncoder(nn.Module):
         widths = [16, 32, 64, 128] if narrow else [64, 128, 256, 512]
         stem = {"conv1_t_size": 3, "conv1_t_stride": 2, "no_max_pool": True} if narrow else {}
         self.network = ResNet("basic", [2, 2, 2, 2], widths, n_input_channels=1, feed_forward=False, **stem)
+        self.network.avgpool = AveragePool(1)
         self.features = widths[-1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -54,7 +65,7 @@ class ViTEncoder(nn.Module):
         mae = self.autoencoder
         tokens = mae.patch_embedding(images)
         tokens = torch.cat([mae.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        return mae.blocks(tokens)[:, 1:].mean(1)
+        return at_least_float32(mae.blocks(tokens)[:, 1:]).mean(1)
 
 
 def patch_size(shape: Shape) -> Shape:

@@ -7,8 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from kit.models.precision import at_least_float32, no_autocast
 
-def projection_head(features: int, widths: Sequence[int]) -> nn.Sequential:
+
+class Head(nn.Sequential):
+    """Layers in float32 at least, whatever autocast says."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, features) -> (batch, width of the last layer)."""
+        with no_autocast(features.device):
+            return super().forward(at_least_float32(features))
+
+
+def projection_head(features: int, widths: Sequence[int]) -> Head:
     """Linear layers without bias and ReLU between them (SimCLR, Chen et al. 2020; sizes as in the paper's code).
 
     Args:
@@ -19,7 +30,7 @@ def projection_head(features: int, widths: Sequence[int]) -> nn.Sequential:
     for width in widths:
         layers += [nn.Linear(features, width, bias=False), nn.ReLU()]
         features = width
-    return nn.Sequential(*layers[:-1])
+    return Head(*layers[:-1])
 
 
 class Predictor(nn.Module):
@@ -38,4 +49,6 @@ class Predictor(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, 1, depth, height, width) -> (batch, 1): a logit, or a standardised number."""
-        return self.head(self.encoder(images))
+        features = self.encoder(images)
+        with no_autocast(features.device):
+            return self.head(at_least_float32(features))

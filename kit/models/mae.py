@@ -13,6 +13,7 @@ from torch import nn
 from kit.augment.masking import masked_patches
 from kit.data.loader import keyed
 from kit.models.encoders import ViTEncoder, patch_size
+from kit.models.precision import at_least_float32, no_autocast
 
 
 def patches(images: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
@@ -59,7 +60,9 @@ class MaskedAutoencoder(nn.Module):
         every = network.mask_tokens.to(tokens.dtype).repeat(len(images), count, 1)
         every = every.scatter(1, seen[..., None].expand_as(tokens), tokens)
         every = torch.cat([first, every + network.decoder_pos_embedding], dim=1)
-        return network.decoder_pred(network.decoder_blocks(every))[:, 1:]
+        decoded = network.decoder_blocks(every)
+        with no_autocast(images.device):
+            return network.decoder_pred(at_least_float32(decoded))[:, 1:]
 
 
 def seen_places(masked: torch.Tensor) -> torch.Tensor:

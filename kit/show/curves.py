@@ -11,7 +11,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.decomposition import PCA
 from sklearn.metrics import RocCurveDisplay, mean_absolute_error
 
+from kit.data.identity import participant_ids
 from kit.show.figure import LEGEND, TEXT, blank, label, shared_legend
+from kit.train.evaluate import LEAST_PARTICIPANTS, per_participant
 
 MODES = {"probe": "Linear probe on frozen features", "finetune": "All weights trained"}
 SIGNS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
@@ -83,7 +85,7 @@ def label_efficiency(tidy: pd.DataFrame, title: str = "", note: str = "") -> Fig
 
 
 def benchmark_table(tidy: pd.DataFrame) -> pd.DataFrame:
-    """Pivot results to a row per comparison and a column per encoder, as text "mean [low, high]".
+    """Pivot results to a row per comparison and a column per encoder, as text "mean [low, high]" or "mean [–]".
 
     Means over seeds of value and of both ends of the interval. The rows' index: task, metric, distribution, mode,
     share of labels, number of participants tested.
@@ -118,6 +120,9 @@ def summary(tidy: pd.DataFrame, note: str = "") -> str:
                 where = _readable(where.replace("_distribution", ""))  # in, out of
                 lines.append(_row(f"    {task + ', ' + where:22s} n = {tested:.0f}",
                                   scores.set_index("encoder")["text"].loc[names]))
+    if means["low"].isna().any():
+        lines += ["", f"[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a class), or "
+                      "as every draw gives the same"]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -128,8 +133,11 @@ def _row(head: str, cells: Iterable[str]) -> str:
 def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = "") -> Figure:
     """Draw predictions against the truth, titled by the task: a ROC curve for `auc`, else a scatter in its unit.
 
+    Scans of a participant are joined, as `kit.train.evaluate.score` joins them, so that the figure's numbers are its.
+
     Args:
-        table: `true` (0/1, or the number) and `predicted` (score of class 1, or the number); with a column
+        table: `true` (0/1, or the number) and `predicted` (log-odds of class 1, or the number); `participant` and
+            `dataset` (or `alias_of`) say whose scan it is, without them each row is a participant; with a column
             `distribution`, a curve or a colour for each.
         metric: of `kit.train.evaluate.METRICS`.
     """
@@ -137,12 +145,15 @@ def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = ""
     figure = blank(460, 410, task, note)
     axes = figure.subplots()
     for name, group in table.groupby("distribution") if "distribution" in table.columns else [("", table)]:
-        name = ", ".join(filter(None, (_readable(name), f"n = {len(group)}")))
-        true, predicted = group["true"], group["predicted"]
+        who = participant_ids(group) if {"dataset", "participant"} <= set(group) else range(len(group))
+        joined = per_participant(group["true"], group["predicted"], who)
+        name = ", ".join(filter(None, (_readable(name), f"n = {joined['participant'].nunique()}")))
+        true, predicted, weight = joined["true"], joined["predicted"], joined["weight"]
         if metric == "auc":  # scikit-learn adds the area to the name
-            RocCurveDisplay.from_predictions(true, predicted, ax=axes, name=name)
+            RocCurveDisplay.from_predictions(true, predicted, sample_weight=weight, ax=axes, name=name)
         else:
-            name = f"{name}, error {mean_absolute_error(true, predicted):.1f} {UNITS.get(task, '')}".rstrip()
+            error = mean_absolute_error(true, predicted, sample_weight=weight)
+            name = f"{name}, error {error:.1f} {UNITS.get(task, '')}".rstrip()
             axes.scatter(true, predicted, s=12, alpha=0.7, label=name)
     if metric == "auc":
         ends = [0, 1]
@@ -204,13 +215,22 @@ def registration_errors(table: pd.DataFrame, title: str = "", note: str = "") ->
 
 
 def _over_seeds(tidy: pd.DataFrame, *more: str) -> pd.DataFrame:
-    """Average value, low and high over seeds, also as `text` (two decimals of AUC, else one); rows as they came."""
+    """Average value, low and high over seeds, also as `text` (two decimals of AUC, else one); rows as they came.
+
+    No interval of one seed, no interval of all.
+    """
     keys = [*_COMPARED, *more]
     _need(tidy, "tidy", [*keys, "value", "low", "high"])
-    means = tidy.groupby(keys, sort=False, as_index=False)[["value", "low", "high"]].mean()
+    means = tidy.groupby(keys, sort=False, as_index=False)[["value", "low", "high"]].mean(skipna=False)
     digits = np.where(means["metric"] == "auc", 2, 1)
-    return means.assign(text=[f"{row.value:.{d}f} [{row.low:.{d}f}, {row.high:.{d}f}]"
+    return means.assign(text=[with_interval(row.value, row.low, row.high, d)
                               for row, d in zip(means.itertuples(), digits, strict=True)])
+
+
+def with_interval(value: float, low: float | None, high: float | None, digits: int = 2) -> str:
+    """A score as text: `0.73 [0.65, 0.79]`, or `0.73 [–]` where there is no interval (None or nan)."""
+    known = not pd.isna(low) and not pd.isna(high)
+    return f"{value:.{digits}f} " + (f"[{low:.{digits}f}, {high:.{digits}f}]" if known else "[–]")
 
 
 def _need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:

@@ -10,17 +10,19 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from kit.data.identity import read_aliases
 from kit.data.loader import PreparedScans
-from kit.data.split import check_unseen
 from kit.data.store import Store, read_facts, scan_path
+from kit.data.tabular import read_table
 from kit.models.encoder_file import load_encoder
 from kit.params import Benchmark
 from kit.runs import Run, progress, write_table, write_whole
 from kit.train.evaluate import METRICS, outputs
-from kit.train.finetune import TESTED, Task, evaluate, finetune, predict, probe, read_task
+from kit.train.finetune import TESTED, Task, check_tested, evaluate, finetune, predict, probe, read_task
 from kit.train.state import Settings
 
 KEYS = ["encoder", "mode", "task", "label_fraction", "seed"]  # one trained model; each is scored on every test set
+TEXT = ("encoder", "mode", "task", "metric", "distribution")
 
 
 def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
@@ -31,22 +33,24 @@ def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
         participants (tested), train_participants.
 
     Raises:
-        LabelError, EncoderError, LeakageError: before any training; each says what does not fit.
+        LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does not fit.
     """
+    aliases = read_aliases(params.aliases)
     stores = {"prepared": Store.open(params.prepared)}
     if params.out_of_distribution:
         stores["out_of_distribution"] = Store.open(params.out_of_distribution)
-    tasks = {name: read_task(stores["prepared"], stores.get("out_of_distribution"), name, "auto", params.seed,
-                             params.take_flagged) for name in params.tasks}
+    tasks = {name: read_task(stores["prepared"], stores.get("out_of_distribution"), name,
+                             params.task_types.get(name, "auto"), params.seed, params.accept_flags,
+                             params.missing_codes.get(name, ()), params.rows_are_people, aliases)
+             for name in params.tasks}
     encoders = {name: load_encoder(spec, stores["prepared"].record, params.seed)
                 for name, spec in params.encoders.items()}
     for _, record in encoders.values():
         for task in tasks.values():
-            for part in set(task.parts) & set(TESTED):
-                check_unseen(task.parts[part].participants, record["participants"], params.allow_seen_participants)
+            check_tested(task, record, params.allow_seen_participants, aliases)
 
     path = run / "tidy.csv"
-    tidy = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEYS)
+    tidy = read_table(path, text=TEXT) if path.exists() else pd.DataFrame(columns=KEYS)
     done = set(tidy[KEYS].itertuples(index=False, name=None))
     features: dict[str, dict[str, np.ndarray]] = {}
     for model in progress([model for model in plan(params) if model not in done], desc="models"):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kit.data.loader import keep_freed_memory
+from kit.machine import cores, let_others_run
 
 # DDP is told to look for unused parameters on purpose (see `kit.train.state.State`), and warns at every start
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -42,10 +43,10 @@ def set_threads() -> int:
     Returns:
         threads of this process.
     """
-    cores, here = len(os.sched_getaffinity(0)), 1
+    own, here = cores(), 1
     if dist.is_initialized():
-        cores, here = int(os.environ.get("KIT_CORES", cores)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = max(1, cores // here)
+        own, here = int(os.environ.get("KIT_CORES", own)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(1, own // here)
     torch.set_num_threads(threads)
     keep_freed_memory()
     return threads
@@ -229,6 +230,6 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(values) for _ in range(world_size())]
     work, begun = dist.all_gather(parts, values, async_op=True), time.monotonic()
     while not work.is_completed() and time.monotonic() - begun < AWAKE:
-        os.sched_yield()
+        let_others_run()
     work.wait()
     return torch.stack(parts).mean(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kit.data.identity import Aliases, check_datasets_known, check_people_known, joined, participant_ids, read_aliases
 from kit.data.labels import LabelError, Labels, read_labels
+from kit.data.leakage import check_apart, check_encoder
 from kit.data.loader import PreparedScans, epoch_batches
-from kit.data.quality import passing
-from kit.data.split import check_unseen, label_subset, participant_ids, splits
+from kit.data.quality import usable
+from kit.data.split import label_subset, splits
 from kit.data.store import Store
+from kit.data.tabular import read_table
 from kit.models.encoder_file import load_encoder
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
@@ -30,6 +34,7 @@ from kit.train.loop import fit
 from kit.train.objectives import Supervised
 from kit.train.state import Settings
 
+NAMES = ("scan", "participant", "dataset", "alias_of")  # of a table of predictions: text, whatever they look like
 TESTED = {"test": "in_distribution", "out_of_distribution": "out_of_distribution"}
 
 
@@ -66,40 +71,69 @@ class Task:
 
 
 def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: str, seed: int,
-              take_flagged: bool = False) -> Task:
+              accept_flags: Sequence[str] = (), missing_codes: Iterable[str | float] = (),
+              rows_are_people: bool = False, aliases: Aliases | None = None) -> Task:
     """Split the labelled scans of one store by participant, and take those of another as out of distribution.
 
-    Scans that quality control flagged are left out of training and validation unless `take_flagged`; they are tested.
+    Scans that quality control calls unusable are left out of all parts; flagged ones, often pathology, are in all.
     Where the other store's index has a column `split`, its rows of `out_of_distribution` are taken, else all.
 
+    Args:
+        accept_flags: see `kit.data.quality.usable`.
+        missing_codes: values of the label that stand for a missing one.
+        rows_are_people: scans without a participant are each of another person.
+        aliases: who is known under several names.
+
     Raises:
-        LabelError: the label cannot be used, the two stores' classes differ, or a part lacks scans or a class.
+        LabelError: the label cannot be used, the two stores' classes differ, or a part lacks scans or a class, or
+            training a second participant.
+        IdentityError: participants, or of two stores their datasets, have no name.
+        LeakageError: somebody, or a scan under two names, stands in two parts.
     """
-    labels = read_labels(store.index, task, kind)
-    place = splits(store.index, seed)
-    usable = store.index["scan"].isin((store.index if take_flagged else passing(store.index))["scan"])
-    parts = {name: _part(store, labels, ((place == name) & (usable | (name == "test"))).to_numpy())
+    other = out_of_distribution if out_of_distribution and out_of_distribution.folder != store.folder else None
+    for one in (store, other) if other else ():
+        check_datasets_known(one.index, "another cohort")
+    labels = read_labels(store.index, task, kind, missing_codes)
+    place = splits(joined(store.index, aliases or {}), seed, rows_are_people=rows_are_people)
+    kept = usable(store.index, accept_flags)
+    parts = {name: _part(store, labels, (place == name).to_numpy() & kept, aliases)
              for name in ("train", "validation", "test")}
     if out_of_distribution is not None:
         index = out_of_distribution.index
-        theirs = read_labels(index, task, labels.kind)
+        check_people_known(index, rows_are_people)
+        theirs = read_labels(index, task, labels.kind, missing_codes)
         if theirs.classes != labels.classes:  # both are sorted: 1 could stand for another class there
             raise LabelError(f"{task}: the classes are {', '.join(labels.classes)} in {shown(store.folder)}, but "
                              f"{', '.join(theirs.classes)} in {shown(out_of_distribution.folder)}; rename them there, "
                              "or empty the cells of scans of other classes")
         keep = (index["split"] == "out_of_distribution").to_numpy() if "split" in index else np.ones(len(index), bool)
-        parts["out_of_distribution"] = _part(out_of_distribution, theirs, keep)
+        parts["out_of_distribution"] = _part(out_of_distribution, theirs, keep & usable(index, accept_flags), aliases)
     for name, part in parts.items():
-        if len(part.rows) < 2 or (labels.kind == "classification" and len(np.unique(part.labels)) < 2):
-            raise LabelError(f"{task}: the {name} split has {len(part.rows)} labelled scans, "
-                             f"of classes {sorted(set(part.labels))}; it needs both classes, or another split")
+        people, both, present = part.participants.nunique(), labels.kind == "classification", set(part.labels)
+        if len(part.rows) < 2 or (both and len(present) < 2) or (name == "train" and people < 2):
+            found = f", all of class {labels.classes[int(part.labels[0])]}" if both and len(present) == 1 else ""
+            raise LabelError(f"{task}: the {name} split has {len(part.rows)} usable scans with this label, of {people} "
+                             f"participants{found}; it needs two scans{' of both classes' * both}"
+                             f"{' and two participants' * (name == 'train')}. In {shown(part.store.folder)} "
+                             f"{part.store.contents()}")
+    check_apart({name: (part.store, part.rows, part.participants) for name, part in parts.items()}, aliases)
     return Task(labels, parts)
 
 
-def _part(store: Store, labels: Labels, keep: np.ndarray) -> Part:
+def _part(store: Store, labels: Labels, keep: np.ndarray, aliases: Aliases | None) -> Part:
     keep = keep & ~np.isnan(labels.values)
     rows = store.index[keep]
-    return Part(store, rows, labels.values[keep], participant_ids(rows))
+    return Part(store, rows, labels.values[keep], participant_ids(joined(rows, aliases or {})))
+
+
+def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Aliases) -> None:
+    """Check that an encoder, by its record, saw nobody and no scan that it is tested on.
+
+    Raises:
+        LeakageError, IdentityError: see `kit.data.leakage.check_encoder`.
+    """
+    for part in (task.parts[name] for name in TESTED if name in task.parts):
+        check_encoder(record, part.store, part.rows, part.participants, allow, aliases)
 
 
 def evaluate(task: Task, predictions: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, float]]:
@@ -156,23 +190,26 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     `model.safetensors`, `log.csv` and `checkpoints/`.
 
     Returns:
-        the task, the predictions (one scan a row), the metrics.
+        the task, the predictions (one scan a row), the metrics (an interval that there is not is None).
 
     Raises:
-        LabelError, EncoderError, LeakageError: before any training; each says what does not fit.
+        LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does not fit.
     """
+    aliases = read_aliases(params.aliases)
     store = Store.open(params.prepared)
     other = Store.open(params.out_of_distribution) if params.out_of_distribution else None
     encoder, record = load_encoder(params.encoder, store.record, params.seed)
-    task = read_task(store, other, params.task, params.task_type, params.seed, params.take_flagged)
-    for name in set(task.parts) & set(TESTED):
-        check_unseen(task.parts[name].participants, record["participants"], params.allow_seen_participants)
+    task = read_task(store, other, params.task, params.task_type, params.seed, params.accept_flags,
+                     params.missing_codes, params.rows_are_people, aliases)
+    check_tested(task, record, params.allow_seen_participants, aliases)
     task = task.with_labels_for(params.label_fraction, params.seed)
     if (run / "predictions.csv").exists() and (run / "metrics.json").exists():
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-        return task, pd.read_csv(run / "predictions.csv"), metrics
+        return task, read_table(run / "predictions.csv", text=NAMES), metrics
     predictions = _train_and_predict(params, run, task, encoder, record)
     table = pd.concat([_table(task, name, values) for name, values in predictions.items()], ignore_index=True)
+    if aliases:  # the score counts people
+        table["alias_of"] = np.concatenate([task.parts[name].participants for name in predictions])
     scores = evaluate(task, predictions, params.seed)
     metric = METRICS[task.labels.kind]
     flat = {f"{TESTED[part]}_{metric if name == 'value' else f'{metric}_{name}'}": value
@@ -204,5 +241,5 @@ def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor
 
 def _table(task: Task, part: str, values: np.ndarray) -> pd.DataFrame:
     rows = task.parts[part].rows
-    return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "distribution": TESTED[part],
-                         "true": task.parts[part].labels, "predicted": values})
+    return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "dataset": rows["dataset"],
+                         "distribution": TESTED[part], "true": task.parts[part].labels, "predicted": values})

@@ -17,8 +17,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from kit.data.loader import Batch, PreparedScans, load
+from kit.data.loader import Batch, PreparedScans, load, loading_may_fail
 from kit.models.encoder_file import device
+from kit.models.precision import evaluation
 from kit.train import checkpoint
 from kit.train.distributed import mean_over_processes, rank, world_size
 from kit.train.evaluate import scans_at_a_time
@@ -29,6 +30,7 @@ from kit.train.stop import NAME as STOP
 from kit.train.stop import Stopped
 
 
+@loading_may_fail()
 def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], list[list[int]]],
         held_out: PreparedScans, settings: Settings, folder: Path | None = None, *,
         params: dict[str, Any] | None = None, may_stop: bool = False,
@@ -56,6 +58,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
         TrainingError: the loss is not finite; the scans of that batch are named.
         MemoryError: a step does not fit; the chunk to try is named.
         CheckpointError: checkpoints of other parameters lie there, or the disk was full for too long.
+        LoaderError: loading processes cannot be started, or one died.
         Stopped: the stop file was there; the checkpoint is written.
     """
     state = State(objective, settings, folder, params)
@@ -147,7 +150,7 @@ class Waiting:
 
 @torch.no_grad()
 def validate(objective: nn.Module, scans: PreparedScans, batch_size: int) -> dict[str, float]:
-    """Means over held-out scans of what the objective reports, in evaluation mode, with the same draws each time.
+    """Means over held-out scans of what the objective reports, in evaluation mode and float32, with the same draws.
 
     As many run at a time as fit (`scans_at_a_time`); those of SimCLR are then compared in equal groups of at most
     `batch_size`, so that no group is a lone scan, which always finds its partner.
@@ -161,8 +164,9 @@ def validate(objective: nn.Module, scans: PreparedScans, batch_size: int) -> dic
     stream, total = load(scans, [part for parts in cuts for part in parts]), {}
     options = {"embed": True} if compared else {}
     for group, parts in zip(groups, cuts, strict=True):
-        out = [run_model(objective, next(stream), 0, 0, **options) for _ in parts]
-        report = objective.compare(*torch.cat(out, dim=1)) if compared else out[0]
+        with evaluation(device()):
+            out = [run_model(objective, next(stream), 0, 0, "fp32", **options) for _ in parts]
+            report = objective.compare(*torch.cat(out, dim=1)) if compared else out[0]
         for name, value in report.items():
             total[name] = total.get(name, 0.0) + float(value) * len(group) / len(scans)
     return total

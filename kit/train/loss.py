@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kit.models.precision import at_least_float32, no_autocast
 from kit.train import distributed
 
 
@@ -14,7 +15,7 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float,
 
     Args:
         first, second: (scans, width) embeddings of the two views; of this process's share of the batch. Half
-            precision is raised to float32, float64 stays.
+            precision is raised to float32, float64 stays, and autocast has no say.
         temperature: divides the cosine similarities.
         gather: compare with the embeddings of all processes; their gradients are summed over processes, so
             that with DDP's mean, N processes equal one process with the whole batch.
@@ -25,13 +26,14 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float,
     """
     scans = len(first)
     views = torch.cat([first, second])
-    own = F.normalize(views if views.dtype == torch.float64 else views.float(), dim=1)
-    gathered = gather and distributed.world_size() > 1
-    everyone = distributed.gather(own) if gathered else own
-    start = 2 * scans * distributed.rank() if gathered else 0
+    with no_autocast(views.device):
+        own = F.normalize(at_least_float32(views), dim=1)
+        gathered = gather and distributed.world_size() > 1
+        everyone = distributed.gather(own) if gathered else own
+        start = 2 * scans * distributed.rank() if gathered else 0
 
-    itself = own.new_zeros(2 * scans, len(everyone))
-    itself.diagonal(start).fill_(-torch.inf)  # a view is not compared with itself
-    logits = torch.addmm(itself, own, everyone.T, alpha=1 / temperature)  # (2 scans, 2 scans x processes)
-    target = start + torch.arange(2 * scans, device=own.device).roll(scans)
-    return F.cross_entropy(logits, target), (logits.detach().argmax(1) == target).to(own.dtype).mean()
+        itself = own.new_zeros(2 * scans, len(everyone))
+        itself.diagonal(start).fill_(-torch.inf)  # a view is not compared with itself
+        logits = torch.addmm(itself, own, everyone.T, alpha=1 / temperature)  # (2 scans, 2 scans x processes)
+        target = start + torch.arange(2 * scans, device=own.device).roll(scans)
+        return F.cross_entropy(logits, target), (logits.detach().argmax(1) == target).to(own.dtype).mean()

@@ -24,10 +24,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from kit.data.identity import participant_ids
 from kit.data.loader import PreparedScans, in_order, load
-from kit.data.split import participant_ids
 from kit.models.encoder_file import device
-from kit.train.evaluate import as_trained, scans_at_a_time
+from kit.models.precision import evaluation
+from kit.train.evaluate import scans_at_a_time
 from kit.train.loss import nt_xent
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
@@ -67,7 +68,7 @@ def embed(objective: nn.Module, scans: PreparedScans) -> tuple[torch.Tensor, tor
     features, views = [], []
     for batch in load(scans, in_order(len(scans), scans_at_a_time(scans.store.grid.shape))):
         batch = batch.to(device())
-        with as_trained():
+        with evaluation(device()):
             features.append(objective.encoder(batch.images).float().cpu())
             if hasattr(objective, "compare"):
                 views.append(objective(batch, 0, embed=True).float().cpu())

@@ -32,7 +32,8 @@ def launch_on_nodes(folder: Path, nodes: int, workers: int) -> None:
     Raises:
         NodesError: a worker failed.
     """
-    cores = [f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"] if "SLURM_CPUS_PER_TASK" in os.environ else []
+    each = os.environ.get("SLURM_CPUS_PER_TASK")
+    cores = [f"--cpus-per-task={each}"] if each else []
     command = ["srun", "--overlap", "--unbuffered", "--label", "--export=ALL", f"--nodes={nodes}",
                f"--ntasks={nodes * workers}", f"--ntasks-per-node={workers}", "--kill-on-bad-exit=1", *cores,
                sys.executable, "-m", "kit.train.nodes", str(folder), str(workers)]
@@ -55,14 +56,27 @@ def launch_on_nodes(folder: Path, nodes: int, workers: int) -> None:
 
 
 def meeting_point() -> dict[str, str]:
-    """Address and port of rank 0: exported already, else asked of Slurm (node names may not resolve)."""
-    if {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+    """Address and port of rank 0: exported already, else asked of Slurm (node names may not resolve).
+
+    Raises:
+        NodesError: Slurm does not answer, or the job is over.
+    """
+    if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
         return {}
-    names = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], check=True, text=True,
-                           capture_output=True).stdout.split()
-    node = subprocess.run(["scontrol", "show", "node", names[0]], check=True, text=True, capture_output=True).stdout
-    return {"MASTER_ADDR": re.search(r"NodeAddr=(\S+)", node)[1],
+    names = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    found = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", *names[:1]))
+    if not found:
+        raise NodesError(f"Slurm knows no address of {', '.join(names[:1])}; set nodes: 1 to train on this machine")
+    return {"MASTER_ADDR": found[1],
             "MASTER_PORT": str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000)}  # below ephemeral ports
+
+
+def _scontrol(*arguments: str) -> str:
+    done = subprocess.run(["scontrol", *arguments], check=False, text=True, capture_output=True)
+    if done.returncode:
+        raise NodesError(f"scontrol {' '.join(arguments)} failed: {done.stderr.strip() or done.stdout.strip()}. Is the "
+                         "Slurm job over whose variables are set here? Set nodes: 1 to train on this machine")
+    return done.stdout
 
 
 def main(folder: Path, workers: int) -> None:
@@ -76,7 +90,7 @@ def main(folder: Path, workers: int) -> None:
     world = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=world, LOCAL_RANK=os.environ["SLURM_LOCALID"],
                       LOCAL_WORLD_SIZE=str(workers))
-    if "SLURM_CPUS_PER_TASK" in os.environ:
+    if os.environ.get("SLURM_CPUS_PER_TASK"):
         os.environ["KIT_CORES"] = str(int(os.environ["SLURM_CPUS_PER_TASK"]) * workers)
     with process_group():
         train(Pretrain.model_validate(yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))), folder)

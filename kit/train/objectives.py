@@ -11,6 +11,7 @@ from kit.augment.views import make_views
 from kit.data.loader import Batch
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruction_loss
+from kit.models.precision import no_autocast
 from kit.train.loss import nt_xent
 
 HELD_OUT_EPOCH = 2**31 - 1  # keys the views of held-out scans, which stay the same all through a run
@@ -44,8 +45,9 @@ class SimCLR(nn.Module):
         if self.paired and self.training:
             parts = [Batch(batch.images[turn::2], batch.masks[turn::2], batch.keys[turn::2], batch.labels[turn::2])
                      for turn in (0, 1)]
-        return [make_views(part.images, part.masks, part.keys, self.recipe, seed=self.seed, epoch=key, view=view,
-                           spacing_mm=self.spacing_mm, zscored=self.zscored)[0] for view, part in enumerate(parts)]
+        with no_autocast(batch.images.device):
+            return [make_views(part.images, part.masks, part.keys, self.recipe, seed=self.seed, epoch=key, view=view,
+                               spacing_mm=self.spacing_mm, zscored=self.zscored)[0] for view, part in enumerate(parts)]
 
     def compare(self, first: torch.Tensor, second: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss and top-1 of two views' embeddings (scans, width); over all processes while training."""
@@ -92,9 +94,10 @@ class Supervised(nn.Module):
         """Loss; scans are mirrored at random while training, if so asked."""
         images = batch.images
         if self.training:
-            images = make_views(images, batch.masks, batch.keys, self.recipe, seed=self.seed, epoch=epoch, view=0,
-                                zscored=self.zscored)[0]
-        output = self.predictor(images)[:, 0].float()
+            with no_autocast(images.device):
+                images = make_views(images, batch.masks, batch.keys, self.recipe, seed=self.seed, epoch=epoch, view=0,
+                                    zscored=self.zscored)[0]
+        output = self.predictor(images)[:, 0]
         if self.kind == "classification":
             return {"loss": F.binary_cross_entropy_with_logits(output, batch.labels)}
         return {"loss": F.mse_loss(output, (batch.labels - self.predictor.mean) / self.predictor.sd)}

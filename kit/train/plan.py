@@ -15,6 +15,7 @@ from kit.data.loader import Batch
 from kit.data.store import Store
 from kit.models.encoder_file import device
 from kit.models.mae import masks_for, seen_places
+from kit.models.precision import autocast
 from kit.params import Pretrain
 from kit.train.objectives import HELD_OUT_EPOCH
 from kit.train.pretrain import batches_for, build_objective, choose_scans
@@ -29,7 +30,7 @@ class Need(NamedTuple):
     parameters: int  # that training changes
     operations: float  # multiplications and additions of a scan forward and backward, counted
     fixed_bytes: float  # weights, gradients and the optimiser's state, float32
-    scan_bytes: float  # what the forward pass of a scan keeps for the backward pass, counted in bfloat16 autocast
+    scan_bytes: float  # what the forward pass of a scan keeps for the backward pass, counted in the run's precision
 
     def memory(self, scans: int) -> float:
         """Bytes of a device that runs `scans` at a time, without what cuDNN takes as work space."""
@@ -60,12 +61,12 @@ def need(params: Pretrain, store: Store, scans: int = 2) -> Need:
             return tensor
 
         counter = FlopCounterMode(display=False)
-        with counter, saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        with counter, saved_tensors_hooks(keep, lambda tensor: tensor), autocast(params.precision, torch.device("cpu")):
             if mae:
                 out = objective.autoencoder.fill_in(torch.empty(scans, 1, *shape), seen)
             else:
                 out = objective.head(objective.encoder(torch.empty(2 * scans, 1, *shape)))
-            out.float().square().mean().backward()
+            out.square().mean().backward()
     return Need(parameters, counter.get_total_flops() / scans, 4.0 * parameters * state, sum(kept.values()) / scans)
 
 
@@ -88,7 +89,7 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[floa
         if turn == 3:
             torch.cuda.synchronize()
             begun = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
+        with autocast(params.precision, where):
             objective(batch, HELD_OUT_EPOCH)["loss"].backward()
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / 3
@@ -125,7 +126,7 @@ def plan(params: Pretrain, epochs: int = 1000) -> tuple[pd.DataFrame, str]:
     words = (f"{wanted.parameters / 1e6:.1f} million parameters; {wanted.operations / 1e12:.3g} Tflop a scan forward "
              f"and backward at {'x'.join(map(str, store.grid.shape))}\n"
              f"memory: {wanted.fixed_bytes / 1e9:.2f} GB for weights and optimiser, {wanted.scan_bytes / 1e9:.2f} GB a "
-             "scan at a time (counted in bfloat16, without cuDNN's work space)\n"
+             f"scan at a time (counted in {params.precision}, without cuDNN's work space)\n"
              f"plan: {epochs} epochs of {len(batches)} batches of {params.batch_size} scans; times {source}; loading, "
              "the optimiser's step and the exchange of gradients come on top")
     return pd.DataFrame(rows), words

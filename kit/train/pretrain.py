@@ -13,15 +13,19 @@ from torch import nn
 
 import kit
 from kit.augment.recipe import read_recipe
+from kit.data.identity import joined, participant_ids, read_aliases
+from kit.data.leakage import check_apart, seen_by
 from kit.data.loader import PreparedScans, batches_of, collate, session_batches
-from kit.data.quality import passing
-from kit.data.split import participant_hash, participant_ids, shuffled
+from kit.data.quality import usable
+from kit.data.split import left_out, shuffled
 from kit.data.store import Store
+from kit.machine import why_alone
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.mae import reconstruct
 from kit.params import Pretrain
-from kit.runs import Run, write_table
+from kit.reading import ParameterError
+from kit.runs import Run, shown, write_table
 from kit.train import checkpoint
 from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm, world_size
 from kit.train.loop import fit
@@ -47,6 +51,7 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
 
     Raises:
         CheckpointError: the run is of other parameters, or its recipe's file says something else now.
+        LeakageError: a scan that will be tested is there under another name, too.
     """
     if (run / "encoder.safetensors").exists():
         if "views" in (record := read_record(run.folder)):
@@ -55,6 +60,9 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
         return pd.read_csv(run / "log.csv")
     if params.epochs == 0:
         return pd.DataFrame()
+    if not params.nodes and (words := why_alone()):
+        print(words)
+    check_start(params)
     stop, unfinished = run / STOP, run / UNFINISHED
     unfinished.unlink(missing_ok=True)
     try:
@@ -83,12 +91,52 @@ def standing(params: Pretrain, run: Run) -> str:
 
 
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of the index to learn from, and those of the participants that are held out."""
-    index = store.index if params.take_flagged else passing(store.index)
-    rows = index[index["split"] == params.split] if "split" in index else index
+    """Rows of the index to learn from, and those of the participants that are held out.
+
+    Without a column `split`, those that `kit.data.split.splits` gives to the test are in neither, unless
+    `leave_out_test` is false.
+
+    Raises:
+        ParameterError: fewer than two participants are left to learn from.
+    """
+    every = joined(store.index, read_aliases(params.aliases))
+    index = every[usable(every, params.accept_flags)]
+    rows = index[index["split"] == params.split] if "split" in index else index[~_tested(params, every, index)]
     ids = participant_ids(rows)
     out = set(shuffled(ids, params.seed, "held out")[:round(params.validation_fraction * ids.nunique())])
-    return rows[~ids.isin(out)], rows[ids.isin(out)]
+    learned, held_out = rows[~ids.isin(out)], rows[ids.isin(out)]
+    if (people := participant_ids(learned).nunique()) < 2:
+        flagged = f", {len(every) - len(index)} of them unusable and left out"
+        tested = "" if "split" in index or not params.leave_out_test else (
+            f", {len(index) - len(rows)} left out for testing (leave_out_test)")
+        raise ParameterError(
+            f"split: {params.split!r} leaves {len(learned)} scans of {people} participants to learn from, besides "
+            f"{len(held_out)} held out; at least two participants are needed. In {shown(store.folder)} "
+            f"{store.contents()}{flagged}{tested}")
+    return learned, held_out
+
+
+def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of participants that will be tested, in a cohort without a column `split`."""
+    return participant_ids(rows).isin(left_out(participant_ids(every)) if params.leave_out_test else [])
+
+
+def check_start(params: Pretrain) -> None:
+    """Say who is left out of pretraining, and look for their scans under other names.
+
+    Raises:
+        LeakageError: a scan that is left out for testing would be learned from under another name.
+    """
+    store, aliases = Store.open(params.prepared), read_aliases(params.aliases)
+    index = joined(store.index, aliases)
+    if "split" in index or not params.leave_out_test:
+        return
+    test = index[_tested(params, index, index)]
+    learned = pd.concat(choose_scans(params, store))
+    print(f"no column split: {participant_ids(test).nunique()} of {participant_ids(index).nunique()} participants are "
+          "left out, for testing (leave_out_test)")
+    check_apart({name: (store, rows, participant_ids(rows)) for name, rows in (("pretrain", learned), ("test", test))},
+                aliases)
 
 
 def build_objective(params: Pretrain, store: Store) -> nn.Module:
@@ -128,11 +176,12 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Held-out scans of an MAE run: the scan, what the network sees, what it fills in within the brain's mask.
 
-    Each (depth, height, width).
+    Each (depth, height, width). Where none are held out, scans that were learned from.
     """
     model, store = _restored(params, run)
-    held_out = PreparedScans(store, choose_scans(params, store)[1])
-    batch = collate([held_out[number] for number in range(min(scans, len(held_out)))])
+    learned, held_out = choose_scans(params, store)
+    some = PreparedScans(store, held_out if len(held_out) else learned)
+    batch = collate([some[number] for number in range(min(scans, len(some)))])
     images = batch.images.float()
     seen, filled = reconstruct(model.eval().autoencoder, images, model.masks(batch, 0), params.normalise_patches)
     parts = (images, seen, filled * batch.masks)
@@ -155,10 +204,10 @@ def views_of(objective: nn.Module) -> dict[str, Any]:
 
 def record_of(params: Pretrain, store: Store, objective: nn.Module) -> dict[str, Any]:
     """What an encoder's file says of itself: see `kit.models.encoder_file`."""
-    seen = sorted({participant_hash(name) for name in participant_ids(pd.concat(choose_scans(params, store)))})
+    rows = pd.concat(choose_scans(params, store))
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
-            "preparation": store.record, "participants": seen, "params": params.plain(),
-            **views_of(objective)}
+            "preparation": store.record, "params": params.plain(),
+            **seen_by(store, rows, participant_ids(rows), read_aliases(params.aliases)), **views_of(objective)}
 
 
 def train(params: Pretrain, folder: Path) -> None:

@@ -49,6 +49,7 @@ class Settings:
     checkpoint_minutes: float = 10.0
     retry_minutes: float = 30.0  # how long a full disk may last
     loader_workers: int = 0
+    precision: str = "fp32"  # of the network while it trains, see `kit.models.precision`
 
     @classmethod
     def of(cls, params: Any, **changes: Any) -> Settings:
@@ -92,7 +93,8 @@ class State:
     def gradients(self, stream: Iterator[Batch], step: list[Cuts], epoch: int, number: int) -> dict[str, torch.Tensor]:
         """Fresh gradients of a step, see `kit.train.step.gradients`."""
         self.optimizer.zero_grad(set_to_none=True)
-        return gradients(self.model, self.objective, stream, step, epoch, number, self.settings.seed)
+        return gradients(self.model, self.objective, stream, step, epoch, number, self.settings.seed,
+                         self.settings.precision)
 
     def update(self, report: dict[str, float]) -> None:
         """One step down the gradients."""

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from kit.data.loader import Batch
+from kit.models.precision import autocast
 from kit.train.distributed import rank, world_size
-from kit.train.evaluate import as_trained
 
 Cuts = list[list[int]]  # this process's scans of one batch, in chunks
 
@@ -41,7 +41,7 @@ def reads(step: list[Cuts], twice: bool) -> Cuts:
 
 
 def gradients(model: nn.Module, objective: nn.Module, stream: Iterator[Batch], step: list[Cuts], epoch: int,
-              number: int, seed: int) -> dict[str, torch.Tensor]:
+              number: int, seed: int, precision: str = "fp32") -> dict[str, torch.Tensor]:
     """Add the gradient of the mean loss of a step's batches to the weights' gradients.
 
     A batch in chunks: an objective with `embed` and `compare` (SimCLR) embeds chunk by chunk without graph, takes
@@ -63,14 +63,14 @@ def gradients(model: nn.Module, objective: nn.Module, stream: Iterator[Batch], s
         seeds = np.random.SeedSequence([seed, epoch, number + place, rank()]).generate_state(len(cuts)).tolist()
         last = place == len(step) - 1
         if len(cuts) > 1 and hasattr(objective, "compare"):
-            reports.append(_cached(model, objective, stream, seeds, epoch, len(step), last))
+            reports.append(_cached(model, objective, stream, seeds, epoch, len(step), last, precision))
             continue
         scans = sum(len(part) for part in cuts)
         parts = []
         for part, part_seed in zip(cuts, seeds, strict=True):
             weight = len(part) / scans
             with _exchange(model, last and part is cuts[-1]):
-                out = run_model(model, next(stream), epoch, part_seed)
+                out = run_model(model, next(stream), epoch, part_seed, precision)
                 (out["loss"] * (weight / len(step))).backward()
             parts.append({name: value.detach() * weight for name, value in out.items()})
         reports.append({name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]})
@@ -96,24 +96,25 @@ def fitting(step: list[Cuts]) -> Iterator[None]:
 
 
 def _cached(model: nn.Module, objective: nn.Module, stream: Iterator[Batch], seeds: list[int], epoch: int,
-            batches: int, last: bool) -> dict[str, torch.Tensor]:
+            batches: int, last: bool, precision: str) -> dict[str, torch.Tensor]:
     with torch.no_grad(), _still_statistics(objective):
-        parts = [run_model(objective, next(stream), epoch, seed, embed=True) for seed in seeds]
+        parts = [run_model(objective, next(stream), epoch, seed, precision, embed=True) for seed in seeds]
     embeddings = torch.cat(parts, dim=1).requires_grad_()  # (2, scans, width)
     out = objective.compare(*embeddings)
     (out["loss"] / batches).backward()
     for part, gradient, seed in zip(parts, embeddings.grad.split([part.shape[1] for part in parts], 1), seeds,
                                     strict=True):
         with _exchange(model, last and part is parts[-1]):
-            run_model(model, next(stream), epoch, seed, embed=True).backward(gradient)
+            run_model(model, next(stream), epoch, seed, precision, embed=True).backward(gradient)
     return {name: value.detach() for name, value in out.items()}
 
 
-def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, **options: bool):
-    """What an objective makes of a batch, in the precision of training; the seed is of torch's random state."""
+def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, precision: str, **options: bool):
+    """What an objective makes of a batch in "fp32" or "bf16"; the seed is of torch's random state."""
     torch.manual_seed(seed)
-    with as_trained():
-        return model(batch.to(next(model.parameters()).device), epoch, **options)
+    where = next(model.parameters()).device
+    with autocast(precision, where):
+        return model(batch.to(where), epoch, **options)
 
 
 def _exchange(model: nn.Module, now: bool):

@@ -119,14 +119,30 @@ def test_openmind_as_it_is_downloaded(tmp_path: Path) -> None:
         assert cohort["image_path"][0] == str(tmp_path / "OpenMind/ds000001/sub-01/anat/sub-01_T1w.nii.gz")
 
 
+def test_only_an_empty_cell_and_bidss_word_are_missing(tmp_path: Path) -> None:
+    fomo, openmind = fomo60k(tmp_path / "FOMO60K"), tmp_path / "openneuro_metadata.csv"
+    (fomo / "participants.tsv").write_text(
+        "dataset\tparticipant_id\tsession_id\tgroup\tsite\tage\nPT001_OASIS1\tsub_1\tses_1\tNA\t01\t71,5\n"
+        "PT001_OASIS1\tsub_1\tses_2\tNone\t1\tn/a\nPT002_MSD\tsub_1\tses_1\t\t1\t7\n")
+    cohort = read_cohort(fomo).fillna("missing")
+    assert cohort["group"].tolist() == ["NA", "NA", "None", "missing", "missing", "missing"]
+    assert cohort["site"].tolist()[:4] == ["01", "01", "1", "1"]
+    assert cohort["age"].tolist()[:4] == [71.5, 71.5, "missing", 7]
+    openmind.write_text(",image_path,modality,group\n0,NA/sub-null/anat/sub-null_T1w.nii.gz,T1w,NA\n"
+                        "1,NA/sub-02/anat/sub-02_T1w.nii.gz,T1w,n/a\n")
+    cohort = read_cohort(openmind).fillna("missing")
+    assert cohort[["dataset", "participant", "group"]].values.tolist() == [
+        ["NA", "null", "NA"], ["NA", "02", "missing"]]
+
+
 def test_contrast_agent_is_left_out_of_bids_folders_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_ce-gadolinium_T1w.nii.gz",
           "sub-01/anat/sub-01_FLAIR.nii.gz", "sub-02/ses-a/anat/sub-02_ses-a_acq-mp_T1w.nii")
     (tmp_path / "dataset_description.json").write_text('{"Name": "site"}')
-    assert read_cohort(tmp_path)[["participant", "session"]].values.tolist() == [["02", "a_acq-mp"], ["01", "01"]]
+    assert read_cohort(tmp_path)[["participant", "session"]].values.tolist() == [["02", "a"], ["01", "01"]]
     assert capsys.readouterr().out.endswith("2 T1w scans; left out: 1 FLAIR, 1 T1ce\n")
     enhanced = read_cohort(tmp_path, "T1ce")
-    assert enhanced["session"].tolist() == ["01_ce-gadolinium"] and set(enhanced["dataset"]) == {"site"}
+    assert enhanced["session"].tolist() == ["01"] and set(enhanced["dataset"]) == {"site"}
 
 
 @pytest.mark.parametrize(("name", "contrast"), [

@@ -1,6 +1,13 @@
 """Batches: every scan, balanced, in pairs; a participant once in each; in an order that (seed, epoch) decide."""
 
+import json
+import os
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -19,6 +26,9 @@ from kit.data.loader import (
     session_batches,
 )
 from kit.data.store import Store, StoreError, scan_path
+from kit.runs import ROOT
+from tests.conftest import absent
+from tests.train.test_survival import children, command, wait_for_checkpoint
 
 PARTICIPANTS = [f"p{number // 2}" for number in range(50)]
 DATASETS = ["large"] * 30 + ["small"] * 6
@@ -159,3 +169,69 @@ def test_a_store_that_is_gone_is_an_error(store, tmp_path):
     scans = PreparedScans(Store(tmp_path, store.index, store.record), store.index, skip_damaged=True)
     with pytest.raises(StoreError, match="no file"):
         list(load(scans, in_order(4, 4)))
+
+
+SMALL = 'mount -t tmpfs -o size="$0" kit /dev/shm && exec "$@"'  # in a mount namespace of its own
+TRAIN = """
+import json, sys
+from kit.params import Pretrain
+from kit.runs import Run
+from kit.train.pretrain import pretrain
+if __name__ == "__main__":
+    params = Pretrain.model_validate(json.loads(sys.argv[1]))
+    print(pretrain(params, Run.of(params))["loss"].tolist())
+"""
+
+
+def with_shared_memory(size, tmp_path, values):
+    """Pretrain in a process whose /dev/shm has so much room, as in some containers; what it said, its status."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = [sys.executable, str(tmp_path / "train.py"), json.dumps(values)]
+    if os.geteuid() or subprocess.run(["unshare", "-m", "sh", "-c", SMALL, size, "true"]).returncode:
+        absent("a small /dev/shm needs root and the right to mount a tmpfs")
+    return subprocess.run(["unshare", "-m", "sh", "-c", SMALL, size, *command], cwd=ROOT, text=True, timeout=300,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "KIT_PROGRESS": "off"})
+
+
+@pytest.mark.slow
+def test_a_small_shared_memory_changes_nothing_but_the_way(store, tmp_path):
+    values = {"prepared": str(store.folder), "epochs": 1, "batch_size": 8, "projection": [16, 8]}
+    losses = []
+    for size, workers in (("160k", 2), ("1g", 2), ("1g", 0)):
+        done = with_shared_memory(size, tmp_path, {**values, "output_dir": str(tmp_path / f"{size}-{workers}"),
+                                                   "loader_workers": workers})
+        assert not done.returncode, done.stderr
+        assert ("batches come through pipes, which is slower" in done.stderr) == (size == "160k")
+        losses.append(done.stdout)
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_no_shared_memory_at_all_ends_the_run_with_the_cure(store, tmp_path):
+    done = with_shared_memory("32k", tmp_path, {
+        "prepared": str(store.folder), "epochs": 2, "batch_size": 8, "output_dir": str(tmp_path / "run"),
+        "loader_workers": 2})
+    assert done.returncode and "LoaderError: loading processes cannot be started, as /dev/shm is full" in done.stderr
+    assert "Set loader_workers: 0" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_loading_process_that_is_killed_ends_the_run_with_the_cure(store, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    values = {"prepared": str(store.folder), "epochs": 2000, "batch_size": 8, "output_dir": str(tmp_path / "run"),
+              "loader_workers": 1, "projection": [16, 8], "checkpoint_minutes": 0}
+    with subprocess.Popen([sys.executable, tmp_path / "train.py", json.dumps(values)], text=True, cwd=ROOT,
+                          stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as training:
+        wait_for_checkpoint(tmp_path / "run", 0, training)
+        until = time.monotonic() + 60
+        while not (loading := [child for child in children(training.pid) if "spawn_main" in command(child)]):
+            assert time.monotonic() < until
+        os.kill(loading[0], signal.SIGKILL)
+        said = training.communicate(timeout=120)[1]
+    assert training.returncode and "LoaderError: a loading process died" in said and "Set loader_workers: 0" in said
+
+
+def test_a_batch_between_processes_is_the_same_batch(store):
+    batch = collate([PreparedScans(store, store.index)[number] for number in range(3)])
+    whole = pickle.loads(pickle.dumps(batch))
+    assert torch.equal(whole.images, batch.images) and whole.keys == batch.keys and not whole.piped
+    assert batch.images.is_shared()

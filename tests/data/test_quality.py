@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy import ndimage
 
+from kit.data.choices import UNUSABLE
 from kit.data.quality import (
     METRICS,
     QC_GRID,
@@ -52,8 +53,8 @@ def test_what_is_beyond_a_limit_is_flagged_by_name_also_alone(rows: int, metric:
     index = flagged(cohort(rows, **{metric: value}))
     assert index["flags"].tolist() == [""] * (rows - 1) + [f"{metric} {side}"]
     assert worst_first(index)["scan"].iloc[0] == f"s{rows - 1}"
-    assert index["unusable"].iloc[-1] == (metric if METRICS[metric].unusable else "")
-    assert usable(index).tolist() == [True] * (rows - 1) + [not METRICS[metric].unusable]
+    assert index["unusable"].iloc[-1] == (metric if metric in UNUSABLE else "")
+    assert usable(index).tolist() == [True] * (rows - 1) + [metric not in UNUSABLE]
     assert usable(index, accept=[metric]).all()
     pd.testing.assert_frame_equal(flagged(index), index)
 

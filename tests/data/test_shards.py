@@ -91,3 +91,14 @@ def test_a_shard_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert alone.output_dir == alone.merged_dir == tmp_path / "out"
     with pytest.raises(ParameterError, match="shard: got 4; 4 shards are numbered 0 to 3"):
         check(Preprocess, values | {"shard": 4})
+
+
+def test_labels_come_out_of_shards_as_the_text_that_they_were(tmp_path: Path) -> None:
+    table = cohort(tmp_path, 13).drop(index=3).reset_index(drop=True)
+    site = ["001", "001", "002", "A3", "1", "NA", "1", "2", "3", "1", "1", "1"]
+    table = table.assign(site=site, count=range(12))
+    for shard in range(3):  # sites 001, A3, 1, 1 in the first, 001, 1, 2, 1 in the second, 002, NA, 3, 1 in the third
+        prepare(shard_of(table, shard, 3), shard_folder(tmp_path / "merged", shard), SETTINGS, workers=0)
+    merge_shards(table, tmp_path / "merged", 3)
+    index = Store.open(tmp_path / "merged").index
+    assert index["site"].tolist() == site and index["count"].tolist() == list(range(12))

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kit.data.split import LeakageError, check_unseen, label_subset, participant_hash, participant_ids, splits
+from kit.data.identity import IdentityError, participant_ids
+from kit.data.split import LeakageError, check_unseen, hashed_ids, label_subset, participant_hash, salt, splits
 
 
 @pytest.fixture
@@ -17,7 +18,8 @@ def test_no_participant_on_two_sides(index):
     place = splits(index, seed=0)
     assert place.groupby(index["participant"]).nunique().max() == 1
     assert place.value_counts().to_dict() == {"train": 120, "validation": 40, "test": 40}
-    assert (splits(index, seed=1) != place).any()
+    other = splits(index, seed=1)
+    assert (other != place).any() and ((other == "test") == (place == "test")).all()  # the tested stay
 
 
 def test_order_of_rows_does_not_matter(index):
@@ -47,3 +49,23 @@ def test_leakage_is_an_error_that_names_how_many(index):
         check_unseen(ids, seen)
     assert check_unseen(ids, seen, allow=True) == 3
     assert check_unseen(ids.str.replace("a/", "b/"), seen) == 0  # the same label in another dataset
+
+
+def test_a_person_is_found_under_any_spelling(index, monkeypatch):
+    seen = {participant_hash(name, salt()) for name in ("adni/1", "adni/7")}
+    for dataset, participant in (("adni", "001"), (" Adni", "1"), ("ADNI", " sub-001 "), ("ADNI", "1.0")):
+        rows = pd.DataFrame({"dataset": [dataset] * 2, "participant": [participant, "2"]})
+        assert check_unseen(participant_ids(rows), seen, allow=True) == 1
+        assert check_unseen(participant_ids(rows.assign(dataset="OASIS")), seen) == 0
+        nameless = [participant_hash("?/1", salt())]  # of a cohort whose dataset nobody named
+        assert check_unseen(participant_ids(rows.assign(dataset="OASIS")), nameless, allow=True) == 1
+    monkeypatch.setenv("KIT_SALT", "the site's own")
+    assert hashed_ids("ADNI/1").isdisjoint(seen)
+
+
+def test_rows_without_a_participant_are_not_split_unless_each_is_a_person(index):
+    index["participant"] = [f"?scan{row}" for row in range(len(index))]
+    for table in (index, index.assign(split="train")):
+        with pytest.raises(IdentityError, match="200 of 200 scans have no participant.* rows_are_people: true"):
+            splits(table, 0)
+        assert len(splits(table, 0, rows_are_people=True)) == 200

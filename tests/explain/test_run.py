@@ -6,7 +6,8 @@ import pytest
 
 from kit.data.nifti import write_nifti
 from kit.data.store import Store
-from kit.explain.run import cohort_of, known_place
+from kit.explain.run import choose_scans, cohort_of, known_place
+from kit.runs import write_table
 from tests.conftest import make_store
 
 
@@ -32,3 +33,12 @@ def test_the_cohort_is_the_one_that_was_prepared(tmp_path, monkeypatch):
             f"cohort: {cohort}\nsample_participants: 80\nseed: 3\n", encoding="utf-8")
         assert cohort_of(store, 1) == found
     assert asked == [(80, 3, 1)]
+
+
+def test_participants_of_two_datasets_are_two(tmp_path):
+    index = pd.DataFrame({"scan": ["1", "2", "3", "4"], "participant": ["001", "001", "001", "1"],
+                          "session": ["01", "01", "02", "01"], "dataset": ["A", "B", "B", "A"]})
+    write_table(tmp_path / "predictions.csv", index[["scan", "participant"]].assign(
+        distribution="in_distribution", true=1.0, predicted=[1.0, 2.0, 3.0, 0.5]))
+    chosen = choose_scans(tmp_path, Store(tmp_path, index, {"shape": [1, 1, 1], "spacing_mm": 1.0}), 3)
+    assert chosen["scan"].tolist() == ["3", "1", "4"]

@@ -14,7 +14,9 @@ from kit.show.curves import (
     registration_errors,
     summary,
     training_curves,
+    with_interval,
 )
+from kit.train.evaluate import LEAST_PARTICIPANTS, score
 
 NOTE = "procedural data"
 COMPARED = (("simclr", "probe", 0.2), ("random", "probe", 0.0), ("simclr", "finetune", 0.3))
@@ -101,6 +103,36 @@ Linear probe on frozen features, 100% of the labels, in and out of distribution
 All weights trained, 100% of the labels, in and out of distribution
 {" " * 36}simclr
 """)
+
+
+def test_where_there_is_no_interval_none_is_shown(tidy):
+    assert with_interval(1.0, None, None) == with_interval(1.0, np.nan, np.nan) == "1.00 [–]"
+    tidy.loc[(tidy["task"] == "stroke") & (tidy["seed"] == 0), ["low", "high"]] = np.nan  # of one seed is enough
+    table = benchmark_table(tidy)
+    assert table.loc[("stroke", "auc", "in_distribution", "probe", 0.2, 120), "simclr"] == "0.73 [–]"
+    assert table.loc[("age", "mean_absolute_error", "in_distribution", "probe", 1.0, 120), "random"].endswith("10.2]")
+    text = summary(tidy)
+    assert "0.81 [–]            0.61 [–]" in text and "nan" not in text
+    assert f"\n[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a class)" in text
+    line, _, (bars,) = label_efficiency(tidy).axes[0].containers[0]
+    assert np.isfinite(line.get_xydata()).all()
+    assert not any(np.isfinite(bar).any() for bar in bars.get_segments())
+
+
+def test_the_figures_numbers_are_those_of_the_score():
+    """One participant of a hundred scans, and `01` of two datasets, who are two."""
+    rng = np.random.default_rng(0)
+    who = [*range(40), *[7] * 100]
+    table = pd.DataFrame({"participant": [f"{number // 2:02d}" for number in who],
+                          "dataset": ["AB"[number % 2] for number in who], "true": [number % 2 for number in who]})
+    table["predicted"] = table["true"] + rng.normal(size=len(table))
+    ids = table["dataset"] + "/" + table["participant"]
+    auc = score(table["true"].to_numpy(), table["predicted"].to_numpy(), "classification", ids)
+    assert auc["participants"] == 40
+    assert names(predictions(table, "auc").axes[0])[0] == f"n = 40 (AUC = {auc['value']:.2f})"
+    assert f"{roc_auc_score(table['true'], table['predicted']):.2f}" != f"{auc['value']:.2f}"
+    error = score(table["true"].to_numpy(), table["predicted"].to_numpy(), "regression", ids)
+    assert names(predictions(table, "mean_absolute_error").axes[0])[0] == f"n = 40, error {error['value']:.1f}"
 
 
 def test_roc_curves_name_their_area_and_their_number():

@@ -1,7 +1,9 @@
 """The job template on a real two-node Slurm that is started for the tests on this machine."""
 
+import json
 import re
 import subprocess
+import sys
 import time
 
 import nbformat
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 
 from kit.data.store import scan_path, write_scan
+from kit.runs import ROOT
 from kit.train import checkpoint
 from tests.conftest import make_store
 
@@ -147,6 +150,34 @@ def test_a_cell_that_fails_fails_the_job_and_stands_in_the_notebook(jobs, tmp_pa
     cells = nbformat.read(job.output, as_version=4).cells
     assert any(out.output_type == "error" for cell in cells for out in cell.get("outputs", []))
     assert "An Exception was encountered" in cells[0].source and "the loss is nan" in job.log.read_text()
+
+
+SHELL = """
+import json, sys
+from kit.machine import why_alone
+from kit.params import Pretrain
+from kit.reading import check
+from kit.runs import Run
+from kit.train import checkpoint
+from kit.train.pretrain import pretrain, standing
+params = check(Pretrain, json.loads(sys.argv[1]))
+run = Run.of(params)
+pretrain(params, run)
+print(standing(params, run), checkpoint.load(run / "checkpoints")["workers"], why_alone())
+"""
+
+STEP = ["srun", "--overlap", "-N1", "-n1", "--mem=1000"]
+
+
+@pytest.mark.parametrize(("nodes", "inside"), [(1, []), (2, []), (2, STEP)])
+def test_an_salloc_shell_trains_on_its_nodes(jobs, scans, tmp_path, nodes, inside):
+    """By hand: in the shell that salloc gives, and in one that srun gives on one of the nodes."""
+    values = {"prepared": str(scans.folder), "output_dir": str(tmp_path / "run"), "epochs": 1, "batch_size": 8,
+              "projection": [16, 8]}
+    shell = ["salloc", f"--nodes={nodes}", "--mem=1500", "--partition=main", *inside]
+    done = subprocess.run([*shell, sys.executable, "-c", SHELL, json.dumps(values)], env=jobs.env, cwd=ROOT, text=True,
+                          capture_output=True, timeout=300)
+    assert not done.returncode and f"finished: 1 epochs {nodes} \n" in done.stdout, done.stderr
 
 
 def test_parameters_that_cannot_be_used_end_the_job_in_seconds(jobs, scans, tmp_path):

@@ -1,0 +1,93 @@
+"""The cells `# Parameters` of the running notebook: which of them count, and what they say."""
+
+from __future__ import annotations
+
+import ast
+import io
+import linecache
+import tokenize
+from collections.abc import Iterable
+from typing import Any
+
+MARK = "# Parameters"  # papermill begins the cell that it injects with it, and the notebooks their own
+
+_counted: dict[str, list[str]] = {}  # the cells that counted last, of each notebook in this kernel
+_looked_at = 0  # cells of parameters that had been run then
+
+
+class CellError(ValueError):
+    """The cells do not say what the names hold; the message says which to run again."""
+
+
+def current_values(notebook: str, shell: Any) -> dict[str, Any]:
+    """The names assigned in a notebook's cells of parameters as they stand now, with their values.
+
+    Args:
+        notebook: tells notebooks of one kernel apart.
+        shell: IPython's.
+
+    Raises:
+        CellError: a name holds something else than its cell says, or papermill's cell ran before the notebook's own.
+    """
+    sources, values = _counting(notebook, shell), {}
+    said = literals(sources)
+    for name in assigned_names(sources):
+        values[name] = shell.user_ns.get(name)
+        if name in said and (type(said[name]) is not type(values[name]) or said[name] != values[name]):
+            raise CellError(f"{name}: the cell `{MARK}` says {said[name]!r}, but another cell has set it to "
+                            f"{_short(values[name])}; run that cell again, then this one")
+    return values
+
+
+def assigned_names(sources: Iterable[str]) -> list[str]:
+    """Names assigned at the top level of the cells' sources, in order, each once."""
+    return list({name: None for source in sources for node in ast.parse(source).body for name in _targets(node)})
+
+
+def literals(sources: Iterable[str]) -> dict[str, Any]:
+    """What each name is assigned last, where that is a literal: what an expression gave is not known afterwards."""
+    values: dict[str, Any] = {}
+    for node in (node for source in sources for node in ast.parse(source).body):
+        for name in _targets(node):
+            try:
+                values[name] = ast.literal_eval(node.value)
+            except (ValueError, TypeError):
+                values.pop(name, None)
+    return values
+
+
+def _targets(node: ast.stmt) -> list[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _counting(notebook: str, shell: Any) -> list[str]:
+    """The notebook's own cell as it was last run, then the one that papermill injected, if it did.
+
+    Cells that were run since anyone asked last belong to the notebook that asks now.
+    """
+    global _looked_at
+    ran = [cell for cell in shell.history_manager.input_hist_raw if cell.lstrip().startswith(MARK)]
+    if not ran:  # run without history, as nbval does: IPython keeps the sources for its tracebacks, too
+        kept = [entry[2] for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
+        ran = [cell for cell in map("".join, kept) if cell.lstrip().startswith(MARK)]
+    known = _counted.get(notebook, []) + ran[_looked_at if _looked_at <= len(ran) else 0:]
+    _looked_at = len(ran)
+    own = [place for place, cell in enumerate(known) if not _papermills(cell)][-1:]
+    injected = [place for place, cell in enumerate(known) if _papermills(cell)][-1:]
+    _counted[notebook] = [known[place] for place in sorted(own + injected)]
+    if own and injected and injected < own:
+        raise CellError(f"papermill's cell `{MARK}` ran before the notebook's own, whose values now stand in place of "
+                        "its: run it again, then this one (is it deleted? then restart the kernel)")
+    return _counted[notebook]
+
+
+def _papermills(cell: str) -> bool:
+    """Whether papermill wrote a cell of parameters: no comment but the first line."""
+    tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
+    return sum(token.type == tokenize.COMMENT for token in tokens) == 1
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"

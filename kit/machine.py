@@ -1,0 +1,93 @@
+"""What the system under the kit offers or lacks: file locks, cores, the nodes of a Slurm job."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+import warnings
+import weakref
+from pathlib import Path
+from typing import ClassVar
+
+NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}  # what file systems without locks answer
+
+
+class Lock:
+    """An exclusive lock on a file, which this process holds for as long as something refers to the lock.
+
+    It belongs to the process: asked for again (a cell that is run twice, a second notebook of the same kernel), the
+    same lock is handed out.
+    """
+
+    _held: ClassVar[weakref.WeakValueDictionary[tuple[int, int], Lock]] = weakref.WeakValueDictionary()
+
+    def __init__(self, file: int) -> None:
+        weakref.finalize(self, os.close, file)
+
+    @classmethod
+    def take(cls, path: str | Path) -> Lock:
+        """Lock a file, which is made if absent. On a file system without locks, warn and go on.
+
+        Raises:
+            BlockingIOError: another process holds it.
+        """
+        if os.path.exists(path) and (held := cls._held.get(_identity(os.stat(path)))):
+            return held
+        file = os.open(path, os.O_CREAT | os.O_RDWR)
+        lock = cls(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(f"{Path(path).parent}: this file system has no locks ({error.strerror}), so nothing keeps a "
+                          "second process from writing here: start one at a time", stacklevel=2)
+        cls._held[_identity(os.fstat(file))] = lock
+        return lock
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not say which (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def let_others_run() -> None:
+    """Give the core away for a moment."""
+    if hasattr(os, "sched_yield"):
+        os.sched_yield()
+    else:
+        time.sleep(0)
+
+
+def slurm_nodes() -> tuple[int, list[str]]:
+    """How many nodes the Slurm job has that this process runs in, 1 outside a job; and what is missing to use them."""
+    told = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    if not told.strip() and not os.environ.get("SLURM_JOB_ID"):
+        return 1, []
+    if not (told.isdecimal() and int(told)):
+        return 1, [f"SLURM_JOB_NUM_NODES is {repr(told) if told else 'not set'}"]
+    return int(told), missing_of_slurm() if int(told) > 1 else []
+
+
+def why_alone() -> str:
+    """Why the nodes of this Slurm job are not trained on, or nothing."""
+    nodes, missing = slurm_nodes()
+    return (f"training on this machine alone: of a Slurm job {' and '.join(missing)}"
+            + f", so its {nodes} nodes cannot be used" * (nodes > 1)) if missing else ""
+
+
+def missing_of_slurm() -> list[str]:
+    """What is missing to start processes on the nodes of a Slurm job: programs, variables."""
+    met = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")  # else Slurm is asked where rank 0 is
+    missing = [f"{program} is not found" for program in (["srun"] if met else ["srun", "scontrol"])
+               if not shutil.which(program)]
+    missing += [f"{name} is not set" for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if not os.environ.get(name)]
+    number = os.environ.get("SLURM_JOB_ID", "")
+    return missing + ([f"SLURM_JOB_ID is {number!r}"] if number and not number.isdecimal() else [])
