@@ -85,17 +85,18 @@ def refused_montage(failed: pd.DataFrame, note: str = "", title: str = "", assum
 
 
 def quality_histograms(index: pd.DataFrame, title: str = "", note: str = "") -> Figure:
-    """Count scans by each QC metric, a line per site; limits are dashed, and flagged scans are marked below.
+    """Count scans by each QC metric that differs between them; limits are dashed, flagged scans are marked below.
 
     Args:
         index: of prepared scans, with the columns of `kit.data.quality.METRICS`, `flags`, and `site` or `dataset`.
     """
-    rows = math.ceil(len(METRICS) / IN_A_ROW)
+    differing = {name: metric for name, metric in METRICS.items() if index[name].nunique() > 1}
+    rows = max(1, math.ceil(len(differing) / IN_A_ROW))
     figure = blank(MAX_WIDTH, 170 * rows, title, note)
     panels = figure.subplots(rows, IN_A_ROW, sharey=True).ravel()
-    for axes in panels[len(METRICS):]:
+    for axes in panels[len(differing):]:
         axes.set_visible(False)
-    for number, (axes, (name, metric)) in enumerate(zip(panels, METRICS.items(), strict=False)):
+    for number, (axes, (name, metric)) in enumerate(zip(panels, differing.items(), strict=False)):
         edges = np.histogram_bin_edges(index[name].astype(float), bins=16)
         for site, group in index.groupby(site_column(index)):
             axes.hist(group[name], bins=edges, histtype="step", linewidth=1.3, label=f"{site} (n = {len(group)})")
