@@ -22,8 +22,8 @@ def test_table_is_complete_and_resumes(store, tmp_path):
     assert len(models) == len(set(models)) == 16
     assert len(tidy) == 32 and tidy["value"].notna().all() and set(tidy["distribution"]) == {
         "in_distribution", "out_of_distribution"}
-    few = tidy["distribution"] == "in_distribution"  # four participants; out of distribution 24, 12 of each class
-    assert tidy.loc[few, ["low", "high"]].isna().all(axis=None) and set(tidy["participants"]) == {4, 24}
+    few = tidy["distribution"] == "in_distribution"  # five participants; out of distribution 24, 12 of each class
+    assert tidy.loc[few, ["low", "high"]].isna().all(axis=None) and set(tidy["participants"]) == {5, 24}
     ages = tidy[~few & (tidy["task"] == "age")]
     assert ((ages["low"] < ages["value"]) & (ages["value"] < ages["high"])).all()
 
