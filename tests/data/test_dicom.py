@@ -18,7 +18,7 @@ from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, RLELossl
 from kit.data.cohort import read_cohort
 from kit.data.dicom import read_dicom
 from kit.data.grid import Grid
-from kit.data.nifti import ScanError
+from kit.data.nifti import ScanError, write_nifti
 from kit.data.preprocess import Preparation, prepare
 from kit.data.resample import resample
 from kit.data.scan_file import read_scan, scan_files
@@ -286,12 +286,15 @@ def test_several_series_are_listed_without_names_and_chosen_by_number(tmp_path: 
 
 
 def test_a_table_names_a_series_of_a_folder(tmp_path: Path) -> None:
-    z, y, x = np.indices(SHAPE)
-    ball = np.where((z - 6) ** 2 + (y - 8) ** 2 + (x - 7) ** 2 < 25, 500 + numbers() % 97, 0)
+    z, y, x = np.indices((36, 50, 44))
+    ball = np.where((z - 18) ** 2 + (y - 25) ** 2 + (x - 22) ** 2 < 17**2, 500 + (z * y + x) % 97, 0)
     write_series(tmp_path / "scan" / "a", ball, np.eye(3), series_number=4)
     write_series(tmp_path / "scan" / "b", numbers(), np.eye(3), series=SERIES + ".2", series_number=5)
-    (tmp_path / "site.csv").write_text("participant,image_path\n1,scan#4\n2,scan\n3,scan/a/003.dcm\n")
-    settings = Preparation(Grid((25, 32, 33), 6.0), "none", "nonzero")
+    array, affine = read_scan(tmp_path / "scan#4")
+    write_nifti(tmp_path / "mask.nii.gz", array > 100, affine)
+    (tmp_path / "site.csv").write_text(
+        "participant,image_path,mask_path\n1,scan#4,mask.nii.gz\n2,scan,mask.nii.gz\n3,scan/a/003.dcm,mask.nii.gz\n")
+    settings = Preparation(Grid((25, 32, 33), 6.0), "none", "given")
     index, failed = prepare(read_cohort(tmp_path / "site.csv"), tmp_path / "out", settings, workers=0)
     assert index["participant"].tolist() == ["1"]
     assert failed["participant"].tolist() == ["2", "3"]
