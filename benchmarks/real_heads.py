@@ -313,8 +313,8 @@ def _write_spoilt(task: tuple[str, str, str, int]) -> bool:
     return True
 
 
-def write_no_brains(folder: Path) -> pd.DataFrame:
-    """Things with a place in space that are no brains."""
+def write_no_brains(folder: Path, names: tuple[str, ...] | None = None) -> pd.DataFrame:
+    """Write things that are no brains, all or those of some names; a row a file."""
     shape, to = (90, 110, 100), from_matvec(np.diag([2.0] * 3), [-100, -110, -90])
     z, y, x = np.meshgrid(*(2.0 * (np.arange(side) - side / 2) for side in shape), indexing="ij")
     radius, rng = np.sqrt(x**2 + y**2 + z**2), np.random.default_rng(5)
@@ -342,6 +342,7 @@ def write_no_brains(folder: Path) -> pd.DataFrame:
         write_nifti(folder / f"{name.replace(' ', '-')}.nii.gz", array.astype(np.float32), to)
         rows.append((name, str(folder / f"{name.replace(' ', '-')}.nii.gz")))
     rows += [(f"label map {number}", path) for number, path in enumerate(maps)]
+    rows = [(name, path) for name, path in rows if names is None or name in names]
     return pd.DataFrame([{"participant": name.replace(" ", "-"), "of": "", "kind": "no brain", "session": "01",
                           "dataset": "spoilt", "image_path": path} for name, path in rows])
 
