@@ -72,6 +72,7 @@ def test_known_moves_are_found(head: Path) -> None:
 
 
 def test_deepbet_agrees_with_another_tool(head: Path) -> None:
-    """BET's mask, mended by hand, is a little smaller: deepbet counts fluid around the brain as brain."""
+    """BET's mask leaves the fluid around the brain out, 12 % of deepbet's; nothing of it may be missing there."""
     other = ndimage.binary_fill_holes(read_nifti(head.with_name("ch2bet.nii.gz"))[0] > 0)
-    assert dice(deepbet_mask(read_nifti(head)[0]), other) >= 0.95
+    found = deepbet_mask(read_nifti(head)[0])
+    assert dice(found, other) >= 0.93 and np.count_nonzero(other & ~found) <= 0.01 * np.count_nonzero(other)
