@@ -32,7 +32,7 @@ def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(jobs, tmp_path: Path
     affine[:3, 3] = [-70, -100, -60]
     paths = [tmp_path / f"{row}.nii.gz" for row in range(10)]
     for row, path in enumerate(paths):
-        write_nifti(path, rng.uniform(10, 100 + row, (10, 11, 12)).astype(np.float32), affine)
+        write_nifti(path, np.pad(rng.uniform(10, 100 + row, (8, 9, 10)), 1), affine)
     paths[3].write_text("no scan", encoding="utf-8")
     pd.DataFrame({"participant": range(10), "image_path": paths}).to_csv(tmp_path / "cohort.csv", index=False)
     script = tmp_path / "array.sh"
@@ -42,7 +42,7 @@ def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(jobs, tmp_path: Path
         jobs.wait(f"{job}_{task}", "COMPLETED", log=tmp_path / f"{task}.log", seconds=600)
     store = Store.open(tmp_path / "out")
     assert store.index["participant"].tolist() == [str(row) for row in range(10) if row != 3]
-    assert pd.read_csv(tmp_path / "out" / "failed.csv")["reason"].tolist() == ["not a NIfTI file (.nii or .nii.gz)"]
+    assert pd.read_csv(tmp_path / "out" / "failed.csv")["reason"].str.startswith("not a NIfTI file").tolist() == [True]
     assert store.read(store.index["scan"].iloc[-1])[1].any()
     for shard in (0, 1):
         own = tmp_path / "out" / "shards" / f"{shard}-of-2"
