@@ -35,7 +35,7 @@ def scans(tmp_path_factory):
     affine = np.diag([12.0, 12, 12, 1])
     affine[:3, 3] = [-70, -100, -60]
     for number in range(1, PEOPLE + 1):
-        values = rng.uniform(10, 100 + number, (10, 11, 12)).astype(np.float32)
+        values = np.pad(rng.uniform(10, 100 + number, (8, 9, 10)), 1).astype(np.float32)
         write_nifti(folder / f"{number:02d}.nii.gz", values, affine)
     return folder
 
