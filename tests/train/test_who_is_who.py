@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kit.data.choices import UNUSABLE
 from kit.data.cohort import read_cohort
 from kit.data.grid import Grid
 from kit.data.identity import IdentityError, participant_ids
@@ -56,7 +57,8 @@ def prepared(path, folder):
 
 def encoder_of(store, folder, **changes):
     """What 2_pretrain leaves, but for the training."""
-    params = Pretrain.model_validate({"prepared": store.folder, "output_dir": folder, **changes})
+    params = Pretrain.model_validate({"prepared": store.folder, "output_dir": folder,
+                                      "accept_flags": UNUSABLE, **changes})  # noise looks like no brain
     check_start(params)
     objective = build_objective(params, store)
     save_encoder(folder / "encoder.safetensors", objective.encoder, record_of(params, store, objective))
@@ -65,7 +67,7 @@ def encoder_of(store, folder, **changes):
 
 def finetuned(store, encoder, folder, **changes):
     params = check(Finetune, {"prepared": str(store.folder), "encoder": encoder, "task": "age", "mode": "probe",
-                              "output_dir": str(folder), **changes})
+                              "output_dir": str(folder), "accept_flags": UNUSABLE, **changes})
     run = Run.of(params)
     try:
         return run_finetune(params, run)
