@@ -5,8 +5,8 @@
 
 It reads the scans of `KIT_REAL_SCANS` (default: ../shared/data) and Colin27 (Debian's mricron-data), prepares them by
 `kit.data.preprocess` on a 2 mm grid with `mask: auto, registration: rigid`, and writes tables and figures to
-`outputs/bench/real_heads/`. The limits of `kit.data.quality.METRICS` were read off its figure; docs/real_heads.md shows
-the last run. Everything resumes.
+`outputs/bench/real_heads/`. docs/real_heads.md sets the limits of `kit.data.quality.METRICS` beside what was measured,
+and says how much of this has been run. Everything resumes.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class Metric(NamedTuple):
     high: float = np.inf
 
 
-# Limits: see docs/real_heads.md, which draws them over 266 real scans, moved, cut and spoilt ones, and things that are
-# no brains. `benchmarks/real_heads.py` measures them anew.
+# Limits: docs/real_heads.md says on which real scans, spoilt ones and things that are no brains they were read off;
+# `benchmarks/real_heads.py` measures these anew.
 METRICS = {
     "template_similarity": Metric("correlation with the template inside its brain, after affine registration", "low",
                                   0.02, low=0.35),
