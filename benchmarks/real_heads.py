@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from nibabel.affines import apply_affine, from_matvec
-from nibabel.eulerangles import euler2mat
+from nibabel.affines import apply_affine
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
-from kit.data.brain import dice
+from benchmarks.spoilt_scans import SPOILT, write_no_brains, write_spoilt
+from kit.data.brain import deepbet_mask, dice
 from kit.data.cohort import read_cohort
 from kit.data.grid import Grid
-from kit.data.nifti import write_nifti
 from kit.data.pool import run_all
 from kit.data.preprocess import Preparation, prepare
 from kit.data.quality import METRICS, flagged
-from kit.data.register import ORIENTATIONS, disagreement
+from kit.data.register import disagreement, find_transforms, rigid_part
 from kit.data.resample import resample
 from kit.data.scan_file import read_scan
 from kit.data.selection import selection_bias
@@ -106,7 +105,7 @@ def overlap_with_labels(table: pd.DataFrame, store: Store) -> pd.DataFrame:
 
 
 def poses(folder: Path, workers: int) -> None:
-    """Known moves of thirty heads, and the rigid against the affine over all scans."""
+    """The rigid against the affine over all heads, against a longer search, and known moves."""
     store = Store.open(folder / "scans")
     rows = []
     for row in store.index[store.index["dataset"] == "IXI"].itertuples():
@@ -114,23 +113,111 @@ def poses(folder: Path, workers: int) -> None:
         apart = disagreement(np.array(found["rigid"]), np.array(found["affine"]))
         rows.append({"participant": row.participant, "brain_ml": row.brain_ml, **apart._asdict()})
     apart = pd.DataFrame(rows)
+    write_table(folder / "pose.csv", apart)
     apart = apart.drop(columns="participant")
     print("rigid against affine:", apart.describe(percentiles=[0.5, 0.95]).round(2).to_string(), sep="\n")
     print("Spearman with brain_ml:", apart.corr("spearman")["brain_ml"].round(2).to_string(), sep="\n")
+    against_landmarks(folder, store)
+    against_a_longer_search(folder, store, workers)
+    known_moves(folder, store, workers)
+
+
+def against_a_longer_search(folder: Path, store: Store, workers: int, scans: int = 40) -> None:
+    """The rigid against the best of eight starts that are all followed to 2 mm; half of the heads are the smallest."""
+    heads = store.index[store.index["dataset"] == "IXI"].sort_values("brain_ml")
+    small, rest = heads.iloc[:scans // 2], heads.iloc[scans // 2:]
+    heads = pd.concat([small, rest.iloc[::len(rest) // (scans // 2)]]).head(scans)
+    paths = cohort().set_index("participant")["image_path"]
+    points, rows = brain_points(), []
+    tasks = [(row.scan, paths[row.participant]) for row in heads.itertuples()]
+    for (scan, _), found in run_all(_longer_search, tasks, workers):
+        away = distance(found, read_transform(store.folder, scan), points)
+        rows.append({"scan": scan, "median_mm": np.median(away), "most_mm": away.max()})
+    table = pd.DataFrame(rows).merge(heads[["scan", "brain_ml"]], on="scan")
+    write_table(folder / "longer_search.csv", table)
+    print("rigid against a longer search:", table.describe(percentiles=[0.5, 0.95]).round(2).to_string(), sep="\n")
+
+
+def _longer_search(task: tuple[str, str]) -> np.ndarray:
+    array, affine = read_scan(task[1])
+    return find_transforms(array, affine, deepbet_mask(array), {8.0: 27, 4.0: 8, 2.0: 8}).rigid
+
+
+def against_landmarks(folder: Path, store: Store) -> None:
+    """Rotation between each head's regions and all heads' mean: of the rigid, and of the affine's rigid part.
+
+    The centres of the regions of the label maps are landmarks that no registration has seen. Each head is fitted to
+    the median of all by a rotation (Kabsch 1976, doi:10.1107/S0567739476001873), by those 85 % of its landmarks that
+    lie nearest; three heads whose maps are wrong (their landmarks are twice as far off as others') do not count.
+    """
+    heads = store.index[store.index["dataset"] == "IXI"]
+    maps = cohort().set_index("participant")["dlmuse_path"]
+    centres = np.array([region_centres(maps[name]) for name in heads["participant"]])
+    centres, rows = centres[:, np.isfinite(centres).all((0, 2))], []
+    notes = [read_facts(scan_path(store.folder, scan))["notes"]["transforms"] for scan in heads["scan"]]
+    for kind in ("rigid", "affine"):
+        matrices = [np.linalg.inv(rigid_part(np.array(each[kind]))) for each in notes]
+        turns, rest = fitted_turns(np.array([apply_affine(*each) for each in zip(matrices, centres, strict=True)]))
+        angles = np.degrees(Rotation.from_matrix(turns).as_rotvec())
+        for name, ml, angle, far in zip(heads["participant"], heads["brain_ml"], angles, rest, strict=True):
+            rows.append({"kind": kind, "participant": name, "brain_ml": ml, "pitch_deg": angle[0], "roll_deg": angle[1],
+                         "yaw_deg": angle[2], "angle_deg": np.linalg.norm(angle), "rest": far})
+    table = pd.DataFrame(rows)
+    write_table(folder / "landmarks.csv", table)
+    table = table[table["rest"] < 2 * table["rest"].median()]
+    for kind, good in table.groupby("kind"):
+        print(f"{kind} against landmarks, {len(good)} heads:",
+              good.describe(percentiles=[0.5, 0.95]).round(2).to_string(), sep="\n")
+        print(good.corr("spearman", numeric_only=True)["brain_ml"].round(2).to_string())
+
+
+def region_centres(path: str, regions: int = 256) -> np.ndarray:
+    """Centres of a label map's regions, (regions, 3) in the scan's mm; nan where there is none of a number."""
+    labels, affine = read_scan(path)
+    places = np.nonzero(labels)
+    numbers = labels[places].astype(int)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(numbers, place, regions) / np.bincount(numbers, minlength=regions) for place in places]
+    return apply_affine(affine, np.stack(means[::-1], axis=1))
+
+
+def fitted_turns(heads: np.ndarray, near: float = 0.85) -> tuple[np.ndarray, np.ndarray]:
+    """Return rotations (heads, 3, 3) from the median head to each, and how far the landmarks then lie (median).
+
+    Args:
+        heads: (heads, landmarks, 3); their sizes are made one, which the distances are in.
+        near: share of a head's landmarks, the nearest, by which it is fitted.
+    """
+    heads = heads / np.linalg.norm(heads - heads.mean(1, keepdims=True), axis=(1, 2)).reshape(-1, 1, 1)
+    middle, keep = heads[0], np.ones(heads.shape[:2], bool)
+    for _ in range(20):
+        turns, fitted = [], []
+        for head, kept in zip(heads, keep, strict=True):
+            centred = head - head[kept].mean(0)
+            turn = Rotation.align_vectors(centred[kept], (middle - middle[kept].mean(0))[kept])[0]
+            turns.append(turn)
+            fitted.append(turn.inv().apply(centred) + middle[kept].mean(0))
+        middle = np.median(fitted, axis=0)
+        away = np.linalg.norm(fitted - middle, axis=2)
+        keep = away <= np.quantile(away, near, axis=1, keepdims=True)
+    return Rotation.concatenate(turns).as_matrix(), np.median(away, axis=1)
+
+
+def known_moves(folder: Path, store: Store, workers: int) -> None:
+    """Thirty heads moved by known moves: how far from there they are found."""
     kinds = {name: SPOILT[name] for name in ("moved", "neck cut", "thick slices", "mirrored")}
     heads = store.index[store.index["dataset"] != "single"].sort_values("brain_ml").iloc[::len(store.index) // 30][:30]
-    table = write_spoilt(folder / "moved_files", heads["participant"].tolist(), kinds, workers)
+    paths = cohort().set_index("participant")["image_path"]
+    table = write_spoilt(folder / "moved_files", paths[heads["participant"]].to_dict(), kinds, workers)
     index, failed = prepare(table.drop(columns=["kind", "of"]), folder / "moved", SETTINGS, workers)
     print(failed[["participant", "reason"]].to_string() if len(failed) else "none refused")
     still = store.index.set_index("participant")["scan"]
-    _, brain, to_mm = template()
-    points = apply_affine(to_mm, np.argwhere(brain)[::997, ::-1])
-    rows = []
+    points, rows = brain_points(), []
     for row in index.merge(table[["participant", "kind", "of"]], on="participant").itertuples():
         move = np.loadtxt(folder / "moved_files" / f"{row.participant}.txt")
         expected = move @ read_transform(store.folder, still[row.of])
         found = read_transform(folder / "moved", row.scan)
-        away = np.linalg.norm(apply_affine(found, points) - apply_affine(expected, points), axis=1)
+        away = distance(found, expected, points)
         rows.append({"kind": row.kind, "of": row.of, "error_mm": np.median(away),
                      "error_95_mm": np.quantile(away, 0.95), "flags": row.flags})
     errors = pd.DataFrame(rows)
@@ -138,13 +225,26 @@ def poses(folder: Path, workers: int) -> None:
     print(errors.groupby("kind")[["error_mm", "error_95_mm"]].describe(percentiles=[0.5, 0.95]).round(2).T.to_string())
 
 
+def brain_points() -> np.ndarray:
+    """Points all over the template's brain, (points, 3), MNI mm."""
+    _, brain, to_mm = template()
+    return apply_affine(to_mm, np.argwhere(brain)[::997, ::-1])
+
+
+def distance(one: np.ndarray, other: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """How far apart two transforms take points, mm."""
+    return np.linalg.norm(apply_affine(one, points) - apply_affine(other, points), axis=1)
+
+
 def spoilt(folder: Path, workers: int, every: int = 60) -> None:
     """Every so many-th scan moved, noised, cut, turned or of another contrast, and things that are no brains."""
-    some = cohort()
-    some = pd.concat([some[some["dataset"] == "IXI"].iloc[::every], some[some["dataset"] == "ds002748"].iloc[::every],
-                      some[some["dataset"] == "ds000011"].iloc[:2]])
-    table = write_spoilt(folder / "spoilt_files", some["participant"].tolist(), SPOILT, workers)
-    table = pd.concat([table, write_no_brains(folder / "spoilt_files")], ignore_index=True)
+    every_scan = cohort()
+    some = pd.concat([every_scan[every_scan["dataset"] == "IXI"].iloc[::every],
+                      every_scan[every_scan["dataset"] == "ds002748"].iloc[::every],
+                      every_scan[every_scan["dataset"] == "ds000011"].iloc[:2]])
+    paths, maps = some.set_index("participant")["image_path"], every_scan["dlmuse_path"].dropna().tolist()[:2]
+    table = write_spoilt(folder / "spoilt_files", paths.to_dict(), SPOILT, workers)
+    table = pd.concat([table, write_no_brains(folder / "spoilt_files", maps)], ignore_index=True)
     index, failed = prepare(table.drop(columns=["kind", "of"]), folder / "spoilt", SETTINGS, workers)
     kinds = table.set_index("participant")["kind"]
     # The cohort's distribution is of spoilt scans here: limits alone are looked at, as for a scan alone.
@@ -186,165 +286,6 @@ def distributions(index: pd.DataFrame) -> Figure:
         axes.invert_yaxis()
         label(axes, name, "")
     return figure
-
-
-Spoil = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray, np.ndarray]]
-
-
-def _move(array: np.ndarray, affine: np.ndarray, rng: np.random.Generator, slice_mm: float = 0.0,
-          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A rotation of up to 20 degrees about each axis and a shift of up to 30 mm along each, then bias and noise."""
-    middle = apply_affine(affine, (np.array(array.shape[::-1]) - 1) / 2)
-    rotation = euler2mat(*np.deg2rad(rng.uniform(-20, 20, 3)))
-    move = from_matvec(rotation, middle + rng.uniform(-30, 30, 3) - rotation @ middle)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    margin = np.ceil(40 / spacing).astype(int)
-    to = affine @ from_matvec(np.eye(3), -margin)
-    shape = np.array(array.shape[::-1]) + 2 * margin
-    if slice_mm:
-        factor = np.array([1, 1, slice_mm / spacing[2]])
-        to, shape = to @ from_matvec(np.diag(factor)), np.maximum(shape / factor, 2).astype(int)
-        array = ndimage.uniform_filter1d(array, max(1, round(slice_mm / spacing[2])), axis=0)
-    moved = resample(array, affine, np.linalg.inv(move), tuple(shape[::-1].tolist()), to)
-    return (*_noised(moved, to, rng)[:2], move)
-
-
-def _noised(array: np.ndarray, affine: np.ndarray, rng: np.random.Generator, noise: float = 0.03, bias: float = 0.25,
-            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    field = ndimage.zoom(rng.normal(size=(4, 4, 4)).astype(np.float32), 8, order=3)
-    field = ndimage.zoom(field, [side / 32 for side in array.shape], order=1)
-    array = array * np.exp(bias * field / np.abs(field).max())
-    sigma = noise * np.percentile(array, 99)
-    # Rician, as in a magnitude image; a stripped scan's background stays zero.
-    noisy = np.hypot(array + sigma * rng.standard_normal(array.shape), sigma * rng.standard_normal(array.shape))
-    background = array == 0 if (array == 0).mean() > 0.5 else np.zeros(array.shape, bool)
-    return np.where(background, 0, noisy).astype(np.float32), affine, np.eye(4)
-
-
-def _neck_cut(array, affine, rng):
-    """The lowest quarter of what lies below the brain's half is not in the field of view."""
-    keep = round(0.12 * len(array))
-    cut = affine.copy()
-    cut[:3, 3] = apply_affine(affine, [0, 0, keep])
-    moved, to, move = _move(array[keep:], cut, rng)
-    return moved, to, move
-
-
-def _half(upper: bool) -> Spoil:
-    def cut(array, affine, rng):
-        bright = array > np.percentile(array, 60)
-        rows = np.flatnonzero(bright.any((1, 2)))
-        middle = int(rows[-1] - 75 / np.linalg.norm(affine[:3, 2]))  # half of a brain's height below the vertex
-        out = array.copy()
-        out[middle:] = out[middle:] * 0 if upper else out[middle:]
-        if not upper:
-            out[:middle] = 0
-        return out, affine, np.eye(4)
-    return cut
-
-
-def _turned(number: int) -> Spoil:
-    def turn(array, affine, rng):
-        return array, from_matvec(ORIENTATIONS[number]) @ affine, from_matvec(ORIENTATIONS[number])
-    return turn
-
-
-def _inverted(array, affine, rng):
-    """Contrast as in a T2-weighted scan: dark becomes bright inside the head; the background stays dark."""
-    top = np.percentile(array, 99.5)
-    head = array > 0.1 * top
-    return np.where(head, (1.1 * top - np.minimum(array, top)), array * 0.2).astype(np.float32), affine, np.eye(4)
-
-
-def _two_values(array, affine, rng):
-    return (array > np.percentile(array, 75)).astype(np.float32) * 100, affine, np.eye(4)
-
-
-def _like_ct(array, affine, rng):
-    """Bone bright, brain nearly without contrast, air dark; the skull is what is dark between scalp and brain."""
-    top = np.percentile(array, 99)
-    head = ndimage.binary_fill_holes(ndimage.binary_closing(array > 0.15 * top, iterations=3))
-    depth = ndimage.distance_transform_edt(head, sampling=np.linalg.norm(affine[:3, :3], axis=0)[::-1])
-    hounsfield = np.where(head, 35 + 5 * np.clip(array / top, 0, 1), -1000)
-    hounsfield[(depth > 5) & (depth < 12)] = 900
-    return (hounsfield + rng.normal(0, 4, array.shape) + 1000).astype(np.float32), affine, np.eye(4)
-
-
-def _mirrored(array, affine, rng):
-    flip = np.diag([-1.0, 1, 1, 1])
-    middle = apply_affine(affine, (np.array(array.shape[::-1]) - 1) / 2)
-    flip[0, 3] = 2 * middle[0]
-    return np.ascontiguousarray(array[:, :, ::-1]), affine, flip
-
-
-SPOILT: dict[str, Spoil] = {
-    "moved": _move, "noise 10 %": lambda array, affine, rng: _noised(array, affine, rng, 0.1, 0.0),
-    "bias 60 %": lambda array, affine, rng: _noised(array, affine, rng, 0.01, 0.6),
-    "neck cut": _neck_cut, "thick slices": lambda array, affine, rng: _move(array, affine, rng, 6.0),
-    "mirrored": _mirrored,
-    **{f"turned {name}": _turned(number) for number, name in
-       [(next(n for n, turn in enumerate(ORIENTATIONS) if np.array_equal(turn, np.diag(signs))), axis)
-        for axis, signs in (("x", [1, -1, -1]), ("y", [-1, 1, -1]), ("z", [-1, -1, 1]))]},
-    "permuted": _turned(7), "no upper half": _half(True), "no lower half": _half(False),
-    "contrast inverted": _inverted, "two values": _two_values, "like CT": _like_ct,
-}
-
-
-def write_spoilt(folder: Path, participants: list[str], kinds: dict[str, Spoil], workers: int) -> pd.DataFrame:
-    """Write the spoilt scans and the moves that were made; a row a file."""
-    rows = [{"participant": f"{of}-{kind.replace(' ', '-').replace('%', '')}", "of": of, "kind": kind, "session": "01",
-             "dataset": "spoilt"} for kind in kinds for of in participants]
-    table = pd.DataFrame(rows)
-    table["image_path"] = [str(folder / f"{name}.nii.gz") for name in table["participant"]]
-    paths = cohort().set_index("participant")["image_path"]
-    todo = [(row.kind, paths[row.of], row.image_path, number) for number, row in enumerate(table.itertuples())
-            if not Path(row.image_path).is_file()]
-    for _ in run_all(_write_spoilt, todo, workers):
-        pass
-    return table
-
-
-def _write_spoilt(task: tuple[str, str, str, int]) -> bool:
-    kind, source, target, number = task
-    array, affine, move = SPOILT[kind](*read_scan(source), np.random.default_rng([11, number]))
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    np.savetxt(target.removesuffix(".nii.gz") + ".txt", move)
-    write_nifti(target, array, affine)
-    return True
-
-
-def write_no_brains(folder: Path, names: tuple[str, ...] | None = None) -> pd.DataFrame:
-    """Write things that are no brains, all or those of some names; a row a file."""
-    shape, to = (90, 110, 100), from_matvec(np.diag([2.0] * 3), [-100, -110, -90])
-    z, y, x = np.meshgrid(*(2.0 * (np.arange(side) - side / 2) for side in shape), indexing="ij")
-    radius, rng = np.sqrt(x**2 + y**2 + z**2), np.random.default_rng(5)
-    angle = np.arctan2(y, x)
-    noise = rng.rayleigh(4, shape)
-    ball = np.where(radius < 75, 100, 0) + noise
-    water = np.where(radius < 68, 100 * np.exp(-radius / 200), 0) + noise
-    egg = np.where((x / 62) ** 2 + (y / 80) ** 2 + (z / 60) ** 2 < 1, 100, 0.0)
-    shepp = egg - 60 * ((x / 57) ** 2 + (y / 75) ** 2 + (z / 55) ** 2 < 1) + noise
-    for at, size in (((20, 10, 0), 15), ((-20, 10, 0), 18), ((0, 40, 10), 20), ((0, -35, 0), 10)):
-        shepp += 30 * ((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2 < size**2)
-    orange = np.where(radius < 45, 70 + 30 * (np.abs(np.sin(5 * angle)) > 0.2), 0) + noise
-    orange += 50 * ((radius >= 45) & (radius < 52))
-    texture = ndimage.gaussian_filter(rng.standard_normal(shape), 3)
-    melon = np.where(radius < 80, 80 + 150 * texture, 0).clip(0) + noise
-    torso = np.where((x / 95) ** 2 + (y / 70) ** 2 < 1, 60, 0.0)
-    for at, size, value in (((45, 0), 35, 10), ((-45, 0), 35, 10), ((0, -45), 15, 150)):
-        torso[(x - at[0]) ** 2 + (y - at[1]) ** 2 < size**2] = value
-    things = {"noise": noise * 10, "ball": ball, "water bottle": water,
-              "stripped egg": egg * (1 + 0.05 * rng.standard_normal(shape)), "phantom": shepp,
-              "orange": orange, "melon": melon, "torso": torso + noise}
-    maps = cohort().dropna(subset=["dlmuse_path"])["dlmuse_path"].iloc[:2]
-    rows = []
-    for name, array in things.items():
-        write_nifti(folder / f"{name.replace(' ', '-')}.nii.gz", array.astype(np.float32), to)
-        rows.append((name, str(folder / f"{name.replace(' ', '-')}.nii.gz")))
-    rows += [(f"label map {number}", path) for number, path in enumerate(maps)]
-    rows = [(name, path) for name, path in rows if names is None or name in names]
-    return pd.DataFrame([{"participant": name.replace(" ", "-"), "of": "", "kind": "no brain", "session": "01",
-                          "dataset": "spoilt", "image_path": path} for name, path in rows])
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ brain is best at a pitched or shifted pose.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import permutations, product
 from typing import NamedTuple
@@ -35,7 +36,7 @@ MARGIN_MM = 30.0
 FLATTEN_MM = 15.0
 # Rotations about each axis from which the search starts, and how many starts are followed at each level.
 START_ROTATIONS_DEG = (-20.0, 0.0, 20.0)
-FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1}
+FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
 # A brain this much like the template at 8 mm (mutual information) is upright: see `likeness`. Below it, another
 # orientation than the header's is believed where it is better by this lead.
 UPRIGHT, ORIENTATION_LEAD = 0.45, 0.03
@@ -74,7 +75,8 @@ class _Scan(NamedTuple):
     brain_mm3: float
 
 
-def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Transforms:
+def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray,
+                    followed: Mapping[float, int] = FOLLOWED) -> Transforms:
     """Register a brain to the template.
 
     Mattes mutual information (Mattes et al. 2003, doi:10.1109/TMI.2003.809072) is climbed by a similarity transform
@@ -86,6 +88,7 @@ def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> 
         array: (z, y, x) intensities.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
         mask: (z, y, x) bool, the brain.
+        followed: how many of the 27 starts are followed at each level; more take longer.
 
     Raises:
         RegistrationError: the search left the brain.
@@ -93,7 +96,7 @@ def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> 
     with one_thread():
         scan = _scan(array, affine, mask)
         try:
-            similarity, _ = _search(scan, FINE_MM, _start(scan), step_mm=0.5)
+            similarity = _best_similarity(scan, followed)
             freed = sitk.AffineTransform(similarity.GetMatrix(), similarity.GetTranslation(), similarity.GetCenter())
             for size in (MIDDLE_MM, FINE_MM):
                 _search(scan, size, freed, step_mm=0.2)
@@ -261,12 +264,12 @@ def _similarity(scan: _Scan, rotation: np.ndarray) -> sitk.Similarity3DTransform
     return start
 
 
-def _start(scan: _Scan) -> sitk.Transform:
-    """Return the best similarity transform at 4 mm, climbed from the most promising starts."""
+def _best_similarity(scan: _Scan, followed: Mapping[float, int]) -> sitk.Transform:
+    """Return the best similarity transform at 2 mm, climbed from the most promising starts."""
     turns = [euler2mat(*np.deg2rad(angles)) for angles in product(START_ROTATIONS_DEG, repeat=3)]
     starts = [(start, _value(scan, start)) for start in (_similarity(scan, turn) for turn in turns)]
-    for size, step_mm in ((COARSE_MM, 8.0), (MIDDLE_MM, 4.0)):
-        best = sorted(starts, key=lambda start: start[1])[:FOLLOWED[size]]
+    for size, step_mm in ((COARSE_MM, 8.0), (MIDDLE_MM, 4.0), (FINE_MM, 0.5)):
+        best = sorted(starts, key=lambda start: start[1])[:followed[size]]
         starts = [_search(scan, size, start, step_mm) for start, _ in best]
     return min(starts, key=lambda start: start[1])[0]
 

@@ -80,13 +80,13 @@ def test_half_precision_is_raised(pair):
 
 
 def _curves(folder: str, where: str = "cpu") -> None:
-    """20 steps of the paper's ResNet-18 on this process's share of eight scans: the losses, and the last gradient."""
+    """20 steps of a narrow ResNet-18 on this process's share of eight scans: the losses, and the last gradient."""
     with process_group() if "RANK" in os.environ else nullcontext():
         torch.set_num_threads(1)
         each = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
-        for dtype, shape, rate in ((torch.float32, (24, 24, 24), 1e-6), (torch.float64, (8, 12, 10), 1e-3)):
+        for dtype, shape, rate in ((torch.float32, (24, 24, 24), 1e-5), (torch.float64, (8, 12, 10), 1e-3)):
             torch.manual_seed(0)
-            objective = SimCLR(build_encoder("resnet18", shape), Recipe(), projection=[512, 512, 64], temperature=0.1,
+            objective = SimCLR(build_encoder("resnet18_narrow", shape), Recipe(), projection=[128, 128, 64], temperature=0.1,
                                seed=0, spacing_mm=4.0).to(where, dtype)
             synchronise_batch_norm(objective)
             scans = torch.randn(8, 1, *shape)
@@ -119,8 +119,8 @@ def test_two_and_four_processes_go_the_way_of_one(tmp_path):
     _curves(str(tmp_path))
     for processes in (2, 4):
         launch(_curves, (str(tmp_path),), processes)
-    # Seen: float64 3e-14. In float32 7e-7 at this rate, by which the loss falls 4 % in 20 steps; a rate three
-    # times as large parts by 5e-5 on scans this small: training is chaotic, each step multiplies what rounding left
+    # Seen: float64 2e-14, where the loss falls from 3 to .04. Float32 1.3e-6, at a rate by which it falls 3 %: training
+    # is chaotic, each step multiplies what rounding left.
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         one = np.load(tmp_path / f"{dtype}-1-0.npz")
         assert one["losses"][-1] < 0.98 * one["losses"][0]
