@@ -86,8 +86,8 @@ def _curves(folder: str, where: str = "cpu") -> None:
         each = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
         for dtype, shape, rate in ((torch.float32, (24, 24, 24), 1e-5), (torch.float64, (8, 12, 10), 1e-3)):
             torch.manual_seed(0)
-            objective = SimCLR(build_encoder("resnet18_narrow", shape), Recipe(), projection=[128, 128, 64], temperature=0.1,
-                               seed=0, spacing_mm=4.0).to(where, dtype)
+            objective = SimCLR(build_encoder("resnet18_narrow", shape), Recipe(), projection=[128, 128, 64],
+                               temperature=0.1, seed=0, spacing_mm=4.0).to(where, dtype)
             synchronise_batch_norm(objective)
             scans = torch.randn(8, 1, *shape)
             images = (scans + torch.randn(2, 8, 1, *shape))[:, each].flatten(0, 1).to(where, dtype)
