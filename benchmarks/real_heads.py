@@ -83,11 +83,12 @@ def scans(folder: Path, workers: int) -> None:
         tested = selection_bias(labels[["dataset", "age", "sex", "brain_ml"]], hit.to_numpy())
         print(name, int(hit.sum()), tested.to_string() if len(tested) else "nobody to compare", sep="\n")
     smallest = index[index["dataset"] == "IXI"].nsmallest(12, "brain_ml")
-    worst = pd.concat([index[index["flags"] != ""], index.nsmallest(12, "mask_overlap")]).head(12)
+    worst = pd.concat([index[index["flags"] != ""], index.nsmallest(12, "mask_overlap")])
+    worst = worst.drop_duplicates("scan").head(12)
     for name, rows in (("smallest", smallest), ("worst", worst)):
         figure = quality_montage([store.read(scan)[0].astype(np.float32) for scan in rows["scan"]], GRID,
-                                 [f"{row.participant} {row.brain_ml:.0f} ml {row.flags}" for row in rows.itertuples()],
-                                 title=f"The {name} of {len(index)} real scans", note=SOURCES[:60])
+                                 [f"{row.participant}, {row.brain_ml:.0f} ml" for row in rows.itertuples()],
+                                 title=f"The {name} of {len(index)} real scans", note=SOURCES)
         figure.savefig(folder / f"{name}.png")
 
 
@@ -161,10 +162,10 @@ def against_landmarks(folder: Path, store: Store) -> None:
         angles = np.degrees(Rotation.from_matrix(turns).as_rotvec())
         for name, ml, angle, far in zip(heads["participant"], heads["brain_ml"], angles, rest, strict=True):
             rows.append({"kind": kind, "participant": name, "brain_ml": ml, "pitch_deg": angle[0], "roll_deg": angle[1],
-                         "yaw_deg": angle[2], "angle_deg": np.linalg.norm(angle), "rest": far})
+                         "yaw_deg": angle[2], "angle_deg": np.linalg.norm(angle), "rest_mm": far})
     table = pd.DataFrame(rows)
     write_table(folder / "landmarks.csv", table)
-    table = table[table["rest"] < 2 * table["rest"].median()]
+    table = table[table["rest_mm"] < 2 * table["rest_mm"].median()]
     for kind, good in table.groupby("kind"):
         print(f"{kind} against landmarks, {len(good)} heads:",
               good.describe(percentiles=[0.5, 0.95]).round(2).to_string(), sep="\n")
@@ -182,13 +183,14 @@ def region_centres(path: str, regions: int = 256) -> np.ndarray:
 
 
 def fitted_turns(heads: np.ndarray, near: float = 0.85) -> tuple[np.ndarray, np.ndarray]:
-    """Return rotations (heads, 3, 3) from the median head to each, and how far the landmarks then lie (median).
+    """Return rotations (heads, 3, 3) from the mean pose to each head's, and how far off landmarks then are (median, mm).
 
     Args:
-        heads: (heads, landmarks, 3); their sizes are made one, which the distances are in.
+        heads: (heads, landmarks, 3) mm; all are made as large as the median one.
         near: share of a head's landmarks, the nearest, by which it is fitted.
     """
-    heads = heads / np.linalg.norm(heads - heads.mean(1, keepdims=True), axis=(1, 2)).reshape(-1, 1, 1)
+    sizes = np.linalg.norm(heads - heads.mean(1, keepdims=True), axis=(1, 2))
+    heads = heads * (np.median(sizes) / sizes).reshape(-1, 1, 1)
     middle, keep = heads[0], np.ones(heads.shape[:2], bool)
     for _ in range(20):
         turns, fitted = [], []
@@ -200,7 +202,8 @@ def fitted_turns(heads: np.ndarray, near: float = 0.85) -> tuple[np.ndarray, np.
         middle = np.median(fitted, axis=0)
         away = np.linalg.norm(fitted - middle, axis=2)
         keep = away <= np.quantile(away, near, axis=1, keepdims=True)
-    return Rotation.concatenate(turns).as_matrix(), np.median(away, axis=1)
+    turns = Rotation.concatenate(turns)
+    return (turns.mean().inv() * turns).as_matrix(), np.median(away, axis=1)
 
 
 def known_moves(folder: Path, store: Store, workers: int) -> None:
