@@ -183,7 +183,7 @@ def region_centres(path: str, regions: int = 256) -> np.ndarray:
 
 
 def fitted_turns(heads: np.ndarray, near: float = 0.85) -> tuple[np.ndarray, np.ndarray]:
-    """Return rotations (heads, 3, 3) from the mean pose to each head's, and how far off landmarks then are (median, mm).
+    """Return rotations (heads, 3, 3) from the mean pose to each head's, and the landmarks' median distance then, mm.
 
     Args:
         heads: (heads, landmarks, 3) mm; all are made as large as the median one.
