@@ -145,31 +145,36 @@ def _longer_search(task: tuple[str, str]) -> np.ndarray:
 
 
 def against_landmarks(folder: Path, store: Store) -> None:
-    """Rotation between each head's regions and all heads' mean: of the rigid, and of the affine's rigid part.
-
-    The centres of the regions of the label maps are landmarks that no registration has seen. Each head is fitted to
-    the median of all by a rotation (Kabsch 1976, doi:10.1107/S0567739476001873), by those 85 % of its landmarks that
-    lie nearest; three heads whose maps are wrong (their landmarks are twice as far off as others') do not count.
-    """
-    heads = store.index[store.index["dataset"] == "IXI"]
-    maps = cohort().set_index("participant")["dlmuse_path"]
-    centres = np.array([region_centres(maps[name]) for name in heads["participant"]])
-    centres, rows = centres[:, np.isfinite(centres).all((0, 2))], []
-    notes = [read_facts(scan_path(store.folder, scan))["notes"]["transforms"] for scan in heads["scan"]]
-    for kind in ("rigid", "affine"):
-        matrices = [np.linalg.inv(rigid_part(np.array(each[kind]))) for each in notes]
-        turns, rest = fitted_turns(np.array([apply_affine(*each) for each in zip(matrices, centres, strict=True)]))
-        angles = np.degrees(Rotation.from_matrix(turns).as_rotvec())
-        for name, ml, angle, far in zip(heads["participant"], heads["brain_ml"], angles, rest, strict=True):
-            rows.append({"kind": kind, "participant": name, "brain_ml": ml, "pitch_deg": angle[0], "roll_deg": angle[1],
-                         "yaw_deg": angle[2], "angle_deg": np.linalg.norm(angle), "rest_mm": far})
-    table = pd.DataFrame(rows)
+    """The rigid, and the affine's rigid part, against landmarks that no registration has seen."""
+    table = landmark_poses(store)
     write_table(folder / "landmarks.csv", table)
-    table = table[table["rest_mm"] < 2 * table["rest_mm"].median()]
     for kind, good in table.groupby("kind"):
         print(f"{kind} against landmarks, {len(good)} heads:",
               good.describe(percentiles=[0.5, 0.95]).round(2).to_string(), sep="\n")
         print(good.corr("spearman", numeric_only=True)["brain_ml"].round(2).to_string())
+
+
+def landmark_poses(store: Store) -> pd.DataFrame:
+    """Rotation between each head's regions and all heads' mean pose, by the rigid and by the affine's rigid part.
+
+    The centres of the label maps' regions are the landmarks. Each head is fitted to the median of all by a rotation
+    (Kabsch 1976, doi:10.1107/S0567739476001873), by those 85 % of its landmarks that lie nearest. Heads whose
+    landmarks lie twice as far off as others' are left out: their maps are wrong.
+    """
+    heads = store.index[store.index["dataset"] == "IXI"]
+    maps = cohort().set_index("participant")["dlmuse_path"]
+    centres = np.array([region_centres(maps[name]) for name in heads["participant"]])
+    centres, tables = centres[:, np.isfinite(centres).all((0, 2))], []
+    found = [read_facts(scan_path(store.folder, scan))["notes"]["transforms"] for scan in heads["scan"]]
+    for kind in ("rigid", "affine"):
+        to_mni = [np.linalg.inv(rigid_part(np.array(each[kind]))) for each in found]
+        turns, rest = fitted_turns(np.array([apply_affine(*each) for each in zip(to_mni, centres, strict=True)]))
+        angles = np.degrees(Rotation.from_matrix(turns).as_rotvec())
+        tables.append(heads[["participant", "brain_ml"]].assign(
+            kind=kind, pitch_deg=angles[:, 0], roll_deg=angles[:, 1], yaw_deg=angles[:, 2],
+            angle_deg=np.linalg.norm(angles, axis=1), rest_mm=rest))
+    table = pd.concat(tables, ignore_index=True)
+    return table[table["rest_mm"] < 2 * table["rest_mm"].median()]
 
 
 def region_centres(path: str, regions: int = 256) -> np.ndarray:

@@ -65,9 +65,11 @@ def test_nothing_is_cut_off(cohort: pd.DataFrame, prepared: Store) -> None:
     assert overlap["cut"].median() <= 0.025
 
 
-def test_the_rigid_agrees_with_the_affine(prepared: Store) -> None:
+def test_the_rigid_agrees_with_the_affine_and_with_landmarks(prepared: Store) -> None:
     index = prepared.index[prepared.index["dataset"] != "single"]
     assert index["pose_deg"].max() < 4 and index["pose_mm"].quantile(0.95) < 2
+    poses = real_heads.landmark_poses(prepared)
+    assert poses.loc[poses["kind"] == "rigid", "angle_deg"].max() < 3  # people differ by 0.8 in the median of 181
 
 
 @pytest.fixture(scope="module")
