@@ -96,7 +96,7 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
         ScanError: values that are no mask's, no brain among them, or the mask is inverted.
     """
     levels = np.unique(values)
-    low, top = float(levels[0]), float(levels[-1])
+    low, top = float(levels[0]), float(levels[-1]) + 0.0  # no -0
     found = f"{len(levels)} different values from {low:g} to {top:g}"
     two, whole = len(levels) == 2, bool((levels == np.rint(levels)).all())
     saturated = np.count_nonzero(values >= SATURATED * top) / max(np.count_nonzero(values > 0.05 * top), 1)
