@@ -23,8 +23,10 @@ LEAST_BACKGROUND = 0.5
 TINY = 1e-4
 FAINT_AT_BORDER = 0.02
 FAINT = 0.05
+# So much of the border is faint around stripped brains that ring (at least 99.5 %); around heads up to 96 % is.
+LEAST_FAINT = 0.98
 # Faint voxels around a brain are its dark rim (at most 6 % of 36 stripped scans and 47 masks widened by 4 mm), or, of
-# scans stripped before they were interpolated and rounded, ringing (22 % and more).
+# scans stripped before their high frequencies were cut off and they were rounded, ringing (22 % and more).
 RINGING = 0.15
 # Whole numbers up to this are labels. Higher ones are where neighbours are mostly equal below the highest value: of
 # label maps 43 % (voxels of 6 mm) to 76 % (2 mm) are, of masks blurred by 2 to 10 mm at most 31 %.
@@ -160,14 +162,15 @@ def own_voxels(array: np.ndarray) -> np.ndarray | None:
     background = np.quantile(array[border], 0.5, method="lower")
     apart = np.abs(array - background)
     bright = np.percentile(apart, 99.5)
-    if np.mean(apart[border] <= FAINT_AT_BORDER * bright) < LEAST_BACKGROUND:
+    # The same value, or the same but for rounding.
+    exact = next((tiny for tiny in (0.0, TINY * bright) if np.mean(apart[border] <= tiny) >= LEAST_BACKGROUND), None)
+    if exact is None and np.mean(apart[border] <= FAINT_AT_BORDER * bright) < LEAST_FAINT:
         return None
     clear = ndimage.binary_fill_holes(apart > FAINT * bright)
-    for tiny in (0.0, TINY * bright):  # the same value, or the same but for rounding
-        if np.mean(apart[border] <= tiny) >= LEAST_BACKGROUND:
-            every = ndimage.binary_fill_holes(apart > tiny)
-            if np.count_nonzero(clear) >= (1 - RINGING) * np.count_nonzero(every):
-                return every
+    if exact is not None:
+        every = ndimage.binary_fill_holes(apart > exact)
+        if np.count_nonzero(clear) >= (1 - RINGING) * np.count_nonzero(every):
+            return every
     return clear
 
 
