@@ -233,7 +233,7 @@ def _check_affine(affine: np.ndarray) -> None:
     if not np.isfinite(affine).all() or not voxel_sizes(affine).all():
         raise ScanError(SINGULAR)
     if not plausible(sizes := voxel_sizes(affine)):
-        raise ScanError(f"voxels of {' x '.join(f'{size:.3g}' for size in sizes)} mm are no head's; correct the voxel "
+        raise ScanError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm are no head's; correct the voxel "
                         "sizes in its header, or their unit (NIfTI: xyzt_units)")
     if abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-6:
         raise ScanError(SINGULAR)
