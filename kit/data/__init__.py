@@ -9,11 +9,13 @@
 - ``sample``      the procedural sample cohort
 - ``choices``     the words that say how scans are prepared
 - ``grid``        where prepared arrays lie in MNI152 millimetres
+- ``place``       where voxels lie: units of length, sform and qform
 - ``nifti``       reading and writing NIfTI
 - ``dicom``       reading a folder with one DICOM series
 - ``resample``    resampling, and arrays as SimpleITK images
 - ``template``    the MNI152 template, its brain and its white matter
 - ``register``    registration to the template (SimpleITK)
+- ``mask``        masks from values: a mask file's, a stripped scan's own
 - ``brain``       brain masks: given, of stripped scans, deepbet's, other tools'
 - ``intensity``   bias field and intensity scale
 - ``quality``     QC metrics of each scan; flags by limits and by its site's distribution

@@ -12,22 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
-from kit.data.nifti import ScanError, read_mask, write_nifti
+from kit.data.mask import LEAST_BRAIN_ML, millilitres, nonzero_mask, own_voxels, read_mask
+from kit.data.nifti import ScanError, write_nifti
+from kit.data.place import corners_apart
 
 if TYPE_CHECKING:
     from deepbet import BrainExtraction
 
-# No brain is larger: where "nonzero" finds more, the scan still has its head or a background above zero.
-MOST_BRAIN_ML = 2500.0
-# Below this no brain is left to work with; the smallest newborn's has some 250 ml.
-LEAST_BRAIN_ML = 100.0
-# Of a stripped scan's voxels that are not zero, at most this share lies outside the brain that deepbet finds in it: of
-# whole heads 0.7 and more.
+# Of a stripped scan's voxels that are not background, at most this share lies outside the brain that deepbet finds in
+# it: of whole heads 0.7 and more.
 STRIPPED_OUTSIDE = 0.3
-# A background fills most of the border.
-LEAST_BACKGROUND = 0.5
 
 # deepbet 1.0.2's networks, TorchScript in its wheel; another file is refused.
 NETWORKS = {
@@ -53,6 +48,7 @@ class Brain(NamedTuple):
 
     mask: np.ndarray  # bool (z, y, x)
     source: str  # where it is from: given, nonzero, deepbet, hd-bet or mri_synthstrip
+    note: str = ""  # what to know of the headers' places
 
 
 def missing_tool(mask: str) -> str | None:
@@ -67,53 +63,44 @@ def missing_tool(mask: str) -> str | None:
     return None
 
 
-def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str, no_codes_ok: bool = False) -> Brain:
+def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str, no_codes_ok: bool = False,
+               other: np.ndarray | None = None) -> Brain:
     """Find a scan's brain.
 
     Args:
         kind: "given", "nonzero", "deepbet", a name of `COMMANDS`, or "auto": the given mask where there is one; the
-            voxels above zero of a scan that is stripped already; else deepbet's.
+            voxels of a scan that is stripped already that are not its background; else deepbet's.
         array: (z, y, x) intensities.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
         mask_path: the cohort's, or "".
         no_codes_ok: see `kit.data.scan_file.read_scan`.
+        other: where the header's other form puts the scan; see `kit.data.nifti.other_form`.
 
     Raises:
         ScanError: there is no such mask, or it cannot be a brain's.
     """
+    note = "" if other is None else (
+        f"sform and qform disagree by {corners_apart(affine, other, array.shape):.1f} mm, sform taken")
     if kind == "given" or (kind == "auto" and mask_path):
         if not mask_path:
             raise ScanError("mask: no mask_path given for this scan; add it, or choose mask: auto")
-        found = Brain(read_mask(mask_path, array, affine, no_codes_ok), "given")
+        given = read_mask(mask_path, array, affine, no_codes_ok, other)
+        if given.by_other_form:
+            note = ", ".join(filter(None, [note, "mask lies by the other form, taken voxel by voxel"]))
+        found = Brain(given.mask, "given")
     elif kind == "nonzero":
         found = Brain(nonzero_mask(array, affine), kind)
     elif kind in COMMANDS:
         found = Brain(tool_mask(kind, array, affine), kind)
     else:
         found = Brain(deepbet_mask(array), "deepbet")
-        if kind == "auto" and _background_is_zero(array):
-            above = ndimage.binary_fill_holes(array != 0)
-            if np.count_nonzero(above & ~found.mask) <= STRIPPED_OUTSIDE * np.count_nonzero(above):
-                found = Brain(above, "nonzero")
+        own = own_voxels(array) if kind == "auto" else None
+        if own is not None and np.count_nonzero(own & ~found.mask) <= STRIPPED_OUTSIDE * np.count_nonzero(own):
+            found = Brain(own, "nonzero")
     if (volume := millilitres(found.mask, affine)) < LEAST_BRAIN_ML:
         raise ScanError(f"no brain: its mask ({found.source}) has {volume:.0f} ml; look at the scan, and choose "
                         "another mask if it has one")
-    return found
-
-
-def nonzero_mask(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Return a skull-stripped scan's voxels that are not zero, holes filled, bool (z, y, x).
-
-    Raises:
-        ScanError: zero is not the background, or there are more such voxels than a brain has.
-    """
-    if not _background_is_zero(array):
-        raise ScanError("zero is not its background: less than half of its border is zero; give a mask (mask: given)")
-    mask = ndimage.binary_fill_holes(array != 0)
-    if (volume := millilitres(mask, affine)) > MOST_BRAIN_ML:
-        raise ScanError(f"{volume:.0f} ml are not zero, more than a brain: is the scan skull-stripped? If not, choose "
-                        "mask: deepbet")
-    return mask
+    return found._replace(note=note)
 
 
 def deepbet_mask(array: np.ndarray, quick: bool = False) -> np.ndarray:
@@ -169,7 +156,7 @@ def tool_mask(tool: str, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
             last = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-1:]
             raise ScanError(f"{tool} ended with code {done.returncode} and "
                             f"{'a' if found else 'no'} mask: {''.join(last)[:200]}".replace(folder, ""))
-        return read_mask(found, array, affine)
+        return read_mask(found, array, affine).mask
 
 
 @lru_cache(maxsize=1)
@@ -200,19 +187,7 @@ def _network_folder() -> Path:
     return folder
 
 
-def _background_is_zero(array: np.ndarray) -> bool:
-    """Whether most of the border's voxels are zero."""
-    border = np.ones(array.shape, bool)
-    border[1:-1, 1:-1, 1:-1] = False
-    return bool(np.mean(array[border] == 0) >= LEAST_BACKGROUND)
-
-
 def dice(one: np.ndarray, other: np.ndarray) -> float:
     """Return the Dice overlap of two bool arrays; 0.0 where both are empty."""
     total = np.count_nonzero(one) + np.count_nonzero(other)
     return 2 * np.count_nonzero(one & other) / total if total else 0.0
-
-
-def millilitres(mask: np.ndarray, affine: np.ndarray) -> float:
-    """Return a mask's volume in ml."""
-    return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000)

@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from kit.data.place import ROUNDING_MM, affine_of, corners_apart, in_mm, no_codes, plausible, voxel_sizes
 from kit.runs import write_whole
 
 # A header can claim any size: more voxels than this (4 GB as float32) is taken for a broken header.
@@ -32,7 +33,8 @@ def read_nifti(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray,
 
     Axes are flipped and swapped to the nearest RAS orientation (nibabel's `as_closest_canonical`), never
     resampled; an oblique scan keeps its rotation in the affine. Intensities are scaled as the header says,
-    and trailing dimensions of length one are dropped.
+    and trailing dimensions of length one are dropped. Where the header has an sform and a qform, the sform counts (see
+    `kit.data.place`). Metres and microns become millimetres.
 
     Args:
         path: the file.
@@ -53,8 +55,35 @@ def read_nifti(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray,
     except (OSError, EOFError, ValueError) as error:
         raise ScanError(TRUNCATED) from error
     header = image.header
-    affine = as_stored(header["pixdim"][1:4], image.shape) if _no_codes(header) else image.affine
-    return upright(values.reshape(values.shape[:3]), affine)
+    return upright(values.reshape(values.shape[:3]), affine_of(header))
+
+
+def other_form(path: str | Path) -> np.ndarray | None:
+    """Return where a scan's qform puts it, if its sform, which counts, puts it elsewhere.
+
+    Returns:
+        (4, 4), a voxel (x, y, z) of the array that `read_nifti` returns to millimetres; None where the header has one
+        form, where both agree but for rounding, and for other formats and files that `read_nifti` refuses.
+    """
+    path = Path(path)
+    half = _HALF.fullmatch(path.name)
+    file = (other_half(path) or path) if half and half[2].lower() in ("img", "brik") else path
+    try:
+        with file.open("rb") as stream:
+            zipped = stream.read(2) == b"\x1f\x8b"
+        with gzip.open(file) if zipped else file.open("rb") as stream:
+            data = stream.read(540)
+        kind = _kind(data)
+        header = kind.header_class(data[: kind.header_class.sizeof_hdr], check=False) if kind else None
+        if header is None or header["sform_code"] <= 0 or header["qform_code"] <= 0:
+            return None
+        shape, sform, qform = header.get_data_shape()[:3], affine_of(header), in_mm(header.get_qform(), header)
+        turn = nib.orientations.io_orientation(sform)
+    except (OSError, EOFError, zlib.error, ValueError, nib.spatialimages.HeaderDataError):
+        return None
+    if len(shape) < 3 or np.isnan(turn).any() or corners_apart(sform, qform, shape[::-1]) <= ROUNDING_MM:
+        return None
+    return qform @ nib.orientations.inv_ornt_aff(turn, shape)
 
 
 def upright(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,40 +97,18 @@ def upright(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndar
         Float32 (z, y, x) and its (4, 4) affine from a voxel (x, y, z).
 
     Raises:
-        ScanError: values that are not finite, or all the same.
+        ScanError: values that are not finite, or all the same; voxels without a size, or of none that heads have.
     """
     if not np.isfinite(values).all():
         raise ScanError("NaN or infinite intensities; set them to 0, or leave the scan out")
     if values.min() == values.max():
         raise ScanError(("all zero" if values.flat[0] == 0 else f"constant: each voxel is {values.flat[0]:g}")
                         + "; export it again, or leave it out")
+    _check_affine(affine)
     turn = nib.orientations.io_orientation(affine)
-    if np.isnan(turn).any():
-        raise ScanError(SINGULAR)
     affine = affine @ nib.orientations.inv_ornt_aff(turn, values.shape)
     values = nib.orientations.apply_orientation(values, turn)
     return np.ascontiguousarray(values.T, np.float32), affine
-
-
-def read_mask(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray, no_codes_ok: bool = False) -> np.ndarray:
-    """Read a scan's mask, of any format that scans may have, bool (z, y, x): what is above one half.
-
-    Raises:
-        ScanError: as `read_scan`, an empty mask among it, or the mask lies on other voxels than the scan.
-    """
-    from kit.data.scan_file import read_scan  # which imports this module
-
-    try:
-        values, mask_affine = read_scan(path, no_codes_ok)
-    except ScanError as error:
-        raise ScanError(f"mask: {error}") from error
-    if values.shape != array_zyx.shape:
-        raise ScanError(f"mask: its shape {values.shape} is not the scan's {array_zyx.shape} (z, y, x); "
-                        "resample it onto the scan's voxels")
-    if not np.allclose(mask_affine, affine, atol=1e-2):
-        raise ScanError("mask: it lies elsewhere in space than the scan (their affines differ); resample it onto the "
-                        "scan's voxels")
-    return values > 0.5
 
 
 def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> None:
@@ -186,21 +193,11 @@ def check_volume(shape: tuple[int, ...], dtype_kind: str, sizes: np.ndarray) -> 
         raise ScanError("a voxel size is zero or negative; convert the scan anew, from DICOM if you have it")
 
 
-def as_stored(sizes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the affine of voxels in RAS order with their middle at the origin; NIfTI's "method 1".
-
-    nibabel takes NIfTI files without codes for Analyze's, with x to the left.
-    """
-    sizes = np.asarray(sizes, float)
-    return nib.affines.from_matvec(np.diag(sizes), -sizes * (np.array(shape[:3]) - 1) / 2)
-
-
 def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pair:
     """Return the image whose header has passed all checks; its voxels are not read yet."""
-    size_of_header = {struct.pack(order + "i", size): size for size in (348, 540) for order in "<>"}
-    kind = {348: nib.Nifti1Image, 540: nib.Nifti2Image}.get(size_of_header.get(data[:4], 0))
-    if kind is None or not kind.header_class.may_contain_header(data[: kind.header_class.sizeof_hdr]):
-        if kind is nib.Nifti1Image and voxels is not None and len(data) >= 348:
+    kind = _kind(data)
+    if kind is None:
+        if _header_size(data) == 348 and voxels is not None and len(data) >= 348:
             raise ScanError("Analyze 7.5: it does not say where left and right are; convert it to NIfTI with an "
                             "orientation that you know, such as mri_convert --in_orientation LAS")
         if data.startswith(b"version https://git-lfs"):
@@ -226,12 +223,28 @@ def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pai
 def _check(header: nib.Nifti1Header, no_codes_ok: bool) -> None:
     shape, sizes = header.get_data_shape(), header["pixdim"][1:4]
     check_volume(shape, header.get_data_dtype().kind, sizes)
-    if _no_codes(header) and not no_codes_ok:
+    if no_codes(header) and not no_codes_ok:
         raise ScanError(f"does not say where it lies in space (sform and qform codes are both 0); {ASSUME_RAS}")
-    affine = as_stored(sizes, shape) if _no_codes(header) else header.get_best_affine()
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    _check_affine(affine_of(header))
+
+
+def _check_affine(affine: np.ndarray) -> None:
+    """Refuse voxels without a size, and sizes in mm that heads are not scanned in."""
+    if not np.isfinite(affine).all() or not voxel_sizes(affine).all():
+        raise ScanError(SINGULAR)
+    if not plausible(sizes := voxel_sizes(affine)):
+        raise ScanError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm are no head's; correct the voxel "
+                        "sizes in its header, or their unit (NIfTI: xyzt_units)")
+    if abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-6:
         raise ScanError(SINGULAR)
 
 
-def _no_codes(header: nib.Nifti1Header) -> bool:
-    return header["sform_code"] <= 0 and header["qform_code"] <= 0
+def _header_size(data: bytes) -> int:
+    sizes = {struct.pack(order + "i", size): size for size in (348, 540) for order in "<>"}
+    return sizes.get(data[:4], 0)
+
+
+def _kind(data: bytes) -> type[nib.Nifti1Image] | None:
+    """Return the kind of NIfTI that a file's first bytes are of."""
+    kind = {348: nib.Nifti1Image, 540: nib.Nifti2Image}.get(_header_size(data))
+    return kind if kind and kind.header_class.may_contain_header(data[: kind.header_class.sizeof_hdr]) else None

@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 from kit.data import brain, intensity, quality
 from kit.data.choices import BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
 from kit.data.grid import Grid
-from kit.data.nifti import ScanError, upright
+from kit.data.nifti import ScanError, other_form, upright
 from kit.data.pool import run_all
 from kit.data.register import (
     ORIENTATION_LEAD,
@@ -55,8 +55,8 @@ class Preparation:
         grid: where prepared arrays lie.
         registration: "affine", "rigid", or "none" for scans that already lie near MNI space.
         mask: "auto" (the cohort's mask_path where there is one, a stripped scan's own voxels, else deepbet's),
-            "given" (mask_path), "nonzero" (a skull-stripped scan's voxels that are not zero, holes filled), "deepbet"
-            (a network that comes with the kit), or the command "hd-bet" or "mri_synthstrip".
+            "given" (mask_path), "nonzero" (a skull-stripped scan's voxels that are not its background, holes filled),
+            "deepbet" (a network that comes with the kit), or the command "hd-bet" or "mri_synthstrip".
         bias_correction: "n4" or "none".
         intensity: "zscore" inside the mask, or "whitematter": the white-matter peak is 1.
         orientation_unknown: a scan whose header does not say where it lies is refused ("refuse"), or taken as
@@ -107,7 +107,8 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     Returns:
         The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
         index has all the cohort's columns but those that end in `_path`, mask_source, the metrics of
-        `kit.data.quality`, seconds (time taken), flags and unusable (see `kit.data.quality.flagged`).
+        `kit.data.quality`, seconds (time taken), header_note (where a header says two places; those scans are also
+        printed), flags and unusable (see `kit.data.quality.flagged`).
 
     Raises:
         PreparationError: the cohort cannot be prepared so, or none of its scans could be.
@@ -129,7 +130,11 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         for task, outcome in run_all(prepare_scan, [task for task in tasks if task.scan not in outcomes], workers):
             outcomes[task.scan] = outcome or "its process was killed, twice: most likely not enough memory"
             bar.update()
-    return write_tables(cohort, names, outcomes, folder, brain_ml)
+    index, failed = write_tables(cohort, names, outcomes, folder, brain_ml)
+    if len(noted := index[index["header_note"] != ""]):
+        some = [f"{row.scan} ({row.header_note})" for row in noted.head(3).itertuples()]
+        print(f"{len(noted)} scans whose headers say two places: {', '.join(some)}{', ...' * (len(noted) > 3)}")
+    return index, failed
 
 
 def prepare_scan(task: Task) -> dict[str, Any] | str:
@@ -174,7 +179,7 @@ def _to_template_space(task: Task, known: dict[str, Any]) -> tuple[np.ndarray, n
     if transforms:
         known = {"orientation": turn.tolist(), **{kind: (turn @ getattr(transforms, kind)).tolist() for kind in KINDS}}
     return scaled, mask, {"transform": (turn @ matrix).tolist(), "transforms": known,
-                          "quality": {"mask_source": head.brain.source, **metrics}}
+                          "quality": {"mask_source": head.brain.source, "header_note": head.brain.note, **metrics}}
 
 
 class Head(NamedTuple):
@@ -195,7 +200,7 @@ def _upright_head(task: Task, orientation: np.ndarray | None) -> Head:
     """
     kind, no_codes_ok = task.settings.mask, task.settings.orientation_unknown == "assume_ras"
     array, affine = read_scan(task.image_path, no_codes_ok=no_codes_ok)
-    found = brain.find_brain(kind, array, affine, task.mask_path, no_codes_ok)
+    found = brain.find_brain(kind, array, affine, task.mask_path, no_codes_ok, other_form(task.image_path))
     if task.settings.registration == "none":
         return Head(array, affine, found, np.eye(4))
     if orientation is None:

@@ -184,6 +184,7 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
 
     A metric flags a scan when it lies beyond its limits, or more than `DEVIATIONS` robust deviations from the median
     of its site, on the bad side. Scans beyond the limits of a metric of `UNUSABLE` are unusable; that column names it.
+    A `header_note` is a flag, too.
 
     Args:
         index: a row a scan, with the columns of `METRICS`, and `site` or `dataset`.
@@ -202,6 +203,9 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
                 flags[row].append(f"{name} {'low' if below else 'high'}")
             if beyond and name in UNUSABLE:
                 unusable[row].append(name)
+    if "header_note" in index:
+        for row, note in enumerate(index["header_note"].fillna("")):
+            flags[row] += [note] * bool(note)
     return index.assign(flags=["; ".join(each) for each in flags], unusable=["; ".join(each) for each in unusable])
 
 

@@ -18,7 +18,6 @@ from kit.data.nifti import (
     SINGULAR,
     TRUNCATED,
     ScanError,
-    as_stored,
     both_halves,
     check_volume,
     file_bytes,
@@ -26,6 +25,7 @@ from kit.data.nifti import (
     read_nifti,
     upright,
 )
+from kit.data.place import as_stored
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 REFUSED = {
@@ -135,8 +135,6 @@ def _read_afni(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _voxels(image: nib.spatialimages.SpatialImage) -> tuple[np.ndarray, np.ndarray]:
     """Return a checked nibabel image in RAS order."""
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
-        raise ScanError(SINGULAR)
     try:
         values = image.get_fdata(dtype=np.float32, caching="unchanged")
     except (OSError, EOFError, ValueError) as error:

@@ -34,7 +34,7 @@ FORMAT = 3
 # needs no rearranging. A crop reads the blocks that it touches.
 BLOCK_SLICES = 8
 IDENTITY_COLUMNS = ("scan", "participant", "session", "dataset")
-QC_COLUMNS = ("mask_source", "flags", "unusable")  # text, where an index has them
+QC_COLUMNS = ("mask_source", "header_note", "flags", "unusable")  # text, where an index has them
 
 
 class StoreError(RuntimeError):

@@ -20,7 +20,7 @@ from kit.runs import write_table, write_whole
 # Columns that the index adds to the cohort's.
 QUALITY_COLUMNS = ("mask_source", *METRICS, "seconds")
 FAILED = ("scan", "participant", "session", "image_path", "reason")  # columns of failed.csv
-ADDED = ("scan", *QUALITY_COLUMNS, "flags", "unusable")
+ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")
 
 
 class PreparationError(ValueError):
@@ -75,6 +75,7 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dic
     index = table[good].drop(columns=[name for name in table if name.endswith("_path")]).reset_index(drop=True)
     for column in QUALITY_COLUMNS:
         index[column] = [outcomes[name][column] for name in index["scan"]]
+    index["header_note"] = [outcomes[name].get("header_note", "") for name in index["scan"]]  # older ones have none
     failed = table[~good].reset_index(drop=True)
     failed["reason"] = [outcomes[name] for name in failed["scan"]]
     return _written(flagged(index, brain_ml), failed[list(FAILED)], folder)

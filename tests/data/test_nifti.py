@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from kit.data.nifti import ScanError, read_mask, read_nifti, write_nifti
+from kit.data.mask import read_mask
+from kit.data.nifti import ScanError, read_nifti, write_nifti
 
 AFFINE = np.array([[2.0, 0, 0, -9], [0, 1.5, 0, -7], [0, 0, 3, -11], [0, 0, 0, 1]])
 SECRET = b"Jane Doe"
@@ -162,7 +163,7 @@ def test_unusable_file_is_refused_with_its_reason(tmp_path: Path, kind: str, rea
 def test_mask_must_lie_on_the_scans_voxels(tmp_path: Path) -> None:
     mask = (ramp() > 100).astype(np.uint8)
     path = saved(tmp_path / "m.nii.gz", mask, codes="LPS")
-    np.testing.assert_array_equal(read_mask(path, ramp().T, AFFINE), mask.T > 0)
+    np.testing.assert_array_equal(read_mask(path, ramp().T, AFFINE).mask, mask.T > 0)
     with pytest.raises(ScanError, match="mask: its shape"):
         read_mask(path, ramp(), AFFINE)
     elsewhere = AFFINE.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from scipy import ndimage
 
 from kit.data import preprocess
 from kit.data.grid import Grid
@@ -233,6 +235,86 @@ def test_unusable_masks_are_reasons(tmp_path: Path) -> None:
     expected = ["no mask_path", "mask: no such file", "no brain: its mask .given. has 1 ml"]
     for reason, pattern in zip(failed.reason, expected, strict=True):
         assert pd.Series([reason]).str.contains(pattern)[0], reason
+
+
+def save_forms(path: Path, values: np.ndarray, sform: np.ndarray, qform: np.ndarray, unit: str = "mm") -> str:
+    image = nib.Nifti1Image(values, sform)
+    image.set_sform(sform, 1)
+    image.set_qform(qform, 1)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, path)
+    return str(path)
+
+
+def test_units_do_not_matter(tmp_path: Path) -> None:
+    paths = []
+    for unit, scale in {"mm": 1, "meter": 0.001, "micron": 1000, "unknown": 1}.items():
+        stored = np.diag([scale] * 3 + [1]) @ AFFINE
+        paths.append(save_forms(tmp_path / f"{unit}.nii.gz", brain(), stored, stored, unit))
+    index, failed = prepare(table(paths), tmp_path / "out", settings(), workers=0)
+    assert failed.empty
+    np.testing.assert_allclose(index.brain_ml, index.brain_ml[0], rtol=1e-6)
+    first, *others = (Store.open(tmp_path / "out").read(scan)[0] for scan in index["scan"])
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=2e-3)
+
+
+def test_two_forms_that_disagree_are_said_and_a_mask_by_the_other_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The sform counts; an ANTs mask lies by the qform, on the same voxels. Another scan's mask is still refused."""
+    values, mask = brain(), (brain() > 0).astype(np.uint8)
+    qform = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.1, 0.05, -0.08), [12, -5, 9]) @ AFFINE
+    elsewhere = nib.affines.from_matvec(np.eye(3), [0, 30, 0]) @ AFFINE
+    plain = save(tmp_path / "a.nii.gz", values)
+    two = save_forms(tmp_path / "b.nii.gz", values, AFFINE, qform)
+    masks = {name: save_forms(tmp_path / f"{name}.nii.gz", mask, form, form)
+             for name, form in {"same": AFFINE, "by qform": qform, "other": elsewhere}.items()}
+    cohort = table([plain, two, two, two, plain],
+                   mask_path=[masks[name] for name in ("same", "same", "by qform", "other", "by qform")])
+    index, failed = prepare(cohort, tmp_path / "out", settings("given"), workers=0)
+    corners = list(itertools.product(*[(0, side - 1) for side in SHAPE_XYZ]))
+    apart = np.subtract(*(nib.affines.apply_affine(form, corners) for form in (AFFINE, qform)))
+    says = f"sform and qform disagree by {np.linalg.norm(apart, axis=1).max():.1f} mm, sform taken"
+    assert index["participant"].tolist() == ["000", "001", "002"]
+    assert index["header_note"].tolist() == ["", says, f"{says}, mask lies by the other form, taken voxel by voxel"]
+    assert [note in flags for note, flags in zip(index["header_note"], index["flags"], strict=True)] == [True] * 3
+    assert f"2 scans whose headers say two places: Test_001_ses-1 ({says}), Test_002" in capsys.readouterr().out
+    assert failed["reason"].str.contains("mask: it lies elsewhere in space than the scan").tolist() == [True, True]
+    store = Store.open(tmp_path / "out")
+    assert store.index["header_note"].fillna("").tolist() == index["header_note"].tolist()
+    one, *others = (store.read(scan) for scan in index["scan"])
+    for other in others:
+        np.testing.assert_array_equal(other[0], one[0])
+        np.testing.assert_array_equal(other[1], one[1])
+
+
+def test_masks_in_percent_are_prepared_and_inverted_ones_refused(tmp_path: Path) -> None:
+    scan, mask = save(tmp_path / "a.nii.gz", brain()), ndimage.binary_fill_holes(brain() > 0)
+    soft = ndimage.gaussian_filter(mask.astype(np.float32), 0.7)
+    masks = {"one": mask * 1.0, "percent": np.rint(100 * soft), "bytes": np.rint(255 * soft), "inverted": 1.0 - mask}
+    paths = [save(tmp_path / f"{name}.nii.gz", values.astype(np.uint8)) for name, values in masks.items()]
+    index, failed = prepare(table([scan] * 4, mask_path=paths), tmp_path / "out", settings("given"), workers=0)
+    np.testing.assert_allclose(index.brain_ml, index.brain_ml[0], rtol=0.01)
+    assert failed["participant"].tolist() == ["003"]
+    around_ml = np.count_nonzero(~mask) * 4**3 / 1000
+    assert f"mask: inverted (2 different values from 0 to 1): its {around_ml:.0f} ml lie" in failed["reason"][0]
+
+
+@pytest.mark.parametrize("background", ["zero", "its own"])
+def test_a_z_scored_brain_is_prepared_whole(tmp_path: Path, background: str) -> None:
+    values = brain()
+    inside = values[ndimage.binary_fill_holes(values > 0)]
+    scored = (values - inside.mean()) / inside.std()
+    if background == "zero":
+        scored = np.where(ndimage.binary_fill_holes(values > 0), scored, 0)
+    paths = [save(tmp_path / "a.nii.gz", values), save(tmp_path / "b.nii.gz", scored)]
+    index, _ = prepare(table(paths), tmp_path / "out", settings(), workers=0)
+    assert index.brain_ml[0] == index.brain_ml[1]
+    (image, mask), (other, other_mask) = (Store.open(tmp_path / "out").read(scan) for scan in index["scan"])
+    np.testing.assert_array_equal(other_mask, mask)
+    within = ndimage.binary_erosion(mask)  # at the rim the background is mixed in
+    assert np.corrcoef(other[within].astype(float), image[within].astype(float))[0, 1] > 0.99
 
 
 def test_whole_head_is_no_nonzero_mask(tmp_path: Path) -> None:

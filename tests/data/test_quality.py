@@ -104,6 +104,12 @@ def test_two_reasons_are_both_named() -> None:
     assert flagged(cohort(snr=1, brain_ml=100))["flags"].iloc[-1] == "brain_ml low; snr low"
 
 
+def test_what_a_header_says_twice_is_a_flag() -> None:
+    index = cohort(2, snr=1).assign(header_note=["sform and qform disagree by 9.0 mm, sform taken", np.nan])
+    assert flagged(index)["flags"].tolist() == ["sform and qform disagree by 9.0 mm, sform taken", "snr low"]
+    assert usable(flagged(index)).all()
+
+
 def on_qc_grid() -> tuple[np.ndarray, np.ndarray]:
     image, brain = template_on(QC_GRID)
     return image, brain

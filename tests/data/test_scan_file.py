@@ -14,7 +14,8 @@ import pytest
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from kit.data.nifti import ScanError, read_mask
+from kit.data.mask import read_mask
+from kit.data.nifti import ScanError
 from kit.data.scan_file import read_scan, scan_files
 
 AFFINE = np.array([[2.0, 0, 0, -9], [0, 1.5, 0, -7], [0, 0, 3, -11], [0, 0, 0, 1]])  # RAS+
@@ -279,7 +280,7 @@ def test_zip_of_a_scan_is_an_archive(tmp_path: Path) -> None:
 def test_masks_may_be_of_another_format_than_the_scan(tmp_path: Path, name: str) -> None:
     mask = (ramp() > 100).astype(np.int16)
     path = write(tmp_path / name, mask, codes="LPS")
-    np.testing.assert_array_equal(read_mask(path, ramp().T, AFFINE), mask.T > 0)
+    np.testing.assert_array_equal(read_mask(path, ramp().T, AFFINE).mask, mask.T > 0)
     shutil.move(path, tmp_path / "gone")
     with pytest.raises(ScanError, match="mask: (no such file|half of it)"):
         read_mask(path, ramp().T, AFFINE)
