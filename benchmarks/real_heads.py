@@ -125,17 +125,18 @@ def poses(folder: Path, workers: int) -> None:
 
 def against_a_longer_search(folder: Path, store: Store, workers: int, scans: int = 40) -> None:
     """The rigid against the best of 27 starts at 8 mm, 8 at 4 and 3 at 2; half of the heads are the smallest."""
-    heads = store.index[store.index["dataset"] == "IXI"].sort_values("brain_ml")
-    small, rest = heads.iloc[:scans // 2], heads.iloc[scans // 2:]
-    heads = pd.concat([small, rest.iloc[::len(rest) // (scans // 2)]]).head(scans)
-    paths = cohort().set_index("participant")["image_path"]
-    points, rows = brain_points(), []
-    tasks = [(row.scan, paths[row.participant]) for row in heads.itertuples()]
-    for (scan, _), found in run_all(_longer_search, tasks, workers):
-        away = distance(found, read_transform(store.folder, scan), points)
-        rows.append({"scan": scan, "median_mm": np.median(away), "most_mm": away.max()})
-    table = pd.DataFrame(rows).merge(heads[["scan", "brain_ml"]], on="scan")
-    write_table(folder / "longer_search.csv", table)
+    path = folder / "longer_search.csv"
+    if not path.is_file():
+        heads = store.index[store.index["dataset"] == "IXI"].sort_values("brain_ml")
+        small, rest = heads.iloc[:scans // 2], heads.iloc[scans // 2:]
+        heads = pd.concat([small, rest.iloc[::len(rest) // (scans // 2)]]).head(scans)
+        paths, points, rows = cohort().set_index("participant")["image_path"], brain_points(), []
+        tasks = [(row.scan, paths[row.participant]) for row in heads.itertuples()]
+        for (scan, _), found in run_all(_longer_search, tasks, workers):
+            away = distance(found, read_transform(store.folder, scan), points)
+            rows.append({"scan": scan, "median_mm": np.median(away), "most_mm": away.max()})
+        write_table(path, pd.DataFrame(rows).merge(heads[["scan", "brain_ml"]], on="scan"))
+    table = pd.read_csv(path)
     print("rigid against a longer search:", table.describe(percentiles=[0.5, 0.95]).round(2).to_string(), sep="\n")
 
 
@@ -214,12 +215,12 @@ def fitted_turns(heads: np.ndarray, near: float = 0.85) -> tuple[np.ndarray, np.
 def known_moves(folder: Path, store: Store, workers: int) -> None:
     """Thirty heads moved by known moves: how far from there they are found."""
     kinds = {name: SPOILT[name] for name in ("moved", "neck cut", "thick slices", "mirrored")}
-    heads = store.index[store.index["dataset"] != "single"].sort_values("brain_ml").iloc[::len(store.index) // 30][:30]
+    heads = store.index[store.index["dataset"] == "IXI"].sort_values("brain_ml").iloc[::6].head(30)
     paths = cohort().set_index("participant")["image_path"]
     table = write_spoilt(folder / "moved_files", paths[heads["participant"]].to_dict(), kinds, workers)
     index, failed = prepare(table.drop(columns=["kind", "of"]), folder / "moved", SETTINGS, workers)
     print(failed[["participant", "reason"]].to_string() if len(failed) else "none refused")
-    still = store.index.set_index("participant")["scan"]
+    still = heads.set_index("participant")["scan"]
     points, rows = brain_points(), []
     for row in index.merge(table[["participant", "kind", "of"]], on="participant").itertuples():
         move = np.loadtxt(folder / "moved_files" / f"{row.participant}.txt")
@@ -244,14 +245,15 @@ def distance(one: np.ndarray, other: np.ndarray, points: np.ndarray) -> np.ndarr
     return np.linalg.norm(apply_affine(one, points) - apply_affine(other, points), axis=1)
 
 
-def spoilt(folder: Path, workers: int, every: int = 60) -> None:
+def spoilt(folder: Path, workers: int, every: int = 90) -> None:
     """Every so many-th scan moved, noised, cut, turned or of another contrast, and things that are no brains."""
     every_scan = cohort()
     some = pd.concat([every_scan[every_scan["dataset"] == "IXI"].iloc[::every],
                       every_scan[every_scan["dataset"] == "ds002748"].iloc[::every],
                       every_scan[every_scan["dataset"] == "ds000011"].iloc[:2]])
-    paths, maps = some.set_index("participant")["image_path"], every_scan["dlmuse_path"].dropna().tolist()[:2]
-    table = write_spoilt(folder / "spoilt_files", paths.to_dict(), SPOILT, workers)
+    paths = {f"{row.dataset}-{row.participant}": row.image_path for row in some.itertuples()}
+    maps = every_scan["dlmuse_path"].dropna().tolist()[:2]
+    table = write_spoilt(folder / "spoilt_files", paths, SPOILT, workers)
     table = pd.concat([table, write_no_brains(folder / "spoilt_files", maps)], ignore_index=True)
     index, failed = prepare(table.drop(columns=["kind", "of"]), folder / "spoilt", SETTINGS, workers)
     kinds = table.set_index("participant")["kind"]
