@@ -137,7 +137,7 @@ class MadeFrom(NamedTuple):
 
 def made_from(parts: Sequence[Used], aliases: Aliases | None = None, memo: dict[Path, str] | None = None,
               **more: Any) -> MadeFrom:
-    """Take down what a run reads. It costs 0.1 ms a scan.
+    """Take down what a run reads. It costs 0.2 ms a scan, 0.4 from a cold disk.
 
     Args:
         parts: rows of stores.

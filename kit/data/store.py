@@ -171,7 +171,7 @@ class Store:
         return self.record["intensity"] == "zscore"
 
     def checksum(self, scan: str) -> int:
-        """Of a scan's array, from its file and without reading the array: 0.1 ms.
+        """Of a scan's array, from its file and without reading the array: 0.2 ms, 0.4 from a cold disk.
 
         Raises:
             StoreError: the scan is not there, or is damaged.
