@@ -31,8 +31,8 @@ FIELDS = ("axes", "shape", "spacing_mm", "origin_mm", "bias_correction", "intens
 STORES = ("prepared", "out_of_distribution")
 COLUMNS = ("store", "part", "scan", "participant", "session", "dataset", "checksum", "label")
 # of the rows used: the columns that are digested together, and what they are called
-ASPECTS = {"scans": (["checksum"], "scans"), "people": (["participant", "session", "dataset"], "participants"),
-           "parts": (["part"], "split"), "labels": (["label"], "labels")}
+ASPECTS = {"scans": (["checksum"], "scans"), "parts": (["part"], "split"), "labels": (["label"], "labels"),
+           "people": (["participant", "session", "dataset"], "participants, sessions or datasets")}
 NOTED = frozenset({"from", "name", "versions", "mask_sources", "allowed", "unchecked", "changed",
                    "fingerprint"})  # not compared
 OLDER = "of an older kit, which did not note what it was made from"
@@ -54,10 +54,10 @@ class Side(NamedTuple):
         return cls(shown(store.folder), store.record, _mask_sources(store.index))
 
 
-def compare(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def compare(records: Mapping[str, Mapping[str, Any]], fields: Iterable[str] = FIELDS) -> dict[str, str]:
     """What differs between preparations: by field a line with the value of each, such as `mask: encoder auto, ...`."""
     return {field: f"{field}: " + ", ".join(f"{name} {record.get(field)}" for name, record in records.items())
-            for field in FIELDS if len({json.dumps(record.get(field)) for record in records.values()}) > 1}
+            for field in fields if len({json.dumps(record.get(field)) for record in records.values()}) > 1}
 
 
 def misfit(sides: Mapping[str, Side], allow: Sequence[str] = ()) -> str:
@@ -120,7 +120,7 @@ class Used(NamedTuple):
     part: str  # train, test, ...
     store: Store
     rows: pd.DataFrame
-    participants: Iterable[str]
+    participants: pd.Series
     labels: Iterable[float] | None = None
 
 
@@ -147,8 +147,8 @@ def made_from(parts: Sequence[Used], aliases: Aliases | None = None, memo: dict[
     """
     rows = pd.concat([_rows(part, {} if memo is None else memo) for part in parts], ignore_index=True)
     rows = rows.sort_values(["store", "scan", "part"], ignore_index=True)
-    several = sorted({known_as(name, aliases) for part in parts for name in part.participants
-                      if len(known_as(name, aliases)) > 1})
+    people = {name for part in parts for name in part.participants} if aliases else ()
+    several = sorted({names for name in people if len(names := known_as(name, aliases)) > 1})
     record = {"kit": kit.__version__, **more,
               **{part.name: _section(part.store, rows[rows["store"] == part.name], [
                   other.rows for other in parts if other.name == part.name]) for part in parts},
@@ -217,31 +217,35 @@ def changes(before: MadeFrom, now: MadeFrom) -> list[str]:
     if compared(old.get("labels", {})) != compared(new.get("labels", {})):
         lines.append(f"labels of {task}: {old.get('labels')} then, {new.get('labels')} now")
     for name in STORES:
-        one, other = old.get(name, {}), new.get(name, {})
-        lines += [f"{name}: {line}" for line in compare(
-            {"then": one.get("preparation", {}), "now": other.get("preparation", {})}).values()]
+        preparations = {when: record.get(name, {}).get("preparation", {})
+                        for when, record in (("then", old), ("now", new))}
+        fields = dict.fromkeys([*preparations["then"], *preparations["now"]])
+        lines += [f"{name}: {line}" for line in compare(preparations, fields).values()]
         lines += _changed_rows(name, task, before, now)
     lines += ["aliases: other names of the people used"] if old.get("aliases") != new.get("aliases") else []
     return lines or ["the form of what the kit notes"]
 
 
 def _changed_rows(name: str, task: str, before: MadeFrom, now: MadeFrom) -> list[str]:
+    """What changed of the rows of a store: of how many scans, where they are known."""
     one, other = before.record.get(name, {}), now.record.get(name, {})
     differ = [aspect for aspect in ASPECTS if one.get(aspect) != other.get(aspect)]
     words = {aspect: f"labels of {task}" if aspect == "labels" and task else ASPECTS[aspect][1] for aspect in differ}
-    if before.rows is None or now.rows is None:
+    lines = []
+    if differ and before.rows is not None and now.rows is not None:
+        then, today = (rows[rows["store"] == name].set_index("scan") for rows in (before.rows, now.rows))
+        both, count = today.index.intersection(then.index), len(then)
+        gone, more = then.index.difference(today.index), today.index.difference(then.index)
+        lines += [f"scans of {name}: {len(gone)} of {count} gone: {_some(gone)}"] * bool(len(gone))
+        lines += [f"scans of {name}: {len(more)} more than the {count}: {_some(more)}"] * bool(len(more))
+        for aspect in differ:
+            columns = ASPECTS[aspect][0]
+            scans = both[(then.loc[both, columns] != today.loc[both, columns]).any(axis=1)]
+            lines += [f"{words[aspect]} of {name}: {len(scans)} of {count} changed: {_some(scans)}"] * bool(len(scans))
+    if differ and not lines:
         counts = "" if one.get("count") == other.get("count") else (
             f" ({one.get('count')} scans then, {other.get('count')} now)")
-        return [f"{', '.join(words.values())} of {name} changed{counts}"] if differ else []
-    then, today = (rows[rows["store"] == name].set_index("scan") for rows in (before.rows, now.rows))
-    both = today.index.intersection(then.index)
-    lines = [f"scans of {name}: {len(scans)} of {len(then)} {what}: {_some(scans)}" for what, scans in (
-        ("gone", then.index.difference(today.index)), ("more than the", today.index.difference(then.index)))
-        if len(scans)]
-    for aspect in differ:
-        columns = ASPECTS[aspect][0]
-        scans = both[(then.loc[both, columns] != today.loc[both, columns]).any(axis=1)]
-        lines += [f"{words[aspect]} of {name}: {len(scans)} of {len(then)} changed: {_some(scans)}"] * bool(len(scans))
+        lines = [f"{', '.join(words.values())} of {name} changed{counts}"]
     return lines
 
 

@@ -64,6 +64,18 @@ def test_a_scan_that_cannot_be_read_is_another_scan(tmp_path):
     assert changes(before, account(store)) == ["scans of prepared: 1 of 5 changed: made_001_01"]
 
 
+def test_changes_are_told_with_numbers_where_rows_are_known(store):
+    few, all_of_them = account(store, store.index.iloc[2:]), account(store)
+    first, second = store.index["scan"][:2]
+    assert changes(few, all_of_them) == [f"scans of prepared: 2 more than the 30: {first}, {second}"]
+    assert changes(all_of_them, few) == [f"scans of prepared: 2 of 32 gone: {first}, {second}"]
+    assert changes(MadeFrom(few.record), all_of_them) == [
+        "scans, split, labels, participants, sessions or datasets of prepared changed (30 scans then, 32 now)"]
+    prepared = few.record["prepared"]
+    newer = MadeFrom(few.record | {"prepared": prepared | {"preparation": prepared["preparation"] | {"field": 1}}})
+    assert changes(few, newer) == ["prepared: field: then None, now 1"]
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_of_a_preparation_is_compared(field):
     assert list(compare({"a": {field: [1]}, "b": {field: [2]}, "c": {}})) == [field]

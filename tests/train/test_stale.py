@@ -320,7 +320,7 @@ def stopped(store, folder):
     (lambda store: change_index(store, lambda index: index.assign(unusable=["contrast"] + [""] * 31)),
      "scans of prepared: 1 of 32 gone: made_000_01"),
     (lambda store: change_index(store, lambda index: index.assign(dataset=["other"] + ["made"] * 31)),
-     "participants of prepared: 1 of 32 changed: made_000_01"),
+     "participants, sessions or datasets of prepared: 1 of 32 changed: made_000_01"),
     (lambda store: change_record(store, registration="affine"), "prepared: registration: then none, now affine"),
 ])
 def test_a_half_finished_pretraining_does_not_go_on_with_other_scans(store, tmp_path, change, line):
