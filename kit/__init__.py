@@ -7,6 +7,7 @@ In the order in which the data flow:
 - ``kit.runs``     a run's folder: what each notebook reads and leaves behind
 - ``kit.reading``  parameters from cells and files, refused where they cannot be used
 - ``kit.data``     cohort tables, the procedural sample cohort, preprocessing, the store, loading
+- ``kit.provenance``  what a run was made from, what has changed since, and what must agree where stores meet
 - ``kit.problems`` what is wrong with files that parameters name
 - ``kit.params``   every knob of every notebook: name, unit, default, bounds
 - ``kit.augment``  random views, made in batches on the training device

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kit.data.choices import UNUSABLE, BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
+from kit.data.choices import UNUSABLE, Allowed, BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
 from kit.machine import missing_of_slurm, slurm_nodes
 from kit.problems import alias_problems, label_problems
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
@@ -188,6 +188,7 @@ class Tuning(Parameters):
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
     rows_are_people: bool = False  # a cohort without a column participant has one scan of each person
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
+    allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
     seed: Seed = 0
 
     def problems(self) -> list[str]:
@@ -221,6 +222,7 @@ class Saliency(Parameters):
     methods: list[Literal["gradient", "integrated_gradients"]] = ["gradient", "integrated_gradients"]
     participants: Positive = 2  # test participants to draw
     steps: Positive = 16  # of integrated gradients
+    allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
     workers: Positive = 2
     seed: Seed = 0
 

@@ -1,7 +1,7 @@
 """A run's folder: what a notebook leaves behind, each file whole or not at all.
 
 ``params.yaml`` (enough to run again), ``environment.txt``, ``metrics.json`` (flat names to numbers),
-``figures/*.png`` and whatever the notebook itself names. One writer at a time holds ``.lock``.
+``made_from.json``, ``figures/*.png`` and whatever the notebook itself names. One writer at a time holds ``.lock``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.provenance`
 
 
 class RunError(RuntimeError):
@@ -119,13 +120,15 @@ class Run:
         self._lock: Lock | None = lock
 
     @classmethod
-    def open(cls, folder: str | Path, params: Mapping[str, Any], may_change: frozenset[str] = frozenset()) -> Run:
+    def open(cls, folder: str | Path, params: Mapping[str, Any], may_change: frozenset[str] = frozenset(),
+             defaults: Mapping[str, Any] | None = None) -> Run:
         """Take the folder for these parameters; the same parameters resume what is there.
 
         Args:
             folder: the run's folder, made if absent.
             params: resolved parameters, plain YAML values.
             may_change: names that may differ when a run is resumed (such as ``workers``).
+            defaults: what a run of an older kit counts as having where it lacks a name.
 
         Raises:
             RunError: another process holds the folder, or it holds a run of other parameters
@@ -143,7 +146,7 @@ class Run:
             fixed = {name: value for name, value in params.items() if name not in may_change}
             before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
             before = {name: value for name, value in before.items() if name not in may_change}
-            if listed := differences(before, fixed, "the folder"):
+            if listed := differences(as_today(before, fixed, defaults or {}), fixed, "the folder"):
                 raise RunError(f"{shown(folder)} holds a run of other parameters:\n  {listed}\n"
                                "give another output_dir, or delete that folder")
         text = yaml.safe_dump(dict(params), sort_keys=False)
@@ -154,7 +157,7 @@ class Run:
     @classmethod
     def of(cls, params: Any) -> Run:
         """Take the folder that a notebook's parameters name; see `open`."""
-        return cls.open(params.output_dir, params.plain(), params.may_change)
+        return cls.open(params.output_dir, params.plain(), params.may_change, params.defaults())
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -169,14 +172,29 @@ class Run:
                     lambda aside: figure.savefig(aside, format="png", bbox_inches="tight"))
         return figure
 
-    def metrics(self, values: Mapping[str, float | None]) -> dict[str, float | None]:
-        """Add flat names and numbers to `metrics.json`, nan as null; returns all that it holds now."""
-        path = self.folder / "metrics.json"
+    def metrics(self, values: Mapping[str, float | None]) -> dict[str, Any]:
+        """Add flat names and numbers to `metrics.json`, nan as null; returns all that it holds now.
+
+        Its `fingerprint` is that of `made_from.json`, where the run has one.
+        """
+        path, made_from = self.folder / "metrics.json", self.folder / MADE_FROM
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known.update({name: None if value is None or math.isnan(value) else float(value)
                       for name, value in values.items()})
+        if made_from.exists():
+            known["fingerprint"] = json.loads(made_from.read_text(encoding="utf-8"))["fingerprint"]
         write_json(path, known)
         return known
+
+
+def as_today(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of an older kit as this one would write them.
+
+    A name that it lacked has its default. A name that is unknown today goes where it was switched off (None, false, 0,
+    "none", empty); otherwise it stays, a difference: that run did something that this kit does not.
+    """
+    filled = {**{name: defaults[name] for name in new if name in defaults}, **old}
+    return {name: value for name, value in filled.items() if name in new or (value and value != "none")}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str, within: str = "") -> str:

@@ -47,6 +47,22 @@ def test_other_parameters_are_refused_with_the_differences(tmp_path):
     Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 2}, frozenset({"workers"})).close()
 
 
+def test_a_run_of_an_older_kit_goes_on(tmp_path):
+    """A parameter that is new has its default there; one that is gone is a difference where it did something."""
+    def opened(folder, before, **now):
+        Run.open(tmp_path / folder, before).close()
+        Run.open(tmp_path / folder, now, defaults={"seed": 0, "allow": []}).close()
+
+    opened("a", {"seed": 1}, seed=1, allow=[])
+    opened("b", {"seed": 1, "gone": False, "mode": "none"}, seed=1, allow=[])
+    with pytest.raises(RunError, match=r"allow: the folder has \[\], asked for \['mask'\]"):
+        opened("c", {"seed": 1}, seed=1, allow=["mask"])
+    with pytest.raises(RunError, match="gone: the folder has 0.5, asked for None"):
+        opened("d", {"seed": 1, "gone": 0.5}, seed=1, allow=[])
+    with pytest.raises(RunError, match="encoder: the folder has None, asked for 'random'"):  # it has no default
+        opened("e", {"seed": 1}, seed=1, encoder="random")
+
+
 HOLDS = """
 import sys
 from kit.runs import Run
@@ -134,4 +150,7 @@ def test_what_a_run_leaves(tmp_path):
     assert run.metrics({"auc_low": float("nan")})["auc_low"] is None
     assert "NaN" not in (run / "metrics.json").read_text()  # which is no JSON
     assert "torch==" in (run / "environment.txt").read_text()
+    (run / "made_from.json").write_text('{"fingerprint": "f123"}')
+    assert run.metrics({"auc": 0.6})["fingerprint"] == "f123"
+    (run / "made_from.json").unlink()
     assert sorted(os.listdir(run.folder)) == [".lock", "environment.txt", "metrics.json", "params.yaml"]

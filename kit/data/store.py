@@ -170,6 +170,19 @@ class Store:
         """Whether intensities are z-scores; if not, white matter is 1."""
         return self.record["intensity"] == "zscore"
 
+    def checksum(self, scan: str) -> int:
+        """Of a scan's array, from its file and without reading the array: 0.2 ms, 0.4 from a cold disk.
+
+        Raises:
+            StoreError: the scan is not there, or is damaged.
+        """
+        path = scan_path(self.folder, scan)
+        stored = _open(path)
+        try:
+            return stored.schunk.vlmeta["checksum"]
+        except Exception as error:  # blosc2 raises what it likes
+            raise _damaged(path) from error
+
     def contents(self) -> str:
         """What the index has in each split, in words, for messages about what it lacks."""
         split = self.index["split"].fillna("empty") if "split" in self.index else pd.Series("all", self.index.index)

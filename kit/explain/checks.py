@@ -20,7 +20,8 @@ from torch import nn
 
 from kit.data.store import Store
 from kit.explain.saliency import Maps, saliency
-from kit.runs import Run, write_table
+from kit.provenance import write_stamped
+from kit.runs import Run
 
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
@@ -78,5 +79,5 @@ def randomisation_check(model: nn.Module, store: Store, maps: Maps, n_steps: int
             random_map = saliency(fresh, image, mask, method, n_steps=n_steps)
             rows.append((method, seed, rank_correlation(found, random_map, mask)))
     table = pd.DataFrame(rows, columns=["method", "seed", "rank_correlation"])
-    write_table(run / "randomisation.csv", table)
+    write_stamped(run / "randomisation.csv", table)
     return table

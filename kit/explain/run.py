@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,10 +20,71 @@ from kit.data.store import Store
 from kit.data.tabular import read_table
 from kit.explain.regions import inside_share, region_table
 from kit.explain.saliency import Maps, saliency
+from kit.models.encoder_file import weights_digest
+from kit.params import Saliency
+from kit.provenance import OLDER, MisfitError, Side, Used, check_fit, made_from, read, renew, write_stamped
 from kit.reading import read_yaml
-from kit.runs import Run, resolve, write_table
+from kit.runs import Run, resolve, shown
+from kit.train.finetune import load_predictor
 
+RESULTS = ("maps/*.nii.gz", "figures/*.png", "regions.csv", "known_places.csv", "randomisation.csv")  # of one model
 EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
+
+
+def open_model(params: Saliency, store: Store, run: Run) -> tuple[nn.Module, dict[str, Any], pd.DataFrame]:
+    """The model, its record, and the scans to look at; notes what the run is made from.
+
+    Results of another model or of other scans go first, with a line that says what changed.
+
+    Args:
+        params: whose `model` is a run of 3_finetune.
+        store: the scans that it was tested on.
+
+    Raises:
+        MisfitError: the scans were prepared differently, or are not those that the model was tested on.
+    """
+    allowed = check_model(params.model, store, params.allow_differences)
+    predictor, record = load_predictor(params.model, store.record)
+    chosen = choose_scans(params.model, store, params.participants)
+    model = {"from": shown(params.model), "weights": weights_digest(predictor)}
+    renew(run.folder, made_from([Used("prepared", "drawn", store, chosen, participant_ids(chosen))], model=model,
+                                allowed=allowed), RESULTS)
+    return predictor, record, chosen
+
+
+def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[str]:
+    """Check a run of 3_finetune against the scans that it is to be shown.
+
+    Args:
+        folder: of that run.
+        store: the scans.
+        allow: in what the preparation may differ.
+
+    Returns:
+        the differences that were allowed, a line each.
+
+    Raises:
+        MisfitError: the scans were prepared differently, or tested scans are gone or have changed since.
+    """
+    record, made, allowed = json.loads((folder / "task.json").read_text(encoding="utf-8")), read(folder), []
+    if "preparation" in record:
+        sources = record["made_from"]["prepared"]["mask_sources"]
+        allowed = check_fit({"model": Side(shown(folder), record["preparation"], sources), "prepared": Side.of(store)},
+                            allow)
+    else:
+        print(f"model {shown(folder)} is {OLDER}: it cannot be checked whether the scans are those it was tested on")
+    tested = read_table(folder / "predictions.csv", text=("scan", "distribution"))
+    tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
+    gone = sorted(set(tested) - set(store.index["scan"]))
+    lines = [f"{len(gone)} of {len(tested)} tested scans are gone: {', '.join(gone[:3])}"] * bool(gone)
+    if made and made.rows is not None and not allowed:  # scans that were prepared otherwise on purpose are others
+        then = made.rows[made.rows["part"] == "test"].set_index("scan")["checksum"]
+        other = [scan for scan in tested if scan not in gone and then.get(scan) != str(store.checksum(scan))]
+        lines += [f"{len(other)} of {len(tested)} tested scans have changed: {', '.join(other[:3])}"] * bool(other)
+    if lines:
+        raise MisfitError(f"model {shown(folder)} was tested on other scans than lie in {shown(store.folder)}:\n  "
+                          + "\n  ".join(lines) + "\nrun 3_finetune again, or name the folder that it was run on")
+    return allowed
 
 
 def choose_scans(model: Path, store: Store, count: int) -> pd.DataFrame:
@@ -61,7 +125,7 @@ def region_means(maps: Maps, store: Store, run: Run) -> pd.DataFrame:
               for (scan, method), values in maps.items()]
     table = pd.concat(tables, ignore_index=True)
     means = table.groupby(["method", "region", "side"], sort=False).mean(numeric_only=True).reset_index()
-    write_table(run / "regions.csv", means)
+    write_stamped(run / "regions.csv", means)
     return means
 
 
@@ -114,5 +178,5 @@ def inside_known_places(maps: Maps, cohort: Path | None, store: Store, task: str
             share = inside_share(values, place, store.read(scan)[1])
             rows.append({"scan": scan, "method": method, "place": EFFECTS[task], **share})
     table = pd.DataFrame(rows, columns=["scan", "method", "place", "share_of_saliency", "share_of_brain", "ratio"])
-    write_table(run / "known_places.csv", table)
+    write_stamped(run / "known_places.csv", table)
     return table

@@ -7,7 +7,9 @@ before work starts.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kit.models.encoders import build_encoder
+from kit.provenance import OLDER, Side, misfit
 from kit.runs import resolve, shown, write_whole
-
-# what an encoder's scans and those that it is to read must have in common
-PREPARATION = ("axes", "shape", "spacing_mm", "origin_mm", "bias_correction", "intensity", "template")
 
 
 class EncoderError(ValueError):
@@ -33,7 +33,7 @@ def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -
     Args:
         path: of the file.
         encoder: from `build_encoder`.
-        record: JSON values: architecture, objective, preparation, participants and voxels (hashed ids).
+        record: JSON values: architecture, objective, preparation, participants and voxels (hashed ids), made_from.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     return write_whole(path, lambda aside: save_file(weights, aside, metadata={"record": json.dumps(record)}))
@@ -54,13 +54,41 @@ def read_record(encoder: str | Path) -> dict[str, Any]:
         raise EncoderError(f"{shown(path)} is no encoder of this kit ({type(error).__name__}: {error})") from None
 
 
-def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+def side_of(encoder: str | Path) -> dict[str, Side]:
+    """What an encoder brings to `kit.provenance.check_fit`, as `encoder`: nothing if its weights are random."""
+    if str(encoder).partition(":")[0] == "random":
+        return {}
+    record = read_record(encoder)
+    if "made_from" not in record:
+        print(f"encoder {shown(resolve(encoder))} is {OLDER}: only its preparation can be compared")
+    sources = record.get("made_from", {}).get("prepared", {}).get("mask_sources", ())
+    return {"encoder": Side(shown(resolve(encoder)), record["preparation"], sources)}
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Hexadecimal digits that other weights do not have."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in network.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def noted(encoder: str | Path, network: nn.Module, record: dict[str, Any]) -> dict[str, str]:
+    """What stands of an encoder in what a run was made from."""
+    path = str(encoder) if record["objective"] == "random" else shown(resolve(encoder))
+    return {"from": path, "weights": weights_digest(network), "objective": record["objective"]}
+
+
+def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0,
+                 allow: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
     """An encoder with its record, checked against the scans that it is to read.
 
     Args:
         encoder: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2.
         preparation: the record of the prepared scans.
         seed: of random weights.
+        allow: in what the preparation may differ; see `kit.provenance.check_fit`.
 
     Raises:
         EncoderError: the file is none, or the scans were prepared otherwise (every difference is listed).
@@ -72,10 +100,9 @@ def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0
         return build_encoder(architecture, shape, seed), {"architecture": architecture, "objective": "random",
                                                           "participants": []}
     record = read_record(encoder)
-    differences = [f"{name}: the encoder's scans have {record['preparation'].get(name)}, these {preparation.get(name)}"
-                   for name in PREPARATION if record["preparation"].get(name) != preparation.get(name)]
-    if differences:
-        raise EncoderError(f"{shown(resolve(encoder))} does not fit these scans:\n  " + "\n  ".join(differences))
+    sides = {"encoder": Side(shown(resolve(encoder)), record["preparation"]), "these": Side("scans", preparation)}
+    if message := misfit(sides, allow):
+        raise EncoderError(message)
     network = build_encoder(record["architecture"], shape)
     path = resolve(encoder)
     network.load_state_dict(load_file(path / "encoder.safetensors" if path.is_dir() else path), strict=True)

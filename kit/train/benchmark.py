@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,50 +11,73 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+import kit
 from kit.data.identity import read_aliases
 from kit.data.loader import PreparedScans
-from kit.data.store import Store, read_facts, scan_path
+from kit.data.store import Store
 from kit.data.tabular import read_table
-from kit.models.encoder_file import load_encoder
+from kit.models.encoder_file import load_encoder, noted, side_of
 from kit.params import Benchmark
-from kit.runs import Run, progress, write_table, write_whole
+from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read
+from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
 from kit.train.evaluate import METRICS, outputs
-from kit.train.finetune import TESTED, Task, check_tested, evaluate, finetune, predict, probe, read_task
+from kit.train.finetune import (
+    TESTED,
+    Task,
+    check_tested,
+    evaluate,
+    finetune,
+    inputs,
+    open_stores,
+    predict,
+    probe,
+    read_task,
+    sides_of,
+)
 from kit.train.state import Settings
 
 KEYS = ["encoder", "mode", "task", "label_fraction", "seed"]  # one trained model; each is scored on every test set
-TEXT = ("encoder", "mode", "task", "metric", "distribution")
+TEXT = ("encoder", "mode", "task", "metric", "distribution", "fingerprint")
+RESULTS = ("metrics.json", "table.csv", "summary.txt")  # that go with rows of other inputs
 
 
 def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
-    """Fill the table, model by model; what `tidy.csv` holds already is not done again.
+    """Fill the table, model by model; what `tidy.csv` holds already is not done again, if it is of the same inputs.
+
+    Rows of other inputs go first, with a line that says what changed.
 
     Returns:
         one score a row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
-        participants (tested), train_participants.
+        participants (tested), train_participants, fingerprint (of what the model was made from).
 
     Raises:
-        LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does not fit.
+        MisfitError, LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does
+            not fit.
     """
     aliases = read_aliases(params.aliases)
-    stores = {"prepared": Store.open(params.prepared)}
-    if params.out_of_distribution:
-        stores["out_of_distribution"] = Store.open(params.out_of_distribution)
+    stores = open_stores(params)
+    sides = sides_of(stores)
+    for name, spec in params.encoders.items():
+        sides |= {f"encoder {name}": side for side in side_of(spec).values()}
+    allowed = check_fit(sides, params.allow_differences)
     tasks = {name: read_task(stores["prepared"], stores.get("out_of_distribution"), name,
                              params.task_types.get(name, "auto"), params.seed, params.accept_flags,
                              params.missing_codes.get(name, ()), params.rows_are_people, aliases)
              for name in params.tasks}
-    encoders = {name: load_encoder(spec, stores["prepared"].record, params.seed)
+    encoders = {name: load_encoder(spec, stores["prepared"].record, params.seed, params.allow_differences)
                 for name, spec in params.encoders.items()}
     for _, record in encoders.values():
         for task in tasks.values():
             check_tested(task, record, params.allow_seen_participants, aliases)
 
-    path = run / "tidy.csv"
-    tidy = read_table(path, text=TEXT) if path.exists() else pd.DataFrame(columns=KEYS)
+    memo: dict[Path, str] = {}
+    known = {name: {**noted(params.encoders[name], *encoder), "name": name} for name, encoder in encoders.items()}
+    made = {(name, task): inputs(tasks[task], known[name], aliases, allowed, memo)
+            for name in params.encoders for task in params.tasks}
+    tidy, order = current(run, made), {model: place for place, model in enumerate(plan(params))}
     done = set(tidy[KEYS].itertuples(index=False, name=None))
     features: dict[str, dict[str, np.ndarray]] = {}
-    for model in progress([model for model in plan(params) if model not in done], desc="models"):
+    for model in progress([model for model in order if model not in done], desc="models"):
         name, mode, task_name, fraction, seed = model
         task = tasks[task_name].with_labels_for(fraction, seed)
         encoder = encoders[name][0]
@@ -64,9 +88,44 @@ def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
         else:
             predictor, _ = finetune(task, encoder, Settings.of(params, seed=seed), params.flip)
             predictions = predict(task, predictor)
-        rows = _rows(model, task, evaluate(task, predictions, seed))
-        tidy = pd.concat([tidy, pd.DataFrame(rows)], ignore_index=True) if len(tidy) else pd.DataFrame(rows)
+        rows = pd.DataFrame(_rows(model, task, evaluate(task, predictions, seed), made[name, task_name].fingerprint))
+        tidy = pd.concat([tidy, rows], ignore_index=True) if len(tidy) else rows
+        places = [order[each] for each in tidy[KEYS].itertuples(index=False, name=None)]
+        tidy = tidy.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
+        write_table(run / "tidy.csv", tidy)
+    return tidy
+
+
+def current(run: Run, made: dict[tuple[str, str], MadeFrom]) -> pd.DataFrame:
+    """The rows of `tidy.csv` that are of today's inputs; others are removed, with a line for each thing that changed.
+
+    Leaves `made_from.json`: of each model's inputs the record, by fingerprint.
+
+    Args:
+        made: what models are made from, by encoder and task.
+    """
+    path, before = run / "tidy.csv", read(run.folder)
+    tidy = read_table(path, text=TEXT) if path.exists() else pd.DataFrame(columns=[*KEYS, "fingerprint"])
+    then = before.record["models"] if before else {}
+    found = tidy.get("fingerprint", pd.Series("", tidy.index))
+    wanted = [made[key].fingerprint for key in tidy[["encoder", "task"]].itertuples(index=False, name=None)]
+    stale = tidy[(found != wanted).to_numpy()]
+    reasons: dict[str, list[str]] = {}
+    for (encoder, task, old), rows in stale.groupby([stale["encoder"], stale["task"], found[stale.index]], sort=False):
+        lines = changes(MadeFrom(then[old]), made[encoder, task]) if old in then else [f"it is {OLDER}"]
+        for line in lines:
+            reasons.setdefault(line, []).append(f"{encoder} on {task} ({len(rows)} rows)")
+    if reasons:
+        print("computed anew, for what was there is of other inputs:")
+        for line, models in reasons.items():
+            print(f"  {line}: {', '.join(models)}")
+        tidy = tidy.drop(stale.index).reset_index(drop=True)
+        for old in [run / name for name in RESULTS if (run / name).exists()]:
+            old.unlink()
         write_table(path, tidy)
+    records = {each.fingerprint: each.record for each in made.values()}
+    write_json(run / MADE_FROM, {"kit": kit.__version__, "fingerprint": fingerprint({"models": sorted(records)}),
+                                 "models": records})
     return tidy
 
 
@@ -106,14 +165,14 @@ def _looked_up(features: dict[str, np.ndarray], task: Task, part: str) -> np.nda
 
 def _digest(encoder: nn.Module, store: Store) -> str:
     """Of the weights and the scans: other weights or scans have other embeddings."""
-    scans = [(scan, read_facts(scan_path(store.folder, scan))["checksum"]) for scan in store.index["scan"]]
+    scans = [(scan, store.checksum(scan)) for scan in store.index["scan"]]
     digest = hashlib.blake2b(str(scans).encode(), digest_size=6)
     for weight in encoder.state_dict().values():
         digest.update(weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _rows(model: tuple, task: Task, scores: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def _rows(model: tuple, task: Task, scores: dict[str, dict[str, float]], made_from: str) -> list[dict[str, Any]]:
     return [{**dict(zip(KEYS, model, strict=True)), "metric": METRICS[task.labels.kind], "distribution": TESTED[part],
-             **values, "train_participants": task.parts["train"].participants.nunique()}
+             **values, "train_participants": task.parts["train"].participants.nunique(), "fingerprint": made_from}
             for part, values in scores.items()]

@@ -23,10 +23,11 @@ from kit.data.quality import usable
 from kit.data.split import label_subset, splits
 from kit.data.store import Store
 from kit.data.tabular import read_table
-from kit.models.encoder_file import load_encoder
+from kit.models.encoder_file import load_encoder, noted, side_of
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
-from kit.params import Finetune
+from kit.params import Finetune, Tuning
+from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, renew
 from kit.runs import Run, shown, write_json, write_table, write_whole
 from kit.train import checkpoint
 from kit.train.evaluate import METRICS, fit_probe, outputs, predict_probe, score
@@ -34,7 +35,10 @@ from kit.train.loop import fit
 from kit.train.objectives import Supervised
 from kit.train.state import Settings
 
-NAMES = ("scan", "participant", "dataset", "alias_of")  # of a table of predictions: text, whatever they look like
+# of a table of predictions: text, whatever it looks like
+NAMES = ("scan", "participant", "dataset", "alias_of", "fingerprint")
+RESULTS = ("predictions.csv", "metrics.json", "log.csv", "task.json", "model.safetensors", "checkpoints/*.pt",
+           "figures/*.png")  # that go when they are of other inputs
 TESTED = {"test": "in_distribution", "out_of_distribution": "out_of_distribution"}
 
 
@@ -136,6 +140,26 @@ def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Alias
         check_encoder(record, part.store, part.rows, part.participants, allow, aliases)
 
 
+def sides_of(stores: dict[str, Store]) -> dict[str, Side]:
+    """What stores bring to `kit.provenance.check_fit`; one store twice is one."""
+    return {name: Side.of(store) for name, store in stores.items()
+            if name == "prepared" or store.folder != stores["prepared"].folder}
+
+
+def inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed: Sequence[str],
+           memo: dict[Path, str] | None = None) -> MadeFrom:
+    """What a model of this task is made from.
+
+    Args:
+        encoder: see `kit.models.encoder_file.noted`.
+        allowed, memo: see `kit.provenance.made_from`.
+    """
+    used = [Used("out_of_distribution" if name == "out_of_distribution" else "prepared", name, part.store, part.rows,
+                 part.participants, part.labels) for name, part in task.parts.items()]
+    labels = {"task": task.labels.task, "kind": task.labels.kind, "classes": list(task.labels.classes)}
+    return made_from(used, aliases, memo, encoder=encoder, labels=labels, allowed=list(allowed))
+
+
 def evaluate(task: Task, predictions: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, float]]:
     """Score each tested part's predictions; see `kit.train.evaluate.score`."""
     return {name: score(task.parts[name].labels, values, task.labels.kind, task.parts[name].participants, seed)
@@ -184,32 +208,38 @@ def predict(task: Task, predictor: Predictor) -> dict[str, np.ndarray]:
 
 
 def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[str, float]]:
-    """3_finetune: train, predict, score; a finished run is only read.
+    """3_finetune: train, predict, score; a finished run is only read, if it was made from what is there now.
 
-    Leaves `predictions.csv`, `metrics.json`, `task.json` and, where all weights are trained,
-    `model.safetensors`, `log.csv` and `checkpoints/`.
+    Leaves `made_from.json`, `predictions.csv`, `metrics.json`, `task.json` and, where all weights are trained,
+    `model.safetensors`, `log.csv` and `checkpoints/`. Those of other inputs go first, with a line that says what
+    changed.
 
     Returns:
         the task, the predictions (one scan a row), the metrics (an interval that there is not is None).
 
     Raises:
-        LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does not fit.
+        MisfitError, LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does
+            not fit.
     """
     aliases = read_aliases(params.aliases)
-    store = Store.open(params.prepared)
-    other = Store.open(params.out_of_distribution) if params.out_of_distribution else None
-    encoder, record = load_encoder(params.encoder, store.record, params.seed)
-    task = read_task(store, other, params.task, params.task_type, params.seed, params.accept_flags,
-                     params.missing_codes, params.rows_are_people, aliases)
+    stores = open_stores(params)
+    allowed = check_fit(side_of(params.encoder) | sides_of(stores), params.allow_differences)
+    store = stores["prepared"]
+    encoder, record = load_encoder(params.encoder, store.record, params.seed, params.allow_differences)
+    task = read_task(store, stores.get("out_of_distribution"), params.task, params.task_type, params.seed,
+                     params.accept_flags, params.missing_codes, params.rows_are_people, aliases)
     check_tested(task, record, params.allow_seen_participants, aliases)
     task = task.with_labels_for(params.label_fraction, params.seed)
+    made = inputs(task, noted(params.encoder, encoder, record), aliases, allowed)
+    renew(run.folder, made, RESULTS)
     if (run / "predictions.csv").exists() and (run / "metrics.json").exists():
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         return task, read_table(run / "predictions.csv", text=NAMES), metrics
-    predictions = _train_and_predict(params, run, task, encoder, record)
+    predictions = _train_and_predict(params, run, task, encoder, record, made)
     table = pd.concat([_table(task, name, values) for name, values in predictions.items()], ignore_index=True)
     if aliases:  # the score counts people
         table["alias_of"] = np.concatenate([task.parts[name].participants for name in predictions])
+    table["fingerprint"] = made.fingerprint
     scores = evaluate(task, predictions, params.seed)
     metric = METRICS[task.labels.kind]
     flat = {f"{TESTED[part]}_{metric if name == 'value' else f'{metric}_{name}'}": value
@@ -219,14 +249,22 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     return task, table, metrics
 
 
+def open_stores(params: Tuning) -> dict[str, Store]:
+    """The stores that the parameters name, by `prepared` and `out_of_distribution`."""
+    named = {"prepared": params.prepared, "out_of_distribution": params.out_of_distribution}
+    return {name: Store.open(folder) for name, folder in named.items() if folder is not None}
+
+
 def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Module,
-                       record: dict[str, Any]) -> dict[str, np.ndarray]:
+                       record: dict[str, Any], made: MadeFrom) -> dict[str, np.ndarray]:
     if params.mode == "probe":
         return probe(task, {name: outputs(encoder, part.scans()) for name, part in task.parts.items()})
     predictor, _ = finetune(task, encoder, Settings.of(params), params.flip, run.folder)
     weights = {name: value.detach().cpu().contiguous() for name, value in predictor.state_dict().items()}
     write_json(run / "task.json", {"task": task.labels.task, "kind": task.labels.kind, "classes": task.labels.classes,
-                                   "architecture": record["architecture"]})
+                                   "architecture": record["architecture"],
+                                   "preparation": task.parts["train"].store.record,
+                                   "made_from": made.record})
     write_whole(run / "model.safetensors", lambda aside: save_file(weights, aside))
     return predict(task, predictor)
 

@@ -33,7 +33,7 @@ from kit.train.stop import Stopped
 @loading_may_fail()
 def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], list[list[int]]],
         held_out: PreparedScans, settings: Settings, folder: Path | None = None, *,
-        params: dict[str, Any] | None = None, may_stop: bool = False,
+        params: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, may_stop: bool = False,
         monitor: Callable[[nn.Module, int], dict[str, float]] | None = None) -> pd.DataFrame:
     """Train an objective; the best epoch is that of the lowest loss on the held-out scans.
 
@@ -45,6 +45,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
         settings: see `Settings`.
         folder: of the run: `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
         params: what must be the same when the run is resumed; the settings if not given.
+        defaults: of `params`, for checkpoints of an older kit.
         may_stop: heed the stop file in the folder, write `live.json` and TensorBoard's files.
         monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1; what it
             returns joins the log's row.
@@ -61,7 +62,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
         LoaderError: loading processes cannot be started, or one died.
         Stopped: the stop file was there; the checkpoint is written.
     """
-    state = State(objective, settings, folder, params)
+    state = State(objective, settings, folder, params, defaults)
     state.restore()
     if state.log and rank() == 0:
         state.write_log()  # a run killed between the checkpoint and the log

@@ -24,9 +24,11 @@ from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.mae import reconstruct
 from kit.params import Pretrain
+from kit.provenance import OLDER, MadeFrom, Used, changes, made_from, read, write
 from kit.reading import ParameterError
 from kit.runs import Run, shown, write_table
 from kit.train import checkpoint
+from kit.train.checkpoint import CheckpointError
 from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm, world_size
 from kit.train.loop import fit
 from kit.train.monitor import monitor_of
@@ -42,27 +44,31 @@ UNFINISHED = "unfinished.csv"  # the log so far of a run that was asked to stop
 def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
     """Pretrain an encoder, or go on where the run stopped; a finished run is only read.
 
-    Leaves `checkpoints/`, `log.csv`, `tensorboard/` and `encoder.safetensors`, the last epoch's encoder with its
-    record. Asked to stop (a file `stop` in the run's folder, or one interrupt), it writes a checkpoint and
-    `unfinished.csv` and returns; the same parameters go on from there. With `epochs: 0` it trains nothing.
+    Leaves `made_from.json`, `checkpoints/`, `log.csv`, `tensorboard/` and `encoder.safetensors`, the last epoch's
+    encoder with its record. Asked to stop (a file `stop` in the run's folder, or one interrupt), it writes a
+    checkpoint and `unfinished.csv` and returns; the same parameters go on from there. With `epochs: 0` it trains
+    nothing.
 
     Returns:
         one row an epoch, see `kit.train.loop.fit`; of an unfinished epoch the means so far.
 
     Raises:
-        CheckpointError: the run is of other parameters, or its recipe's file says something else now.
+        CheckpointError: the run is of other parameters, its recipe's file says something else now, or the scans that
+            it learned from, or who they are of, have changed since.
         LeakageError: a scan that will be tested is there under another name, too.
     """
     if (run / "encoder.safetensors").exists():
         if "views" in (record := read_record(run.folder)):
             now = {"views": read_recipe(params.recipe).plain()}
             checkpoint.check_same({"params": {"views": record["views"]}}, now, run.folder)
+        check_inputs(params, run.folder)
         return pd.read_csv(run / "log.csv")
     if params.epochs == 0:
         return pd.DataFrame()
     if not params.nodes and (words := why_alone()):
         print(words)
     check_start(params)
+    check_inputs(params, run.folder)
     stop, unfinished = run / STOP, run / UNFINISHED
     unfinished.unlink(missing_ok=True)
     try:
@@ -76,6 +82,45 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
     finally:
         stop.unlink(missing_ok=True)
     return pd.read_csv(unfinished if unfinished.exists() else run / "log.csv")
+
+
+def inputs(params: Pretrain, store: Store) -> MadeFrom:
+    """What an encoder is made from: of the index only what decides who is learned from, and whose scans they are."""
+    parts = zip(("learned from", "held out"), choose_scans(params, store), strict=True)
+    return made_from([Used("prepared", part, store, rows, participant_ids(rows)) for part, rows in parts],
+                     read_aliases(params.aliases))
+
+
+def check_inputs(params: Pretrain, folder: Path) -> None:
+    """Check that a run that has begun goes on from what it began with; note that of one that begins.
+
+    The processes that train read what is noted here, and each checkpoint holds it, too.
+
+    Raises:
+        CheckpointError: everything that has changed is listed.
+    """
+    now, finished = inputs(params, Store.open(params.prepared)), (folder / "encoder.safetensors").exists()
+    if not finished and not any((folder / f"checkpoints/{name}.pt").exists() for name in ("last", "previous")):
+        write(folder, now)
+        return
+    before = read(folder)
+    if finished or before is None:  # what lies with the weights knows best
+        kept = read_record(folder) if finished else (checkpoint.load(folder / "checkpoints") or {}).get("params", {})
+        if before is None or before.record != kept.get("made_from"):
+            before = MadeFrom(kept["made_from"]) if "made_from" in kept else None
+    if before is None:
+        print(f"{shown(folder)} is {OLDER}: it cannot be checked whether its scans have changed since")
+        if not finished:
+            write(folder, MadeFrom({**now.record, "unchecked": "it was begun by an older kit"}, now.rows))
+        return
+    if before.record["kit"] != kit.__version__:
+        print(f"{shown(folder)} was begun by kit {before.record['kit']}; this is {kit.__version__}")
+    if lines := changes(before._replace(record={**before.record, "kit": kit.__version__}), now):
+        raise CheckpointError(f"{shown(folder)} was trained on other inputs than lie there now:\n  "
+                              + "\n  ".join(lines) + "\ngive another output_dir, or delete that folder"
+                              + ("" if finished else "; or bring the scans back as they were, and it goes on"))
+    if read(folder) is None:
+        write(folder, MadeFrom(before.record, now.rows))
 
 
 def standing(params: Pretrain, run: Run) -> str:
@@ -192,7 +237,7 @@ def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Mod
     """The encoder that a run left, with its record; with `params`, that of the last checkpoint of an unfinished run."""
     if params and not (run / "encoder.safetensors").exists():
         model, store = _restored(params, run)
-        return model.encoder, record_of(params, store, model)
+        return model.encoder, record_of(params, store, model, read(run.folder))
     record = read_record(run.folder)
     return load_encoder(run.folder, record["preparation"])
 
@@ -202,12 +247,17 @@ def views_of(objective: nn.Module) -> dict[str, Any]:
     return {"views": objective.recipe.plain()} if isinstance(objective, SimCLR) else {}
 
 
-def record_of(params: Pretrain, store: Store, objective: nn.Module) -> dict[str, Any]:
-    """What an encoder's file says of itself: see `kit.models.encoder_file`."""
+def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom | None = None) -> dict[str, Any]:
+    """What an encoder's file says of itself: see `kit.models.encoder_file`.
+
+    Args:
+        made: what it was made from; if not given, what lies there now.
+    """
     rows = pd.concat(choose_scans(params, store))
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
             "preparation": store.record, "params": params.plain(),
-            **seen_by(store, rows, participant_ids(rows), read_aliases(params.aliases)), **views_of(objective)}
+            **seen_by(store, rows, participant_ids(rows), read_aliases(params.aliases)), **views_of(objective),
+            "made_from": (made or inputs(params, store)).record}
 
 
 def train(params: Pretrain, folder: Path) -> None:
@@ -218,17 +268,22 @@ def train(params: Pretrain, folder: Path) -> None:
     if world_size() > 1:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
-    same |= views_of(objective)
+    made = read(folder) or inputs(params, store)  # noted by the process that started this one
+    same |= views_of(objective) | {"made_from": made.record}
+    defaults = params.defaults() | {"made_from": made.record}
     try:
         out, scans = PreparedScans(store, held_out), PreparedScans(store, learned, skip_damaged=True)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
-            may_stop=True, monitor=monitor_of(out, held_out, params.monitor_epochs, params.epochs))
+            defaults=defaults, may_stop=True, monitor=monitor_of(out, held_out, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)
         return
     if rank() == 0:
-        save_encoder(folder / "encoder.safetensors", objective.encoder, record_of(params, store, objective))
+        if lines := changes(made, inputs(params, store)):
+            print("CHANGED WHILE IT WAS TRAINED: " + "; ".join(lines))
+            made.record["changed"] = lines
+        save_encoder(folder / "encoder.safetensors", objective.encoder, record_of(params, store, objective, made))
 
 
 def _worker(plain: dict[str, Any], folder: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class State:
     """One run of the loop: all that a checkpoint holds, and what changes it."""
 
     def __init__(self, objective: nn.Module, settings: Settings, folder: Path | None,
-                 params: dict[str, Any] | None) -> None:
+                 params: dict[str, Any] | None, defaults: dict[str, Any] | None = None) -> None:
         self.threads = set_threads()
         self.objective, self.settings, self.folder = on_device(objective), settings, folder
         # with `find_unused_parameters`, gradients are summed in one order from the first step on: a resumed run's bits
@@ -76,6 +76,8 @@ class State:
                         if settings.ema else None)
         self.kept: nn.Module = self.average.module if self.average else objective
         self.params = params or {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
+        self.defaults = defaults or {field.name: field.default for field in fields(Settings)
+                                     if field.default is not MISSING}  # of what a checkpoint of an older kit lacks
         self.log: list[dict[str, float]] = []  # a row an epoch
         self.reports: list[dict[str, float]] = []  # of the steps of the unfinished epoch
         self.rate, self.factor = 0.0, 1.0  # learning rate; what a retry left of it
@@ -135,7 +137,7 @@ class State:
             found = checkpoint.load(self.folder / "checkpoints", "previous")
         if found is None:
             return False
-        checkpoint.check_same(found, self.params, self.folder)
+        checkpoint.check_same(found, self.params, self.folder, self.defaults)
         self.objective.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         if self.average:

@@ -48,7 +48,7 @@ def test_scan_comes_back(folder: Path) -> None:
     np.testing.assert_array_equal(image, arrays()[0])
     np.testing.assert_array_equal(mask, arrays()[1])
     assert (image.dtype, mask.dtype) == (np.float16, bool)
-    assert store.grid == GRID
+    assert store.grid == GRID and store.checksum("a_0001") == read_facts(scan_path(folder, "a_0001"))["checksum"]
     np.testing.assert_array_equal(read_transform(folder, "a_0001"), TRANSFORM)
     assert read_facts(scan_path(folder, "a_0001"))["affine"] == GRID.affine.tolist()
     assert [path.name for path in (folder / "scans").iterdir()] == ["a_0001.b2nd"]

@@ -140,8 +140,8 @@ def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
     assert json.loads((run / "metrics.json").read_text())[f"in_distribution_{metric}_low"] is None
     constant = found.parts["train"].labels.mean()
     assert value > 0.9 if metric == "auc" else value < predictions["true"].sub(constant).abs().mean()
-    assert predictions.columns.tolist() == ["scan", "participant", "dataset", "distribution", "true",
-                                            "predicted"]
+    assert predictions.columns.tolist() == ["scan", "participant", "dataset", "distribution", "true", "predicted",
+                                            "fingerprint"]
     _, again, read = run_finetune(tuned, run)
     assert np.allclose(again["predicted"], predictions["predicted"]) and read == metrics
     if mode == "finetune":  # the model that is left gives the predictions that were written
