@@ -13,6 +13,7 @@ from torch import nn
 
 from kit.data.cohort import PROCEDURAL
 from kit.data.identity import participant_ids
+from kit.data.labels import read_labels
 from kit.data.nifti import read_nifti, write_nifti
 from kit.data.resample import resample
 from kit.data.sample import effect_masks, sample_cohort
@@ -64,7 +65,8 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
         the differences that were allowed, a line each.
 
     Raises:
-        MisfitError: the scans were prepared differently, or tested scans are gone or have changed since.
+        MisfitError: the scans were prepared differently, or tested scans are gone, or their voxels or labels have
+            changed.
     """
     record, made, allowed = json.loads((folder / "task.json").read_text(encoding="utf-8")), read(folder), []
     if "preparation" in record:
@@ -77,10 +79,16 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
     tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
     gone = sorted(set(tested) - set(store.index["scan"]))
     lines = [f"{len(gone)} of {len(tested)} tested scans are gone: {', '.join(gone[:3])}"] * bool(gone)
-    if made and made.rows is not None and not allowed:  # scans that were prepared otherwise on purpose are others
-        then = made.rows[made.rows["part"] == "test"].set_index("scan")["checksum"]
-        other = [scan for scan in tested if scan not in gone and then.get(scan) != str(store.checksum(scan))]
-        lines += [f"{len(other)} of {len(tested)} tested scans have changed: {', '.join(other[:3])}"] * bool(other)
+    if made and made.rows is not None:
+        then, there = made.rows[made.rows["part"] == "test"].set_index("scan"), sorted(set(tested) - set(gone))
+        codes = read_yaml(folder / "params.yaml").get("missing_codes", ())
+        labels = read_labels(store.index, record["task"], record["kind"], codes).values
+        labels = pd.Series(labels, store.index["scan"]).map(repr)
+        changed = {"labels": [scan for scan in there if then["label"].get(scan) != labels[scan]]}
+        if not allowed:  # scans that were prepared otherwise on purpose are others
+            changed["voxels"] = [scan for scan in there if then["checksum"].get(scan) != str(store.checksum(scan))]
+        lines += [f"{what} of {len(scans)} of {len(tested)} tested scans have changed: {', '.join(scans[:3])}"
+                  for what, scans in changed.items() if scans]
     if lines:
         raise MisfitError(f"model {shown(folder)} was tested on other scans than lie in {shown(store.folder)}:\n  "
                           + "\n  ".join(lines) + "\nrun 3_finetune again, or name the folder that it was run on")

@@ -388,9 +388,11 @@ def test_a_model_is_shown_the_scans_that_it_was_tested_on(store, tmp_path, capsy
     change_record(store, registration="none")
     tested = pd.read_csv(tmp_path / "model/predictions.csv")["scan"].tolist()
     change_scans(store, tested[0])
-    change_index(store, lambda index: index[index["scan"] != tested[1]])
+    change_index(store, lambda index: index[index["scan"] != tested[1]].assign(
+        lesion=lambda rows: rows["lesion"].where(rows["scan"] != tested[2], 1 - rows["lesion"])))
     with pytest.raises(MisfitError, match=f"(?s)1 of {len(tested)} tested scans are gone: {tested[1]}.*"
-                                          f"1 of {len(tested)} tested scans have changed: {tested[0]}"):
+                                          f"labels of 1 of {len(tested)} tested scans have changed: {tested[2]}.*"
+                                          f"voxels of 1 of {len(tested)} tested scans have changed: {tested[0]}"):
         explained(store, tmp_path / "model", tmp_path / "run")
 
 
