@@ -245,12 +245,12 @@ def distance(one: np.ndarray, other: np.ndarray, points: np.ndarray) -> np.ndarr
     return np.linalg.norm(apply_affine(one, points) - apply_affine(other, points), axis=1)
 
 
-def spoilt(folder: Path, workers: int, every: int = 90) -> None:
+def spoilt(folder: Path, workers: int, every: int = 100) -> None:
     """Every so many-th scan moved, noised, cut, turned or of another contrast, and things that are no brains."""
     every_scan = cohort()
     some = pd.concat([every_scan[every_scan["dataset"] == "IXI"].iloc[::every],
                       every_scan[every_scan["dataset"] == "ds002748"].iloc[::every],
-                      every_scan[every_scan["dataset"] == "ds000011"].iloc[:2]])
+                      every_scan[every_scan["dataset"] == "ds000011"].iloc[:1]])
     paths = {f"{row.dataset}-{row.participant}": row.image_path for row in some.itertuples()}
     maps = every_scan["dlmuse_path"].dropna().tolist()[:2]
     table = write_spoilt(folder / "spoilt_files", paths, SPOILT, workers)

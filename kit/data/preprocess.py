@@ -28,13 +28,13 @@ from kit.data.grid import Grid
 from kit.data.nifti import ScanError, other_form, upright
 from kit.data.pool import run_all
 from kit.data.register import (
-    ORIENTATION_LEAD,
     ORIENTATIONS,
     UPRIGHT,
     RegistrationError,
     Transforms,
     find_orientation,
     find_transforms,
+    likeliest,
     likeness,
 )
 from kit.data.resample import resample
@@ -207,9 +207,8 @@ def _upright_head(task: Task, orientation: np.ndarray | None) -> Head:
         orientation = np.eye(4)
         if likeness(array, affine, found.mask) < UPRIGHT:
             if found.source == "deepbet":
-                looks = [_quick_look(*_turned(array, affine, from_matvec(turn))) for turn in ORIENTATIONS]
-                looks[0] += ORIENTATION_LEAD
-                orientation = from_matvec(ORIENTATIONS[int(np.argmax(looks))])
+                orientation = from_matvec(likeliest(
+                    [_quick_look(*_turned(array, affine, from_matvec(turn))) for turn in ORIENTATIONS]))
             else:
                 orientation = find_orientation(array, affine, found.mask)
     if np.array_equal(orientation, np.eye(4)):
