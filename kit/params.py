@@ -228,9 +228,10 @@ class Saliency(Parameters):
 
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared)
-        if not (self.model / "model.safetensors").exists():
-            problems.append(f"model: {shown(self.model)} holds no model.safetensors; "
-                            "run 3_finetune (mode finetune) first")
+        needed = ("model.safetensors", "task.json", "predictions.csv")
+        if missing := [name for name in needed if not (self.model / name).exists()]:
+            problems.append(f"model: {shown(self.model)} holds no {' and no '.join(missing)}; "
+                            "run 3_finetune (mode finetune) to its end first")
         return problems
 
 

@@ -112,6 +112,12 @@ def _folder(dist: metadata.Distribution) -> str:
     return Path(getattr(dist, "_path", "a package")).name
 
 
+def _has_begun(folder: Path) -> bool:
+    """Whether a run's folder holds work; where it does not, parameters that were refused may be mended."""
+    before = {"params.yaml", "environment.txt", ".lock"}
+    return any(path.name not in before and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
+
+
 class Run:
     """A run folder that this process holds, until the last `Run` of it is closed or gone. Open one with `Run.open`."""
 
@@ -131,7 +137,7 @@ class Run:
             defaults: what a run of an older kit counts as having where it lacks a name.
 
         Raises:
-            RunError: another process holds the folder, or it holds a run of other parameters
+            RunError: another process holds the folder, or it holds a run of other parameters that has begun
                 (every difference is listed).
         """
         folder = resolve(folder)
@@ -142,7 +148,7 @@ class Run:
             raise RunError(f"{shown(folder)}: another process is writing this run; "
                            "wait for it, or give another output_dir") from None
         stored = folder / "params.yaml"
-        if stored.exists():
+        if stored.exists() and _has_begun(folder):
             fixed = {name: value for name, value in params.items() if name not in may_change}
             before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
             before = {name: value for name, value in before.items() if name not in may_change}

@@ -41,7 +41,9 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 
 
 def test_other_parameters_are_refused_with_the_differences(tmp_path):
-    Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 1}).close()
+    Run.open(tmp_path / "run", {"seed": 5, "epochs": 3, "workers": 1}).close()
+    Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 1}).close()  # nothing was done there
+    (tmp_path / "run/log.csv").touch()
     with pytest.raises(RunError, match=r"seed: the folder has 0, asked for 1\n.*epochs: the folder has 3"):
         Run.open(tmp_path / "run", {"seed": 1, "epochs": 4, "workers": 1})
     Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 2}, frozenset({"workers"})).close()
@@ -51,6 +53,7 @@ def test_a_run_of_an_older_kit_goes_on(tmp_path):
     """A parameter that is new has its default there; one that is gone is a difference where it did something."""
     def opened(folder, before, **now):
         Run.open(tmp_path / folder, before).close()
+        (tmp_path / folder / "log.csv").touch()
         Run.open(tmp_path / folder, now, defaults={"seed": 0, "allow": []}).close()
 
     opened("a", {"seed": 1}, seed=1, allow=[])
@@ -101,6 +104,7 @@ def test_the_lock_belongs_to_the_process(tmp_path):
     first.close()
     second.close()
     assert not free()
+    (tmp_path / "run/log.csv").touch()
     with pytest.raises(RunError, match="other parameters"):
         Run.open(tmp_path / "run", {"seed": 1})  # a refusal takes nothing away
     assert not free()

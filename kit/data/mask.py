@@ -104,23 +104,24 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
     saturated = np.count_nonzero(values >= SATURATED * top) / max(np.count_nonzero(values > 0.05 * top), 1)
     probability = not two and not whole and 0.5 < top <= PROBABILITY_TOP
     graded = (not two and not probability and not (whole and top <= MOST_LABELS) and saturated >= LEAST_SATURATED
-              and _equal_neighbours(values, top) < LABELS_EQUAL)
+              and _equal_neighbours(values, top, affine) < LABELS_EQUAL)
     if top <= 0 or (not two and not whole and low < -top / 4) or (probability and saturated < LEAST_SATURATED):
         raise ScanError(f"mask: no mask ({found}); give one that is 1 in the brain and 0 elsewhere")
-    mask = values > (top / 2 if two or graded else 0.5)
+    mask = values > ((low + top) / 2 if two else top / 2 if graded else 0.5)
     volume = millilitres(mask, affine)
     if volume >= LEAST_BRAIN_ML and _is_inverted(mask):
         raise ScanError(f"mask: inverted ({found}): its {volume:.0f} ml lie around a brain; make it 1 in the brain and "
                         "0 elsewhere")
-    if not (two or graded or probability) and volume > MOST_BRAIN_ML:
-        raise ScanError(f"mask: no brain's ({found}): {volume:.0f} ml are above zero; is it a scan? Give one that is 1 "
-                        "in the brain and 0 elsewhere")
+    if volume > MOST_BRAIN_ML:
+        raise ScanError(f"mask: no brain's ({found}): {volume:.0f} ml; is it a head's, inverted, or a scan? Give one "
+                        "that is 1 in the brain and 0 elsewhere")
     return mask
 
 
-def _equal_neighbours(values: np.ndarray, top: float) -> float:
-    """Return how many voxels between zero and nearly the highest value are equal to the next one along x, a share."""
-    here, there = values[..., 1:], values[..., :-1]
+def _equal_neighbours(values: np.ndarray, top: float, affine: np.ndarray) -> float:
+    """Return how many voxels between zero and nearly the highest value equal the one about 1.5 mm on in x, a share."""
+    stride = max(1, round(1.5 / float(np.linalg.norm(affine[:3, 0]))))
+    here, there = values[..., stride:], values[..., :-stride]
     between = (here > 0) & (here < SATURATED * top)
     return float(np.mean(here[between] == there[between])) if between.any() else 1.0
 

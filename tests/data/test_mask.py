@@ -44,7 +44,7 @@ MASKS = {
     "0 and 1": lambda brain: brain * 1.0,
     "0 and 100": lambda brain: brain * 100.0,
     "0 and 255": lambda brain: 255 * brain,
-    "-1 and 1": lambda brain: 2.0 * brain - 1,
+    "-1 and 1": lambda brain: 2.0 * brain - 1, "2 and 3": lambda brain: brain + 2.0,
     "0 and 0.004": lambda brain: brain / 255,
     "probability": lambda brain: blurred(1.0),
     "percent": lambda brain: blurred(100.0),
@@ -86,7 +86,10 @@ NO_MASKS = {
     "a scan from 0 to 1": (lambda brain: stripped()[0] / stripped()[0].max(), "mask: no mask .*from 0 to 1.; give one"),
     "below zero": (lambda brain: -1.0 * brain, "mask: no mask .2 different values from -1 to 0"),
     "a head": (lambda brain: np.where(ndimage.binary_dilation(brain, iterations=5), stripped()[0] + 20, 0),
-               r"mask: no brain's \(\d+ different values from 0 to .*\): \d+ ml are above zero; is it a scan"),
+               r"mask: no brain's \(\d+ different values from 0 to .*\): \d+ ml; is it a head's, inverted, or a scan"),
+    "a head's mask": (lambda brain: ndimage.binary_dilation(brain, iterations=5), r"mask: no brain's .*is it a head's"),
+    "inverted and turned": (lambda brain: ndimage.rotate(~brain, 20, (0, 2), reshape=False, order=0),
+                            r"mask: no brain's .*inverted|mask: inverted"),
 }
 
 

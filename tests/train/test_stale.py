@@ -225,14 +225,14 @@ def test_a_difference_is_allowed_by_name_and_stands_in_the_report(store, tmp_pat
                                           r".*mask: .*allow_differences: \[registration, mask\]"):
         finetuned(store, tmp_path / "a", **values)
     with pytest.raises(MisfitError, match=r"prepared differently: .*\n  mask: .*\n.*: \[mask\]$"):
-        finetuned(store, tmp_path / "b", **values, allow_differences=["registration"])
-    capsys.readouterr()
-    finetuned(store, tmp_path / "run", **values, allow_differences=["registration", "mask"])
+        finetuned(store, tmp_path / "a", **values, allow_differences=["registration"])
+    capsys.readouterr()  # as asked, in the same folder
+    finetuned(store, tmp_path / "a", **values, allow_differences=["registration", "mask"])
     line = "allowed to differ: registration: encoder none, prepared none, out_of_distribution affine"
     said = capsys.readouterr().out
     assert line in said and "other versions of libraries: SimpleITK encoder None, prepared None, out_of" in said
-    assert line in json.loads((tmp_path / "run/made_from.json").read_text())["allowed"]
-    assert line in words(tmp_path / "run")
+    assert line in json.loads((tmp_path / "a/made_from.json").read_text())["allowed"]
+    assert line in words(tmp_path / "a")
 
 
 def test_an_encoder_prepared_otherwise_is_refused(store, tmp_path):
