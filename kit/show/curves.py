@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.metrics import RocCurveDisplay, mean_absolute_error
 
@@ -60,12 +60,12 @@ def label_efficiency(tidy: pd.DataFrame, title: str = "", note: str = "") -> Fig
     """
     means = _over_seeds(tidy)
     rows = list(means.groupby(["task", "metric"], sort=False))
-    columns, encoders = sorted(means["distribution"].unique()), list(means["encoder"].unique())
+    columns, encoders = sorted(means["distribution"].unique()), list(tidy["encoder"].unique())
     figure = blank(360 * len(columns) + 180, 220 * len(rows) + 20, title, note)
     panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
     for ((task, metric), of_task), row in zip(rows, panels, strict=True):
         for distribution, axes in zip(columns, row, strict=True):
-            here = of_task[of_task["distribution"] == distribution].sort_values("label_fraction")
+            here = of_task[of_task["distribution"] == distribution].sort_values("label_fraction", kind="stable")
             for (encoder, mode), line in here.groupby(["encoder", "mode"], sort=False):
                 number = encoders.index(encoder)
                 beside = 1 + 0.02 * (number - (len(encoders) - 1) / 2)  # so that bars do not hide each other
@@ -76,7 +76,7 @@ def label_efficiency(tidy: pd.DataFrame, title: str = "", note: str = "") -> Fig
             axes.set_xscale("log")
             axes.set_xticks(sorted(means["label_fraction"].unique()))
             axes.set_xticks([], minor=True)
-            axes.xaxis.set_major_formatter(PercentFormatter(1))
+            axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
             height = "AUC" if metric == "auc" else _in_units(_readable(metric), task)
             label(axes, "labels used" if row is panels[-1] else "", height if axes is row[0] else "",
                   f"{_readable(task)}, {_readable(distribution)}")
