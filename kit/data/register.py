@@ -37,9 +37,8 @@ FLATTEN_MM = 15.0
 # Rotations about each axis from which the search starts, and how many starts are followed at each level.
 START_ROTATIONS_DEG = (-20.0, 0.0, 20.0)
 FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
-# A brain this much like the template at 8 mm (mutual information) is upright: see `likeness`. Below it, another
-# orientation than the header's is believed where it is better by this lead.
-UPRIGHT, ORIENTATION_LEAD = 0.45, 0.03
+# A brain this much like the template at 8 mm (mutual information) is upright: see `likeness`.
+UPRIGHT = 0.45
 
 
 LEFT = "the search left the brain: too little overlap with the template; look at the scan and its mask"
@@ -127,8 +126,12 @@ def find_orientation(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) ->
 
 
 def likeliest(found: Sequence[float]) -> np.ndarray:
-    """Return the (3, 3) of `ORIENTATIONS` in which a brain is most like the template; the header's own has a lead."""
-    return ORIENTATIONS[int(np.argmax([found[0] + ORIENTATION_LEAD, *found[1:]]))]
+    """Return the (3, 3) of `ORIENTATIONS` in which a brain is most like the template; the header's if none is upright.
+
+    `found` has a likeness for each of them.
+    """
+    best = int(np.argmax(found))
+    return ORIENTATIONS[best if found[best] >= UPRIGHT else 0]
 
 
 def likeness(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> float:
