@@ -57,6 +57,7 @@ def test_another_runs_folder_is_refused_before_the_kernel_starts(tmp_path):
     folder.mkdir(parents=True)
     params = NOTEBOOKS["1_preprocess"].model_validate({**defaults("1_preprocess"), "seed": 7})
     (folder / "params.yaml").write_text(yaml.safe_dump(params.plain()))
+    (folder / "index.csv").touch()
     done = command("1_preprocess")
     assert done.returncode == 2 and "seed: the folder has 7, asked for 0" in done.stderr
 

@@ -82,7 +82,7 @@ def test_disagreement_is_of_the_rigid_parts_at_the_brains_centre() -> None:
         rigid_part(np.diag([-1.0, 1, 1, 1]))
 
 
-@pytest.mark.parametrize("number", [0, 3, 9, 15, 17, 23])
+@pytest.mark.parametrize("number", [0, 9, 17])
 def test_a_wrong_orientation_is_found(number: int) -> None:
     scan, mask = moved_template(move((8, 5, -6), (5, -8, 4)))
     header = nib.affines.from_matvec(ORIENTATIONS[number]) @ AFFINE
