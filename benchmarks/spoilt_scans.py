@@ -51,12 +51,11 @@ def _noised(array: np.ndarray, affine: np.ndarray, rng: np.random.Generator, noi
 
 
 def _neck_cut(array, affine, rng):
-    """The lowest quarter of what lies below the brain's half is not in the field of view."""
+    """The lowest 12 % of slices are not in the field of view."""
     keep = round(0.12 * len(array))
     cut = affine.copy()
     cut[:3, 3] = apply_affine(affine, [0, 0, keep])
-    moved, to, move = _move(array[keep:], cut, rng)
-    return moved, to, move
+    return _move(array[keep:], cut, rng)
 
 
 def _half(upper: bool) -> Spoil:
@@ -65,9 +64,7 @@ def _half(upper: bool) -> Spoil:
         rows = np.flatnonzero(bright.any((1, 2)))
         middle = int(rows[-1] - 75 / np.linalg.norm(affine[:3, 2]))  # half of a brain's height below the vertex
         out = array.copy()
-        out[middle:] = out[middle:] * 0 if upper else out[middle:]
-        if not upper:
-            out[:middle] = 0
+        out[slice(middle, None) if upper else slice(middle)] = 0
         return out, affine, np.eye(4)
     return cut
 

@@ -40,7 +40,6 @@ FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
 # A brain this much like the template at 8 mm (mutual information) is upright: see `likeness`.
 UPRIGHT = 0.45
 
-
 LEFT = "the search left the brain: too little overlap with the template; look at the scan and its mask"
 
 

@@ -16,7 +16,7 @@ from kit.data.identity import read_aliases
 from kit.data.loader import PreparedScans
 from kit.data.store import Store
 from kit.data.tabular import read_table
-from kit.models.encoder_file import load_encoder, noted, side_of
+from kit.models.encoder_file import load_encoder, noted, side_of, weights_digest
 from kit.params import Benchmark
 from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read
 from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
@@ -166,10 +166,7 @@ def _looked_up(features: dict[str, np.ndarray], task: Task, part: str) -> np.nda
 def _digest(encoder: nn.Module, store: Store) -> str:
     """Of the weights and the scans: other weights or scans have other embeddings."""
     scans = [(scan, store.checksum(scan)) for scan in store.index["scan"]]
-    digest = hashlib.blake2b(str(scans).encode(), digest_size=6)
-    for weight in encoder.state_dict().values():
-        digest.update(weight.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.blake2b(f"{weights_digest(encoder)} {scans}".encode(), digest_size=6).hexdigest()
 
 
 def _rows(model: tuple, task: Task, scores: dict[str, dict[str, float]], made_from: str) -> list[dict[str, Any]]:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from benchmarks.real_heads import brain_points, distance
 from kit.data.brain import deepbet_mask, dice
 from kit.data.intensity import correct_bias
 from kit.data.nifti import read_nifti
 from kit.data.register import find_transforms
 from kit.data.resample import resample
-from kit.data.template import template
 from tests.real.conftest import HEAD
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -58,10 +58,7 @@ def registered(number: int | None) -> tuple[np.ndarray, np.ndarray]:
 
 def error_mm(found: np.ndarray, still: np.ndarray, move: np.ndarray) -> float:
     """95th percentile over the brain of the distance between where voxels are found and where the move put them."""
-    _, brain, to_mm = template()
-    points = nib.affines.apply_affine(to_mm, np.argwhere(brain)[::997, ::-1])
-    there, should = (nib.affines.apply_affine(each, points) for each in (found, move @ still))
-    return float(np.percentile(np.linalg.norm(there - should, axis=1), 95))
+    return float(np.percentile(distance(found, move @ still, brain_points()), 95))
 
 
 def test_known_moves_are_found(head: Path) -> None:
