@@ -37,7 +37,7 @@ FLATTEN_MM = 15.0
 # Rotations about each axis from which the search starts, and how many starts are followed at each level.
 START_ROTATIONS_DEG = (-20.0, 0.0, 20.0)
 FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
-# A brain this much like the template at 8 mm (mutual information) is upright: see `likeness`.
+# A brain this much like the template at 8 mm (mutual information) is upright: see `first_look`.
 UPRIGHT = 0.45
 
 LEFT = "the search left the brain: too little overlap with the template; look at the scan and its mask"
@@ -52,6 +52,14 @@ class Transforms(NamedTuple):
 
     rigid: np.ndarray
     affine: np.ndarray
+
+
+class Look(NamedTuple):
+    """How a brain lies, at first sight."""
+
+    likeness: float  # mutual information with the template
+    rotation: np.ndarray  # (3, 3), the template's directions to the scan's
+    centre: np.ndarray  # (x, y, z) mm, of the brain
 
 
 class Disagreement(NamedTuple):
@@ -133,20 +141,26 @@ def likeliest(found: Sequence[float]) -> np.ndarray:
     return ORIENTATIONS[best if found[best] >= UPRIGHT else 0]
 
 
-def likeness(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> float:
-    """Return the mutual information with the template, climbed at 8 mm from 27 starts near the header's orientation.
+def first_look(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Look:
+    """Compare a brain with the template at 8 mm, from 27 starts near the header's orientation.
 
-    Upright brains have 0.55 and more, those of heads moved by up to 20 degrees about each axis, too; in the 23 wrong
-    orientations they have 0.42 at most (docs/real_heads.md). Climbed from one start, a moved head had 0.27.
+    Upright brains have a likeness of 0.55 and more, those of heads moved by up to 20 degrees about each axis, too; in
+    the 23 wrong orientations they have 0.42 at most (docs/real_heads.md). Climbed from one start, a moved head had
+    0.27.
     """
     with one_thread():
-        return _likeness(_scan(array, affine, mask))
+        scan = _scan(array, affine, mask)
+        try:
+            best, value = min(_climbed(scan, FOLLOWED[COARSE_MM]), key=lambda start: start[1])
+        except RuntimeError:  # all starts leave the scan
+            return Look(0.0, np.eye(3), scan.centre)
+        return Look(-value, rigid_part(_matrix(best))[:3, :3], scan.centre)
 
 
 def _likeness(scan: _Scan) -> float:
     try:
         return -min(value for _, value in _climbed(scan, FOLLOWED[COARSE_MM]))
-    except RuntimeError:  # all starts leave the scan
+    except RuntimeError:
         return 0.0
 
 

@@ -29,7 +29,7 @@ from kit.data.tabular import read_table
 from kit.runs import write_json, write_whole
 
 # Raised when files written before can no longer be read, or would mean something else.
-FORMAT = 3
+FORMAT = 4
 # A chunk is the whole scan and a block some of its slices, so that a file's order is the array's own and a whole scan
 # needs no rearranging. A crop reads the blocks that it touches.
 BLOCK_SLICES = 8

@@ -15,7 +15,7 @@ from kit.data.register import (
     disagreement,
     find_orientation,
     find_transforms,
-    likeness,
+    first_look,
     rigid_part,
 )
 from kit.data.resample import resample
@@ -91,7 +91,7 @@ def test_a_wrong_orientation_is_found(number: int) -> None:
     found = find_orientation(turned, affine, turned_mask)
     np.testing.assert_array_equal(found[:3, :3], ORIENTATIONS[number])
     assert len(ORIENTATIONS) == 24 and np.allclose([np.linalg.det(turn) for turn in ORIENTATIONS], 1)
-    assert (likeness(turned, affine, turned_mask) > 0.45) == (number == 0)
+    assert (first_look(turned, affine, turned_mask).likeness > 0.45) == (number == 0)
 
 
 def test_an_empty_mask_is_refused() -> None:
