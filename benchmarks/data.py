@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.ratio import Ratio, memory_bytes, share, times_better
-from kit.data.grid import PAPER_GRID
-from kit.data.loader import keep_freed_memory
-from kit.data.nifti import write_nifti
-from kit.data.preprocess import Preparation, Task, prepare, prepare_scan
-from kit.data.store import Store, scan_path, write_scan
-from kit.data.template import template, template_on
+from kit.device import keep_freed_memory
+from kit.preprocess.nifti import write_nifti
+from kit.preprocess.preprocess import Task, prepare, prepare_scan
+from kit.preprocess.settings import Preparation
+from kit.preprocess.template import template, template_on
+from kit.store.grid import PAPER_GRID
+from kit.store.store import Store, scan_path, write_scan
 
 # A whole head of one real person, where Debian's package mricron-data is installed.
 HEAD = Path("/usr/share/mricron/templates/ch2.nii.gz")

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from benchmarks.ratio import Ratio
-from kit.data.cohort import read_cohort
-from kit.data.grid import Grid
-from kit.data.preprocess import Preparation, prepare
-from kit.data.sample import sample_cohort
+from kit.cohort.tables import read_cohort
+from kit.evaluate.finetune import run_finetune
 from kit.execute import parameters
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.settings import Preparation
 from kit.reading import Parameters, read_yaml
 from kit.runs import ROOT, Run
-from kit.train.finetune import run_finetune
+from kit.sample import sample_cohort
+from kit.store.grid import Grid
 from kit.train.pretrain import pretrain
 
 SEEDS = (0, 1, 2)

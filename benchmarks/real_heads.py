@@ -4,9 +4,9 @@
     python -m benchmarks.real_heads scans       # or scans, spoilt, poses: one after the other
 
 It reads the scans of `KIT_REAL_SCANS` (default: ../shared/data) and Colin27 (Debian's mricron-data), prepares them by
-`kit.data.preprocess` on a 2 mm grid with `mask: auto, registration: rigid`, and writes tables and figures to
-`outputs/bench/real_heads/`. docs/real_heads.md sets the limits of `kit.data.quality.METRICS` beside what was measured,
-and says how much of this has been run. Everything resumes.
+`kit.preprocess.preprocess` on a 2 mm grid with `mask: auto, registration: rigid`, and writes tables and figures to
+`outputs/bench/real_heads/`. docs/real_heads.md sets the limits of `kit.preprocess.quality.QC_METRICS` beside what was
+measured, and says how much of this has been run. Everything resumes.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from benchmarks.spoilt_scans import SPOILT, write_no_brains, write_spoilt
-from kit.data.brain import deepbet_mask, dice
-from kit.data.cohort import read_cohort
-from kit.data.grid import Grid
-from kit.data.pool import run_all
-from kit.data.preprocess import Preparation, prepare
-from kit.data.quality import METRICS, flagged
-from kit.data.register import disagreement, find_transforms, rigid_part
-from kit.data.resample import resample
-from kit.data.scan_file import read_scan
-from kit.data.selection import selection_bias
-from kit.data.store import Store, read_facts, read_transform, scan_path
-from kit.data.table import scan_names
-from kit.data.template import template
+from kit.cohort.tables import read_cohort
+from kit.preprocess.index import scan_names
+from kit.preprocess.pool import run_all
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.quality import QC_METRICS, flagged
+from kit.preprocess.register import disagreement, find_transforms, rigid_part
+from kit.preprocess.resample import resample
+from kit.preprocess.scan_file import read_scan
+from kit.preprocess.selection import selection_bias
+from kit.preprocess.settings import Preparation
+from kit.preprocess.skullstrip import deepbet_mask, dice
+from kit.preprocess.template import template
 from kit.runs import ROOT, outputs_dir, write_table
 from kit.show.figure import MAX_WIDTH, blank, label
-from kit.show.quality import quality_montage
+from kit.show.quality_figures import quality_montage
+from kit.store.grid import Grid
+from kit.store.store import Store, read_facts, read_transform, scan_path
 
 SCANS = Path(os.environ.get("KIT_REAL_SCANS", ROOT.parent / "shared" / "data"))
 COLIN = Path("/usr/share/mricron/templates/ch2.nii.gz")
@@ -275,14 +276,14 @@ def spoilt(folder: Path, workers: int, every: int = 100) -> None:
 
 
 def distributions(index: pd.DataFrame) -> Figure:
-    """Draw each metric's values, a row a kind of scan, with the limits of `METRICS`."""
+    """Draw each metric's values, a row a kind of scan, with the limits of `QC_METRICS`."""
     kinds = list(dict.fromkeys(index["kind"]))
     figure = blank(MAX_WIDTH, 260 * 5, "QC metrics of real scans, spoilt ones and things that are no brains", SOURCES)
     panels = figure.subplots(5, 3, sharey=True).ravel()
-    for axes in panels[len(METRICS):]:
+    for axes in panels[len(QC_METRICS):]:
         axes.set_visible(False)
     rng = np.random.default_rng(0)
-    for axes, (name, metric) in zip(panels, METRICS.items(), strict=False):
+    for axes, (name, metric) in zip(panels, QC_METRICS.items(), strict=False):
         for number, kind in enumerate(kinds):
             values = index.loc[index["kind"] == kind, name].astype(float)
             axes.plot(values, number + rng.uniform(-0.3, 0.3, len(values)), ".", markersize=2.5,

@@ -11,11 +11,11 @@ from nibabel.affines import apply_affine, from_matvec
 from nibabel.eulerangles import euler2mat
 from scipy import ndimage
 
-from kit.data.nifti import write_nifti
-from kit.data.pool import run_all
-from kit.data.register import ORIENTATIONS
-from kit.data.resample import resample
-from kit.data.scan_file import read_scan
+from kit.preprocess.nifti import write_nifti
+from kit.preprocess.pool import run_all
+from kit.preprocess.register import ORIENTATIONS
+from kit.preprocess.resample import resample
+from kit.preprocess.scan_file import read_scan
 
 Spoil = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray, np.ndarray]]
 

@@ -17,16 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.ratio import Ratio, share, times_better
 from kit.augment.recipe import read_recipe
-from kit.data.grid import Grid
-from kit.data.loader import Batch, PreparedScans, keep_freed_memory, load
-from kit.data.store import Store, scan_path, write_scan
+from kit.device import keep_freed_memory
 from kit.models.encoders import build_encoder
+from kit.store.dataset import Batch, PreparedScans, load_batches
+from kit.store.grid import Grid
+from kit.store.store import Store, scan_path, write_scan
 from kit.train import objectives
 from kit.train.distributed import launch, mean_over_processes, process_group, rank, synchronise_batch_norm
-from kit.train.loop import Waiting
+from kit.train.loop import Waiting, gradients
 from kit.train.loss import nt_xent
 from kit.train.objectives import SimCLR
-from kit.train.step import gradients
 
 DEMO, CUBE = (36, 48, 40), (96, 96, 96)
 
@@ -117,7 +117,7 @@ def _loop(shape: tuple[int, int, int], batch: int, steps: int, name: str) -> lis
     with tempfile.TemporaryDirectory() as folder:
         scans = _scans(Path(folder), shape, 2 * batch)
         step = [[list(range(batch))]]
-        stream = Waiting(load(scans, [list(range(turn % 2 * batch, turn % 2 * batch + batch))
+        stream = Waiting(load_batches(scans, [list(range(turn % 2 * batch, turn % 2 * batch + batch))
                                       for turn in range(steps + 2)], 1))
         images = torch.randn(2 * batch, 1, *shape)
         objectives.make_views = timed

@@ -20,10 +20,10 @@ from kit.augment.draws import Draw, draw
 from kit.augment.recipe import read_recipe
 from kit.augment.spatial import in_plane, resample, view_to_scan
 from kit.augment.views import make_views
-from kit.data.grid import PAPER_GRID
-from kit.data.loader import keep_freed_memory
-from kit.data.nifti import write_nifti
-from kit.data.store import Store, scan_path, write_scan
+from kit.device import keep_freed_memory
+from kit.preprocess.nifti import write_nifti
+from kit.store.grid import PAPER_GRID
+from kit.store.store import Store, scan_path, write_scan
 
 SHAPE = PAPER_GRID.shape
 SAME = "one 150x192x192 scan with its mask, one thread, median of {} draws"

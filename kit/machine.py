@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import shutil
-import time
 import warnings
 import weakref
 from pathlib import Path
@@ -56,14 +55,6 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 def cores() -> int:
     """Cores that this process may use; all of the machine's where the system does not say which (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def let_others_run() -> None:
-    """Give the core away for a moment."""
-    if hasattr(os, "sched_yield"):
-        os.sched_yield()
-    else:
-        time.sleep(0)
 
 
 def slurm_nodes() -> tuple[int, list[str]]:

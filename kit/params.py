@@ -8,8 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kit.data.choices import UNUSABLE, Allowed, BiasCorrection, Intensity, Mask, OrientationUnknown, Registration
 from kit.machine import missing_of_slurm, slurm_nodes
+from kit.preprocess.settings import (
+    UNUSABLE,
+    Allowed,
+    BiasCorrection,
+    Intensity,
+    Mask,
+    OrientationUnknown,
+    Registration,
+)
 from kit.problems import alias_problems, label_problems
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
@@ -92,7 +100,7 @@ class Preprocess(Parameters):
             problems.append(f"brain_ml: got {list(self.brain_ml)}; the first is the smaller one")
         if self.shard >= self.shards:
             problems.append(f"shard: got {self.shard}; {self.shards} shards are numbered 0 to {self.shards - 1}")
-        from kit.data.brain import missing_tool
+        from kit.preprocess.skullstrip import missing_tool
 
         return problems + [missing for missing in [missing_tool(self.mask)] if missing]
 
@@ -101,7 +109,7 @@ class Pretrain(Parameters):
     """2_pretrain: an encoder from unlabelled scans."""
 
     may_change: ClassVar[frozenset[str]] = frozenset({
-        "workers", "nodes", "loader_workers", "checkpoint_minutes", "retry_minutes"})
+        "workers", "nodes", "loader_workers", "verify", "checkpoint_minutes", "retry_minutes"})
 
     prepared: ProjectPath
     split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
@@ -130,13 +138,13 @@ class Pretrain(Parameters):
     normalise_patches: bool = False  # MAE: targets are patches less their mean, over their spread
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants, held out
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the held-out scans; 0: none
-    retry_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the rate after a loss that is not finite; 0: stop
     precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
     retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
     workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
     nodes: Annotated[int, Field(ge=0)] = 0  # 0: those of the Slurm job that the notebook runs in, or one
     loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes of each worker
+    verify: bool = False  # check every scan's checksum before training, not only that it is there (minutes to hours)
     seed: Seed = 0
 
     @model_validator(mode="before")
@@ -223,7 +231,6 @@ class Saliency(Parameters):
     participants: Positive = 2  # test participants to draw
     steps: Positive = 16  # of integrated gradients
     allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
-    workers: Positive = 2
     seed: Seed = 0
 
     def problems(self) -> list[str]:
@@ -277,7 +284,8 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
 def _cohort_problems(cohort: str, contrast: str = "T1w") -> list[str]:
     if cohort == "sample":
         return []
-    from kit.data.cohort import CohortError, read_cohort
+    from kit.cohort.tables import read_cohort
+    from kit.cohort.tabular import CohortError
 
     try:
         with redirect_stdout(None):  # what it counts is printed where the cohort is used

@@ -8,7 +8,7 @@ from typing import Any
 
 def alias_problems(aliases: Path | None) -> list[str]:
     """What is wrong with the table of people with several names."""
-    from kit.data.identity import IdentityError, read_aliases
+    from kit.cohort.identity import IdentityError, read_aliases
 
     try:
         read_aliases(aliases)
@@ -19,8 +19,8 @@ def alias_problems(aliases: Path | None) -> list[str]:
 
 def label_problems(name: str, prepared: Path, task: str, task_type: str, missing_codes: list[Any]) -> list[str]:
     """What is wrong with a label column of prepared scans."""
-    from kit.data.labels import LabelError, read_labels
-    from kit.data.tabular import read_table
+    from kit.cohort.labels import LabelError, read_labels
+    from kit.cohort.tabular import read_table
 
     try:
         read_labels(read_table(prepared / "index.csv"), task, task_type, missing_codes)

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple, get_args
 import pandas as pd
 
 import kit
-from kit.data.choices import Allowed
-from kit.data.identity import Aliases, known_as
-from kit.data.store import Store, StoreError
+from kit.cohort.identity import Aliases, known_as
+from kit.preprocess.settings import Allowed
 from kit.runs import MADE_FROM, shown, write_json, write_table
+from kit.store.store import Store, StoreError
 
-# what all that meets must have in common; see `kit.data.preprocess.Preparation.record`
+# what all that meets must have in common; see `kit.preprocess.settings.Preparation.record`
 FIELDS = ("axes", "shape", "spacing_mm", "origin_mm", "bias_correction", "intensity", "template", "registration",
           "mask")
 STORES = ("prepared", "out_of_distribution")

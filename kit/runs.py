@@ -77,7 +77,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> Path:
-    """Write a CSV without its row numbers, whole or not at all. Text is in quotes: `kit.data.tabular.read_table`."""
+    """Write a CSV without its row numbers, whole or not at all. Text is in quotes: `kit.cohort.tabular.read_table`."""
     table = table.astype({name: str for name in table.select_dtypes(bool)})
     return write_whole(path, lambda aside: table.to_csv(aside, index=False, quoting=csv.QUOTE_NONNUMERIC))
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kit.data.grid import Grid
-from kit.data.store import FORMAT, Store, scan_path, write_scan
+from kit.store.grid import Grid
+from kit.store.store import FORMAT, Store, scan_path, write_scan
 
 SHAPE = (12, 18, 24)  # unequal, so that swapped axes cannot hide
 

@@ -16,11 +16,11 @@ import json, sys
 from kit.params import Pretrain
 from kit.reading import check
 from kit.runs import Run
-from kit.train.pretrain import pretrain, standing
+from kit.train.pretrain import pretrain, status
 params = check(Pretrain, json.loads(sys.argv[1]))
 run = Run.of(params)
 pretrain(params, run)
-print(standing(params, run))
+print(status(params, run))
 """
 ASK = """
 import json, sys
@@ -103,11 +103,11 @@ def test_without_linuxs_calls_it_trains(prepared, tmp_path):
     hide = "import os\nfor name in [name for name in dir(os) if name.startswith('sched_')]: delattr(os, name)\n"
     hide += "assert not hasattr(os, 'sched_getaffinity')\n"
     assert "finished" in python(PRETRAIN, prepared, tmp_path / "run", os.environ["PATH"], before=hide)
-    hide += "from kit.machine import cores, let_others_run\nlet_others_run()\nprint(cores())\n"
+    hide += "from kit.machine import cores\nprint(cores())\n"
     assert python("", prepared, tmp_path, before=hide) == f"{os.cpu_count()}\n"
 
 
 def test_such_calls_stand_in_one_module():
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kit").rglob("*.py")
              if re.search(r"\bos\.sched_|cpu_count|\bfcntl\.|SLURM_JOB_NUM_NODES", path.read_text(encoding="utf-8"))}
-    assert found - {"kit/data/table.py"} == {"kit/machine.py"}
+    assert found - {"kit/preprocess/index.py"} == {"kit/machine.py"}

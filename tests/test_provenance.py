@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from kit.data.identity import participant_ids
+from kit.cohort.identity import participant_ids
 from kit.params import NOTEBOOKS
 from kit.provenance import (
     FIELDS,

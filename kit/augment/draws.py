@@ -8,7 +8,7 @@ import numpy as np
 
 from kit.augment.recipe import Recipe, at_strength
 from kit.augment.transforms import AXES
-from kit.data.loader import keyed
+from kit.seeding import rng_for
 
 # A transform's place is the number of its random stream: new ones go to the end, or old views change.
 TRANSFORMS = ("crop", "flip", "rotate", "zoom", "shift", "gamma", "bias", "noise", "shear", "translate", "elastic",
@@ -88,7 +88,7 @@ def draw(recipe: Recipe, seed: int, epoch: int, scan: int, view: int, attempt: i
 
     Args:
         recipe: what to draw.
-        seed, epoch, scan, view: the view's key; `scan` as `kit.data.loader.scan_key` gives it.
+        seed, epoch, scan, view: the view's key; `scan` as `kit.seeding.scan_key` gives it.
         attempt: above 0 when earlier draws left no brain in the box.
     """
     if recipe.strength != 1:
@@ -98,7 +98,7 @@ def draw(recipe: Recipe, seed: int, epoch: int, scan: int, view: int, attempt: i
         transform = getattr(recipe, name)
         if transform is None and name != "noise":
             continue
-        stream = keyed(seed, epoch, scan, view, attempt, number)
+        stream = rng_for(seed, epoch, scan, view, attempt, number)
         if name == "noise":
             values["field_seed"] = int(stream.integers(2**31))
             if transform is None:
@@ -125,4 +125,4 @@ def _values(transform: object, stream: np.random.Generator) -> dict[str, object]
 
 def detail(draw: Draw, name: str) -> np.random.Generator:
     """The stream of what a transform draws beyond its strength, such as places; the same on every machine."""
-    return keyed(draw.field_seed, TRANSFORMS.index(name))
+    return rng_for(draw.field_seed, TRANSFORMS.index(name))

@@ -1,6 +1,6 @@
 """What the acquisition does to one scan: blur, thick slices, ringing, ghosts, motion, spikes; and what hides it.
 
-All act on a magnitude image (see `kit.augment.intensity`), (depth, height, width) float32. What is linear along an
+All act on a magnitude image (see `kit.augment.contrast`), (depth, height, width) float32. What is linear along an
 axis is a small matrix (side, side) along it, made in float64: exact, and as fast as any convolution at these sizes.
 """
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kit.augment import intensity, physics
+from kit.augment import contrast as intensity
+from kit.augment import physics
 from kit.augment.draws import Draw, detail, draw
 from kit.augment.recipe import Recipe, transform_types
 from kit.augment.spatial import bend, resample, spread, view_to_scan
@@ -35,11 +36,11 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
     Args:
         images: (batch, 1, depth, height, width) of any floating type, zero outside the mask; left as they are.
         masks: (batch, 1, depth, height, width) bool.
-        keys: (batch,) the scans' keys, see `kit.data.loader.scan_key`.
+        keys: (batch,) the scans' keys, see `kit.seeding.scan_key`.
         recipe: what to draw.
         seed, epoch, view: with each scan's key they decide everything that is random.
         spacing_mm: of the grid, for ranges in mm.
-        zscored: whether the scans are, see `kit.data.preprocess.Preparation.intensity`.
+        zscored: whether the scans are, see `kit.preprocess.settings.Preparation.intensity`.
 
     Returns:
         views (batch, 1, depth, height, width) float32 (float64 where the scans are), zero outside the mask;

@@ -18,10 +18,10 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from kit.data.store import Store
 from kit.explain.saliency import Maps, saliency
 from kit.provenance import write_stamped
 from kit.runs import Run
+from kit.store.store import Store
 
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:

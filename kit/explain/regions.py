@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
-from kit.data.grid import Grid
-from kit.data.resample import resample
+from kit.preprocess.resample import resample
+from kit.store.grid import Grid
 
 # Boxes in MNI mm (|x|, y, z, each from, to), drawn by eye on the ICBM152 2009a maps: coarse on purpose. A
 # voxel belongs to the first that holds it. None takes every tissue in the box.

@@ -1,6 +1,5 @@
 """Networks: MONAI's, with one way in and one way out.
 
-- ``precision``  what may run in bfloat16, and what is float32 at least
 - ``encoders``   (batch, 1, depth, height, width) -> (batch, features)
 - ``heads``      the projection head, and an encoder with a prediction head
 - ``mae``        the masked autoencoder

@@ -1,7 +1,7 @@
 """encoder.safetensors: an encoder's weights with the record of how to use them again.
 
 The record says the architecture, the preparation of the scans that it was trained on, and hashed ids of the
-participants and scans that it saw (`kit.data.leakage`). It is read without the weights, so that a misfit is refused
+participants and scans that it saw (`kit.store.leakage`). It is read without the weights, so that a misfit is refused
 before work starts.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -107,18 +106,3 @@ def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0
     path = resolve(encoder)
     network.load_state_dict(load_file(path / "encoder.safetensors" if path.is_dir() else path), strict=True)
     return network, record
-
-
-def device() -> torch.device:
-    """The CUDA device of this process, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def on_device(module: nn.Module) -> nn.Module:
-    """Move a module to `device()`; on the CPU its kernels lie channels-last.
-
-    A training step of resnet18_narrow, 64 views of 36x48x40 on two threads, then takes 1.3 s instead of 2.0. On
-    CUDA nobody has measured it: kernels stay as they are.
-    """
-    where = device()
-    return module.to(where, memory_format=torch.channels_last_3d if where.type == "cpu" else torch.preserve_format)

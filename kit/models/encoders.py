@@ -9,7 +9,7 @@ import torch
 from monai.networks.nets import MaskedAutoEncoderViT, ResNet
 from torch import nn
 
-from kit.models.precision import at_least_float32
+from kit.device import at_least_float32
 
 Shape = tuple[int, int, int]
 

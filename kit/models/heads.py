@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from kit.models.precision import at_least_float32, no_autocast
+from kit.device import at_least_float32, no_autocast
 
 
 class Head(nn.Sequential):

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import nn
 
 from kit.augment.masking import masked_patches
-from kit.data.loader import keyed
+from kit.device import at_least_float32, no_autocast
 from kit.models.encoders import ViTEncoder, patch_size
-from kit.models.precision import at_least_float32, no_autocast
+from kit.seeding import rng_for
 
 
 def patches(images: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
@@ -75,12 +75,12 @@ def masks_for(keys: Sequence[int], shape: tuple[int, int, int], ratio: float, *,
     """Masks of scans, (batch, patches) bool, keyed by (seed, epoch, scan): the same in any batch, worker and rank.
 
     Args:
-        keys: (batch,) the scans' keys, see `kit.data.loader.scan_key`.
+        keys: (batch,) the scans' keys, see `kit.seeding.scan_key`.
         shape: voxels (z, y, x).
         ratio: share of the patches that are masked.
     """
     count = math.prod(side // width for side, width in zip(shape, patch_size(shape), strict=True))
-    return torch.from_numpy(np.stack([masked_patches(count, ratio, keyed(seed, epoch, key)) for key in keys]))
+    return torch.from_numpy(np.stack([masked_patches(count, ratio, rng_for(seed, epoch, key)) for key in keys]))
 
 
 def patch_statistics(true: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

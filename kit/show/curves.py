@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.metrics import RocCurveDisplay, mean_absolute_error
 
-from kit.data.identity import participant_ids
+from kit.cohort.identity import participant_ids
+from kit.evaluate.metrics import LEAST_PARTICIPANTS, per_participant
 from kit.show.figure import LEGEND, TEXT, blank, label, shared_legend
-from kit.train.evaluate import LEAST_PARTICIPANTS, per_participant
 
 MODES = {"probe": "Linear probe on frozen features", "finetune": "All weights trained"}
 SIGNS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
@@ -133,13 +133,13 @@ def _row(head: str, cells: Iterable[str]) -> str:
 def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = "") -> Figure:
     """Draw predictions against the truth, titled by the task: a ROC curve for `auc`, else a scatter in its unit.
 
-    Scans of a participant are joined, as `kit.train.evaluate.score` joins them, so that the figure's numbers are its.
+    Scans of a participant are joined, as `kit.evaluate.metrics.score` joins them, so that the figure's numbers are its.
 
     Args:
         table: `true` (0/1, or the number) and `predicted` (log-odds of class 1, or the number); `participant` and
             `dataset` (or `alias_of`) say whose scan it is, without them each row is a participant; with a column
             `distribution`, a curve or a colour for each.
-        metric: of `kit.train.evaluate.METRICS`.
+        metric: of `kit.evaluate.metrics.METRICS`.
     """
     _need(table, "predictions", ["true", "predicted"])
     figure = blank(460, 410, task, note)

@@ -19,13 +19,13 @@ from IPython.display import display
 from PIL import Image, ImageDraw, ImageFont
 
 from kit.augment.recipe import Recipe, save_recipe
-from kit.data.grid import Grid
 from kit.runs import shown
 from kit.show import planes
 from kit.show.figure import png, small
 from kit.show.planes import EDGES, PLANES, Pair, Point
 from kit.show.recipe_controls import RecipeControls
 from kit.show.similarity import Similarity, pair_facts
+from kit.store.grid import Grid
 
 Asked = tuple[str, Recipe, int]  # scan, recipe, seed
 MakePair = Callable[[str, Recipe, int], Pair]

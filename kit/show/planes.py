@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from kit.data.grid import Grid
+from kit.store.grid import Grid
 
 Point = tuple[float, float, float]
 PLANES = {"axial": "z", "coronal": "y", "sagittal": "x"}  # each with the axis across it, in the arrays' order

@@ -16,9 +16,9 @@ from torch import nn
 
 from kit.augment.recipe import Recipe
 from kit.augment.views import make_views
-from kit.data.loader import Batch
 from kit.show.figure import LEGEND, blank, label
 from kit.show.planes import Pair
+from kit.store.dataset import Batch
 
 
 @dataclass(frozen=True)

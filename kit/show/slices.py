@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 
-from kit.data.grid import Grid
 from kit.show.figure import MAX_WIDTH, TEXT, bare, blank
 from kit.show.planes import EDGES, PLANES, Pair, Point, cut, footer, grey, slice_name, voxel_at, window
+from kit.store.grid import Grid
 
 IN_A_ROW = 3  # scans of a montage, transforms of a sheet
 

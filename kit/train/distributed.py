@@ -1,29 +1,32 @@
-"""Processes that train together: launch, threads, BatchNorm over all of them."""
+"""Processes that train together: on this machine, on the nodes of a Slurm job; and what they exchange."""
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import os
+import re
 import secrets
 import signal
+import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
-from kit.data.loader import keep_freed_memory
-from kit.machine import cores, let_others_run
+from kit.device import set_threads
+from kit.train.stop import NAME as STOP
+from kit.train.stop import PREEMPTED
 
-# DDP is told to look for unused parameters on purpose (see `kit.train.state.State`), and warns at every start
+# DDP is told to look for unused parameters on purpose (see `kit.train.loop.State`), and warns at every start
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-AWAKE = 0.05  # seconds; a process that is further behind is waited for asleep
 PATIENCE = timedelta(hours=2)  # one process may validate, or wait for a full disk, while the others stand by
 
 
@@ -35,21 +38,6 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def set_threads() -> int:
-    """Share this machine's cores among its processes; torch repeats its bits for one number of threads only.
-
-    Returns:
-        threads of this process.
-    """
-    own, here = cores(), 1
-    if dist.is_initialized():
-        own, here = int(os.environ.get("KIT_CORES", own)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = max(1, own // here)
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    return threads
 
 
 def die_with_parent() -> None:
@@ -151,11 +139,14 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
 
 
 class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance are taken over all processes; torch's SyncBatchNorm refuses the CPU."""
+    """BatchNorm over all processes, for CPUs: torch's SyncBatchNorm takes CUDA tensors only.
+
+    It is there so that N processes can be tested against one: written plainly, in float64, not for speed.
+    """
 
     @classmethod
     def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> AllReducedBatchNorm:
-        """The same parameters and running statistics, shared with `norm`."""
+        """The same weights and running statistics, shared with `norm`."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         new.__dict__.update(norm.__dict__)
         return new
@@ -164,72 +155,90 @@ class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Any number of dimensions, channels second."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(batch, channel, ...) -> the same shape."""
+        """(batch, channel, ...) -> the same shape; every process holds as many scans as any other."""
         if not self.training or world_size() == 1:
             return super().forward(images)
-        normal, mean, variance = _SharedBatchNorm.apply(images, self.weight, self.bias, self.eps)
+        channels = [1, -1] + [1] * (images.dim() - 2)
+        dims, values = [0, *range(2, images.dim())], images.double()
+        moments = all_reduce(torch.stack([values.mean(dims), values.square().mean(dims)])) / world_size()
+        mean, variance = moments[0], moments[1] - moments[0].square()
+        scale = self.weight * (variance + self.eps).rsqrt()
         count = images.numel() / images.shape[1] * world_size()
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return normal
+            self.running_mean.lerp_(mean.to(images.dtype), self.momentum)
+            self.running_var.lerp_((variance * (count / (count - 1))).to(images.dtype), self.momentum)
+        return ((values - mean.view(channels)) * scale.view(channels) + self.bias.view(channels)).to(images.dtype)
 
 
-class _SharedBatchNorm(torch.autograd.Function):
-    """BatchNorm by the moments over all processes, one exchange each way; gradient as in Ioffe and Szegedy 2015.
+class NodesError(RuntimeError):
+    """The workers on the nodes failed; the message ends with what they said last."""
 
-    Every process holds as many scans as any other. Moments are joined in float64.
+
+def launch_on_nodes(module: str, folder: Path, nodes: int, workers: int) -> None:
+    """Run `python -m module FOLDER WORKERS` in `workers` processes on each of `nodes` nodes of this Slurm job.
+
+    From inside the job, `srun` starts them; each then calls `worker_of_slurm`.
+
+    Raises:
+        NodesError: a worker failed.
     """
-
-    @staticmethod
-    def forward(context: Any, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-                eps: float) -> tuple[torch.Tensor, ...]:
-        dims, count = [0, *range(2, images.dim())], images.numel() / images.shape[1]
-        mean = images.sum(dims) / count
-        deviations, _ = _sums(images, images, weight, mean, torch.ones_like(mean), 0.0)  # of x (x - mean)
-        moments = _mean(torch.stack([mean.double(), deviations.double() / count + mean.double() ** 2]))
-        mean, variance = moments[0].to(images.dtype), (moments[1] - moments[0] ** 2).to(images.dtype)
-        context.save_for_backward(images, weight, mean, variance)
-        context.eps = eps
-        context.mark_non_differentiable(mean, variance)
-        return F.batch_norm(images, mean, variance, weight, bias, eps=eps), mean, variance
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
-        images, weight, mean, variance = context.saved_tensors
-        of_weight, of_bias = _sums(gradient, images, weight, mean, variance, context.eps)
-        count = images.numel() / images.shape[1]
-        sums = (_mean(torch.stack([of_weight, of_bias]).double()) / count).to(images.dtype)
-        scale = weight * (variance + context.eps).rsqrt()
-        shared = F.batch_norm(images, mean, variance, -scale * sums[0], -scale * sums[1], eps=context.eps)
-        return shared.addcmul_(gradient, _channels(scale, images)), of_weight, of_bias, None
+    each = os.environ.get("SLURM_CPUS_PER_TASK")
+    cores = [f"--cpus-per-task={each}"] if each else []
+    command = ["srun", "--overlap", "--unbuffered", "--label", "--export=ALL", f"--nodes={nodes}",
+               f"--ntasks={nodes * workers}", f"--ntasks-per-node={workers}", "--kill-on-bad-exit=1", *cores,
+               sys.executable, "-m", module, str(folder), str(workers)]
+    said: collections.deque[str] = collections.deque(maxlen=30)
+    # its own session: the Stop button's interrupt, sent to the kernel's group, must not end srun
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+                          stdin=subprocess.DEVNULL,
+                          env={**os.environ, **meeting_point(), **QUIET, "KIT_PROGRESS": "off"},
+                          start_new_session=True, preexec_fn=die_with_parent) as srun:
+        try:
+            for line in srun.stdout:
+                said.append(line)
+                print(line, end="", flush=True)
+        except BaseException:
+            srun.terminate()
+            raise
+    if srun.returncode:
+        raise NodesError(f"the workers failed (srun ended with {srun.returncode}); the last they said:\n"
+                         + "".join(said))
 
 
-def _sums(gradient: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor,
-          variance: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each channel: the sum of the gradient times the normalised images, and that of the gradient.
+def meeting_point() -> dict[str, str]:
+    """Address and port of rank 0: exported already, else asked of Slurm (node names may not resolve).
 
-    By a kernel of torch's own BatchNorm, which reads both once.
+    Raises:
+        NodesError: Slurm does not answer, or the job is over.
     """
-    return torch.ops.aten.native_batch_norm_backward(gradient, images, weight, mean, variance, None, None, False, eps,
-                                                     [False, True, True])[1:]
+    if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
+        return {}
+    names = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    found = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", *names[:1]))
+    if not found:
+        raise NodesError(f"Slurm knows no address of {', '.join(names[:1])}; set nodes: 1 to train on this machine")
+    return {"MASTER_ADDR": found[1],
+            "MASTER_PORT": str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000)}  # below ephemeral ports
 
 
-def _channels(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(channel,) -> (1, channel, 1, ...)"""
-    return values.view([1, -1] + [1] * (like.dim() - 2))
+def _scontrol(*arguments: str) -> str:
+    done = subprocess.run(["scontrol", *arguments], check=False, text=True, capture_output=True)
+    if done.returncode:
+        raise NodesError(f"scontrol {' '.join(arguments)} failed: {done.stderr.strip() or done.stdout.strip()}. Is the "
+                         "Slurm job over whose variables are set here? Set nodes: 1 to train on this machine")
+    return done.stdout
 
 
-def _mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over processes of something small, always added up in the same order.
-
-    BatchNorm asks for it some forty times a step. Gloo gathers faster than it reduces, and a process that stays awake
-    for the answer has it in 0.15 ms instead of 0.4, or 2 in one case of ten.
-    """
-    parts = [torch.empty_like(values) for _ in range(world_size())]
-    work, begun = dist.all_gather(parts, values, async_op=True), time.monotonic()
-    while not work.is_completed() and time.monotonic() - begun < AWAKE:
-        let_others_run()
-    work.wait()
-    return torch.stack(parts).mean(0)
+def worker_of_slurm(folder: Path, workers: int, train: Callable[[Path], None]) -> None:
+    """Run `train(folder)` as one worker that `srun` started: rank and world from Slurm."""
+    # scancel and preemption send TERM to the steps at once: it asks for a checkpoint, and tells the batch script,
+    # which hears of a preemption only when it is too late, that this was no stop by hand
+    signal.signal(signal.SIGTERM, lambda number, frame: [(folder / name).touch() for name in (PREEMPTED, STOP)])
+    world = os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=world, LOCAL_RANK=os.environ["SLURM_LOCALID"],
+                      LOCAL_WORLD_SIZE=str(workers))
+    if os.environ.get("SLURM_CPUS_PER_TASK"):
+        os.environ["KIT_CORES"] = str(int(os.environ["SLURM_CPUS_PER_TASK"]) * workers)
+    with process_group():
+        train(folder)

@@ -7,8 +7,11 @@ One loop trains all objectives. Its state is (epoch, step, weights, optimiser); 
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +19,69 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kit.data.loader import Batch, PreparedScans, load, loading_may_fail
-from kit.models.encoder_file import device
-from kit.models.precision import evaluation
+from kit.device import autocast, device, evaluation, on_device, scans_at_a_time, set_threads
+from kit.runs import shown, write_table
+from kit.store.dataset import Batch, PreparedScans, load_batches, loading_may_fail
+from kit.store.store import StoreError
 from kit.train import checkpoint
 from kit.train.distributed import mean_over_processes, rank, world_size
-from kit.train.evaluate import scans_at_a_time
-from kit.train.journal import Journal
-from kit.train.state import Settings, State
-from kit.train.step import Cuts, cut, fitting, reads, run_model
+from kit.train.objectives import Objective, Report
+from kit.train.optimizers import build_optimizer, learning_rate
+from kit.train.progress import Progress
 from kit.train.stop import NAME as STOP
 from kit.train.stop import Stopped
 
+Chunks = list[list[int]]  # this process's scans of one batch, in chunks
+MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # when a run is resumed
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop reads; the names are those of the notebooks' parameters."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    optimizer: str
+    schedule: str
+    seed: int
+    warmup_fraction: float = 0.0
+    accumulate: int = 1  # batches whose mean gradient makes one step
+    chunk: int = 0  # scans of a process that run at a time; 0: its whole share
+    clip: float = 0.0  # largest norm of the gradient; 0: as it is
+    ema: float = 0.0  # decay of the moving average of the weights that is kept; 0: none
+    checkpoint_minutes: float = 10.0
+    retry_minutes: float = 30.0  # how long a full disk may last
+    loader_workers: int = 0
+    precision: str = "fp32"  # of the network while it trains, see `kit.device`
+
+    @classmethod
+    def of(cls, params: Any, **changes: Any) -> Settings:
+        """Take what the loop reads from a notebook's parameters."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{**{name: getattr(params, name) for name in names if hasattr(params, name)}, **changes})
+
 
 @loading_may_fail()
-def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], list[list[int]]],
-        held_out: PreparedScans, settings: Settings, folder: Path | None = None, *,
+def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], list[list[int]]],
+        validation: PreparedScans, settings: Settings, folder: Path | None = None, *,
         params: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, may_stop: bool = False,
         monitor: Callable[[nn.Module, int], dict[str, float]] | None = None) -> pd.DataFrame:
-    """Train an objective; the best epoch is that of the lowest loss on the held-out scans.
+    """Train an objective; the best epoch is that of the lowest validation loss.
 
     Args:
-        objective: `forward(batch, epoch) -> {"loss": scalar, ...}`, from `kit.train.objectives`.
+        objective: see `kit.train.objectives.Objective`.
         train: scans to learn from.
         batches: the global batches of an epoch, as scan numbers.
-        held_out: scans of other participants; may be empty.
+        validation: scans of other participants; may be empty.
         settings: see `Settings`.
         folder: of the run: `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
         params: what must be the same when the run is resumed; the settings if not given.
@@ -56,7 +96,8 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
         (without a folder, `objective` does).
 
     Raises:
-        TrainingError: the loss is not finite; the scans of that batch are named.
+        TrainingError: the loss is not finite; the scans of that step are named.
+        StoreError: a scan could not be read; the checkpoint is written.
         MemoryError: a step does not fit; the chunk to try is named.
         CheckpointError: checkpoints of other parameters lie there, or the disk was full for too long.
         LoaderError: loading processes cannot be started, or one died.
@@ -68,7 +109,7 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
         state.write_log()  # a run killed between the checkpoint and the log
     saver = checkpoint.Saver(folder if rank() == 0 else None, settings.checkpoint_minutes, settings.retry_minutes)
     an_epoch = math.ceil(len(batches(0)) / settings.accumulate)
-    journal = Journal(folder if may_stop else None, an_epoch * settings.epochs, state.step(an_epoch))
+    progress = Progress(folder if may_stop else None, an_epoch * settings.epochs, state.step(an_epoch))
     best, best_weights = min((row["monitor"] for row in state.log), default=math.inf), None
 
     while len(state.log) < settings.epochs:
@@ -77,43 +118,44 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
         objective.train()
         for number in range(len(state.reports), len(steps)):
             state.set_rate(epoch + number / len(steps))
-            with fitting(steps[number]):
-                report = state.gradients(stream, steps[number], epoch, number * settings.accumulate)
+            try:
+                with fitting(steps[number]):
+                    report = state.gradients(stream, steps[number], epoch, number * settings.accumulate)
+            except StoreError:
+                saver.save(state.plain(), wait=True)
+                raise
             asked = torch.tensor(float(may_stop and (folder / STOP).exists()), device=device())
             report = mean_over_processes({**report, "stop": asked})
             if not math.isfinite(report["loss"]):
                 scans = [train.scans[scan] for part in steps[number] for chunk in part for scan in chunk]
-                state.go_back(f"the loss is {report['loss']} at epoch {epoch}, step {number}; scans: "
-                              f"{', '.join(scans)}; lower learning_rate, or look at those scans",
-                              {"epoch": epoch, "step": number})
-                journal.go_back(state.step(an_epoch))
-                break
+                raise TrainingError(
+                    f"the loss is {report['loss']} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(scans)}. "
+                    "Look at those scans, lower learning_rate, or set clip: 1"
+                    + (f"; {shown(folder / 'checkpoints/last.pt')} is of before" if folder else ""))
             stop = report.pop("stop") > 0
             state.update(report)
             scans = world_size() * sum(len(chunk) for part in steps[number] for chunk in part)
-            journal.note(epoch, report, state.rate, scans, stream.seconds / len(state.reports))
+            progress.note(epoch, report, state.rate, scans, stream.seconds / len(state.reports))
             if stop:
                 saver.save(state.plain(), wait=True)
-                journal.close()
+                progress.close()
                 raise Stopped(pd.DataFrame([*state.log, state.row(epoch)]))
             if saver.due():
                 saver.save(state.plain())
-        else:
-            row = state.row(epoch)
-            if rank() == 0:
-                validated = validate(state.kept, held_out, settings.batch_size)
-                row |= {f"validation_{name}": value for name, value in validated.items()}
-                row |= monitor(state.kept, epoch + 1) if monitor else {}
-            row["monitor"] = row.get("validation_loss", row["loss"])
-            row["seconds"] = round(time.monotonic() - started, 2)
-            journal.add(row, "epoch")
-            state.log, state.reports = [*state.log, row], []
-            if row["monitor"] < best or epoch == 0:
-                best = row["monitor"]
-                best_weights = None if folder else {key: value.clone()
-                                                    for key, value in state.kept.state_dict().items()}
-            saver.save(state.plain(), best=best == row["monitor"], wait=True, also=state.write_log)
-    journal.close()
+        row = state.row(epoch)
+        if rank() == 0:
+            validated = validate(state.kept, validation, settings.batch_size)
+            row |= {f"validation_{name}": value for name, value in validated.items()}
+            row |= monitor(state.kept, epoch + 1) if monitor else {}
+        row["monitor"] = row.get("validation_loss", row["loss"])
+        row["seconds"] = round(time.monotonic() - started, 2)
+        progress.add(row, "epoch")
+        state.log, state.reports = [*state.log, row], []
+        if row["monitor"] < best or epoch == 0:
+            best = row["monitor"]
+            best_weights = None if folder else {key: value.clone() for key, value in state.kept.state_dict().items()}
+        saver.save(state.plain(), best=best == row["monitor"], wait=True, also=state.write_log)
+    progress.close()
     if best_weights is not None:
         objective.load_state_dict(best_weights)
     elif state.average:
@@ -121,16 +163,13 @@ def fit(objective: nn.Module, train: PreparedScans, batches: Callable[[int], lis
     return pd.DataFrame(state.log)
 
 
-def _scans_of(objective: nn.Module, train: PreparedScans, batches: list[list[int]], settings: Settings,
-              done: int) -> tuple[list[list[Cuts]], Waiting]:
+def _scans_of(objective: Objective, train: PreparedScans, batches: list[list[int]], settings: Settings,
+              done: int) -> tuple[list[list[Chunks]], Waiting]:
     """This process's scans of an epoch's steps, batches of chunks each; and those not done yet, as they are loaded."""
-    twice = hasattr(objective, "compare")  # chunks are run, and so read, a second time
-    per_item = 2 if getattr(objective, "paired", False) else 1  # two sessions stand for one scan
-    cuts = [cut(batch, settings.chunk * per_item) for batch in batches]
-    steps = [cuts[start:start + settings.accumulate] for start in range(0, len(cuts), settings.accumulate)]
-    parts = [part for step in steps[done:] for part in reads(step, twice)]
-    train.batches = batches  # a damaged scan's substitute must be in none of its chunks and processes
-    return steps, Waiting(load(train, parts, settings.loader_workers))
+    chunked = [chunks_of(batch, settings.chunk * objective.scans_per_item) for batch in batches]
+    steps = [chunked[start:start + settings.accumulate] for start in range(0, len(chunked), settings.accumulate)]
+    parts = [part for step in steps[done:] for part in reads(step, objective.compares)]
+    return steps, Waiting(load_batches(train, parts, settings.loader_workers))
 
 
 class Waiting:
@@ -149,25 +188,239 @@ class Waiting:
         return batch
 
 
-@torch.no_grad()
-def validate(objective: nn.Module, scans: PreparedScans, batch_size: int) -> dict[str, float]:
-    """Means over held-out scans of what the objective reports, in evaluation mode and float32, with the same draws.
+class State:
+    """One run of the loop: all that a checkpoint holds, and what changes it."""
 
-    As many run at a time as fit (`scans_at_a_time`); those of SimCLR are then compared in equal groups of at most
-    `batch_size`, so that no group is a lone scan, which always finds its partner.
+    def __init__(self, objective: Objective, settings: Settings, folder: Path | None,
+                 params: dict[str, Any] | None, defaults: dict[str, Any] | None = None) -> None:
+        self.threads = set_threads()
+        self.objective, self.settings, self.folder = on_device(objective), settings, folder
+        # with `find_unused_parameters`, gradients are summed in one order from the first step on: a resumed run's bits
+        self.model = (DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
+                      if world_size() > 1 else objective)
+        self.optimizer = build_optimizer(objective, settings)
+        self.average = (AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+                        if settings.ema else None)
+        self.kept: nn.Module = self.average.module if self.average else objective
+        self.params = params or {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
+        self.defaults = defaults or {field.name: field.default for field in fields(Settings)
+                                     if field.default is not MISSING}  # of what a checkpoint of an older kit lacks
+        self.log: list[dict[str, float]] = []  # a row an epoch
+        self.reports: list[dict[str, float]] = []  # of the steps of the unfinished epoch
+        self.rate = 0.0  # learning rate
+
+    def step(self, an_epoch: int) -> int:
+        """Steps that are done, of so many an epoch."""
+        return an_epoch * len(self.log) + len(self.reports)
+
+    def set_rate(self, epoch: float) -> None:
+        """The learning rate at so many epochs."""
+        self.rate = learning_rate(self.settings, epoch / self.settings.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def gradients(self, stream: Iterator[Batch], step: list[Chunks], epoch: int, number: int) -> Report:
+        """Fresh gradients of a step, see `gradients`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return gradients(self.model, self.objective, stream, step, epoch, number, self.settings.seed,
+                         self.settings.precision)
+
+    def update(self, report: dict[str, float]) -> None:
+        """One step down the gradients."""
+        if self.settings.clip:
+            report["gradient_norm"] = float(nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip))
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.objective)
+        self.reports.append(report)
+
+    def row(self, epoch: int) -> dict[str, float]:
+        """Of the log: the means over an epoch's steps so far."""
+        means = {name: float(np.mean([report[name] for report in self.reports])) for name in self.reports[0]}
+        return {"epoch": epoch + 1, **means, "learning_rate": self.rate}
+
+    def write_log(self) -> None:
+        """`log.csv` of the finished epochs."""
+        write_table(self.folder / "log.csv", pd.DataFrame(self.log))
+
+    def plain(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict() if self.average else {}, "scaler": {},  # bfloat16 needs none
+                "scheduler": {"rate": self.rate},
+                "position": {"epoch": len(self.log), "step": len(self.reports)},
+                "random": {"seed": self.settings.seed, "torch": torch.get_rng_state()},
+                "log": self.log, "losses": self.reports, "params": self.params, "workers": world_size(),
+                "threads": self.threads, "versions": versions()}
+
+    def restore(self) -> None:
+        """Take up the newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is of other parameters.
+        """
+        found = checkpoint.read(self.folder / "checkpoints") if self.folder else None
+        if found is None:
+            return
+        checkpoint.check_same(found, self.params, self.folder, self.defaults)
+        self.objective.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        if self.average:
+            self.average.load_state_dict(found["average"])
+        self.log, self.reports = found["log"], found["losses"]
+        self.rate = found["scheduler"]["rate"]
+        now = {"workers": world_size(), "threads": self.threads, **versions()}
+        old = {"workers": found["workers"], "threads": found["threads"], **found["versions"]}
+        changed = [f"{name} {old.get(name)} -> {value}" for name, value in now.items() if old.get(name) != value]
+        if changed and rank() == 0:
+            print(f"resumed with {', '.join(changed)}: the results stay sound, their last digits differ")
+
+
+def chunks_of(batch: list[int], chunk: int) -> Chunks:
+    """This process's share of a global batch (equal parts, so that each counts the same), in chunks.
+
+    Args:
+        batch: scan numbers.
+        chunk: scans at a time; 0 takes the whole share.
+
+    Raises:
+        ValueError: there are more processes than scans.
+    """
+    each = len(batch) // world_size()
+    if not each:
+        raise ValueError(f"a batch of {len(batch)} scans (one of a participant) for {world_size()} processes: take "
+                         "fewer workers, or more participants")
+    share = batch[rank() * each:(rank() + 1) * each]
+    size = chunk or each
+    return [share[start:start + size] for start in range(0, each, size)]
+
+
+def reads(step: list[Chunks], twice: bool) -> Chunks:
+    """The order in which `gradients` takes scans from the loader; chunks that are run again are read again."""
+    return [part for chunks in step for part in (chunks * 2 if twice and len(chunks) > 1 else chunks)]
+
+
+def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], step: list[Chunks], epoch: int,
+              number: int, seed: int, precision: str = "fp32") -> Report:
+    """Add the gradient of the mean loss of a step's batches to the weights' gradients.
+
+    A batch in chunks: an objective that compares scans (SimCLR) embeds chunk by chunk without graph, takes
+    the loss's gradient at the embeddings, and runs each chunk again with it (gradient caching, Gao et al. 2021,
+    arXiv 2101.06983); memory is that of one chunk, and BatchNorm sees the chunk. Any other objective's loss is a
+    mean over scans, whose chunks just add up.
+
+    Args:
+        model: `objective`, or its DistributedDataParallel.
+        stream: of the batches that `reads` names.
+        step: the batches, in chunks.
+        number: of the step's first batch within the epoch; with seed and epoch it keys the random state.
+
+    Returns:
+        means over the step of what the objective reports, on this process.
+    """
+    reports = []
+    for place, chunks in enumerate(step):
+        seeds = np.random.SeedSequence([seed, epoch, number + place, rank()]).generate_state(len(chunks)).tolist()
+        last = place == len(step) - 1
+        if len(chunks) > 1 and objective.compares:
+            reports.append(_cached(model, objective, stream, seeds, epoch, len(step), last, precision))
+            continue
+        scans = sum(len(part) for part in chunks)
+        parts = []
+        for part, part_seed in zip(chunks, seeds, strict=True):
+            weight = len(part) / scans
+            with _exchange(model, last and part is chunks[-1]):
+                out = run_model(model, next(stream), epoch, part_seed, precision)
+                (out["loss"] * (weight / len(step))).backward()
+            parts.append({name: value.detach() * weight for name, value in out.items()})
+        reports.append({name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]})
+    return {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
+
+
+def _cached(model: nn.Module, objective: Objective, stream: Iterator[Batch], seeds: list[int], epoch: int,
+            batches: int, last: bool, precision: str) -> Report:
+    with torch.no_grad(), _still_statistics(objective):
+        parts = [run_model(objective, next(stream), epoch, seed, precision, embed=True) for seed in seeds]
+    embeddings = torch.cat(parts, dim=1).requires_grad_()  # (2, scans, width)
+    out = objective.compare(*embeddings)
+    (out["loss"] / batches).backward()
+    for part, gradient, seed in zip(parts, embeddings.grad.split([part.shape[1] for part in parts], 1), seeds,
+                                    strict=True):
+        with _exchange(model, last and part is parts[-1]):
+            run_model(model, next(stream), epoch, seed, precision, embed=True).backward(gradient)
+    return {name: value.detach() for name, value in out.items()}
+
+
+def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, precision: str, **options: bool):
+    """What an objective makes of a batch in "fp32" or "bf16"; the seed is of torch's random state."""
+    torch.manual_seed(seed)
+    where = next(model.parameters()).device
+    with autocast(precision, where):
+        return model(batch.to(where), epoch, **options)
+
+
+def _exchange(model: nn.Module, now: bool):
+    """Processes exchange gradients only when the last part of a step goes backward."""
+    return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
+
+
+@contextmanager
+def _still_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics stay as they are: the second pass over a chunk counts, not the first."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+@contextmanager
+def fitting(step: list[Chunks]) -> Iterator[None]:
+    """Where a step does not fit into memory, name the chunk to try.
+
+    Raises:
+        MemoryError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no type of its own
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        scans = max(len(part) for chunks in step for part in chunks)
+        cure = (f"set `chunk: {scans // 2}` (the loss stays that of the whole batch; BatchNorm then sees the chunk), "
+                "or spread the batch over more workers") if scans > 1 else "take a coarser grid or a smaller network"
+        raise MemoryError(f"out of memory with {scans} scans at a time: {cure}") from error
+
+
+@torch.no_grad()
+def validate(objective: Objective, scans: PreparedScans, batch_size: int) -> dict[str, float]:
+    """Means over validation scans of what the objective reports, in evaluation mode and float32, with the same draws.
+
+    As many run at a time as fit (`scans_at_a_time`). Where the objective compares scans, it does so in equal groups of
+    at most `batch_size`, so that no group is a lone scan, which always finds its partner.
     """
     if len(scans) < 2:
         return {}
     objective.eval()
-    size, compared = scans_at_a_time(scans.store.grid.shape), hasattr(objective, "compare")
+    size, compared = scans_at_a_time(scans.store.grid.shape), objective.compares
     groups = np.array_split(np.arange(len(scans)), math.ceil(len(scans) / (max(batch_size, 2) if compared else size)))
-    cuts = [[group[start:start + size].tolist() for start in range(0, len(group), size)] for group in groups]
-    stream, total = load(scans, [part for parts in cuts for part in parts]), {}
+    chunked = [[group[start:start + size].tolist() for start in range(0, len(group), size)] for group in groups]
+    stream, total = load_batches(scans, [part for parts in chunked for part in parts]), {}
     options = {"embed": True} if compared else {}
-    for group, parts in zip(groups, cuts, strict=True):
+    for group, parts in zip(groups, chunked, strict=True):
         with evaluation(device()):
             out = [run_model(objective, next(stream), 0, 0, "fp32", **options) for _ in parts]
             report = objective.compare(*torch.cat(out, dim=1)) if compared else out[0]
         for name, value in report.items():
             total[name] = total.get(name, 0.0) + float(value) * len(group) / len(scans)
     return total
+
+
+def versions() -> dict[str, str]:
+    """What a run's bits depend on besides its parameters."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}

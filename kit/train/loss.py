@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kit.models.precision import at_least_float32, no_autocast
+from kit.device import at_least_float32, no_autocast
 from kit.train import distributed
 
 

@@ -22,24 +22,23 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 
-from kit.data.identity import participant_ids
-from kit.data.loader import PreparedScans, in_order, load
-from kit.models.encoder_file import device
-from kit.models.precision import evaluation
-from kit.train.evaluate import scans_at_a_time
+from kit.cohort.identity import participant_ids
+from kit.device import device, evaluation, scans_at_a_time
+from kit.store.dataset import PreparedScans, load_batches
+from kit.store.sampler import in_order
 from kit.train.loss import nt_xent
+from kit.train.objectives import Objective
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
 LEAST = 20  # participants of a probe, held-out scans of a verdict on the validation loss; fewer say nothing
 
 
-def look(objective: nn.Module, scans: PreparedScans, rows: pd.DataFrame) -> dict[str, float]:
+def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict[str, float]:
     """Measure the encoder on held-out scans, in evaluation mode.
 
     Args:
-        objective: SimCLR (with `embed`) or any other with an `encoder`.
+        objective: see `kit.train.objectives.Objective`.
         scans, rows: held-out scans, and their rows of the index in the same order.
 
     Returns:
@@ -56,21 +55,21 @@ def look(objective: nn.Module, scans: PreparedScans, rows: pd.DataFrame) -> dict
                   "found": float(top1)}
     people = participant_ids(rows).to_numpy()
     for name in LABELS:
-        if name in rows and (value := probe(features.numpy(), rows[name], people)) is not None:
+        if name in rows and (value := quick_probe(features.numpy(), rows[name], people)) is not None:
             found[f"probe_{name}"] = value
     return found
 
 
 @torch.no_grad()
-def embed(objective: nn.Module, scans: PreparedScans) -> tuple[torch.Tensor, torch.Tensor | None]:
+def embed(objective: Objective, scans: PreparedScans) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features of the scans as they are (scans, width), and for SimCLR the views' embeddings (2, scans, width)."""
     objective.eval()
     features, views = [], []
-    for batch in load(scans, in_order(len(scans), scans_at_a_time(scans.store.grid.shape))):
+    for batch in load_batches(scans, in_order(len(scans), scans_at_a_time(scans.store.grid.shape))):
         batch = batch.to(device())
         with evaluation(device()):
             features.append(objective.encoder(batch.images).float().cpu())
-            if hasattr(objective, "compare"):
+            if objective.compares:
                 views.append(objective(batch, 0, embed=True).float().cpu())
     return torch.cat(features), torch.cat(views, 1) if views else None
 
@@ -97,7 +96,7 @@ def effective_rank(features: torch.Tensor) -> float:
     return float((-(share * share.log()).sum()).exp())
 
 
-def probe(features: np.ndarray, labels: pd.Series, participants: np.ndarray) -> float | None:
+def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarray) -> float | None:
     """How well a label is read off features (scans, width), across participants (five folds).
 
     Returns:
@@ -119,7 +118,7 @@ def probe(features: np.ndarray, labels: pd.Series, participants: np.ndarray) -> 
 
 
 def monitor_of(held_out: PreparedScans, rows: pd.DataFrame, every: int,
-               epochs: int) -> Callable[[nn.Module, int], dict[str, float]] | None:
+               epochs: int) -> Callable[[Objective, int], dict[str, float]] | None:
     """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last."""
     if not every or len(rows) < 3:
         return None

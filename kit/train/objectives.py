@@ -1,6 +1,12 @@
-"""What is learned: a batch and the epoch in, `{"loss": ...}` and what else is worth logging out."""
+"""What is learned: a batch and the epoch in, `{"loss": ...}` and what else is worth logging out.
+
+A new objective is a module with what `Objective` asks for; `kit.train.loop.fit` trains it as it is.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +14,45 @@ from torch import nn
 
 from kit.augment.recipe import Flip, Recipe
 from kit.augment.views import make_views
-from kit.data.loader import Batch
+from kit.device import no_autocast
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruction_loss
-from kit.models.precision import no_autocast
+from kit.store.dataset import Batch
 from kit.train.loss import nt_xent
 
-HELD_OUT_EPOCH = 2**31 - 1  # keys the views of held-out scans, which stay the same all through a run
+VALIDATION_EPOCH = 2**31 - 1  # keys the views of validation scans, which stay the same all through a run
+Report = dict[str, torch.Tensor]  # scalars: `loss`, and what else is worth logging
+
+
+class Objective(Protocol):
+    """What the loop, its chunks, validation and the monitor ask of an objective, besides being an `nn.Module`.
+
+    Attributes:
+        encoder: what is learned.
+        compares: whether the loss compares the scans of a batch with each other. If so, a batch in chunks is embedded
+            chunk by chunk, and the embeddings of all are compared; if not, the loss is a mean over scans.
+        scans_per_item: scans of a batch that stand for one item: 2 where the views are of two sessions.
+    """
+
+    encoder: nn.Module
+    compares: bool
+    scans_per_item: int
+
+    def __call__(self, batch: Batch, epoch: int, embed: bool = False) -> Report | torch.Tensor:
+        """Report on a batch; with `embed`, asked only where it `compares`: embeddings (2, items, width)."""
+
+    def compare(self, first: torch.Tensor, second: torch.Tensor) -> Report:
+        """Report on the two views' embeddings (items, width); asked only where it `compares`."""
+
+    def train(self, mode: bool = True) -> nn.Module: ...
+
+    def eval(self) -> nn.Module: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> Report: ...
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> object: ...
 
 
 class SimCLR(nn.Module):
@@ -27,9 +65,9 @@ class SimCLR(nn.Module):
         self.head = projection_head(encoder.features, projection)
         self.recipe, self.temperature, self.seed, self.spacing_mm = recipe, temperature, seed, spacing_mm
         self.zscored = zscored  # the scale of the scans, which their views keep; see `make_views`
-        self.paired = paired  # while training, scans come in twos: the two views are of two sessions
+        self.compares, self.scans_per_item = True, 2 if paired else 1  # paired: scans come in twos while training
 
-    def forward(self, batch: Batch, epoch: int, embed: bool = False) -> dict[str, torch.Tensor] | torch.Tensor:
+    def forward(self, batch: Batch, epoch: int, embed: bool = False) -> Report | torch.Tensor:
         """Loss and the share of views that find their partner, see `compare`; with `embed`, only the embeddings.
 
         Returns:
@@ -39,17 +77,17 @@ class SimCLR(nn.Module):
         return torch.stack([first, second]) if embed else self.compare(first, second)
 
     def views(self, batch: Batch, epoch: int) -> list[torch.Tensor]:
-        """The two views, each (scans, 1, depth, height, width); held-out scans keep theirs all through a run."""
-        key = epoch if self.training else HELD_OUT_EPOCH
+        """The two views, each (scans, 1, depth, height, width); validation scans keep theirs all through a run."""
+        key = epoch if self.training else VALIDATION_EPOCH
         parts = [batch, batch]
-        if self.paired and self.training:
+        if self.scans_per_item == 2 and self.training:
             parts = [Batch(batch.images[turn::2], batch.masks[turn::2], batch.keys[turn::2], batch.labels[turn::2])
                      for turn in (0, 1)]
         with no_autocast(batch.images.device):
             return [make_views(part.images, part.masks, part.keys, self.recipe, seed=self.seed, epoch=key, view=view,
                                spacing_mm=self.spacing_mm, zscored=self.zscored)[0] for view, part in enumerate(parts)]
 
-    def compare(self, first: torch.Tensor, second: torch.Tensor) -> dict[str, torch.Tensor]:
+    def compare(self, first: torch.Tensor, second: torch.Tensor) -> Report:
         """Loss and top-1 of two views' embeddings (scans, width); over all processes while training."""
         loss, top1 = nt_xent(first, second, self.temperature, gather=self.training)
         return {"loss": loss, "top1": top1}
@@ -62,6 +100,7 @@ class MaskedReconstruction(nn.Module):
         super().__init__()
         self.autoencoder = MaskedAutoencoder(encoder)
         self.mask_ratio, self.seed, self.normalise = mask_ratio, seed, normalise
+        self.compares, self.scans_per_item = False, 1
 
     @property
     def encoder(self) -> nn.Module:
@@ -69,12 +108,12 @@ class MaskedReconstruction(nn.Module):
         return self.autoencoder.encoder
 
     def masks(self, batch: Batch, epoch: int) -> torch.Tensor:
-        """Which patches are masked, (batch, patches) bool; those of held-out scans stay the same all through a run."""
-        key = epoch if self.training else HELD_OUT_EPOCH
+        """Which patches are masked, (batch, patches) bool; validation scans keep theirs all through a run."""
+        key = epoch if self.training else VALIDATION_EPOCH
         shape = tuple(batch.images.shape[2:])
         return masks_for(batch.keys, shape, self.mask_ratio, seed=self.seed, epoch=key).to(batch.images.device)
 
-    def forward(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, epoch: int) -> Report:
         """Mean squared error over the masked patches."""
         masked = self.masks(batch, epoch)
         predicted = self.autoencoder(batch.images, masked)
@@ -87,10 +126,16 @@ class Supervised(nn.Module):
     def __init__(self, predictor: Predictor, kind: str, *, flip: bool, seed: int, zscored: bool = True) -> None:
         super().__init__()
         self.predictor = predictor
+        self.compares, self.scans_per_item = False, 1
         self.kind, self.seed, self.zscored = kind, seed, zscored
         self.recipe = Recipe(flip=Flip(probability=0.5, axes=["x"])) if flip else Recipe()
 
-    def forward(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+    @property
+    def encoder(self) -> nn.Module:
+        """The predictor's encoder."""
+        return self.predictor.encoder
+
+    def forward(self, batch: Batch, epoch: int) -> Report:
         """Loss; scans are mirrored at random while training, if so asked."""
         images = batch.images
         if self.training:

@@ -11,13 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from kit.data.loader import Batch
-from kit.data.store import Store
-from kit.models.encoder_file import device
+from kit.device import autocast, device
 from kit.models.mae import masks_for, seen_places
-from kit.models.precision import autocast
 from kit.params import Pretrain
-from kit.train.objectives import HELD_OUT_EPOCH
+from kit.store.dataset import Batch
+from kit.store.store import Store
+from kit.train.objectives import VALIDATION_EPOCH
 from kit.train.pretrain import batches_for, build_objective, choose_scans
 
 SUSTAINED = 50e12  # operations a second that a device is ASSUMED to sustain where none could be measured
@@ -90,7 +89,7 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[floa
             torch.cuda.synchronize()
             begun = time.perf_counter()
         with autocast(params.precision, where):
-            objective(batch, HELD_OUT_EPOCH)["loss"].backward()
+            objective(batch, VALIDATION_EPOCH)["loss"].backward()
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / 3
     return seconds / scans, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"

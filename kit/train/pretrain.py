@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,31 +15,40 @@ from torch import nn
 
 import kit
 from kit.augment.recipe import read_recipe
-from kit.data.identity import joined, participant_ids, read_aliases
-from kit.data.leakage import check_apart, seen_by
-from kit.data.loader import PreparedScans, batches_of, collate, session_batches
-from kit.data.quality import usable
-from kit.data.split import left_out, shuffled
-from kit.data.store import Store
+from kit.cohort.identity import joined, participant_ids, read_aliases
+from kit.cohort.split import left_out, shuffled
+from kit.cohort.tabular import read_table
 from kit.machine import why_alone
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.mae import reconstruct
 from kit.params import Pretrain
+from kit.preprocess.quality import usable
 from kit.provenance import OLDER, MadeFrom, Used, changes, made_from, read, write
-from kit.reading import ParameterError
+from kit.reading import ParameterError, read_yaml
 from kit.runs import Run, shown, write_table
+from kit.store.dataset import PreparedScans, collate
+from kit.store.leakage import check_apart, seen_by
+from kit.store.sampler import batches_of, session_batches
+from kit.store.store import Store, unreadable
 from kit.train import checkpoint
 from kit.train.checkpoint import CheckpointError
-from kit.train.distributed import launch, process_group, rank, synchronise_batch_norm, world_size
-from kit.train.loop import fit
+from kit.train.distributed import (
+    launch,
+    launch_on_nodes,
+    process_group,
+    rank,
+    synchronise_batch_norm,
+    worker_of_slurm,
+    world_size,
+)
+from kit.train.loop import Settings, fit
 from kit.train.monitor import monitor_of
-from kit.train.nodes import launch_on_nodes
 from kit.train.objectives import MaskedReconstruction, SimCLR
-from kit.train.state import Settings
 from kit.train.stop import NAME as STOP
 from kit.train.stop import Stopped, interrupt_stops
 
+DAMAGED = "damaged.csv"  # scans that cannot be read
 UNFINISHED = "unfinished.csv"  # the log so far of a run that was asked to stop
 
 
@@ -68,13 +79,14 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
     if not params.nodes and (words := why_alone()):
         print(words)
     check_start(params)
+    check_files(params, run.folder)
     check_inputs(params, run.folder)
     stop, unfinished = run / STOP, run / UNFINISHED
     unfinished.unlink(missing_ok=True)
     try:
         with interrupt_stops(stop):
             if params.all_nodes() > 1:
-                launch_on_nodes(run.folder, params.all_nodes(), params.workers)
+                launch_on_nodes("kit.train.pretrain", run.folder, params.all_nodes(), params.workers)
             elif params.workers > 1:
                 launch(_worker, (params.plain(), str(run.folder)), params.workers)
             else:
@@ -84,9 +96,37 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
     return pd.read_csv(unfinished if unfinished.exists() else run / "log.csv")
 
 
-def inputs(params: Pretrain, store: Store) -> MadeFrom:
+def check_files(params: Pretrain, folder: Path) -> None:
+    """Look at the scans' files before training; those that are missing or damaged are named, noted and left out.
+
+    Leaves `damaged.csv` (scan, reason), which the processes that train read.
+    """
+    store = Store.open(params.prepared)
+    scans = pd.concat(choose_scans(params, store))["scan"].tolist()
+    damaged = unreadable(store, scans, params.verify)
+    write_table(folder / DAMAGED, pd.DataFrame({"scan": list(damaged), "reason": list(damaged.values())}, dtype=str))
+    if damaged:
+        warnings.warn(f"{len(damaged)} of {len(scans)} scans are missing or damaged and left out: "
+                      f"{', '.join(list(damaged)[:5])}{', ...' * (len(damaged) > 5)}; see {shown(folder / DAMAGED)}. "
+                      "Delete what is left of them and run 1_preprocess again", stacklevel=2)
+
+
+def readable_scans(params: Pretrain, store: Store, folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `choose_scans` chooses, without what `check_files` found damaged when the run of a folder began."""
+    if folder is None:
+        return choose_scans(params, store)
+    path = folder / DAMAGED
+    damaged = set(read_table(path, text=("scan", "reason"))["scan"]) if path.exists() else set()
+    learned, held_out = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
+    if participant_ids(learned).nunique() < 2:
+        raise ParameterError(f"prepared: fewer than two participants are left to learn from, for {len(damaged)} scans "
+                             f"are missing or damaged; see {shown(path)}")
+    return learned, held_out
+
+
+def inputs(params: Pretrain, store: Store, folder: Path | None = None) -> MadeFrom:
     """What an encoder is made from: of the index only what decides who is learned from, and whose scans they are."""
-    parts = zip(("learned from", "held out"), choose_scans(params, store), strict=True)
+    parts = zip(("learned from", "held out"), readable_scans(params, store, folder), strict=True)
     return made_from([Used("prepared", part, store, rows, participant_ids(rows)) for part, rows in parts],
                      read_aliases(params.aliases))
 
@@ -99,13 +139,13 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
     Raises:
         CheckpointError: everything that has changed is listed.
     """
-    now, finished = inputs(params, Store.open(params.prepared)), (folder / "encoder.safetensors").exists()
+    now, finished = inputs(params, Store.open(params.prepared), folder), (folder / "encoder.safetensors").exists()
     if not finished and not any((folder / f"checkpoints/{name}.pt").exists() for name in ("last", "previous")):
         write(folder, now)
         return
     before = read(folder)
     if finished or before is None:  # what lies with the weights knows best
-        kept = read_record(folder) if finished else (checkpoint.load(folder / "checkpoints") or {}).get("params", {})
+        kept = read_record(folder) if finished else (checkpoint.read(folder / "checkpoints") or {}).get("params", {})
         if before is None or before.record != kept.get("made_from"):
             before = MadeFrom(kept["made_from"]) if "made_from" in kept else None
     if before is None:
@@ -123,11 +163,11 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
         write(folder, MadeFrom(before.record, now.rows))
 
 
-def standing(params: Pretrain, run: Run) -> str:
+def status(params: Pretrain, run: Run) -> str:
     """In one line, how far a run is."""
     if (run / "encoder.safetensors").exists():
         return f"finished: {params.epochs} epochs"
-    state = checkpoint.load(run / "checkpoints")
+    state = checkpoint.read(run / "checkpoints")
     if state is None:
         return "nothing trained yet"
     place = state["position"]
@@ -138,7 +178,7 @@ def standing(params: Pretrain, run: Run) -> str:
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of the index to learn from, and those of the participants that are held out.
 
-    Without a column `split`, those that `kit.data.split.splits` gives to the test are in neither, unless
+    Without a column `split`, those that `kit.cohort.split.splits` gives to the test are in neither, unless
     `leave_out_test` is false.
 
     Raises:
@@ -214,7 +254,7 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
     """The objective with the last checkpoint's weights, and its store."""
     store = Store.open(params.prepared)
     model = build_objective(params, store)
-    model.load_state_dict(checkpoint.weights(checkpoint.load(run / "checkpoints")))
+    model.load_state_dict(checkpoint.weights(checkpoint.read(run / "checkpoints")))
     return model, store
 
 
@@ -237,7 +277,7 @@ def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Mod
     """The encoder that a run left, with its record; with `params`, that of the last checkpoint of an unfinished run."""
     if params and not (run / "encoder.safetensors").exists():
         model, store = _restored(params, run)
-        return model.encoder, record_of(params, store, model, read(run.folder))
+        return model.encoder, record_of(params, store, model, read(run.folder), run.folder)
     record = read_record(run.folder)
     return load_encoder(run.folder, record["preparation"])
 
@@ -247,32 +287,34 @@ def views_of(objective: nn.Module) -> dict[str, Any]:
     return {"views": objective.recipe.plain()} if isinstance(objective, SimCLR) else {}
 
 
-def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom | None = None) -> dict[str, Any]:
+def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom | None = None,
+              folder: Path | None = None) -> dict[str, Any]:
     """What an encoder's file says of itself: see `kit.models.encoder_file`.
 
     Args:
         made: what it was made from; if not given, what lies there now.
+        folder: of the run, whose damaged scans were left out.
     """
-    rows = pd.concat(choose_scans(params, store))
+    rows = pd.concat(readable_scans(params, store, folder))
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
             "preparation": store.record, "params": params.plain(),
             **seen_by(store, rows, participant_ids(rows), read_aliases(params.aliases)), **views_of(objective),
-            "made_from": (made or inputs(params, store)).record}
+            "made_from": (made or inputs(params, store, folder)).record}
 
 
 def train(params: Pretrain, folder: Path) -> None:
     """Train in this process, alone or as one of several; see `pretrain`, which starts them."""
     store = Store.open(params.prepared)
-    learned, held_out = choose_scans(params, store)
+    learned, held_out = readable_scans(params, store, folder)
     objective = build_objective(params, store)
     if world_size() > 1:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
-    made = read(folder) or inputs(params, store)  # noted by the process that started this one
+    made = read(folder) or inputs(params, store, folder)  # noted by the process that started this one
     same |= views_of(objective) | {"made_from": made.record}
     defaults = params.defaults() | {"made_from": made.record}
     try:
-        out, scans = PreparedScans(store, held_out), PreparedScans(store, learned, skip_damaged=True)
+        out, scans = PreparedScans(store, held_out), PreparedScans(store, learned)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
             defaults=defaults, may_stop=True, monitor=monitor_of(out, held_out, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
@@ -280,13 +322,22 @@ def train(params: Pretrain, folder: Path) -> None:
             write_table(folder / UNFINISHED, stopped.log)
         return
     if rank() == 0:
-        if lines := changes(made, inputs(params, store)):
+        if lines := changes(made, inputs(params, store, folder)):
             print("CHANGED WHILE IT WAS TRAINED: " + "; ".join(lines))
             made.record["changed"] = lines
-        save_encoder(folder / "encoder.safetensors", objective.encoder, record_of(params, store, objective, made))
+        record = record_of(params, store, objective, made, folder)
+        save_encoder(folder / "encoder.safetensors", objective.encoder, record)
 
 
 def _worker(plain: dict[str, Any], folder: str) -> None:
     """One of several processes; see `kit.train.distributed.launch`."""
     with process_group():
         train(Pretrain.model_validate(plain), Path(folder))
+
+
+def _train_noted(folder: Path) -> None:
+    train(Pretrain.model_validate(read_yaml(folder / "params.yaml")), folder)
+
+
+if __name__ == "__main__":  # python -m kit.train.pretrain FOLDER WORKERS, which `launch_on_nodes` has srun start
+    worker_of_slurm(Path(sys.argv[1]), int(sys.argv[2]), _train_noted)

@@ -7,7 +7,8 @@ from monai.transforms import AdjustContrast, GaussianSmooth
 from scipy import ndimage
 from torch.nn.functional import interpolate
 
-from kit.augment import intensity, physics
+from kit.augment import contrast as intensity
+from kit.augment import physics
 from kit.augment.draws import Draw
 from kit.augment.spatial import _spline, bend, brain, resample, spread, view_to_scan
 

@@ -11,8 +11,9 @@ import torch
 from kit.augment.draws import TRANSFORMS, Draw, draw
 from kit.augment.recipe import Flip, Recipe, alone, at_strength, names, read_recipe, save_recipe, transform_types
 from kit.augment.views import apply, make_views
-from kit.data.loader import PreparedScans, epoch_batches, load
 from kit.reading import ParameterError
+from kit.store.dataset import PreparedScans, load_batches
+from kit.store.sampler import epoch_batches
 
 SHAPE = (10, 14, 12)  # unequal, so that swapped axes cannot hide
 
@@ -46,7 +47,7 @@ def hashes(store, workers):
     made, recipe = {}, read_recipe("physics")
     for epoch in (0, 1):
         order = epoch_batches(store.index.participant.tolist(), 8, 0, epoch)
-        for batch in load(PreparedScans(store, store.index), order, workers):
+        for batch in load_batches(PreparedScans(store, store.index), order, workers):
             batch = batch.to(torch.device("cpu"))
             for view in (0, 1):
                 views, _, _ = make_views(batch.images, batch.masks, batch.keys, recipe, seed=0, epoch=epoch, view=view,

@@ -23,13 +23,13 @@ import pytest
 import yaml
 
 from kit.augment.recipe import read_recipe
-from kit.data.grid import Grid
-from kit.data.store import FORMAT, scan_path, write_scan
-from kit.data.template import template_on
 from kit.execute import FOLDER
 from kit.params import Pretrain
+from kit.preprocess.template import template_on
 from kit.reading import check
 from kit.runs import ROOT, Run, outputs_dir
+from kit.store.grid import Grid
+from kit.store.store import FORMAT, scan_path, write_scan
 from kit.train.pretrain import pretrain
 from tests.conftest import absent
 

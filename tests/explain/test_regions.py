@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from kit.data.grid import Grid
-from kit.data.template import template_on
 from kit.explain.regions import coarse_labels, inside_share, region_table
+from kit.preprocess.template import template_on
+from kit.store.grid import Grid
 
 GRID = Grid((36, 48, 40), 4.0)
 

@@ -10,22 +10,23 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kit.data.cohort import read_cohort
-from kit.data.grid import PAPER_GRID, Grid
-from kit.data.loader import PreparedScans
-from kit.data.nifti import write_nifti
-from kit.data.preprocess import Preparation, prepare
-from kit.data.sample import sample_cohort
-from kit.data.store import Store
+from kit.cohort.tables import read_cohort
+from kit.evaluate.predict import predict
 from kit.execute import run
 from kit.explain.saliency import saliency
 from kit.models.encoder_file import EncoderError, load_encoder
 from kit.models.heads import Predictor
 from kit.params import Pretrain
+from kit.preprocess.nifti import write_nifti
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.settings import Preparation
 from kit.runs import Run
+from kit.sample import sample_cohort
 from kit.show.planes import focus
 from kit.show.slices import three_planes
-from kit.train.evaluate import outputs
+from kit.store.dataset import PreparedScans
+from kit.store.grid import PAPER_GRID, Grid
+from kit.store.store import Store
 from kit.train.pretrain import pretrain
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -54,7 +55,7 @@ def prepared(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def test_resnet18_embeds_full_size_scans(prepared: Store) -> None:
     encoder, _ = load_encoder("random:resnet18", prepared.record)
-    features = outputs(encoder, PreparedScans(prepared, prepared.index), batch_size=1)
+    features = predict(encoder, PreparedScans(prepared, prepared.index), batch_size=1)
     assert features.shape == (3, 512) and np.isfinite(features).all()
     assert np.abs(np.diff(features, axis=0)).max(1).min() > 1e-3, "two scans look the same to the network"
 
@@ -72,7 +73,7 @@ def test_a_pretrained_encoder_embeds_one(cohort: Path, tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match=r"allow_differences: \[registration, mask\]"):
         load_encoder(tmp_path / "2_pretrain", store.record)
     encoder, record = load_encoder(tmp_path / "2_pretrain", store.record, allow=("registration", "mask"))
-    features = outputs(encoder, PreparedScans(store, store.index))
+    features = predict(encoder, PreparedScans(store, store.index))
     assert record["objective"] == "simclr" and features.shape == (1, 128) and np.isfinite(features).all()
 
 

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 
 from benchmarks import real_heads, spoilt_scans
-from kit.data.preprocess import prepare
-from kit.data.selection import selection_bias
-from kit.data.store import Store, read_transform
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.selection import selection_bias
+from kit.store.store import Store, read_transform
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 from scipy import ndimage
 
-from kit.data.grid import PAPER_GRID
-from kit.data.nifti import read_nifti
-from kit.data.preprocess import Preparation, prepare
-from kit.data.store import Store, read_transform
-from kit.data.template import template_on
+from kit.preprocess.nifti import read_nifti
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.settings import Preparation
+from kit.preprocess.template import template_on
+from kit.store.grid import PAPER_GRID
+from kit.store.store import Store, read_transform
 
 pytestmark = pytest.mark.real
 

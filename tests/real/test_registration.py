@@ -12,11 +12,11 @@ import pytest
 from scipy import ndimage
 
 from benchmarks.real_heads import brain_points, distance
-from kit.data.brain import deepbet_mask, dice
-from kit.data.intensity import correct_bias
-from kit.data.nifti import read_nifti
-from kit.data.register import find_transforms
-from kit.data.resample import resample
+from kit.preprocess.intensity import correct_bias
+from kit.preprocess.nifti import read_nifti
+from kit.preprocess.register import find_transforms
+from kit.preprocess.resample import resample
+from kit.preprocess.skullstrip import deepbet_mask, dice
 from tests.real.conftest import HEAD
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from kit.evaluate.metrics import LEAST_PARTICIPANTS, score
 from kit.show.curves import (
     benchmark_table,
     embedding_map,
@@ -16,7 +17,6 @@ from kit.show.curves import (
     training_curves,
     with_interval,
 )
-from kit.train.evaluate import LEAST_PARTICIPANTS, score
 
 NOTE = "procedural data"
 COMPARED = (("simclr", "probe", 0.2), ("random", "probe", 0.0), ("simclr", "finetune", 0.3))

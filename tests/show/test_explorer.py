@@ -12,12 +12,12 @@ from PIL import Image
 
 from kit.augment.draws import TRANSFORMS
 from kit.augment.recipe import Recipe, alone, names, read_recipe
-from kit.data.grid import Grid
 from kit.show import explorer as module
 from kit.show.explorer import display_explorer, explorer, render_pair
 from kit.show.planes import Pair
 from kit.show.recipe_controls import RecipeControls
 from kit.show.similarity import Similar
+from kit.store.grid import Grid
 
 GRID = Grid((12, 16, 14), 12.0)
 TOP, LEFT, SIDE = 20, 110, 600  # of the first picture; the width of all slices

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kit.data.grid import Grid
 from kit.show.planes import PLANES, cut, focus, footer, grey, slice_mm, slice_name, voxel_at, window
+from kit.store.grid import Grid
 
 GRID = Grid((7, 8, 9), 20.0)  # three different sides, so that swapped axes cannot hide
 

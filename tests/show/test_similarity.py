@@ -8,10 +8,10 @@ from PIL import Image
 from torch import nn
 
 from kit.augment.recipe import Recipe, read_recipe
-from kit.data.loader import Batch
 from kit.show.figure import png, small
 from kit.show.planes import Pair
 from kit.show.similarity import pair_facts, similarity_under
+from kit.store.dataset import Batch
 
 SHAPE = (6, 8, 7)
 

@@ -6,9 +6,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kit.data.grid import Grid
 from kit.show.planes import Pair
 from kit.show.slices import montage, strengths_sheet, three_planes, views_sheet
+from kit.store.grid import Grid
 
 GRID = Grid((12, 16, 14), 12.0)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kit.data.nifti import write_nifti
-from kit.data.store import Store
+from kit.preprocess.nifti import write_nifti
 from kit.runs import ROOT
+from kit.store.store import Store
 
 pytestmark = pytest.mark.slow
 

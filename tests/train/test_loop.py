@@ -14,16 +14,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from kit.augment.recipe import Recipe
-from kit.data.labels import LabelError
-from kit.data.loader import PreparedScans, collate
-from kit.data.split import LeakageError
-from kit.data.store import Store, scan_path, write_scan
+from kit.cohort.labels import LabelError
+from kit.cohort.split import LeakageError
+from kit.evaluate import finetune as finetuning
+from kit.evaluate.finetune import finetune, load_predictor, run_finetune
+from kit.evaluate.tasks import read_task
 from kit.models.encoder_file import read_record
 from kit.models.encoders import build_encoder
 from kit.params import Finetune, Pretrain
 from kit.runs import Run
+from kit.store.dataset import PreparedScans, collate
+from kit.store.store import Store, scan_path, write_scan
 from kit.train import checkpoint
-from kit.train import finetune as finetuning
 from kit.train.distributed import (
     AllReducedBatchNorm,
     launch,
@@ -32,13 +34,10 @@ from kit.train.distributed import (
     synchronise_batch_norm,
     world_size,
 )
-from kit.train.finetune import finetune, load_predictor, read_task, run_finetune
-from kit.train.loop import validate
+from kit.train.loop import Settings, TrainingError, chunks_of, validate
 from kit.train.objectives import SimCLR
 from kit.train.optimizers import learning_rate
 from kit.train.pretrain import build_objective, pretrain
-from kit.train.state import Settings, TrainingError
-from kit.train.step import cut
 from tests.conftest import SHAPE, make_store
 
 RECIPE = Recipe.model_validate({"gamma": {"range": [0.7, 1.4]}, "noise": {"range": [0.1, 0.3]}})
@@ -52,7 +51,7 @@ def params(store, folder, **changes):
 
 
 def weights(folder):
-    return checkpoint.load(folder / "checkpoints")["model"]
+    return checkpoint.read(folder / "checkpoints")["model"]
 
 
 def same(first, second):
@@ -82,7 +81,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(store, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint, "save", save)
         pretrain(broken, run)
-    state = checkpoint.load(run / "checkpoints")
+    state = checkpoint.read(run / "checkpoints")
     assert len(state["log"]) == 1 and len(state["losses"]) == 1  # within the second epoch
     resumed = pretrain(broken, run)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
@@ -171,7 +170,7 @@ def test_a_loss_that_is_not_finite_names_the_scans(tmp_path):
     image[5, 9, 12] = np.nan
     write_scan(scan_path(store.folder, "made_003_01"), image, mask, "made_003_01", store.grid.affine)
     broken = params(store, tmp_path / "run", objective="mae", architecture="vit_narrow", validation_fraction=0.0)
-    with pytest.raises(TrainingError, match=r"the loss is nan at epoch 0, step \d+; scans: .*made_003_01"):
+    with pytest.raises(TrainingError, match=r"the loss is nan in epoch 1, step \d+; scans: .*made_003_01"):
         pretrain(broken, Run.of(broken))
 
 
@@ -182,7 +181,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
     (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = checkpoint.load(folder)
+        state = checkpoint.read(folder)
     assert len(state["log"]) == 1 and (folder / "last.pt").exists()
     assert any(re.search(r"last.pt cannot be read .*it is left as it is", str(item.message)) for item in caught)
 
@@ -273,6 +272,6 @@ def test_held_out_scans_are_compared_in_equal_groups_whatever_fits_at_a_time(sto
 
 
 def test_more_processes_than_scans_of_a_batch_are_refused(monkeypatch):
-    monkeypatch.setattr("kit.train.step.world_size", lambda: 4)
+    monkeypatch.setattr("kit.train.loop.world_size", lambda: 4)
     with pytest.raises(ValueError, match="3 scans .* for 4 processes: take fewer workers"):
-        cut([0, 1, 2], 0)
+        chunks_of([0, 1, 2], 0)

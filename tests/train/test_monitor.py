@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kit.data.loader import PreparedScans
+from kit import device
 from kit.params import Pretrain
 from kit.runs import Run
-from kit.train import evaluate
-from kit.train.monitor import alignment, effective_rank, look, probe, spread, uniformity, verdict
+from kit.store.dataset import PreparedScans
+from kit.train.monitor import alignment, effective_rank, look, quick_probe, spread, uniformity, verdict
 from kit.train.objectives import SimCLR
 from kit.train.pretrain import build_objective, by_chance, pretrain
 
@@ -40,11 +40,11 @@ def test_probes_go_across_participants():
     people = np.repeat(np.arange(40), 2)
     features = rng.normal(size=(40, 6))[people] + 0.01 * rng.normal(size=(80, 6))
     sex, age = pd.Series(np.where(features[:, 0] > 0, "F", "M")), pd.Series(50 + 10 * features[:, 1])
-    assert probe(features, sex, people) > 0.7 and probe(features, age, people) > 0.9
+    assert quick_probe(features, sex, people) > 0.7 and quick_probe(features, age, people) > 0.9
     # a label that only says who it is cannot be read off another participant
     who = pd.Series(rng.integers(0, 2, 40)[people].astype(str))
-    assert abs(probe(features, who, people) - 0.5) < 0.25
-    assert probe(features[:20], sex[:20], people[:20]) is None
+    assert abs(quick_probe(features, who, people) - 0.5) < 0.25
+    assert quick_probe(features[:20], sex[:20], people[:20]) is None
 
 
 def log(**columns):
@@ -107,7 +107,7 @@ def test_a_look_takes_few_scans_at_a_time_and_finds_the_same(store, monkeypatch)
     objective, scans = build_objective(asked, store), PreparedScans(store, store.index)
     whole, sizes = look(objective, scans, store.index), []
     objective.encoder.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(evaluate, "VOXELS", 3 * math.prod(store.grid.shape))
+    monkeypatch.setattr(device, "VOXELS", 3 * math.prod(store.grid.shape))
     assert look(objective, scans, store.index) == pytest.approx(whole, abs=1e-3)
     assert isinstance(objective, SimCLR) and max(sizes) == 6  # both views of three scans
 

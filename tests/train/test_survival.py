@@ -21,7 +21,7 @@ from kit.params import Pretrain
 from kit.runs import ROOT, Run
 from kit.train import checkpoint
 from kit.train.checkpoint import CheckpointError, Saver
-from kit.train.pretrain import pretrain, pretrained_encoder, standing
+from kit.train.pretrain import pretrain, pretrained_encoder, status
 from tests.conftest import absent
 
 EPOCHS = 8
@@ -87,7 +87,7 @@ def wait_for_checkpoint(folder: Path, newer_than: float, process) -> None:
 
 def assert_same(first: Path, second: Path) -> None:
     """Weights and the loss curve, bit for bit."""
-    one, two = (checkpoint.load(folder / "checkpoints") for folder in (first, second))
+    one, two = (checkpoint.read(folder / "checkpoints") for folder in (first, second))
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
     logs = [pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (first, second)]
     assert logs[0].equals(logs[1]) and len(logs[0]) == EPOCHS
@@ -165,12 +165,12 @@ def test_a_stop_file_ends_it_with_a_checkpoint_and_it_goes_on_from_there(store, 
     (folder / "stop").touch()
     log = pretrain(broken, folder)
     assert len(log) == 1 and np.isfinite(log["loss"][0]) and not (folder / "stop").exists()
-    assert standing(broken, folder).startswith(f"UNFINISHED: stopped in epoch 1 of {EPOCHS} after 1 of its steps")
+    assert status(broken, folder).startswith(f"UNFINISHED: stopped in epoch 1 of {EPOCHS} after 1 of its steps")
     assert not (folder / "encoder.safetensors").exists() and not (folder / "log.csv").exists()
     assert pretrained_encoder(folder, broken)[1]["objective"] == "simclr"  # the notebook's later cells work
     pretrain(broken, folder)
     assert_same(tmp_path / "whole", tmp_path / "broken")
-    assert standing(broken, folder) == f"finished: {EPOCHS} epochs"
+    assert status(broken, folder) == f"finished: {EPOCHS} epochs"
 
 
 def test_a_checkpoint_says_all_that_a_resume_needs(store, tmp_path):
@@ -218,9 +218,9 @@ def test_a_recipe_that_changed_is_refused_with_the_differences(store, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_takes_the_way_of_the_stop_file(store, tmp_path, workers):
     code = ("import sys; from kit.params import Pretrain; from kit.runs import Run; "
-            "from kit.train.pretrain import pretrain, standing; import json; "
+            "from kit.train.pretrain import pretrain, status; import json; "
             "asked = Pretrain.model_validate(json.loads(sys.argv[1])); run = Run.of(asked); pretrain(asked, run); "
-            "print(standing(asked, run))")
+            "print(status(asked, run))")
     plain = json.dumps({**values(store, tmp_path / "run", workers=workers, epochs=3000), "prepared": str(store.folder),
                         "output_dir": str(tmp_path / "run")})
     with subprocess.Popen([sys.executable, "-c", code, plain], cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -255,9 +255,9 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_is_tried_again(small_disk, mo
     (small_disk / "other").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 2_000_000))
     with pytest.warns(UserWarning, match=r"the disk is full: no checkpoint .*last.pt stays as it was; trying again"):
         assert not saver.save(large)
-    assert torch.equal(checkpoint.load(small_disk / "checkpoints")["weights"], small["weights"]) and saver.due()
+    assert torch.equal(checkpoint.read(small_disk / "checkpoints")["weights"], small["weights"]) and saver.due()
     (small_disk / "other").unlink()
-    assert saver.save(large) and len(checkpoint.load(small_disk / "checkpoints")["weights"]) == 1_000_000
+    assert saver.save(large) and len(checkpoint.read(small_disk / "checkpoints")["weights"]) == 1_000_000
 
     (small_disk / "other").write_bytes(b"x" * shutil.disk_usage(small_disk).free)
     hopeless = Saver(small_disk, minutes=0, retry_minutes=0)
@@ -276,4 +276,4 @@ def test_a_run_lives_through_a_full_disk(store, tmp_path, small_disk, monkeypatc
     (small_disk / "other").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 200_000))
     with pytest.warns(UserWarning, match="there is none yet; trying again for 30.0 minutes"):
         log = pretrain(asked, folder)
-    assert len(log) == 2 and standing(asked, folder) == "finished: 2 epochs"
+    assert len(log) == 2 and status(asked, folder) == "finished: 2 epochs"

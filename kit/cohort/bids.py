@@ -1,0 +1,136 @@
+"""A BIDS folder as a cohort: scans, their masks, labels of participants.tsv and of sessions.tsv."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from kit.cohort.collections import contrast_of, pick
+from kit.cohort.identity import UNSAID, IdentityError, alike, headings, loose, read_id
+from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say, trimmed, typed
+from kit.runs import shown
+
+
+def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
+    """Read a BIDS folder's scans of one contrast, with labels; see `kit.cohort.tables.read_cohort`."""
+    description = folder / "dataset_description.json"
+    if not description.is_file():
+        raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
+    scans = sorted(folder.glob("sub-*/ses-*/anat/*.nii*")) + sorted(folder.glob("sub-*/anat/*.nii*"))
+    scans = [scans[place] for place in pick([contrast_of(scan.name) for scan in scans], contrast, shown(folder))]
+    try:
+        name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))
+    except (ValueError, AttributeError):  # AttributeError: JSON, but no object
+        raise CohortError(f"{shown(description)} is no JSON object; mend it") from None
+    table = pd.DataFrame([_bids_row(folder, scan, name or UNSAID + folder.name) for scan in scans],
+                         columns=[*COLUMNS, "others"], dtype=str)
+    table = _one_a_session(folder, table)
+    labels = folder / "participants.tsv"
+    if labels.is_file() or labels.is_symlink():  # a broken link is an error, not a folder without labels
+        table = _with_labels(folder, table, _label_file(labels, "participant_id", "participant"))
+    table = _with_session_labels(folder, table).fillna("")
+    for name in [name for name in table if name not in (*COLUMNS, "split")]:
+        table[name] = typed(table[name], decimal_comma=True)  # now, for one file of many may have numbers alone
+    return table
+
+
+def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, ...]:
+    entities = dict(part.partition("-")[::2] for part in scan.name.split("_")[:-1])
+    place = [part for part in scan.relative_to(folder).parts[:-1] if part.startswith(("sub-", "ses-"))]
+    if place != [f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities]:
+        raise CohortError(f"{shown(scan)}: its name must begin with {'_'.join(place)}_; rename it")
+    stem = scan.name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
+    masks = sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
+    others = "_".join(f"{key}-{value}" for key, value in entities.items() if key not in ("sub", "ses"))
+    return (entities["sub"], entities.get("ses", "01"), dataset, str(scan), str(masks[0]) if masks else "", others)
+
+
+def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """One scan a session: of several the one of fewest entities (acq-, rec-), then of the first run."""
+    ranks = table["others"].map(_rank)
+    best = ranks.groupby([table["participant"], table["session"]]).transform("min")
+    if (more := ranks != best).any():
+        say(f"{shown(folder)}: {int(more.sum())} further scans of a session (run-, acq-, rec-) are left out, one is "
+             "taken; list them in a table, each with a session of its own, to take them all")
+    return table[~more].drop(columns="others").reset_index(drop=True)
+
+
+def _rank(others: str) -> str:
+    """What sorts the scans of a session: few entities, then their text, then the number of the run."""
+    parts = [part for part in others.split("_") if part]
+    run = "".join(part.removeprefix("run-").zfill(9) for part in parts if part.startswith("run-"))
+    rest = [part for part in parts if not part.startswith("run-")]
+    return f"{len(rest):03d} {'_'.join(rest)} {run}"
+
+
+def _label_file(path: Path, key: str, name: str) -> pd.DataFrame:
+    """Labels of a BIDS file as text, a row a `key` (such as participant_id), which is renamed and loses its prefix."""
+    labels = read_foreign(path, lambda names: headings(names, {key: (key,), "split": ("split",)}), None)
+    if key not in labels:
+        raise CohortError(f"{shown(path)}: needs a column {key}; found {', '.join(labels.columns)}")
+    if taken := sorted({other for other in labels if other.casefold() in COLUMNS} - {"dataset"}):
+        raise CohortError(f"{shown(path)}: a column {taken[0]} of its own has no meaning beside BIDS's file names; "
+                          "rename or remove it (labels of sessions belong into sub-*/sub-*_sessions.tsv)")
+    labels[name] = [read_id(each, "ses" if name == "session" else "sub") for each in labels.pop(key)]
+    if (doubled := labels[name].duplicated()).any():
+        raise CohortError(f"{shown(path)}: {key} {labels[name][doubled].iloc[0]} is listed twice; "
+                          f"keep one row a {name}")
+    return labels
+
+
+def _check_match(path: Path, folders: pd.Series, listed: pd.Series, prefix: str) -> None:
+    """Refuse names in a table that are a folder's but for zeros or case: whose labels are they?"""
+    strangers, lost = set(listed) - set(folders), set(folders) - set(listed)
+    near = {loose(name): name for name in strangers}
+    for name in sorted(lost):
+        if loose(name) in near:
+            raise CohortError(f"{shown(path)}: has {prefix}-{near[loose(name)]}, the folder is {prefix}-{name}: if "
+                              "they are one, give them one name")
+    try:
+        alike(listed, f"{shown(path)}: {prefix}")
+    except IdentityError as error:
+        raise CohortError(str(error)) from None
+
+
+def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+    path = folder / "participants.tsv"
+    _check_match(path, table["participant"], labels["participant"], "sub")
+    unlabelled = len(set(table["participant"]) - set(labels["participant"]))
+    without = len(set(labels["participant"]) - set(table["participant"]))
+    if unlabelled or without:
+        say(f"{shown(path)}: {unlabelled} participants with scans are not listed and have no labels; "
+             f"{without} who are listed have no T1-weighted scan")
+    if "dataset" in labels:  # one folder may hold several datasets: its participants say which
+        table = table.rename(columns={"dataset": "named"})
+    table = table.merge(labels, on="participant", how="left")
+    if "named" in table:
+        table["dataset"] = table["dataset"].replace("", None).fillna(table.pop("named"))
+    return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
+
+
+def _with_session_labels(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Labels of `sub-*/sub-*_sessions.tsv` go over those of participants.tsv, for the sessions that they list."""
+    parts, unlisted = [], 0
+    for file in sorted(folder.glob("sub-*/sub-*_sessions.tsv")):
+        participant = file.parent.name.removeprefix("sub-")
+        labels = _label_file(file, "session_id", "session")
+        sessions = table["session"][table["participant"] == participant]
+        _check_match(file, sessions, labels["session"], "ses")
+        unlisted += len(set(sessions) - set(labels["session"]))
+        parts.append(labels.assign(participant=participant, listed=True))
+    if not parts:
+        return table
+    if unlisted:
+        say(f"{shown(folder)}: {unlisted} sessions are not listed in their sessions.tsv: they have the labels of "
+             "participants.tsv")
+    both = table.merge(pd.concat(parts, ignore_index=True), on=["participant", "session"], how="left",
+                       suffixes=("", " of session"))
+    listed = both.pop("listed").notna()
+    for name in [name for name in both if name.endswith(" of session")]:
+        plain = name.removesuffix(" of session")
+        given = {part["participant"].iloc[0] for part in parts if plain in part and len(part)}
+        own = listed & both["participant"].isin(given)
+        both[plain] = both.pop(name).where(own, both[plain])
+    return both

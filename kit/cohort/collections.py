@@ -1,0 +1,231 @@
+"""Public collections as they are downloaded: FOMO60K, FOMO300K and OpenMind.
+
+Layouts, as read on GitHub in FGA-DIKU/fomo_mri_datasets (`FOMO60K_preprocessing/README.md`, `scripts/data_utils.py`)
+and MIC-DKFZ/nnssl (`src/nnssl/data/raw_dataset.py`, `src/nnssl/dataset_conversion/Dataset001_OpenMind.py`), and in the
+files that huggingface.co/datasets/AnonRes/OpenMind lists:
+
+- FOMO: `PT001_OASIS1/sub_1/ses_1/t1.nii.gz` and `t1_2.nii.gz`, `PT001_X/sub-1/ses-1/anat/FLAIR.nii.gz`, or
+  `PT030_OpenNeuro/ds000001/sub-01/ses-01/anat/sub-01_ses-01_run-2_T1w.nii.gz`, with a `participants.tsv` that has
+  dataset, participant_id, session_id and labels. Scans of unknown contrast are called `scan`.
+- OpenMind: `openneuro_metadata.csv` beside `OpenMind/ds000001/sub-01/anat/sub-01_T1w.nii.gz`, or nnssl's
+  `pretrain_data.json`: datasets > subjects > sessions > images.
+
+None of them has brain masks: OpenMind's anatomy masks hold all that is not air. FOMO60K's scans are skull-stripped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kit.cohort.tabular import CohortError, TableError, read_foreign, trimmed, typed
+from kit.runs import shown
+
+IDENTITY = ["dataset", "participant", "session"]
+OPENMIND = ("pretrain_data.json", "openneuro_metadata.csv")
+# Names of contrasts, in lower case, and what BIDS calls them; a T1w after contrast agent is T1ce here.
+CONTRASTS = {"t1": "T1w", "t1w": "T1w", "mprage": "T1w", "t2": "T2w", "t2w": "T2w", "pd": "PDw", "pdw": "PDw",
+             "flair": "FLAIR", **dict.fromkeys(("t1c", "t1ce", "t1wce", "t1gd", "t1post"), "T1ce")}
+_SESSIONS = ("sub[-_]*/ses[-_]*", "*/sub[-_]*/ses[-_]*", "*/*/sub[-_]*/ses[-_]*")
+
+
+def is_collection(path: Path) -> bool:
+    """Say whether a path is one of these collections, or one of FOMO's datasets, rather than a table or BIDS."""
+    if path.is_file():
+        return path.name in OPENMIND or path.suffix == ".json"
+    if any((path / name).is_file() for name in OPENMIND):
+        return True
+    bids = (path / "dataset_description.json").is_file() and not any(path.glob("PT[0-9]*"))
+    return path.is_dir() and not bids and next(_sessions(path), None) is not None
+
+
+def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
+    """Read a collection's scans of one contrast, and print how many others were left out.
+
+    Args:
+        path: the collection's folder, or OpenMind's `pretrain_data.json` or `openneuro_metadata.csv`.
+        contrast: as in `kit.cohort.tables.read_cohort`.
+
+    Returns:
+        one scan a row: participant, session, dataset, image_path, mask_path (""), then the collection's labels.
+
+    Raises:
+        CohortError: a file that is not as expected, no scan of this contrast, or sessions that are still zipped.
+    """
+    name = next((each for each in OPENMIND if (path / each).is_file()), None)
+    file = path / name if name else path
+    if not file.is_file():
+        rows = _fomo(path)
+    elif file.suffix == ".json":
+        rows = _nnssl(file)
+    else:
+        rows = _openmind(file)
+    rows = list(rows)
+    taken = set(pick([row["contrast"] for row in rows], contrast, shown(path)))
+    table = pd.DataFrame([row for number, row in enumerate(rows) if number in taken])
+    again = table.duplicated(IDENTITY)  # an MPRAGE beside a T1w
+    table.loc[again, "session"] += "_" + table.loc[again, "image_path"].map(lambda image: _stem(Path(image).name))
+    table = table if file.is_file() else _with_participants(path, table)
+    return table.drop(columns=["contrast", "visit"])
+
+
+def contrast_of(name: str) -> str:
+    """Return the contrast that a file's name ends with, in BIDS's words where it has one: "t1_2.nii.gz" is "T1w"."""
+    parts = [part for part in _stem(name).split("_") if not part.isdigit()]
+    words = [part for part in parts if "-" not in part] or [""]
+    contrast = CONTRASTS.get(words[-1].lower(), "_".join(words))
+    enhanced = any(part.startswith("ce-") for part in parts)
+    return f"{contrast.removesuffix('w')}ce" if enhanced else contrast
+
+
+def pick(contrasts: list[str], wanted: str, where: str) -> list[int]:
+    """Return the places of the wanted contrast, and print what was left out.
+
+    Raises:
+        CohortError: none has it.
+    """
+    wanted = contrast_of(wanted)
+    taken = [number for number, contrast in enumerate(contrasts) if contrast == wanted]
+    others = sorted(Counter(contrast for contrast in contrasts if contrast != wanted).items(),
+                    key=lambda kind: (-kind[1], kind[0]))
+    listed = ", ".join(f"{count} {contrast}" for contrast, count in others[:8])
+    listed += f", {sum(count for _, count in others[8:])} of other kinds" if others[8:] else ""
+    if not taken:
+        raise CohortError(f"{where}: no {wanted} scans in it" + (f", but {listed}; ask for another contrast" if others
+                                                                 else "; is it the right folder?"))
+    if others:
+        print(f"{where}: {len(taken)} {wanted} scans; left out: {listed}")
+    return taken
+
+
+def _sessions(folder: Path) -> Iterator[Path]:
+    return (session for pattern in _SESSIONS for session in folder.glob(pattern))
+
+
+def _fomo(folder: Path) -> Iterator[dict[str, Any]]:
+    sessions = sorted(_sessions(folder))
+    if zipped := sum(session.suffix == ".zip" for session in sessions):
+        raise CohortError(f"{shown(folder)}: {zipped} of its sessions are still zipped; unpack each .zip where it lies")
+    for session in sessions:
+        dataset = session.parents[1].relative_to(folder).as_posix()
+        for scan in sorted(each for ending in (".nii", ".nii.gz") for each in session.rglob(f"*{ending}")):
+            yield _row(folder.name if dataset == "." else dataset, session.parent.name, session.name, scan,
+                       contrast_of(scan.name))
+
+
+def _nnssl(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        datasets = json.loads(file.read_text(encoding="utf-8"))["datasets"]
+        for dataset, content in datasets.items():
+            for participant, subject in content["subjects"].items():
+                for session, images in subject["sessions"].items():
+                    for image in images["images"]:
+                        labels = (subject.get("subject_info") or {}) | (image.get("image_info") or {})
+                        scan = _resolved(image["image_path"], file)
+                        yield _row(dataset, participant, session, scan, _contrast(image["modality"], scan), labels)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CohortError):
+            raise
+        raise CohortError(f"{shown(file)} is no nnssl collection (datasets > subjects > sessions > images); "
+                          "write it anew by nnssl's conversion script") from error
+
+
+def _openmind(file: Path) -> Iterator[dict[str, Any]]:
+    table = _table(file, ("image_path", "modality"))
+    if missing := {"image_path", "modality"} - set(table):
+        raise CohortError(f"{shown(file)}: needs the columns {', '.join(sorted(missing))}; download it again")
+    folder = file.parent / "OpenMind"
+    drop = {"image_path", "modality", "unique_id", *(name for name in table if name.endswith("_path"))}
+    for row in table.to_dict("records"):
+        dataset, participant, *inner = row["image_path"].split("/")
+        session = inner[0] if inner[0].startswith("ses-") else "ses-DEFAULT"
+        scan = folder / row["image_path"]
+        yield _row(dataset, participant, session, scan, _contrast(row["modality"], scan),
+                   {name: value for name, value in row.items() if name not in drop})
+
+
+def _row(dataset: str, participant: str, session: str, scan: Path, contrast: str,
+         labels: dict[str, Any] | None = None) -> dict[str, Any]:
+    parts = _stem(scan.name).split("_")
+    others = [part for part in parts[:-1] if "-" in part and not part.startswith(("sub-", "ses-"))]  # acq-..., run-2
+    others += [f"run-{parts[-1]}"] if parts[-1].isdigit() else []
+    own = {"participant": _bare(participant), "session": "_".join([_bare(session), *others]), "dataset": dataset,
+           "image_path": str(scan), "mask_path": "", "contrast": contrast, "visit": _bare(session)}
+    return own | {name: value for name, value in (labels or {}).items() if name not in own}
+
+
+def _contrast(modality: str, scan: Path) -> str:
+    """Return the contrast that a table says; whether an agent was given stands in the file's name alone."""
+    return contrast_of(f"ce-agent_{modality}" if "_ce-" in scan.name else str(modality))
+
+
+def _resolved(text: str, file: Path) -> Path:
+    """Return a path of nnssl's: absolute, beside the file, or after a variable such as `$nnssl_raw`."""
+    variable = re.match(r"\$(\w+)/?", text)
+    if variable is None:
+        return file.parent / text
+    if variable[1] not in os.environ:
+        raise CohortError(f"{shown(file)}: set the environment variable {variable[1]} to the folder that its paths "
+                          "begin with")
+    return Path(os.environ[variable[1]]) / text[variable.end():]
+
+
+def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Add the labels of `participants.tsv`, of the collection or of each of its datasets."""
+    tables = [_participants(folder, None)]
+    tables += [_participants(folder / name, name) for name in table["dataset"].unique()]
+    tables = [each for each in tables if each is not None]
+    if not tables:
+        return table
+    labels = pd.concat(tables, ignore_index=True)
+    keys = [key for key in ("dataset", "participant", "visit") if key in labels]
+    own = list(table)
+    table = table.merge(labels.drop_duplicates(keys), on=keys, how="left", suffixes=("", " of participants"))
+    table = table.drop(columns=[name for name in table if name.endswith(" of participants")]).fillna("")
+    for name in [name for name in table if name not in own]:
+        table[name] = typed(table[name], decimal_comma=True)  # now, for one file of many may have numbers alone
+    return table
+
+
+def _participants(folder: Path, dataset: str | None) -> pd.DataFrame | None:
+    file = folder / "participants.tsv"
+    if not file.is_file():
+        return None
+    labels = _table(file, None)
+    if "participant_id" not in labels:
+        raise CohortError(f"{shown(file)}: needs a column participant_id; found {', '.join(labels.columns)}")
+    labels["participant"] = labels.pop("participant_id").map(_bare)
+    if "session_id" in labels:
+        labels["visit"] = labels.pop("session_id").map(_bare)
+    if dataset is not None:
+        labels["dataset"] = dataset
+    return labels
+
+
+def _table(file: Path, text: tuple[str, ...] | None) -> pd.DataFrame:
+    try:
+        return read_foreign(file, _names, text)
+    except TableError as error:
+        raise CohortError(f"{error}; download it again") from None
+
+
+def _names(header: list[str]) -> list[str]:
+    """Names of columns; a column of row numbers has none, and such a file is fine."""
+    return [trimmed(name) or f"column {place}" for place, name in enumerate(header, 1)]
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _bare(name: str) -> str:
+    """Return an identifier without sub-, sub_, ses- or ses_; sessions without a name are 01, as in BIDS folders."""
+    bare = re.sub(r"^(sub|ses)[-_]", "", str(name))
+    return "01" if bare == "DEFAULT" else bare

@@ -1,0 +1,136 @@
+"""A label column as numbers, with its kind checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from kit.cohort.identity import loose
+from kit.cohort.tabular import DATE, DECIMAL_COMMA, NUMBER, trimmed
+
+Kind = Literal["classification", "regression"]
+CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
+                              for times in range(1, 5)) | {-1}
+MOST_CODES = 20  # numbers from 0 or 1 on without a gap, each three times on average, look like codes
+
+
+class LabelError(ValueError):
+    """A label column cannot be used as asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One label for each row of an index.
+
+    Attributes:
+        task: the column's name.
+        kind: classification has two classes; regression predicts the number itself.
+        values: (rows,) float64; class 0.0 or 1.0, or the number; nan where the scan has no label.
+        classes: what 0 and 1 stand for, empty for regression.
+    """
+
+    task: str
+    kind: Kind
+    values: np.ndarray
+    classes: tuple[str, ...] = ()
+
+
+def read_labels(index: pd.DataFrame, task: str, kind: str = "auto",
+                missing_codes: Iterable[str | float] = ()) -> Labels:
+    """Read a label column.
+
+    With ``auto``, two values or text mean classification, many numbers regression; a few small whole numbers, and
+    numbers beside a code for missing, are asked about. Classes are sorted; the last is the positive one. Empty cells
+    and `missing_codes` are scans without the label.
+
+    Raises:
+        LabelError: no such column, no value, text where numbers are needed, not two classes, classes that differ by
+            case or zeros alone, or numbers of which ``auto`` cannot tell what they are.
+    """
+    if task not in index:
+        raise LabelError(f"{task}: no such label column; the index has {', '.join(map(str, index.columns))}")
+    column = _without(index[task], missing_codes)
+    present = column.dropna()
+    if present.empty:
+        raise LabelError(f"{task}: the column is empty")
+    numeric = pd.api.types.is_numeric_dtype(present)
+    is_number = pd.Series(True, present.index) if numeric else present.str.fullmatch(NUMBER)
+    if kind == "auto":
+        kind = "regression" if is_number.mean() > 0.5 and present.nunique() > 2 else "classification"
+        if is_number.all():
+            _ask_about_codes(task, present)
+    if kind == "regression":
+        return Labels(task, "regression", _numbers(task, column, present, is_number))
+    classes = _classes(task, present)
+    values = np.where(column.isna(), np.nan, (column == classes[1]).astype(np.float64))
+    return Labels(task, "classification", values, tuple(map(_name, classes)))
+
+
+def _without(column: pd.Series, codes: Iterable[str | float]) -> pd.Series:
+    """The column without codes for missing; text without space around it, and numbers among text as text."""
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        column = column.map(lambda cell: trimmed(_name(cell)), na_action="ignore").astype("str")
+        column = column.where(column != "")
+        return column.where(~column.isin([trimmed(_name(code)) for code in codes]))
+    numbers = pd.to_numeric(pd.Series(list(codes), dtype=object), errors="coerce")
+    column = column.astype(np.float64)
+    return column.where(~column.isin(numbers.dropna()))
+
+
+def _ask_about_codes(task: str, present: pd.Series) -> None:
+    numbers = pd.to_numeric(present)
+    values = numbers.unique()
+    rest = [value for value in values if value not in CODES_FOR_MISSING]
+    counts = ", ".join(f"{value:g} ({count})" for value, count in numbers.value_counts().sort_index().items())
+    whole = bool(np.isfinite(values).all() and (values == np.round(values)).all())
+    if len(values) <= 2 and (len(rest) != 1 or set(values) == {-1, 1}):
+        return
+    run = sorted(value for value in values if value in rest or 0 <= value <= MOST_CODES)
+    counted = (len(run) <= MOST_CODES and len(present) >= 3 * len(run)
+               and run in [list(range(first, first + len(run))) for first in (0, 1)])
+    if whole and (counted or all(abs(value) < 10 for value in rest)):
+        raise LabelError(f"{task}: codes of classes, or numbers? Found {counts}. Say task_type: regression or "
+                         "classification, and list codes for missing in missing_codes")
+    strange = [value for value in values if value in CODES_FOR_MISSING and rest
+               and (value < 0 <= min(rest) or value > 2 * max(map(abs, rest)))]
+    if strange:
+        raise LabelError(f"{task}: {', '.join(f'{value:g}' for value in sorted(strange))} in "
+                         f"{int(numbers.isin(strange).sum())} rows looks like a code for missing among numbers from "
+                         f"{min(rest):g} to {max(rest):g}: list it in missing_codes, or, if it is a number, say "
+                         "task_type: regression")
+
+
+def _numbers(task: str, column: pd.Series, present: pd.Series, is_number: pd.Series) -> np.ndarray:
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
+    if not is_number.all():
+        text = sorted(set(present[~is_number]))
+        reason = ("decimal commas; write 63.5" if present[~is_number].str.fullmatch(DECIMAL_COMMA).any() else
+                  "dates; write a number, such as years" if present[~is_number].str.fullmatch(DATE).any() else
+                  "leave the cell empty where a scan has no label, or list its codes in missing_codes")
+        raise LabelError(f"{task}: text where numbers are needed: {', '.join(text[:5])}; {reason}")
+    if (infinite := np.isinf(numbers)).any():
+        raise LabelError(f"{task}: {int(infinite.sum())} numbers are infinite or too large; leave such cells empty")
+    return numbers
+
+
+def _classes(task: str, present: pd.Series) -> list:
+    counts = present.value_counts().sort_index()
+    listed = ", ".join(f"{_name(value)} ({count})" for value, count in counts.head(8).items())
+    if not pd.api.types.is_numeric_dtype(present):
+        alike = counts.groupby(counts.index.map(loose)).agg(lambda group: list(group.index))
+        several = [names for names in alike if len(names) > 1]
+        if several:
+            raise LabelError(f"{task}: {' and '.join(several[0])} differ by case or zeros alone: one class or two? "
+                             f"Found {listed}. Write one class in one way")
+    if len(counts) != 2:
+        raise LabelError(f"{task}: classification needs two classes, found {len(counts)}: {listed}"
+                         + (" ..." * (len(counts) > 8)) + "; list codes for missing in missing_codes")
+    return list(counts.index)
+
+
+def _name(value: object) -> str:
+    return f"{value:.15g}" if isinstance(value, float) else str(value)

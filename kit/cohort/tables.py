@@ -1,0 +1,109 @@
+"""A cohort is a table with one scan a row: participant, session, dataset, image_path, mask_path, labels.
+
+Read from a CSV or TSV (columns `image_path, mask_path, label` alone are enough), from a BIDS folder, or from a
+public collection (`kit.cohort.collections`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from kit.cohort.bids import read_bids
+from kit.cohort.collections import is_collection, read_collection
+from kit.cohort.identity import UNSAID, IdentityError, check_names, headings, read_id, split_names
+from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say
+from kit.runs import resolve, shown
+
+PROCEDURAL = "procedural-"  # begins the dataset names of `kit.sample`, and of no others
+
+
+def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
+    """Read a cohort from a table, a BIDS folder, or a public collection: FOMO60K, FOMO300K, OpenMind.
+
+    Args:
+        path: the table or folder; of OpenMind also its `pretrain_data.json`.
+        contrast: which of a folder's scans, in BIDS's words: "T1w", "T2w", "FLAIR", ... T1-weighted scans after
+            contrast agent are none of "T1w" but "T1ce". What is left out is counted in a printed line. A table's
+            scans are all taken.
+
+    Returns:
+        one scan a row: participant, session, dataset (str), image_path, mask_path (absolute, mask_path ""
+        where there is none), then the label columns: numbers where all cells are, else text, nan where one is missing.
+        A dataset that the table does not name is `?` and the file's name, a participant `?` and the scan's.
+
+    Raises:
+        CohortError: no such file, no column `image_path`, no scan, a scan listed twice, or names of which it cannot
+            be told whether they are one person's.
+    """
+    path = resolve(path)
+    if is_collection(path):
+        table = read_collection(path, contrast)
+    elif path.is_dir():
+        table = read_bids(path, contrast)
+    elif path.suffix in (".csv", ".tsv"):
+        table = _read_table(path)
+    else:
+        raise CohortError(f"{shown(path)}: " + ("expected .csv, .tsv, a BIDS folder, FOMO or OpenMind" if path.exists()
+                                                else "no such file or folder"))
+    if table.empty:
+        raise CohortError(f"{shown(path)}: no scans in it")
+    try:
+        check_names(table, shown(path))
+    except IdentityError as error:
+        raise CohortError(str(error)) from None
+    if "split" in table:
+        table["split"] = split_names(table["split"].replace("", None))
+    if (doubled := table.duplicated(["dataset", "participant", "session"])).any():
+        row = table[doubled].iloc[0]
+        raise CohortError(f"{shown(path)}: {int(doubled.sum())} scans are listed twice, the first: "
+                          f"participant {row.participant}, session {row.session}; give each its own session")
+    return table.reset_index(drop=True)
+
+
+def data_note(index: pd.DataFrame) -> str:
+    """What a figure must say of these scans: that they are procedural, where they are; else nothing."""
+    procedural = index["dataset"].astype(str).str.startswith(PROCEDURAL)
+    return "procedural data" if procedural.all() else "partly procedural data" if procedural.any() else ""
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise CohortError(f"{shown(path)}: " + ("a link to a file that is not there" if path.is_symlink()
+                                                else "no such file"))
+    table = read_foreign(path, headings, (*COLUMNS, "split"))
+    if "image_path" not in table:
+        raise CohortError(f"{shown(path)}: needs a column image_path; found {', '.join(table.columns)}")
+    if empty := int((table["image_path"] == "").sum()):
+        raise CohortError(f"{shown(path)}: image_path is empty in {empty} rows")
+    if "participant" in table:
+        table["participant"] = [read_id(name) for name in table["participant"]]
+    else:
+        table["participant"] = _named_by_file(table["image_path"])
+    if empty := int((table["participant"] == "").sum()):
+        raise CohortError(f"{shown(path)}: participant is empty in {empty} rows")
+    for name, default in (("session", "01"), ("dataset", UNSAID + path.stem), ("mask_path", "")):
+        table[name] = table[name].replace("", default) if name in table else default
+    table["session"] = [read_id(name, "ses") for name in table["session"]]
+    for name in ("image_path", "mask_path"):
+        table[name] = [_beside(path, value) for value in table[name]]
+    people = table.groupby("image_path")["participant"].nunique()
+    if (people > 1).any():
+        say(f"{shown(path)}: {int((people > 1).sum())} files are the scans of several participants, the first: "
+             f"{people.index[people > 1][0]}")
+    return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
+
+
+def _named_by_file(paths: pd.Series) -> list[str]:
+    """A name for each scan of nobody knows whom, which does not depend on the order of rows."""
+    names = paths.map(lambda path: re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name))
+    digests = paths.map(lambda path: "-" + hashlib.blake2b(path.encode(), digest_size=4).hexdigest())
+    return (UNSAID + names + digests.where(names.map(str.casefold).duplicated(keep=False), "")).tolist()
+
+
+def _beside(table: Path, value: str) -> str:
+    """Relative paths in a table mean the folder that the table lies in."""
+    return str((table.parent / Path(value).expanduser()).resolve()) if value else ""

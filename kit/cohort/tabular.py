@@ -1,0 +1,164 @@
+"""Cells of tables: what is a number, what is text, what is missing.
+
+One rule for tables that others wrote (`read_foreign`), one for the kit's own (`read_table`, of what
+`kit.runs.write_table` wrote). Neither guesses: `001` is text, and only BIDS's `n/a` and an empty cell are missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from kit.runs import shown
+
+NUMBER = r"[+-]?(?:0|[1-9]\d*|(?=\.\d))(?:\.\d*)?(?:[eE][+-]?\d+)?"  # 007 is a name, not a number
+DECIMAL_COMMA = r"[+-]?(?:0|[1-9]\d*),\d+"
+DATE = r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[ T].*)?|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2,4})?|[A-Z][a-z]{2}-\d{2,4}"
+MISSING = ("", "n/a")
+SPREADSHEET_ERRORS = ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!")
+COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")  # of a cohort, besides labels
+INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # byte-order mark and spaces of no width
+
+
+class CohortError(ValueError):
+    """A cohort cannot be read; the message names the file and what to do."""
+
+
+class TableError(CohortError):
+    """A table cannot be read; the message names the file, what is wrong and the cure."""
+
+
+def say(words: str) -> None:
+    """Warn of what a cohort's files leave open, where the cohort is read."""
+    warnings.warn(words, stacklevel=4)
+
+
+def trimmed(text: str) -> str:
+    """The text in one Unicode form, without space around it or characters that nobody sees."""
+    return unicodedata.normalize("NFKC", text.translate(INVISIBLE)).strip()
+
+
+def typed(column: pd.Series, decimal_comma: bool = False) -> pd.Series:
+    """Text cells as numbers where every one that is not missing is a number; else as the text they are.
+
+    Args:
+        column: (rows,) text.
+        decimal_comma: `63,5` is a number, too.
+
+    Returns:
+        (rows,) int64, float64, or text; nan where a cell is missing.
+    """
+    present = column[~column.isin(MISSING)]
+    if decimal_comma and present.str.fullmatch(f"{DECIMAL_COMMA}|{NUMBER}").all() and not present.str.contains(
+            ".", regex=False).any():
+        column, present = column.str.replace(",", "."), present.str.replace(",", ".")
+    if present.str.fullmatch(NUMBER).all():
+        return pd.to_numeric(column.where(~column.isin(MISSING)))
+    return column.where(~column.isin(MISSING))
+
+
+def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
+                 text: tuple[str, ...] | None = ()) -> pd.DataFrame:
+    """Read a CSV or TSV that somebody made, whichever of comma, semicolon and tab is between its cells.
+
+    Args:
+        path: in UTF-8 or, with a byte-order mark, UTF-16.
+        headings: turns the columns' headings into their names.
+        text: names of columns that are text whatever is in them; "" where a cell is missing. None: all columns are.
+
+    Raises:
+        TableError: no table, two columns of one name, a row that is too long, or an error of a spreadsheet in a cell.
+    """
+    lines, between = _cells(path)
+    while lines and not any(map(trimmed, lines[-1])):
+        lines.pop()
+    if not lines or not any(map(trimmed, lines[0])):
+        raise TableError(f"{shown(path)} is no table: it has no header")
+    header = headings(lines[0])
+    rows = [(number, [trimmed(cell) for cell in line]) for number, line in enumerate(lines[1:], 2)]
+    rows = [(number, row) for number, row in rows if any(row)]
+    if long := [number for number, row in rows if any(row[len(header):])]:
+        raise TableError(f"{shown(path)}: row {long[0]} has more cells than the header; put cells that hold "
+                         f"{between!r} in quotes")
+    table = pd.DataFrame([(row + [""] * len(header))[:len(header)] for _, row in rows], columns=range(len(header)),
+                         dtype=str)
+    if nameless := [place for place in table if not header[place] and table[place].ne("").any()]:
+        raise TableError(f"{shown(path)}: column {nameless[0] + 1} has no name; give it one, or remove it")
+    table = table[[place for place in table if header[place]]]
+    names = [header[place] for place in table]
+    if doubled := [name for name, count in Counter(names).items() if count > 1]:
+        written = ", ".join(repr(lines[0][place]) for place, name in enumerate(header) if name == doubled[0])
+        raise TableError(f"{shown(path)}: several columns are {doubled[0]} ({written}); keep one")
+    for place, name in zip(table, names, strict=True):
+        if (broken := table[place].isin(SPREADSHEET_ERRORS)).any():
+            raise TableError(f"{shown(path)}: {name} holds {table[place][broken].iloc[0]}, an error of a spreadsheet, "
+                             f"in {int(broken.sum())} rows; mend the formula, or empty the cell")
+    columns = {name: table[place].where(~table[place].isin(MISSING), "") if text is None or name in text
+               else typed(table[place], decimal_comma=between != ",")
+               for place, name in zip(table, names, strict=True)}
+    return pd.DataFrame(columns, index=table.index)
+
+
+def _cells(path: Path) -> tuple[list[list[str]], str]:
+    """The cells, a list a row, and what stood between them: the most frequent in the header, in doubt the suffix's."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        broken = "a link to a file that is not there" if path.is_symlink() and not path.exists() else error.strerror
+        raise TableError(f"{shown(path)} cannot be read: {broken}") from None
+    try:
+        content = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TableError(f"{shown(path)} is no table in UTF-8 ({error}); save it as `CSV UTF-8`") from None
+    first = content.lstrip().partition("\n")[0]
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    between = max((usual, *({",", ";", "\t"} - {usual})), key=lambda mark: (first.count(mark), mark == usual))
+    def rows(strict: bool) -> list[list[str]]:
+        return list(csv.reader(io.StringIO(content.lstrip("\n\r"), newline=""), delimiter=between, strict=strict))
+
+    try:
+        return rows(strict=True), between
+    except csv.Error as error:
+        if "after" in str(error):  # text after a closing quote, as in `"left" hand`: read as it stands
+            return rows(strict=False), between
+        raise TableError(f"{shown(path)} is no table: {error}; look for a quote that is not closed") from None
+
+
+def read_table(path: str | Path, text: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Read a table that the kit wrote: text is the text that it was, whatever it looks like.
+
+    The kit's tables have text in quotes and numbers without. In a table without quotes (of an older kit, or of another
+    tool) a column is of numbers where all its cells are, and `001` is none.
+
+    Args:
+        path: of the CSV.
+        text: names of columns that are text whatever the file says; "" where a cell is empty.
+    """
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False)
+    quoted = _quoted_columns(Path(path))
+    for place, name in enumerate(cells):
+        if name in text:
+            continue
+        present = cells[name].where(cells[name] != "")
+        if quoted is None:
+            cells[name] = typed(cells[name])
+        else:
+            cells[name] = present if place in quoted else pd.to_numeric(present)
+    return cells
+
+
+def _quoted_columns(path: Path) -> set[int] | None:
+    """Places of the columns that hold text in quotes; None where text is not in quotes."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, quoting=csv.QUOTE_NONNUMERIC))
+    except ValueError:  # text without quotes
+        return None
+    return {place for row in rows[1:] for place, cell in enumerate(row) if isinstance(cell, str) and cell}

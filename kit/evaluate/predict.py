@@ -1,0 +1,35 @@
+"""What a network gives for each scan: predictions of a head, features of an encoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from kit.device import device, evaluation, on_device, scans_at_a_time
+from kit.evaluate.tasks import TESTED, Task
+from kit.models.heads import Predictor
+from kit.runs import progress
+from kit.store.dataset import PreparedScans, load_batches
+from kit.store.sampler import in_order
+
+
+@torch.no_grad()
+def predict(model: nn.Module, scans: PreparedScans, batch_size: int | None = None) -> np.ndarray:
+    """(scans, width) float32: what a model gives for each scan, in evaluation mode and in float32 all through.
+
+    `batch_size` scans run at a time, if not given as many as `scans_at_a_time` says.
+    """
+    on_device(model).eval()
+    parts = []
+    batches = in_order(len(scans), batch_size or scans_at_a_time(scans.store.grid.shape))
+    for batch in progress(load_batches(scans, batches), total=len(batches), desc="reading scans"):
+        with evaluation(device()):
+            parts.append(model(batch.to(device()).images).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def predict_tested(task: Task, predictor: Predictor) -> dict[str, np.ndarray]:
+    """A predictor's log-odds or numbers for each tested part."""
+    raw = {name: predict(predictor, task.parts[name].scans())[:, 0] for name in TESTED if name in task.parts}
+    return {name: values * float(predictor.sd) + float(predictor.mean) for name, values in raw.items()}

@@ -1,0 +1,50 @@
+"""Linear probes on frozen features."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from kit.evaluate.metrics import auc
+from kit.evaluate.tasks import TESTED, Task
+
+PENALTIES = tuple(10.0 ** power for power in range(-4, 5))  # of probes
+
+
+def fit_probe(features: np.ndarray, labels: np.ndarray, held_out_features: np.ndarray, held_out_labels: np.ndarray,
+              kind: str) -> Pipeline:
+    """Standardise, then logistic or ridge regression; the penalty is the best on held-out participants.
+
+    Args:
+        features, held_out_features: (scans, width) float.
+        labels, held_out_labels: (scans,) class 0 or 1, or the number.
+        kind: "classification" or "regression".
+    """
+    def fitted(penalty: float) -> Pipeline:
+        last = (LogisticRegression(C=1 / penalty, max_iter=2000) if kind == "classification"
+                else Ridge(penalty, solver="svd"))  # more features than scans: the default solver warns
+        return make_pipeline(StandardScaler(), last).fit(features, labels)
+
+    def loss(probe: Pipeline) -> float:
+        guess = predict_probe(probe, held_out_features, kind)
+        if kind == "classification":
+            return -float(auc(held_out_labels, guess, np.ones((1, len(guess))))[0])  # exact, so that ties are equal
+        return float(np.square(held_out_labels - guess).mean())
+
+    # among equals the stronger penalty: it comes first
+    return min((fitted(penalty) for penalty in reversed(PENALTIES)), key=loss)
+
+
+def predict_probe(probe: Pipeline, features: np.ndarray, kind: str) -> np.ndarray:
+    """(scans,) log-odds of class 1, or the number."""
+    return probe.decision_function(features) if kind == "classification" else probe.predict(features)
+
+
+def probe_tested(task: Task, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fit a linear probe on the training part's features; predictions for each tested part."""
+    kind, parts = task.labels.kind, task.parts
+    fitted = fit_probe(features["train"], parts["train"].labels, features["validation"], parts["validation"].labels,
+                       kind)
+    return {name: predict_probe(fitted, features[name], kind) for name in TESTED if name in parts}

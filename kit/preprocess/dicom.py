@@ -1,0 +1,213 @@
+"""Reading DICOM by SimpleITK (GDCM): one series of a folder, or one multi-frame file."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+from nibabel.affines import from_matvec
+
+from kit.preprocess.nifti import ScanError, check_volume, upright
+
+# From DICOM's LPS+ millimetres to RAS+.
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+MOST_LISTED = 20  # series in a message
+
+
+def read_dicom(path: str | Path, series: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Read a DICOM series, or a multi-frame file, in RAS order, its slices sorted by where they lie.
+
+    Voxels and geometry are taken, no other header field. Files that are no DICOM images are passed over.
+
+    Args:
+        path: a folder, whose subfolders are searched too, or a multi-frame file.
+        series: which series of a folder with several: its Series Number, as viewers show it. Where series share a
+            number, or have none (counted as 0), a counter in the order of their UIDs follows: "3.1", "3.2".
+
+    Returns:
+        The image, float32 (z, y, x), and its (4, 4) affine from a voxel (x, y, z) to millimetres, RAS+.
+
+    Raises:
+        ScanError: no series, or several and none chosen (they are listed, without names or descriptions), slices
+            that are missing or of other shapes, or no grey volume.
+    """
+    with quiet():
+        try:
+            files = _files(Path(path), series) if Path(path).is_dir() else [str(path)]
+            first = _information(files[0])
+            frames = first.GetSize()[2] if first.GetDimension() > 2 else 1
+            if frames > 1 and len(files) > 1:
+                raise ScanError("several multi-frame DICOM files in one series; give the one to be read")
+            if frames == 1 and len(files) == 1:
+                raise ScanError("expected a DICOM series of several slices, found a single file; give the folder with "
+                                "all its slices")
+            check_volume((*first.GetSize()[:2], max(frames, len(files))), voxel_kind(first), first.GetSpacing()[:2])
+            return _read_frames(files[0]) if frames > 1 else _read_slices(files)
+        except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
+            raise ScanError("damaged DICOM series: a slice cannot be read, or has another shape than the first; export "
+                            "it again") from error
+
+
+def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Return a SimpleITK image (LPS+) as float32 (z, y, x) in RAS order and its affine, RAS+."""
+    affine = from_matvec(np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing(), image.GetOrigin())
+    return upright(sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ affine)
+
+
+def voxel_kind(reader: sitk.ImageFileReader) -> str:
+    """Return numpy's letter for the type of a file's voxels; "V" for colours and other vectors."""
+    if reader.GetNumberOfComponents() > 1:
+        return "V"
+    return "c" if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()) else "f"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep SimpleITK's and pydicom's warnings from being shown: they hold header text."""
+    before = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(before)
+
+
+def _files(folder: Path, series: str | None) -> list[str]:
+    """Return the files of the folder's one series, or of the chosen one, sorted by where they lie."""
+    found = defaultdict(list)  # series UID: the folders that hold it
+    for place, _, names in os.walk(folder):
+        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(place) if names else ():
+            found[uid].append(place)
+    if not found:
+        raise ScanError("expected one DICOM series in the folder, found none; give a folder that holds DICOM files")
+    files = {uid: _sorted_files(folder, uid, places) for uid, places in sorted(found.items())}
+    files = {uid: each for uid, each in files.items() if each and _is_image(each[0])}
+    if not files:
+        raise ScanError("damaged DICOM: none of the folder's series can be read; export it again")
+    if len(files) == 1 and series is None:
+        return files.popitem()[1]
+    numbers = {uid: _number(each[0]) for uid, each in files.items()}
+    shared, names = Counter(numbers.values()), {}
+    for uid in sorted(files, key=lambda uid: (numbers[uid], uid)):
+        number = numbers[uid]
+        earlier = sum(numbers[other] == number for other in names.values())
+        names[str(number) if shared[number] == 1 and number else f"{number}.{earlier + 1}"] = uid
+    if series in names:
+        return files[names[series]]
+    listed = "; ".join(f"{name} ({_facts(files[uid])})" for name, uid in list(names.items())[:MOST_LISTED])
+    more = f"; and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    wrong = f"no DICOM series {series}" if series else f"expected one DICOM series in the folder, found {len(names)}"
+    raise ScanError(f"{wrong}; end the folder's path with # and the number of one, such as "
+                    f"folder#{next(iter(names))}: {listed}{more}")
+
+
+def _sorted_files(folder: Path, uid: str, places: list[str]) -> list[str]:
+    if len(places) == 1:
+        return list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(places[0], uid))
+    return list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid, recursive=True))
+
+
+def _number(file: str) -> int:
+    reader = _information(file)
+    text = reader.GetMetaData("0020|0011").strip(" \0") if reader.HasMetaDataKey("0020|0011") else ""
+    return int(text) if text.lstrip("+-").isdigit() else 0
+
+
+def _facts(files: list[str]) -> str:
+    """Return what tells a series from others and identifies no one: its size, slices and voxels."""
+    first = _information(files[0])
+    (columns, rows, frames), sizes = (*first.GetSize(), 1)[:3], list((*first.GetSpacing(), 1.0)[:3])
+    if len(files) > 1:
+        sizes[2] = float(np.linalg.norm(np.subtract(_information(files[1]).GetOrigin(), first.GetOrigin())))
+    count = max(frames, len(files))
+    return f"{columns}x{rows}, {count} slice{'s' * (count > 1)} of {'x'.join(f'{size:.3g}' for size in sizes)} mm"
+
+
+def _is_image(file: str) -> bool:
+    try:
+        return min(_information(file).GetSize()) > 0
+    except RuntimeError:
+        return False
+
+
+def _information(file: str) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    reader.ReadImageInformation()
+    return reader
+
+
+def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    reader.SetOutputPixelType(sitk.sitkFloat32)  # rescale slope and intercept applied
+    image = reader.Execute()
+    # GDCM sorts slices by their place, and takes the first distance for all of them.
+    normal = np.reshape(image.GetDirection(), (3, 3))[:, 2]
+    _check_steps(np.diff([np.dot(_information(file).GetOrigin(), normal) for file in files]))
+    return from_itk(image)
+
+
+def _read_frames(file: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read a multi-frame file. GDCM decodes the frames; where each lies is read here.
+
+    GDCM keeps frames as they are stored, gives voxels of 1 mm where these are not evenly spaced, and scales all
+    frames like the first.
+    """
+    places, rows_columns, sizes, scales = _frame_geometry(file)
+    for each, name in ((rows_columns, "orientations"), (sizes, "voxel sizes"), (scales, "intensity scales")):
+        if not np.allclose(each, each[0], atol=1e-4):
+            raise ScanError(f"a multi-frame DICOM file whose frames have several {name}; convert it with dcm2niix")
+    across, down = rows_columns[0].reshape(2, 3)
+    order = np.argsort(places @ np.cross(across, down), kind="stable")
+    steps = np.diff(places[order] @ np.cross(across, down))
+    if steps.min() < 1e-3:
+        raise ScanError("expected one 3D volume, got a multi-frame DICOM file with several frames at one place; split "
+                        "it with dcm2niix")
+    _check_steps(steps)
+    step = (places[order[-1]] - places[order[0]]) / (len(order) - 1)
+    between_rows, between_columns = sizes[0]
+    affine = from_matvec(np.stack([across * between_columns, down * between_rows, step], 1), places[order[0]])
+    values = sitk.GetArrayFromImage(sitk.ReadImage(file, sitk.sitkFloat32))[order]
+    return upright(values.T, LPS_TO_RAS @ affine)
+
+
+def _frame_geometry(file: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return each frame's position (3), row and column directions (6), pixel spacing (2), slope and intercept (2)."""
+    groups = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
+    wanted = {"PlanePositionSequence": ["ImagePositionPatient"],
+              "PlaneOrientationSequence": ["ImageOrientationPatient"], "PixelMeasuresSequence": ["PixelSpacing"],
+              "PixelValueTransformationSequence": ["RescaleSlope", "RescaleIntercept"]}
+    try:
+        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=groups)
+        shared, frames = header[groups[0]].value[0], header[groups[1]].value
+        found = []
+        for sequence, names in wanted.items():
+            values = []
+            for frame in frames:
+                group = frame if sequence in frame else shared
+                if names[0] == "RescaleSlope" and sequence not in group:
+                    values.append(np.array([1.0, 0.0]))
+                else:
+                    values.append(np.hstack([np.array(group[sequence].value[0][name].value, float) for name in names]))
+            found.append(np.stack(values))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, pydicom.errors.InvalidDicomError) as error:
+        raise ScanError("a multi-frame DICOM file that does not say where its frames lie; convert it with "
+                        "dcm2niix") from error
+    return tuple(found)
+
+
+def _check_steps(steps: np.ndarray) -> None:
+    """Refuse gaps between slices, from the distances along their normal."""
+    if np.ptp(steps) > 0.1 * abs(np.median(steps)) + 1e-3:
+        raise ScanError(f"DICOM slices are not evenly spaced ({np.abs(steps).min():.2f} to "
+                        f"{np.abs(steps).max():.2f} mm): is one missing or doubled? Export the series again")

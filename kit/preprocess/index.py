@@ -1,0 +1,163 @@
+"""The tables of a prepared folder: names of scans, `index.csv`, `failed.csv`, and shards merged into one folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kit.cohort.tabular import read_table
+from kit.preprocess.quality import QC_METRICS, flagged
+from kit.runs import write_table, write_whole
+from kit.store.store import claim, read_index, scan_path
+
+# Columns that the index adds to the cohort's.
+QUALITY_COLUMNS = ("mask_source", *QC_METRICS, "seconds")
+FAILED = ("scan", "participant", "session", "image_path", "reason")  # columns of failed.csv
+ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")
+
+
+class PreparationError(ValueError):
+    """A preparation that cannot start or that prepared nothing. Its message lists all that is wrong."""
+
+
+def scan_names(cohort: pd.DataFrame) -> list[str]:
+    """Return a name a row that any file system takes: dataset_participant_session."""
+    parts = cohort[["dataset", "participant", "session"]].fillna("").astype(str)
+    safe = parts.map(lambda part: re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-."))
+    return ["_".join(filter(None, row)) for row in safe.itertuples(index=False)]
+
+
+def check_cohort(cohort: pd.DataFrame, names: list[str], mask: str) -> None:
+    """Look for what would spoil a preparation with such a `mask`, before it starts.
+
+    Raises:
+        PreparationError: with all that is wrong.
+    """
+    wrong = []
+    folded = pd.Series(names, dtype=str).str.casefold()
+    if folded.duplicated().any():
+        twice = sorted({names[row] for row in np.flatnonzero(folded.duplicated())})
+        some = ", ".join(twice[:5]) + " ..." * (len(twice) > 5)
+        wrong.append(f"several rows are called {some}: each needs its own dataset, participant and session")
+    if taken := sorted(set(ADDED) & set(cohort)):
+        wrong.append(f"columns that the index adds itself: {', '.join(taken)}; rename them in the cohort")
+    if mask == "given" and ("mask_path" not in cohort or not cohort["mask_path"].fillna("").any()):
+        wrong.append("mask: 'given' needs a column mask_path; otherwise use 'auto'")
+    if wrong:
+        raise PreparationError("; ".join(wrong))
+
+
+def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dict | str], folder: Path,
+                 brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Write and return the index of prepared scans and the table of failed ones.
+
+    Args:
+        cohort: a row a scan.
+        names: of the scans.
+        outcomes: each scan's QC metrics, or the reason why it failed.
+        folder: where `index.csv` and `failed.csv` are written; they say nothing of where files lay, but that
+            `failed.csv` has the image_path of the failed.
+        brain_ml: see `kit.preprocess.quality.flagged`.
+
+    Raises:
+        PreparationError: no scan was prepared; the tables are written.
+    """
+    table = cohort.reset_index(drop=True)
+    table.insert(0, "scan", names)
+    good = np.array([isinstance(outcomes[name], dict) for name in names], dtype=bool)
+    index = table[good].drop(columns=[name for name in table if name.endswith("_path")]).reset_index(drop=True)
+    for column in QUALITY_COLUMNS:
+        index[column] = [outcomes[name][column] for name in index["scan"]]
+    index["header_note"] = [outcomes[name].get("header_note", "") for name in index["scan"]]  # older ones have none
+    failed = table[~good].reset_index(drop=True)
+    failed["reason"] = [outcomes[name] for name in failed["scan"]]
+    return _written(flagged(index, brain_ml), failed[list(FAILED)], folder)
+
+
+def _written(index: pd.DataFrame, failed: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    write_table(folder / "failed.csv", failed)
+    write_table(folder / "index.csv", index)
+    if index.empty:
+        raise PreparationError(f"none of {len(failed)} scans could be prepared; the first, {failed.scan[0]}: "
+                               f"{failed.reason[0]}")
+    return index, failed
+
+
+def shard_of(cohort: pd.DataFrame, shard: int, shards: int) -> pd.DataFrame:
+    """Return a shard's rows of a cohort: every `shards`-th from row `shard` on, so that each has some of all sites.
+
+    Raises:
+        PreparationError: the cohort has fewer scans than shards.
+    """
+    if len(cohort) < shards:
+        raise PreparationError(f"shards: {len(cohort)} scans cannot fill {shards} shards")
+    return cohort.iloc[shard::shards].reset_index(drop=True)
+
+
+def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
+                 brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Merge the shards below `<folder>/shards` into the folder, once all are done; the last one to end does it.
+
+    Scans are hard links to the shards' (copies where a file system has none), so that either can be deleted. Flags
+    are made anew, against the whole cohort. Merging twice, or at once, gives the same folder.
+
+    Args:
+        cohort: the whole cohort.
+        folder: of the merged preparation.
+        shards: how many there are.
+        brain_ml: see `kit.preprocess.quality.flagged`.
+
+    Returns:
+        The index and the failed scans, in the cohort's order; None while a shard is missing, or is of another
+        preparation than the others.
+
+    Raises:
+        PreparationError: no scan of any shard was prepared.
+    """
+    folder = Path(folder)
+    parts = [folder / "shards" / f"{shard}-of-{shards}" for shard in range(shards)]
+    if not all((part / "index.csv").is_file() for part in parts):
+        return None
+    (folder / "scans").mkdir(parents=True, exist_ok=True)
+    with open(folder / ".merge", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        records = [json.loads((part / "preparation.json").read_text(encoding="utf-8")) for part in parts]
+        if differ := sorted({name for record in records for name in record
+                             if name != "versions" and record[name] != records[0].get(name)}):
+            print(f"shards of different preparations ({', '.join(differ)}) are not merged: prepare all of them anew")
+            return None
+        claim(folder, records[0])
+        indexes = [read_index(part / "index.csv") for part in parts]
+        fails = [read_table(part / "failed.csv", text=FAILED) for part in parts]
+        index, failed = (_in_order(tables, scan_names(cohort)) for tables in (indexes, fails))
+        for part, table in zip(parts, indexes, strict=True):
+            for scan in table["scan"]:
+                _link(scan_path(part, scan), scan_path(folder, scan))
+        return _written(flagged(index, brain_ml), failed, folder)
+
+
+def _in_order(tables: list[pd.DataFrame], names: list[str]) -> pd.DataFrame:
+    """Return the tables' rows in the order of names."""
+    filled = [table for table in tables if len(table)] or tables[:1]
+    table = pd.concat(filled, ignore_index=True)
+    place = {name: row for row, name in enumerate(names)}
+    return table.iloc[table["scan"].map(place).argsort(kind="stable")].reset_index(drop=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, at once whatever was there."""
+    def link(aside: Path) -> None:
+        try:
+            os.link(source, aside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, aside)
+
+    if not (target.exists() and target.samefile(source)):
+        write_whole(target, link)

@@ -1,0 +1,87 @@
+"""Intensities: the bias field taken off a scan, and one scale for all scans."""
+
+from __future__ import annotations
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from kit.preprocess.nifti import ScanError
+from kit.preprocess.resample import one_thread, to_image
+
+# N4 works on voxels of about this size: a bias field is smooth, and finer voxels cost eight times as much.
+N4_MM = 4.0
+N4_ITERATIONS = [50, 50, 50, 50]  # at most, at each of four levels of ever finer splines; N4's own default
+
+
+def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Divide a scan by its bias field, found by N4 (Tustison et al. 2010, doi:10.1109/TMI.2010.2046908).
+
+    The same scan gives the same bits: one thread is used.
+
+    Args:
+        array: (z, y, x) intensities, also of what is returned, float32.
+        affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
+        mask: where the field is found; None: above Otsu's threshold, which finds the head. A brain mask is better.
+
+    Raises:
+        ScanError: N4 did not find a field.
+    """
+    if mask is not None and not mask.any():
+        raise ScanError("N4 found no bias field: the mask is empty")
+    positive = np.maximum(array, 0)  # its logarithm is taken
+    with one_thread():
+        image = to_image(positive, affine)
+        where = sitk.OtsuThreshold(image, 0, 1) if mask is None else to_image(mask.astype(np.uint8), affine)
+        shrink = [max(1, round(N4_MM / size)) for size in image.GetSpacing()]
+        filter_ = sitk.N4BiasFieldCorrectionImageFilter()
+        filter_.SetMaximumNumberOfIterations(N4_ITERATIONS)
+        try:
+            filter_.Execute(sitk.Shrink(image, shrink), sitk.Shrink(where, shrink))
+            field = sitk.GetArrayFromImage(filter_.GetLogBiasFieldAsImage(image))
+        except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
+            raise ScanError("N4 found no bias field: is there an image in the mask?") from error
+    corrected = (array / np.exp(field)).astype(np.float32)
+    if not np.isfinite(corrected).all():
+        raise ScanError("N4 found a bias field that is not finite")
+    return corrected
+
+
+def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return an image (z, y, x) with mean 0 and deviation 1 inside the mask and 0 outside, float32.
+
+    Raises:
+        ScanError: the mask is empty, or the image constant inside it.
+    """
+    inside = _inside(image, mask)
+    scored = np.zeros(image.shape, np.float32)
+    scored[mask] = (inside - inside.mean()) / inside.std()
+    return scored
+
+
+def by_white_matter(image: np.ndarray, mask: np.ndarray, white_matter: np.ndarray) -> np.ndarray:
+    """Return an image (z, y, x) divided by the intensity of most of its white matter, 0 outside the mask, float32.
+
+    The peak is the mode of the smoothed histogram of voxels in the mask where the template is white matter:
+    lesions, and grey matter that registration left there, do not move it.
+
+    Raises:
+        ScanError: the mask is empty, the image constant inside it, or its peak is not above zero.
+    """
+    inside = _inside(image, mask)
+    values = image[mask & white_matter]
+    values = values if len(values) >= 100 else inside
+    counts, edges = np.histogram(values, bins=256, range=tuple(np.percentile(values, [0.5, 99.5])))
+    peak = edges[:-1][np.argmax(ndimage.gaussian_filter1d(counts.astype(float), 6))] + (edges[1] - edges[0]) / 2
+    if not peak > 0:
+        raise ScanError(f"no white-matter peak above zero (found {peak:g}); use intensity zscore")
+    return np.where(mask, image / peak, 0).astype(np.float32)
+
+
+def _inside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    if not mask.any():
+        raise ScanError("no brain inside the grid: check the registration and the mask")
+    inside = image[mask].astype(np.float64)
+    if inside.std() <= 1e-6 * np.abs(inside).max():
+        raise ScanError("constant inside the brain mask: scan and mask do not overlap on the grid")
+    return inside

@@ -1,0 +1,348 @@
+"""Rigid and affine registration of a brain to the ICBM152 2009a template, by SimpleITK; RAS+ millimetres throughout.
+
+A brain is sought in a scan with its mask: neck, scalp and face play no part. The search has a scale from its first
+step on, because the template is larger than most brains: with the scale held at 1, mutual information of a small
+brain is best at a pitched or shifted pose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import permutations, product
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from nibabel.affines import apply_affine, from_matvec
+from nibabel.eulerangles import euler2mat
+from scipy import ndimage
+
+from kit.preprocess.resample import one_thread, resample, to_image
+from kit.preprocess.template import template
+
+# The levels of the search. Voxels finer than 2 mm cost eight times as much and move the result by less than
+# two brains differ.
+COARSE_MM, MIDDLE_MM, FINE_MM = 8.0, 4.0, 2.0
+# The last search sees both images smoothed by a Gaussian of this full width at half maximum: detail in which two
+# brains differ, and what resampling blurs, then pulls less (a rotated head came back within 0.2 mm, not 0.4).
+SMOOTH_MM = 4.0
+# The search sees the template's brain and this much around it: the rim tells where the brain ends.
+RIM_MM = 4.0
+# Zeros around the brain: without them, voxels that fall outside the array do not count, and little overlap would pay.
+MARGIN_MM = 30.0
+# Deviation of the Gaussian within which intensities are flattened for the search. Without it, a coil that is weak at
+# the vertex pulled the rigid and the affine pose of 76 heads apart by up to 2.9 degrees; with it as little as with N4.
+FLATTEN_MM = 15.0
+# Rotations about each axis from which the search starts, and how many starts are followed at each level.
+START_ROTATIONS_DEG = (-20.0, 0.0, 20.0)
+FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
+# A brain this much like the template at 8 mm (mutual information) is upright: see `first_look`.
+UPRIGHT = 0.45
+
+LEFT = "the search left the brain: too little overlap with the template; look at the scan and its mask"
+
+
+class RegistrationError(RuntimeError):
+    """No place was found where the scan looks like the template. Its message is the reason."""
+
+
+class Transforms(NamedTuple):
+    """Where a scan's brain lies: (4, 4) float64 matrices from MNI millimetres to the scan's, RAS+ (x, y, z)."""
+
+    rigid: np.ndarray
+    affine: np.ndarray
+
+
+class Look(NamedTuple):
+    """How a brain lies, at first sight."""
+
+    likeness: float  # mutual information with the template
+    rotation: np.ndarray  # (3, 3), the template's directions to the scan's
+    centre: np.ndarray  # (x, y, z) mm, of the brain
+
+
+class Disagreement(NamedTuple):
+    """How far two transforms are apart in their rigid parts."""
+
+    rotation_deg: float
+    shift_mm: float  # at the brain's centre
+
+
+class _Template(NamedTuple):
+    """What the search compares with, each level's voxel size to its image."""
+
+    images: dict[float, sitk.Image]
+    masks: dict[float, sitk.Image]
+    centre: np.ndarray  # (x, y, z) mm, of the brain
+    brain_mm3: float
+
+
+class _Scan(NamedTuple):
+    images: dict[float, sitk.Image]
+    centre: np.ndarray
+    brain_mm3: float
+
+
+def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray,
+                    followed: Mapping[float, int] = FOLLOWED) -> Transforms:
+    """Register a brain to the template.
+
+    Mattes mutual information (Mattes et al. 2003, doi:10.1109/TMI.2003.809072) is climbed by a similarity transform
+    (rotation, translation, one scale) from the best of 27 starts, at 8, 4 and 2 mm; then by an affine one at 4 and
+    2 mm. The rigid transform is the similarity without its scale, about the brain's centre. The same scan gives the
+    same matrices to the bit: one thread is used.
+
+    Args:
+        array: (z, y, x) intensities.
+        affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
+        mask: (z, y, x) bool, the brain.
+        followed: how many of the 27 starts are followed at each level; more take longer.
+
+    Raises:
+        RegistrationError: the search left the brain.
+    """
+    with one_thread():
+        scan = _scan(array, affine, mask)
+        try:
+            similarity = _best_similarity(scan, followed)
+            freed = sitk.AffineTransform(similarity.GetMatrix(), similarity.GetTranslation(), similarity.GetCenter())
+            for size in (MIDDLE_MM, FINE_MM):
+                _search(scan, size, freed, step_mm=0.2)
+        except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
+            raise RegistrationError(LEFT) from error
+    return Transforms(rigid_part(_matrix(similarity)), _matrix(freed))
+
+
+def find_orientation(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Look at the 24 orientations that a wrong header can give a brain; return the likeliest.
+
+    A mirrored brain looks like a brain: what a header swaps by reflection, nothing here can tell.
+
+    Args:
+        array, affine, mask: as of `find_transforms`.
+
+    Returns:
+        The (4, 4) rotation, of entries 0 and +-1, that takes the scan's true directions to those that its header
+        says; the identity where the header is right.
+    """
+    with one_thread():
+        scan = _scan(array, affine, mask)
+        # The scan is turned, not the start: a versor has no room to move around 180 degrees.
+        return from_matvec(likeliest([_likeness(_turned(scan, turn.T)) for turn in ORIENTATIONS]))
+
+
+def likeliest(found: Sequence[float]) -> np.ndarray:
+    """Return the (3, 3) of `ORIENTATIONS` in which a brain is most like the template; the header's if none is upright.
+
+    `found` has a likeness for each of them.
+    """
+    best = int(np.argmax(found))
+    return ORIENTATIONS[best if found[best] >= UPRIGHT else 0]
+
+
+def first_look(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Look:
+    """Compare a brain with the template at 8 mm, from 27 starts near the header's orientation.
+
+    Upright brains have a likeness of 0.55 and more, those of heads moved by up to 20 degrees about each axis, too; in
+    the 23 wrong orientations they have 0.42 at most (docs/real_heads.md). Climbed from one start, a moved head had
+    0.27.
+    """
+    with one_thread():
+        scan = _scan(array, affine, mask)
+        try:
+            best, value = min(_climbed(scan, FOLLOWED[COARSE_MM]), key=lambda start: start[1])
+        except RuntimeError:  # all starts leave the scan
+            return Look(0.0, np.eye(3), scan.centre)
+        return Look(-value, rigid_part(_matrix(best))[:3, :3], scan.centre)
+
+
+def _likeness(scan: _Scan) -> float:
+    try:
+        return -min(value for _, value in _climbed(scan, FOLLOWED[COARSE_MM]))
+    except RuntimeError:
+        return 0.0
+
+
+def rigid_part(matrix: np.ndarray) -> np.ndarray:
+    """Return the rotation of a (4, 4) affine matrix (polar decomposition), taking the brain's centre to the same place.
+
+    Raises:
+        RegistrationError: the matrix mirrors or flattens.
+    """
+    left, stretch, right = np.linalg.svd(matrix[:3, :3])
+    rotation = left @ right
+    if np.linalg.det(rotation) < 0 or stretch.min() < 1e-3:
+        raise RegistrationError("the search mirrored or flattened the brain; look at the scan and its mask")
+    centre = _template().centre
+    return from_matvec(rotation, apply_affine(matrix, centre) - rotation @ centre)
+
+
+def disagreement(one: np.ndarray, other: np.ndarray) -> Disagreement:
+    """Return how far the rigid parts of two (4, 4) matrices, MNI to scan, are apart."""
+    one, other, centre = rigid_part(one), rigid_part(other), _template().centre
+    shift = apply_affine(one, centre) - apply_affine(other, centre)
+    return Disagreement(rotation_angle(one[:3, :3].T @ other[:3, :3]), float(np.linalg.norm(shift)))
+
+
+def rotation_angle(rotation: np.ndarray) -> float:
+    """Return the angle of a (3, 3) rotation matrix, degrees in 0..180."""
+    return float(np.degrees(np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))))
+
+
+def _orientations() -> list[np.ndarray]:
+    """Return the 24 rotations that map axes to axes, (3, 3), the identity first."""
+    found = []
+    for order in permutations(range(3)):
+        for signs in product((1.0, -1.0), repeat=3):
+            rotation = np.zeros((3, 3))
+            rotation[range(3), order] = signs
+            if np.linalg.det(rotation) > 0:
+                found.append(rotation)
+    return sorted(found, key=lambda rotation: -np.trace(rotation))
+
+
+ORIENTATIONS = _orientations()
+
+
+@lru_cache(maxsize=1)
+def _template() -> _Template:
+    values, brain, affine = template()
+    levels = _levels(values * brain, affine, RIM_MM)
+    fine, fine_affine = levels[FINE_MM]
+    on_fine = resample(brain, affine, np.eye(4), fine.shape, fine_affine) > 0.5
+    rim = ndimage.distance_transform_edt(~on_fine, sampling=FINE_MM) <= RIM_MM
+    masks = {
+        size: to_image((resample(rim, fine_affine, np.eye(4), each.shape, at) > 0.5).astype(np.uint8), at)
+        for size, (each, at) in levels.items()
+    }
+    return _Template(_images(levels), masks, _centre(brain, affine), _mm3(brain, affine))
+
+
+def _scan(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> _Scan:
+    """Return the brain alone, cut out of its scan; the brightest 0.5 % (vessels, fat) are clipped."""
+    if not mask.any():
+        raise RegistrationError("the mask is empty: no brain to register")
+    box = tuple(slice(places.min(), places.max() + 1) for places in np.nonzero(mask))
+    corner = affine.copy()
+    corner[:3, 3] = apply_affine(affine, [side.start for side in box[::-1]])
+    array, mask = array[box], mask[box]
+    brain = np.where(mask, np.minimum(array, np.percentile(array[mask], 99.5)), 0).astype(np.float32)
+    return _Scan(_images(_levels(brain, corner, MARGIN_MM, mask)), _centre(mask, corner), _mm3(mask, corner))
+
+
+def _turned(scan: _Scan, rotation: np.ndarray) -> _Scan:
+    """Return the brain at 8 mm, its millimetres rotated; voxels stay."""
+    image = sitk.Image(scan.images[COARSE_MM])
+    image.SetDirection((rotation @ np.reshape(image.GetDirection(), (3, 3))).ravel().tolist())
+    image.SetOrigin((rotation @ image.GetOrigin()).tolist())
+    return _Scan({COARSE_MM: image}, rotation @ scan.centre, scan.brain_mm3)
+
+
+def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float,
+            mask: np.ndarray | None = None) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """Return the array and its affine at each level's voxel size, each made from the finer one, with a margin.
+
+    With a mask, intensities are divided by their mean nearby in it, which takes a bias field off.
+    """
+    levels, affine_given = {}, affine
+    for size in (FINE_MM, MIDDLE_MM, COARSE_MM):
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        extent = np.array(array.shape[::-1]) * spacing
+        sides = np.ceil((extent + 2 * margin_mm) / size).astype(int)
+        margin_mm = 0.0  # coarser levels inherit it
+        # The new grid has the same directions and the same middle as the old one.
+        corner = (np.array(array.shape[::-1]) - 1 - (sides - 1) * size / spacing) / 2
+        affine_before, affine = affine, affine @ from_matvec(np.diag(size / spacing), corner)
+        array = resample(array, affine_before, np.eye(4), tuple(sides[::-1]), affine)
+        if size == FINE_MM and mask is not None:
+            inside = resample(mask, affine_given, np.eye(4), array.shape, affine)
+            near, values = (ndimage.gaussian_filter(each, FLATTEN_MM / FINE_MM) for each in (inside, array))
+            array = np.where(inside > 0.5, array * near / np.maximum(values, 1e-6 * array.max()), 0).astype(np.float32)
+        levels[size] = (array, affine)
+    return levels
+
+
+def _images(levels: dict[float, tuple[np.ndarray, np.ndarray]]) -> dict[float, sitk.Image]:
+    fine, fine_affine = levels[FINE_MM]
+    smooth = ndimage.gaussian_filter(fine, SMOOTH_MM / np.sqrt(8 * np.log(2)) / FINE_MM)
+    return {size: to_image(*level) for size, level in levels.items()} | {FINE_MM: to_image(smooth, fine_affine)}
+
+
+def _similarity(scan: _Scan, rotation: np.ndarray) -> sitk.Similarity3DTransform:
+    """Return the map, turned so, that takes the template's centre and volume to the brain's."""
+    centre = _template().centre
+    start = sitk.Similarity3DTransform()
+    start.SetCenter(centre.tolist())
+    start.SetTranslation((scan.centre - centre).tolist())
+    scale = (scan.brain_mm3 / _template().brain_mm3) ** (1 / 3)
+    start.SetMatrix((scale * rotation).ravel().tolist(), 1e-6)
+    return start
+
+
+def _best_similarity(scan: _Scan, followed: Mapping[float, int]) -> sitk.Transform:
+    """Return the best similarity transform at 2 mm, climbed from the most promising starts."""
+    starts = _climbed(scan, followed[COARSE_MM])
+    for size, step_mm in ((MIDDLE_MM, 4.0), (FINE_MM, 0.5)):
+        best = sorted(starts, key=lambda start: start[1])[:followed[size]]
+        starts = [_search(scan, size, start, step_mm) for start, _ in best]
+    return min(starts, key=lambda start: start[1])[0]
+
+
+def _climbed(scan: _Scan, followed: int) -> list[tuple[sitk.Transform, float]]:
+    """Climb at 8 mm from the most promising of 27 starts; those that leave the scan do not count.
+
+    Raises:
+        RegistrationError: all do.
+    """
+    turns = [euler2mat(*np.deg2rad(angles)) for angles in product(START_ROTATIONS_DEG, repeat=3)]
+    starts = [(start, _value(scan, start)) for start in (_similarity(scan, turn) for turn in turns)]
+    climbed = []
+    for start, _ in sorted(starts, key=lambda start: start[1])[:followed]:
+        try:
+            climbed.append(_search(scan, COARSE_MM, start, step_mm=8.0))
+        except RuntimeError:
+            continue
+    if not climbed:
+        raise RegistrationError(LEFT)
+    return climbed
+
+
+def _search(scan: _Scan, size: float, start: sitk.Transform, step_mm: float) -> tuple[sitk.Transform, float]:
+    """Climb from `start` at one level; `start` is changed and returned, with minus the mutual information."""
+    method = _method(size, start)
+    # The first step is always taken whole. A long one, right for a far start, throws a good affine away. With ITK's
+    # own tolerance of the gradient (1e-4) the search ended up to 0.7 degrees from the optimum.
+    method.SetOptimizerAsRegularStepGradientDescent(
+        step_mm, minStep=step_mm / 250, numberOfIterations=200, relaxationFactor=0.6,
+        gradientMagnitudeTolerance=1e-6)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.Execute(_template().images[size], scan.images[size])
+    return start, method.GetMetricValue()
+
+
+def _value(scan: _Scan, start: sitk.Transform) -> float:
+    """Return minus the mutual information at a start, at 8 mm."""
+    return _method(COARSE_MM, start).MetricEvaluate(_template().images[COARSE_MM], scan.images[COARSE_MM])
+
+
+def _method(size: float, start: sitk.Transform) -> sitk.ImageRegistrationMethod:
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(32)
+    method.SetMetricFixedMask(_template().masks[size])
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetInitialTransform(start, inPlace=True)
+    return method
+
+
+def _centre(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Return a mask's centre of mass (x, y, z) in millimetres."""
+    return apply_affine(affine, np.array(ndimage.center_of_mass(mask))[::-1])
+
+
+def _mm3(mask: np.ndarray, affine: np.ndarray) -> float:
+    return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])))
+
+
+def _matrix(transform: sitk.Transform) -> np.ndarray:
+    return from_matvec(np.reshape(transform.GetMatrix(), (3, 3)), transform.TransformPoint((0.0, 0.0, 0.0)))

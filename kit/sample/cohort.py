@@ -1,0 +1,255 @@
+"""The procedural cohort on disk: who takes part, their scans as a BIDS folder, made once and kept.
+
+A scan's bits depend on the generator's version, the seed, and its row in the table; the table depends on
+the seed and the number of participants, so that cohorts of different sizes hold different people.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kit.cohort.tables import PROCEDURAL
+from kit.preprocess.nifti import read_nifti, write_nifti
+from kit.preprocess.pool import run_all
+from kit.preprocess.resample import resample
+from kit.runs import outputs_dir, progress, write_json, write_table, write_whole
+from kit.sample.anatomy import GENERATOR_VERSION, stream
+from kit.sample.atlas import load_atlas
+from kit.sample.scan import SITES, make_scan, rigid
+from kit.store.store import Store, read_transform
+
+# Shares of the participants. Half of those in pretrain have a second session.
+SPLITS = {"pretrain": 0.35, "train": 0.20, "validation": 0.10, "test": 0.21, "out_of_distribution": 0.14}
+DIAGNOSES = ("CN", "AD", "stroke")
+AGES = (20, 90)  # years, alike for each diagnosis, or age alone would tell it
+YEARS_TO_SECOND_SESSION = (1.0, 2.5)
+MOST_DEGREES, MOST_MM = 20, 30
+MARKER = "complete.json"
+NO_PERSON = "procedural: no person was scanned"
+COLUMNS = {
+    "age": "years, at the first session", "sex": "F or M", "diagnosis": "CN (healthy), AD or stroke",
+    "alzheimers": "1: AD, 0: healthy", "stroke": "1: stroke, 0: healthy", "site": "scanner; OOD is in no other split",
+    "split": "what the participant is for", "dataset": "one name a site"}
+
+
+def sample_cohort(
+    participants: int = 60, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None,
+) -> Path:
+    """Return the BIDS folder of the procedural cohort, made now or found in the cache.
+
+    An interrupted making goes on where it was: each file is there whole or not at all, and the folder is
+    finished once it holds `complete.json`.
+
+    Args:
+        participants: how many. From 30 on, each split has healthy participants and both diseases.
+        seed: of the table and the scans.
+        workers: processes that make scans, each on one thread; the result is the same for any number.
+        cache_dir: folder of all sample cohorts; `sample` under the outputs folder if not given.
+    """
+    cache = _cache(cache_dir)
+    folder = cache / f"v{GENERATOR_VERSION}-seed{seed}-n{participants}"
+    if not (folder / MARKER).exists():
+        make_scans(draw_participants(participants, seed), folder, seed, workers, cache)
+    return folder
+
+
+def moved_cohort(scans: int = 12, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None) -> Path:
+    """Return a BIDS folder of scans with moved heads, to measure registration against the known move.
+
+    Each participant has `ses-01`, near template space, and `ses-02`: the same scan with other noise and its
+    head turned by up to 20 degrees and shifted by up to 30 mm, on a grid that holds it whole. `moves.csv`
+    gives `participant, session, m00 ... m33, rotation_deg, translation_mm`; the matrix takes a point of
+    the head from `ses-01` to `ses-02` in RAS mm, and `translation_mm` is the shift of the head's middle.
+
+    Args:
+        scans: how many heads are moved.
+        seed, workers, cache_dir: as in `sample_cohort`; these participants are in no other cohort.
+    """
+    cache = _cache(cache_dir)
+    folder = cache / f"moved-v{GENERATOR_VERSION}-seed{seed}-n{scans}"
+    if (folder / MARKER).exists():
+        return folder
+    still = draw_participants(scans, seed, prefix="sub-moved").drop_duplicates("participant")
+    still = still.drop(columns="split").assign(dataset=f"{PROCEDURAL}moved")
+    moves = [draw_move(seed, participant) for participant in still["participant"]]
+    write_table(folder / "moves.csv", pd.DataFrame(
+        {"participant": participant, "session": "ses-02"}
+        | {f"m{i}{j}": move[i, j] for i in range(4) for j in range(4)}
+        | {"rotation_deg": degrees, "translation_mm": mm}
+        for participant, (move, degrees, mm) in zip(still["participant"], moves, strict=True)))
+    moved = still.assign(session="ses-02", move=[move for move, _, _ in moves])
+    both = pd.concat([still.assign(move=None), moved]).sort_values(["participant", "session"])
+    make_scans(both, folder, seed, workers, cache)
+    return folder
+
+
+def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.DataFrame:
+    """Draw who takes part: one row a scan, in the order of the participants' names.
+
+    Diagnoses are dealt by quota within each split; site, sex, age and number of sessions are dealt alike
+    within each diagnosis, so that none of them gives a diagnosis away.
+
+    Returns:
+        Columns participant, session, age (years at this session), sex, diagnosis, alzheimers and stroke
+        (Int64, missing where the other disease is present), site, split, dataset.
+    """
+    rng = stream(seed, f"{participants} participants")
+    ends = np.round(np.cumsum([0, *SPLITS.values()]) * participants).astype(int)
+    people = []
+    for split, count in zip(SPLITS, np.diff(ends), strict=True):
+        sites = [site for site in SITES if (site == "OOD") == (split == "out_of_distribution")]
+        for diagnosis, size in zip(*np.unique(_deal(DIAGNOSES, count, rng), return_counts=True), strict=True):
+            strata = (rng.permutation(size) + rng.uniform(size=size)) / size
+            people.append(pd.DataFrame({
+                "age": (AGES[0] + (AGES[1] - AGES[0]) * strata).round(1), "sex": _deal("FM", size, rng),
+                "diagnosis": str(diagnosis), "site": _deal(sites, size, rng), "split": split,
+                "sessions": _deal([1, 2], size, rng) if split == "pretrain" else 1}))
+    table = pd.concat(people).sample(frac=1, random_state=rng, ignore_index=True)
+    table.insert(0, "participant", [f"{prefix}{number:04d}" for number in range(1, participants + 1)])
+    for disease, column in (("AD", "alzheimers"), ("stroke", "stroke")):
+        table[column] = table["diagnosis"].map({disease: 1, "CN": 0}).astype("Int64")
+    table["dataset"] = PROCEDURAL + table["site"]
+    again = table[table["sessions"] == 2].copy()
+    again["age"] = (again["age"] + rng.uniform(*YEARS_TO_SECOND_SESSION, len(again))).round(1)
+    scans = pd.concat([table.assign(session="ses-01"), again.assign(session="ses-02")])
+    columns = ["participant", "session", *COLUMNS]
+    return scans.sort_values(["participant", "session"], ignore_index=True)[columns]
+
+
+def draw_move(seed: int, participant: str) -> tuple[np.ndarray, float, float]:
+    """Draw a rigid move, (4, 4) in RAS mm, with its rotation in degrees and its shift in mm."""
+    rng = stream(seed, participant, "move")
+    axis, direction = (vector / np.linalg.norm(vector) for vector in rng.standard_normal((2, 3)))
+    degrees, mm = rng.uniform(MOST_DEGREES / 4, MOST_DEGREES), rng.uniform(MOST_MM / 4, MOST_MM)
+    return rigid(axis * degrees, direction * mm), degrees, mm
+
+
+def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache: Path) -> None:
+    """Write a BIDS folder: its tables, each scan that is not there yet, and at last the marker.
+
+    `scans` has rows as from `draw_participants`, and a column `move` ((4, 4) or None) if heads are moved;
+    `cache` is the folder that keeps the atlas.
+    """
+    write_tables(scans, folder, seed)
+    rows = scans.to_dict("records")
+    missing = [row for row in rows if not _image_path(folder, row["participant"], row["session"]).exists()]
+    atlas_path = cache / f"atlas-v{GENERATOR_VERSION}.npz"
+    if missing:
+        load_atlas(atlas_path)  # made here, so that the workers find it
+    make = partial(_write_scan, folder=folder, seed=seed, atlas_path=atlas_path)
+    workers = min(workers, len(missing))
+    for row, image in progress(run_all(make, missing, workers if workers > 1 else 0), desc="procedural scans",
+                               total=len(rows), unit="scan", initial=len(rows) - len(missing)):
+        if image is None:
+            raise RuntimeError(f"{row['participant']} {row['session']}: its process was killed, twice: most likely not "
+                               "enough memory; take fewer workers")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1)})
+
+
+def effect_masks(bids_folder: Path | str, participant: str, session: str) -> dict[str, Path]:
+    """Return where age, sex and disease are known to act in a scan: the mask's file by its name.
+
+    The names are `ventricles`, `cortex`, `hippocampus`, `cerebellum`, and `lesion` after a stroke. Participant and
+    session may be named as in BIDS (`sub-0001`, `ses-01`) or as in a cohort's table (`0001`, `01`).
+
+    Raises:
+        FileNotFoundError: the folder has no such masks: another cohort, or an unknown participant or session.
+    """
+    subject, visit = f"sub-{participant.removeprefix('sub-')}", f"ses-{session.removeprefix('ses-')}"
+    folder = _derivatives(Path(bids_folder)) / subject / visit / "anat"
+    masks = {path.name.split("_label-")[1].split("_")[0]: path
+             for path in sorted(folder.glob("*_label-*_mask.nii.gz"))}
+    if not masks:
+        raise FileNotFoundError(f"{folder}: no masks of known effects; only a folder made by "
+                                "kit.sample has them, for its own participants and sessions")
+    return masks
+
+
+def write_effects(bids_folder: Path | str, store: Store, rows: pd.DataFrame, folder: Path | str) -> int:
+    """Write where age, sex and disease act in prepared scans, on their grid: `effects/<scan>_<effect>.nii.gz`.
+
+    Args:
+        bids_folder: of the sample cohort.
+        store: where its scans lie prepared.
+        rows: of the store's index, those to write.
+        folder: of the prepared scans, which gets the folder `effects`.
+
+    Returns:
+        how many files were written; those that are there stay.
+    """
+    written = 0
+    for row in rows.itertuples():
+        for effect, path in effect_masks(bids_folder, row.participant, row.session).items():
+            target = Path(folder) / "effects" / f"{row.scan}_{effect}.nii.gz"
+            if not target.exists():
+                place, affine = read_nifti(path)
+                place = resample(place, affine, read_transform(store.folder, row.scan), store.grid.shape,
+                                 store.grid.affine) > 0.5
+                write_nifti(target, place.astype(np.float32), store.grid.affine)
+                written += 1
+    return written
+
+
+def write_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
+    """Write participants.tsv, what its columns mean, sessions.tsv where age varies, and descriptions."""
+    first = scans.drop_duplicates("participant").rename(columns={"participant": "participant_id"})
+    columns = [name for name in COLUMNS if name in scans]
+    _write_tsv(folder / "participants.tsv", first[["participant_id", *columns]])
+    write_json(folder / "participants.json", {name: {"Description": COLUMNS[name]} for name in columns})
+    for participant, sessions in scans.groupby("participant"):
+        if sessions["age"].nunique() > 1:
+            table = sessions.rename(columns={"session": "session_id"})[["session_id", "age"]]
+            _write_tsv(folder / participant / f"{participant}_sessions.tsv", table)
+    description: dict[str, Any] = {
+        "Name": f"Sample cohort ({NO_PERSON})", "BIDSVersion": "1.10.0", "DatasetType": "raw",
+        "Acknowledgements": "Shaped from the ICBM152 2009 maps (Fonov et al. 2011), as shipped with nilearn.",
+        "GeneratedBy": [{"Name": "kit.sample", "Version": str(GENERATOR_VERSION),
+                         "Description": f"{NO_PERSON}; seed {seed}, {len(first)} participants"}]}
+    write_json(folder / "dataset_description.json", description)
+    write_json(_derivatives(folder) / "dataset_description.json", description | {"DatasetType": "derivative"})
+    write_whole(folder / ".bidsignore", lambda aside: aside.write_text(f"{MARKER}\nmoves.csv\n", encoding="utf-8"))
+
+
+def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) -> Path:
+    """Make one scan and write its files, the image last, which is returned: where it is, all of the scan is."""
+    participant, session = row["participant"], row["session"]
+    move = row.get("move")
+    # A moved head keeps the first session's pose and contrast, so that the move alone differs.
+    scan = make_scan(participant, session if move is None else "ses-01", seed=seed, move=move,
+                     age=row["age"], sex=row["sex"], diagnosis=row["diagnosis"], site=row["site"],
+                     atlas=load_atlas(atlas_path))
+    image = _image_path(folder, participant, session)
+    masks = _derivatives(folder) / image.parent.relative_to(folder)
+    write_nifti(masks / f"{participant}_{session}_desc-brain_mask.nii.gz", scan.brain, scan.affine)
+    for label, mask in scan.effects.items():
+        write_nifti(masks / f"{participant}_{session}_label-{label}_mask.nii.gz", mask, scan.affine)
+    write_json(image.with_name(f"{participant}_{session}_T1w.json"), {"Procedural": True, "Latent": scan.latent})
+    write_nifti(image, scan.image, scan.affine)
+    return image
+
+
+def _deal(levels: Any, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return each level as often as the others, give or take one, in random order."""
+    return rng.permutation(np.resize(rng.permutation(list(levels)), count))
+
+
+def _cache(cache_dir: Path | str | None) -> Path:
+    return outputs_dir() / "sample" if cache_dir is None else Path(cache_dir).resolve()
+
+
+def _derivatives(folder: Path) -> Path:
+    return folder / "derivatives" / "sample"
+
+
+def _image_path(folder: Path, participant: str, session: str) -> Path:
+    return folder / participant / session / "anat" / f"{participant}_{session}_T1w.nii.gz"
+
+
+def _write_tsv(path: Path, table: pd.DataFrame) -> None:
+    write_whole(path, lambda aside: table.to_csv(aside, sep="\t", index=False, na_rep="n/a"))

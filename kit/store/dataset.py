@@ -1,0 +1,155 @@
+"""Prepared scans as a torch dataset, and batches of them, on a device or between processes."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kit.device import keep_freed_memory
+from kit.seeding import scan_key
+from kit.store.store import Store
+
+Item = tuple[np.ndarray, np.ndarray, int, float]  # image, mask, key, label
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some scans, on one device.
+
+    Attributes:
+        images: (batch, 1, depth, height, width) float32, on the store's scale inside the mask, zero outside.
+        masks: (batch, 1, depth, height, width) bool.
+        keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
+        labels: (batch,) float32, nan where there is none.
+        piped: whether it came from a loading process that got no shared memory for it.
+    """
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    keys: list[int]
+    labels: torch.Tensor
+    piped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process gets: tensors in shared memory, or arrays through the pipe where it has no room.
+
+        torch would find that out while it writes to the pipe, in a thread whose errors nobody hears.
+        """
+        tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, torch.Tensor)}
+        try:
+            for value in tensors.values():
+                value.share_memory_()
+        except (RuntimeError, OSError):  # a small /dev/shm, or too many open files
+            arrays = {name: value.numpy() for name, value in tensors.items()}
+            return {**self.__dict__, **arrays, "piped": True}
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                              for name, value in state.items()})
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, as float32; the copy does not block where memory is pinned."""
+        return Batch(self.images.to(device, non_blocking=True).float(), self.masks.to(device, non_blocking=True),
+                     self.keys, self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader: memory that a CUDA device can copy from without waiting."""
+        return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory(),
+                     self.piped)
+
+
+class LoaderError(RuntimeError):
+    """Loading processes could not be started, or one died; the message says what to do."""
+
+
+class PreparedScans(Dataset):
+    """Rows of a store as a torch dataset; workers open files themselves and share no memory.
+
+    Args:
+        store: prepared scans.
+        rows: rows of `store.index` to serve, in the order of their numbers here.
+        labels: (rows,) float, or None for unlabelled scans.
+
+    Raises:
+        StoreError: from an item, when its scan is missing or damaged; see `kit.store.store.unreadable`.
+    """
+
+    def __init__(self, store: Store, rows: pd.DataFrame, labels: np.ndarray | None = None) -> None:
+        self.store, self.scans = store, rows["scan"].tolist()
+        self.labels = np.full(len(rows), np.nan) if labels is None else np.asarray(labels, np.float64)
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What loading processes get: they read scans by name, and need no copy of a large index."""
+        return {**self.__dict__, "store": Store(self.store.folder, None, self.store.record)}
+
+    def __getitem__(self, number: int) -> Item:
+        image, mask = self.store.read(self.scans[number])
+        return image, mask, scan_key(self.scans[number]), float(self.labels[number])
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Stack scans; they stay float16 until they reach the device."""
+    images, masks, keys, labels = zip(*items, strict=True)
+    return Batch(torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]),
+                 list(keys), torch.tensor(labels, dtype=torch.float32))
+
+
+def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
+    """Load batches in the given order, with pinned memory where there is a CUDA device.
+
+    Raises:
+        LoaderError: loading processes cannot be started. What torch raises when one dies, `loading_may_fail` words.
+    """
+    options = {"multiprocessing_context": "spawn", "prefetch_factor": 2,
+               "worker_init_fn": keep_freed_memory} if workers else {}
+    loader = DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                        pin_memory=torch.cuda.is_available(), **options)
+    piped = False
+    try:
+        batches = iter(loader)  # loading processes start here, and their queues take a little of /dev/shm
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise LoaderError("loading processes cannot be started, as /dev/shm is full. Set loader_workers: 0, which "
+                          "loads in the training process, or make room there (docker: --shm-size)") from error
+    for batch in batches:
+        if batch.piped and not piped:
+            piped = True
+            warnings.warn("loading processes get no shared memory (is /dev/shm small? docker: --shm-size): batches "
+                          "come through pipes, which is slower", stacklevel=2)
+        yield batch
+
+
+@contextmanager
+def loading_may_fail() -> Iterator[None]:
+    """Name the cure where a loading process dies.
+
+    torch raises that wherever the main thread is at that moment, so this stands around all of the training.
+
+    Raises:
+        LoaderError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        first = str(error).splitlines()[0]
+        raise LoaderError(f"a loading process died, for want of memory perhaps ({first}). Set loader_workers: 0, which "
+                          "loads in the training process, or give the job more memory") from error

@@ -1,0 +1,89 @@
+"""Which scans an epoch's batches hold, and in what order: (seed, epoch) alone decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from kit.seeding import rng_for
+
+
+def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Global batches of one epoch: every scan once, a participant at most once in a batch.
+
+    Two scans of one brain are no negatives of each other. The order depends on (seed, epoch) alone, not on
+    workers; batches that stay smaller than `batch_size` are dropped when there are others, and the scans left
+    over come in other epochs.
+
+    Args:
+        participants: each scan's.
+        batch_size: scans in a global batch.
+
+    Returns:
+        lists of scan numbers.
+    """
+    order = rng_for(seed, epoch).permutation(len(participants))
+    batches: list[list[int]] = []
+    present: list[set[str]] = []
+    first_open = 0
+    for number in order.tolist():
+        for place in range(first_open, len(batches)):
+            if len(batches[place]) < batch_size and participants[number] not in present[place]:
+                break
+        else:
+            place = len(batches)
+            batches.append([])
+            present.append(set())
+        batches[place].append(number)
+        present[place].add(participants[number])
+        while first_open < len(batches) and len(batches[first_open]) == batch_size:
+            first_open += 1
+    full = [batch for batch in batches if len(batch) == batch_size]
+    return full or batches
+
+
+def balanced(datasets: Sequence[str], seed: int, epoch: int) -> list[int]:
+    """As many scans of each dataset, as many in all as there are: the chosen scans' numbers.
+
+    A large dataset is drawn from without replacement; of a small one each scan comes as often as any other, give
+    or take one.
+    """
+    codes, names = pd.factorize(np.asarray(datasets))
+    rng, chosen = rng_for(seed, epoch, 1), []
+    for code in range(len(names)):
+        own = np.flatnonzero(codes == code)
+        wanted = len(codes) // len(names)
+        chosen += np.concatenate([rng.permutation(own) for _ in range(-(-wanted // len(own)))])[:wanted].tolist()
+    return chosen
+
+
+def session_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of twos: a scan, then another scan of the participant (itself where there is no other).
+
+    Each participant comes once in an epoch.
+
+    Returns:
+        lists of 2 x `batch_size` scan numbers.
+    """
+    codes, names = pd.factorize(np.asarray(participants))
+    rng = rng_for(seed, epoch, 2)
+    scans = [rng.permutation(np.flatnonzero(codes == code))[:2].tolist() for code in range(len(names))]
+    return [[number for one in batch for number in (scans[one][0], scans[one][-1])]
+            for batch in epoch_batches(list(names), batch_size, seed, epoch)]
+
+
+def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size: int, seed: int, epoch: int,
+               sampling: str = "all") -> list[list[int]]:
+    """An epoch's batches with a participant at most once in each: of "all" scans, or "balanced" over datasets."""
+    if sampling == "all":
+        return epoch_batches(participants, batch_size, seed, epoch)
+    chosen = balanced(datasets, seed, epoch)
+    return [[chosen[place] for place in batch]
+            for batch in epoch_batches([participants[number] for number in chosen], batch_size, seed, epoch)]
+
+
+def in_order(count: int, batch_size: int) -> list[list[int]]:
+    """Batches of `0 … count - 1` in order, the last one smaller."""
+    return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]

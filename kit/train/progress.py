@@ -1,0 +1,98 @@
+"""What a run shows while it runs: `live.json` for the notebook's figure, TensorBoard's files, a bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from kit.runs import progress as bar
+from kit.runs import write_whole
+from kit.train.distributed import rank
+
+EVERY_SECONDS = 1.0  # between two writings of live.json
+POINTS = 400  # of a curve in live.json; a longer one is thinned
+
+
+class Progress:
+    """Step by step: a progress bar, `live.json` and `tensorboard/`. Rank 0 keeps it; the others' does nothing.
+
+    A full disk stops no run here: what could not be written is written at the next turn.
+
+    Args:
+        folder: of the run; None keeps a bar only.
+        steps: of the whole run.
+        done: steps that a resumed run has behind it.
+    """
+
+    def __init__(self, folder: Path | None, steps: int, done: int) -> None:
+        self.folder = folder if rank() == 0 else None
+        self.steps, self.step, self.first = steps, done, done
+        self.begun = self.written = time.monotonic()
+        self.curve: list[tuple[int, float, float]] = []
+        self.bar = bar(total=steps, initial=done, desc="training", unit="step", disable=rank() > 0)
+        self.board = None
+        if self.folder:
+            from torch.utils.tensorboard import SummaryWriter  # a second of imports, not for small fits
+
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done or None)
+            self.curve = _read_curve(self.folder / "live.json", done)
+
+    def note(self, epoch: int, report: dict[str, float], rate: float, scans: int, waited: float) -> None:
+        """Write down one step.
+
+        Args:
+            epoch: from 0.
+            report: of the step; `loss` is drawn.
+            rate: learning rate.
+            scans: of all processes, in this step.
+            waited: seconds that the step waited for data.
+        """
+        self.step += 1
+        self.bar.set_postfix(loss=f"{report['loss']:.3f}", refresh=False)
+        self.bar.update()
+        if self.folder is None:
+            return
+        now = time.monotonic()
+        each = (now - self.begun) / (self.step - self.first)
+        self.curve.append((self.step, report["loss"], rate))
+        if len(self.curve) > POINTS:
+            self.curve = self.curve[::2]
+        if now - self.written < EVERY_SECONDS and self.step < self.steps:
+            return
+        self.written = now
+        live = {"step": self.step, "steps": self.steps, "epoch": epoch + 1, "scans_per_second": scans / each,
+                "waiting": waited / each, "seconds_left": each * (self.steps - self.step), "curve": self.curve}
+        try:
+            write_whole(self.folder / "live.json", lambda aside: aside.write_text(json.dumps(live), encoding="utf-8"))
+            self.add({**report, "learning_rate": rate, "scans_per_second": scans / each}, "step")
+        except OSError:
+            return
+
+    def add(self, values: dict[str, Any], kind: str) -> None:
+        """Numbers for TensorBoard, at the present step."""
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, float) and math.isfinite(value):
+                    self.board.add_scalar(f"{kind}/{name}", value, self.step)
+
+    def close(self) -> None:
+        """Take the bar away, close TensorBoard's file."""
+        self.bar.close()
+        if self.board:
+            try:
+                self.board.close()
+            except OSError:  # a full disk
+                self.board = None
+
+
+def _read_curve(path: Path, done: int) -> list[tuple[int, float, float]]:
+    """The curve of a run that is resumed, up to the step that it goes on from."""
+    if not path.exists():
+        return []
+    try:
+        return [tuple(point) for point in json.loads(path.read_text(encoding="utf-8"))["curve"] if point[0] <= done]
+    except (ValueError, KeyError):
+        return []

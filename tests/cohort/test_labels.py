@@ -1,0 +1,105 @@
+"""Label columns: what kind they are, what stands for 1, what is missing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kit.cohort.labels import LabelError, read_labels
+
+INDEX = pd.DataFrame({"sex": ["F", "M", None, "M"], "stroke": [1.0, np.nan, 0.0, 1.0], "age": [20.5, 30, np.nan, 50]})
+
+
+def test_text_makes_classes_in_sorted_order():
+    labels = read_labels(INDEX, "sex")
+    assert labels.kind == "classification" and labels.classes == ("F", "M")
+    assert np.array_equal(labels.values, [0, 1, np.nan, 1], equal_nan=True)
+
+
+def test_two_numbers_make_classes():
+    labels = read_labels(INDEX, "stroke")
+    assert labels.classes == ("0", "1") and np.array_equal(labels.values, [1, np.nan, 0, 1], equal_nan=True)
+
+
+def test_many_numbers_make_a_regression():
+    labels = read_labels(INDEX, "age")
+    assert labels.kind == "regression" and np.array_equal(labels.values, INDEX["age"], equal_nan=True)
+
+
+def labels(values, kind="auto", missing_codes=()):
+    return read_labels(pd.DataFrame({"x": values}), "x", kind, missing_codes)
+
+
+@pytest.mark.parametrize(("values", "counts"), [
+    ([0, 1, 2] * 5, "0 (5), 1 (5), 2 (5)"),
+    ([0, 1] * 5 + [9], "0 (5), 1 (5), 9 (1)"),
+    ([0.0, 1.0] * 5 + [999, np.nan], "0 (5), 1 (5), 999 (1)"),
+    ([1, 2] * 5 + [9], "1 (5), 2 (5), 9 (1)"),
+    ([0, 1] * 5 + [-9], "-9 (1), 0 (5), 1 (5)"),
+    (list(range(1, 14)) * 3, "1 (3), 2 (3)"),  # numbers of sites
+    ([1, 1, 999], "1 (2), 999 (1)"),
+    (["0", "1", "9", "1"], "0 (1), 1 (2), 9 (1)"),
+])
+def test_codes_are_asked_about_and_can_be_named(values, counts):
+    with pytest.raises(LabelError) as error:
+        labels(values)
+    assert counts in str(error.value) and "task_type" in str(error.value) and "missing_codes" in str(error.value)
+
+
+def test_codes_for_missing_are_missing():
+    found = labels([0, 1, 9, 999, 1], missing_codes=[9, "999"])
+    assert found.classes == ("0", "1") and np.array_equal(found.values, [0, 1, np.nan, np.nan, 1], equal_nan=True)
+    found = labels(["F", "M", "unknown", "NA"], missing_codes=["unknown", "NA"])
+    assert found.classes == ("F", "M") and np.array_equal(found.values, [0, 1, np.nan, np.nan], equal_nan=True)
+    found = labels(["63.5", "NA", "71", "80"], missing_codes=["NA"])
+    assert found.kind == "regression" and np.array_equal(found.values, [63.5, np.nan, 71, 80], equal_nan=True)
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2] * 5, [5, 6, 7, 8]])
+def test_a_kind_that_is_said_is_taken(values):
+    assert labels(values, "regression").values.tolist() == values
+
+
+@pytest.mark.parametrize(("values", "code"), [([63, 71, 999, 55], "999"), ([63.5, 71, -99, 55], "-99"),
+                                              ([20.5, 30, -1, 40, 50], "-1")])
+def test_a_code_for_missing_among_numbers_is_asked_about(values, code):
+    with pytest.raises(LabelError, match=f"x: {code} in 1 rows looks like a code for missing among numbers from"):
+        labels(values)
+    assert labels(values, missing_codes=[float(code)]).kind == "regression"
+    assert labels(values, "regression").values.tolist() == values
+
+
+@pytest.mark.parametrize("values", [[35, 34, 29, 33, 31, 30], [15, 20, 20, 22, 29, 29, 30] * 4, [1, -1, 1], [8, 9, 8],
+                                    [77.5, 88, 99, 60], [0, 1, 1], list(range(20, 90))])
+def test_what_is_clear_is_not_asked_about(values):
+    assert labels(values).kind == ("regression" if len(set(values)) > 2 else "classification")
+
+
+def test_text_is_trimmed_and_case_is_asked_about():
+    found = labels(["F", "M", "M ", " F", ""])
+    assert found.classes == ("F", "M") and np.array_equal(found.values, [0, 1, 1, 0, np.nan], equal_nan=True)
+    for one, other in (("yes", "YES"), ("01", "1"), ("AD", "Ad")):
+        with pytest.raises(LabelError, match=f"({one}|{other}) and ({one}|{other}) differ by case or zeros alone"):
+            labels([one, other, "x"])
+
+
+def test_words_that_others_read_as_missing_are_classes():
+    found = labels(["None", "NA", "NA"])
+    assert found.classes == ("NA", "None") and found.values.tolist() == [1, 0, 0]
+
+
+def test_names_of_zeros_are_no_numbers():
+    with pytest.raises(LabelError, match=r"needs two classes, found 3: 001 \(2\), 002 \(1\), A3 \(1\)"):
+        labels(["001", "001", "002", "A3"])
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (["63", "inf", "70", "71"], "text where numbers are needed: inf"),
+    ([63, np.inf, 70], "1 numbers are infinite"),
+    (["63,5", "70", "71", "72"], "63,5; decimal commas"),
+    (["03.04.2021", "70", "71", "72"], "03.04.2021; dates"),
+    (["2021-04-03", "70", "71", "72"], "2021-04-03; dates"),
+    (["NA", "70", "71", "72"], "NA; .* list its codes in missing_codes"),
+])
+def test_what_is_no_number_is_named(values, message):
+    with pytest.raises(LabelError, match=message):
+        labels(values)

@@ -1,0 +1,105 @@
+"""Shards prepare a cohort in parts; the last one merges them into what one run would have made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kit.params import Preprocess
+from kit.preprocess.index import PreparationError, merge_shards, shard_of
+from kit.preprocess.nifti import write_nifti
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.settings import Preparation
+from kit.reading import ParameterError, check
+from kit.store.grid import Grid
+from kit.store.store import Store
+
+SETTINGS = Preparation(Grid((12, 16, 14), 12.0), "none", "nonzero")
+
+
+def cohort(folder: Path, scans: int = 11) -> pd.DataFrame:
+    """Noise in a box of brain's size, zeros around it; the fourth file is no scan."""
+    rng = np.random.default_rng(0)
+    affine = np.diag([12.0, 12, 12, 1])
+    affine[:3, 3] = [-70, -100, -60]
+    for row in range(scans):
+        write_nifti(folder / f"{row}.nii.gz", np.pad(rng.uniform(10, 100 + row, (8, 9, 10)), 1), affine)
+    (folder / "3.nii.gz").write_text("no scan", encoding="utf-8")
+    names = [f"{row:04d}" for row in range(scans)]
+    return pd.DataFrame({"participant": names, "session": "NA", "dataset": "d", "age": [*range(scans - 1), None],
+                         "image_path": [str(folder / f"{row}.nii.gz") for row in range(scans)]})
+
+
+def shard_folder(folder: Path, shard: int) -> Path:
+    return folder / "shards" / f"{shard}-of-3"
+
+
+def test_merged_shards_are_what_one_run_makes(tmp_path: Path) -> None:
+    table = cohort(tmp_path)
+    one, one_failed = prepare(table, tmp_path / "one", SETTINGS, workers=0)
+    for shard in (2, 0, 1):
+        assert merge_shards(table, tmp_path / "merged", 3) is None
+        prepare(shard_of(table, shard, 3), shard_folder(tmp_path / "merged", shard), SETTINGS, workers=0)
+    for _ in range(2):  # merging again changes nothing
+        index, failed = merge_shards(table, tmp_path / "merged", 3)
+        pd.testing.assert_frame_equal(index.drop(columns="seconds"), one.drop(columns="seconds"), check_dtype=False)
+        assert failed["scan"].tolist() == one_failed["scan"].tolist() == ["d_0003_NA"]
+    store, whole = Store.open(tmp_path / "merged"), Store.open(tmp_path / "one")
+    assert store.index["session"].tolist() == ["NA"] * 10 and store.index["participant"][0] == "0000"
+    for scan in store.index["scan"]:
+        np.testing.assert_array_equal(store.read(scan)[0], whole.read(scan)[0])
+    assert len(list((tmp_path / "merged" / "scans").iterdir())) == 10
+    # A shard that is prepared again is merged again.
+    changed = tmp_path / "0.nii.gz"
+    write_nifti(changed, np.pad(np.random.default_rng(5).uniform(10, 90, (8, 9, 10)), 1), np.diag([12.0, 12, 12, 1]))
+    prepare(shard_of(table, 0, 3), shard_folder(tmp_path / "merged", 0), SETTINGS, workers=0)
+    merge_shards(table, tmp_path / "merged", 3)
+    assert not np.array_equal(Store.open(tmp_path / "merged").read("d_0000_NA")[0], whole.read("d_0000_NA")[0])
+
+
+def test_shards_of_other_settings_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table, merged = cohort(tmp_path), tmp_path / "merged"
+    other = Preparation(SETTINGS.grid, "none", "nonzero", intensity="whitematter")
+    for shard in range(3):
+        prepare(shard_of(table, shard, 3), shard_folder(merged, shard), SETTINGS, workers=0)
+    assert len(merge_shards(table, merged, 3)[0]) == 10
+    for shard in range(3):  # all are prepared anew, one by one
+        prepare(shard_of(table, shard, 3), shard_folder(merged, shard), other, workers=0)
+        found = merge_shards(table, merged, 3)
+        said = "shards of different preparations (intensity) are not merged" in capsys.readouterr().out
+        assert (found is None) == said == (shard < 2)
+    assert Store.open(merged).record["intensity"] == "whitematter"
+
+
+def test_every_scan_is_in_one_shard(tmp_path: Path) -> None:
+    table = cohort(tmp_path)
+    parts = pd.concat([shard_of(table, shard, 3) for shard in range(3)])
+    assert sorted(parts["participant"]) == table["participant"].tolist()
+    with pytest.raises(PreparationError, match="11 scans cannot fill 12 shards"):
+        shard_of(table, 0, 12)
+
+
+def test_a_shard_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    values = {"output_dir": str(tmp_path / "out"), "shards": 4, "shard": 3}
+    params = check(Preprocess, values)
+    assert params.output_dir == tmp_path / "out" / "shards" / "3-of-4"
+    assert params.merged_dir == tmp_path / "out"
+    assert check(Preprocess, params.plain()) == params
+    alone = check(Preprocess, {"output_dir": str(tmp_path / "out")})
+    assert alone.output_dir == alone.merged_dir == tmp_path / "out"
+    with pytest.raises(ParameterError, match="shard: got 4; 4 shards are numbered 0 to 3"):
+        check(Preprocess, values | {"shard": 4})
+
+
+def test_labels_come_out_of_shards_as_the_text_that_they_were(tmp_path: Path) -> None:
+    table = cohort(tmp_path, 13).drop(index=3).reset_index(drop=True)
+    site = ["001", "001", "002", "A3", "1", "NA", "1", "2", "3", "1", "1", "1"]
+    table = table.assign(site=site, count=range(12))
+    for shard in range(3):  # sites 001, A3, 1, 1 in the first, 001, 1, 2, 1 in the second, 002, NA, 3, 1 in the third
+        prepare(shard_of(table, shard, 3), shard_folder(tmp_path / "merged", shard), SETTINGS, workers=0)
+    merge_shards(table, tmp_path / "merged", 3)
+    index = Store.open(tmp_path / "merged").index
+    assert index["site"].tolist() == site and index["count"].tolist() == list(range(12))

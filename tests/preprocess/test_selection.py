@@ -1,0 +1,48 @@
+"""Whom a filter hits is found and said; chance is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from kit.preprocess.selection import selection_bias, warning
+
+
+def people(count: int = 185, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    sex = rng.choice(["F", "M"], count)
+    return pd.DataFrame({
+        "sex": sex, "age": rng.uniform(20, 82, count),
+        "brain_ml": 1350 + 150 * (sex == "M") + rng.normal(0, 90, count),
+        "site": rng.choice(["A", "B", "C"], count), "visit": rng.integers(1, 4, count),
+        "note": np.arange(count).astype(str),
+        "same": "x",
+    })
+
+
+def test_a_filter_that_takes_women_is_named_with_sex_and_volume() -> None:
+    table = people()
+    hit = (table["sex"] == "F").to_numpy() & (np.random.default_rng(1).random(len(table)) < 0.43)
+    found = selection_bias(table, hit)
+    assert set(found.loc[found["differs"], "label"]) == {"sex", "brain_ml"}
+    assert set(found["label"]) == {"sex", "age", "brain_ml", "site", "visit"}  # notes and constants say nothing
+    line = warning("refused scans", found)
+    assert line.startswith("WARNING: refused scans differ from the rest in") and "100% F, 0% M against" in line
+
+
+def test_chance_is_called_chance() -> None:
+    """Holm's correction keeps false alarms near one cohort in twenty, over all labels together."""
+    alarms = 0
+    for seed in range(40):
+        hit = np.random.default_rng([seed, 1]).random(185) < 0.2
+        alarms += selection_bias(people(seed=seed)[["sex", "age", "brain_ml"]], hit)["differs"].any()
+    assert alarms <= 5
+    assert "do not differ" in warning("flagged scans", selection_bias(people()[["age"]], np.arange(185) % 5 == 0))
+
+
+def test_missing_labels_and_nobody_hit() -> None:
+    table = people()
+    table.loc[:99, "age"] = np.nan
+    assert set(selection_bias(table, np.arange(185) < 90)["label"]) == {"sex", "brain_ml", "site", "visit"}
+    nobody = selection_bias(table, np.zeros(185, bool))
+    assert nobody.empty and "too few" in warning("refused scans", nobody)

@@ -1,0 +1,172 @@
+"""Batches: every scan, balanced, in pairs; a participant once in each; in an order that (seed, epoch) decide."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from kit.runs import ROOT
+from kit.seeding import scan_key
+from kit.store.dataset import PreparedScans, collate, load_batches
+from kit.store.sampler import balanced, batches_of, epoch_batches, in_order, session_batches
+from kit.store.store import Store, StoreError, scan_path
+from tests.conftest import absent
+from tests.train.test_survival import children, command, wait_for_checkpoint
+
+PARTICIPANTS = [f"p{number // 2}" for number in range(50)]
+DATASETS = ["large"] * 30 + ["small"] * 6
+PEOPLE = [f"{dataset}/{number // 2}" for number, dataset in enumerate(DATASETS)]  # two sessions each
+
+
+def test_a_participant_comes_once_in_a_batch():
+    for epoch in range(5):
+        batches = epoch_batches(PARTICIPANTS, 8, seed=0, epoch=epoch)
+        assert {len(batch) for batch in batches} == {8}
+        for batch in batches:
+            assert len({PARTICIPANTS[number] for number in batch}) == 8
+        assert len({number for batch in batches for number in batch}) == sum(map(len, batches)) >= 40
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    first = epoch_batches(PARTICIPANTS, 8, seed=0, epoch=0)
+    assert first == epoch_batches(PARTICIPANTS, 8, seed=0, epoch=0)
+    assert first != epoch_batches(PARTICIPANTS, 8, seed=0, epoch=1) != epoch_batches(PARTICIPANTS, 8, seed=1, epoch=1)
+
+
+def test_a_cohort_smaller_than_a_batch_is_one_batch():
+    assert sorted(epoch_batches(["a", "b", "c"], 8, seed=0, epoch=0)[0]) == [0, 1, 2]
+
+
+def test_each_dataset_comes_as_often():
+    chosen = balanced(DATASETS, seed=0, epoch=1)
+    assert Counter(DATASETS[number] for number in chosen) == {"large": 18, "small": 18}
+    counts = Counter(chosen)
+    assert {counts[number] for number in range(30, 36)} == {3} and max(counts[number] for number in range(30)) == 1
+    assert chosen == balanced(DATASETS, 0, 1) != balanced(DATASETS, 0, 2)
+
+
+def test_a_participant_comes_once_in_a_batch_of_either_sampling():
+    for sampling in ("all", "balanced"):
+        batches = batches_of(PEOPLE, DATASETS, 4, seed=0, epoch=3, sampling=sampling)
+        assert batches and all(len({PEOPLE[number] for number in batch}) == len(batch) == 4 for batch in batches)
+        assert batches == batches_of(PEOPLE, DATASETS, 4, 0, 3, sampling)
+
+
+def test_two_sessions_stand_together():
+    batches = session_batches([*PEOPLE, "large/single"], 4, seed=0, epoch=0)
+    seen = Counter()
+    for batch in batches:
+        firsts, seconds = batch[::2], batch[1::2]
+        people = [[*PEOPLE, "large/single"][number] for number in firsts]
+        assert len(set(people)) == 4 and [[*PEOPLE, "large/single"][number] for number in seconds] == people
+        assert all((first == second) == (first == 36) for first, second in zip(firsts, seconds, strict=True))
+        seen.update(people)
+    assert max(seen.values()) == 1 and len(batches) == 4
+
+
+def test_keys_are_the_same_everywhere():
+    assert scan_key("made_000_01") == 40552930559249981 and scan_key("made_000_02") != scan_key("made_000_01")
+
+
+def test_loading_in_processes_changes_nothing(store):
+    scans = PreparedScans(store, store.index, store.index["age"].to_numpy())
+    batches = in_order(len(scans), 5)
+    here, there = list(load_batches(scans, batches)), list(load_batches(scans, batches, workers=1))
+    assert len(here) == len(there) == 7
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.images, other.images) and one.keys == other.keys
+        assert torch.equal(one.labels, other.labels) and torch.equal(one.masks, other.masks)
+
+
+def test_a_batch_holds_what_the_store_holds(store):
+    scans = PreparedScans(store, store.index.iloc[3:5])
+    batch = collate([scans[0], scans[1]]).to(torch.device("cpu"))
+    image, mask = store.read(store.index["scan"][4])
+    assert batch.images.dtype == torch.float32 and batch.images.shape == (2, 1, 12, 18, 24)
+    assert np.array_equal(batch.images[1, 0].numpy(), image.astype(np.float32))
+    assert np.array_equal(batch.masks[1, 0].numpy(), mask) and torch.isnan(batch.labels).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_scan_is_named(store, tmp_path, workers):
+    shutil.copytree(store.folder, tmp_path / "store")
+    name = store.index["scan"][3]
+    scan_path(tmp_path / "store", name).write_bytes(b"no scan")
+    scans = PreparedScans(Store.open(tmp_path / "store"), store.index.iloc[:8])
+    with pytest.raises(StoreError, match=f"{name}.* damaged; delete it"):
+        list(load_batches(scans, in_order(8, 4), workers))
+
+
+SMALL = 'mount -t tmpfs -o size="$0" kit /dev/shm && exec "$@"'  # in a mount namespace of its own
+TRAIN = """
+import json, sys
+from kit.params import Pretrain
+from kit.runs import Run
+from kit.train.pretrain import pretrain
+if __name__ == "__main__":
+    params = Pretrain.model_validate(json.loads(sys.argv[1]))
+    print(pretrain(params, Run.of(params))["loss"].tolist())
+"""
+
+
+def with_shared_memory(size, tmp_path, values):
+    """Pretrain in a process whose /dev/shm has so much room, as in some containers; what it said, its status."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = [sys.executable, str(tmp_path / "train.py"), json.dumps(values)]
+    if os.geteuid() or subprocess.run(["unshare", "-m", "sh", "-c", SMALL, size, "true"]).returncode:
+        absent("a small /dev/shm needs root and the right to mount a tmpfs")
+    return subprocess.run(["unshare", "-m", "sh", "-c", SMALL, size, *command], cwd=ROOT, text=True, timeout=300,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "KIT_PROGRESS": "off"})
+
+
+@pytest.mark.slow
+def test_a_small_shared_memory_changes_nothing_but_the_way(store, tmp_path):
+    values = {"prepared": str(store.folder), "epochs": 1, "batch_size": 8, "projection": [16, 8]}
+    losses = []
+    for size, workers in (("160k", 2), ("1g", 2), ("1g", 0)):
+        done = with_shared_memory(size, tmp_path, {**values, "output_dir": str(tmp_path / f"{size}-{workers}"),
+                                                   "loader_workers": workers})
+        assert not done.returncode, done.stderr
+        assert ("batches come through pipes, which is slower" in done.stderr) == (size == "160k")
+        losses.append(done.stdout)
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_no_shared_memory_at_all_ends_the_run_with_the_cure(store, tmp_path):
+    done = with_shared_memory("32k", tmp_path, {
+        "prepared": str(store.folder), "epochs": 2, "batch_size": 8, "output_dir": str(tmp_path / "run"),
+        "loader_workers": 2})
+    assert done.returncode and "LoaderError: loading processes cannot be started, as /dev/shm is full" in done.stderr
+    assert "Set loader_workers: 0" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_loading_process_that_is_killed_ends_the_run_with_the_cure(store, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    values = {"prepared": str(store.folder), "epochs": 2000, "batch_size": 8, "output_dir": str(tmp_path / "run"),
+              "loader_workers": 1, "projection": [16, 8], "checkpoint_minutes": 0}
+    with subprocess.Popen([sys.executable, tmp_path / "train.py", json.dumps(values)], text=True, cwd=ROOT,
+                          stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as training:
+        wait_for_checkpoint(tmp_path / "run", 0, training)
+        until = time.monotonic() + 60
+        while not (loading := [child for child in children(training.pid) if "spawn_main" in command(child)]):
+            assert time.monotonic() < until
+        os.kill(loading[0], signal.SIGKILL)
+        said = training.communicate(timeout=120)[1]
+    assert training.returncode and "LoaderError: a loading process died" in said and "Set loader_workers: 0" in said
+
+
+def test_a_batch_between_processes_is_the_same_batch(store):
+    batch = collate([PreparedScans(store, store.index)[number] for number in range(3)])
+    whole = pickle.loads(pickle.dumps(batch))
+    assert torch.equal(whole.images, batch.images) and whole.keys == batch.keys and not whole.piped
+    assert batch.images.is_shared()
