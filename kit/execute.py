@@ -74,8 +74,8 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
 
     params = parameters(notebook, values)
     Run.of(params).close()  # another run's folder is refused here, not after the kernel has started
-    executed = output or params.output_dir / f"{notebook}.ipynb"
-    page = executed.with_suffix(".html") if output else params.output_dir / "report.html"
+    executed = output or params.run_dir / f"{notebook}.ipynb"
+    page = executed.with_suffix(".html") if output else params.run_dir / "report.html"
     executed.parent.mkdir(parents=True, exist_ok=True)
     if log:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -186,7 +186,7 @@ def main() -> int:
         elif (notebook := Path(arguments.what or "").name.removesuffix(".ipynb")) in NOTEBOOKS:
             values = read_yaml(arguments.file) if arguments.file else {}
             values.update(read_options(arguments.parameter))
-            print(parameters(notebook, values).output_dir if arguments.check
+            print(parameters(notebook, values).run_dir if arguments.check
                   else shown(run(notebook, values, arguments.output, arguments.log)))
         else:
             parser.error(f"name a notebook ({', '.join(NOTEBOOKS)}) or a folder of parameter files")

@@ -1,12 +1,16 @@
-"""Every knob of every notebook: its name, unit, default and bounds; one pydantic model a notebook."""
+"""Every parameter of every notebook: its name, unit, default and bounds; one pydantic model a notebook.
+
+The defaults are those recommended. A notebook's cell of parameters repeats them, but for the paths of the quick runs on
+the sample cohort; those are quick because that cohort is small.
+"""
 
 from __future__ import annotations
 
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from kit.machine import missing_of_slurm, slurm_nodes
 from kit.preprocess.settings import (
@@ -66,7 +70,6 @@ class Preprocess(Parameters):
     cohort: str = "sample"  # `sample`, a table (CSV, TSV), a BIDS folder, FOMO60K, FOMO300K or OpenMind
     contrast: str = "T1w"  # which scans of a folder: T1w, T2w, FLAIR, T1ce, ...; a table's are all taken
     sample_participants: Annotated[int, Field(ge=40)] = 60
-    moved_scans: Annotated[int, Field(ge=0)] = 2  # scans with moved heads that registration is checked on
     seed: Seed = 0
     bias_correction: BiasCorrection = "none"
     registration: Registration = "none"
@@ -81,18 +84,10 @@ class Preprocess(Parameters):
     shards: Positive = 1  # parts that a cohort is prepared in, such as the tasks of a Slurm array
     shard: Annotated[int, Field(ge=0)] = 0  # this run's part, from 0
 
-    @model_validator(mode="before")
-    @classmethod
-    def _own_folder(cls, values: Any) -> Any:
-        """A shard is a run of its own, in `shards/` of the folder that all shards are merged into."""
-        if isinstance(values, dict) and isinstance(values.get("shards"), int) and values["shards"] > 1:
-            return _within(values, Path("shards") / f"{values.get('shard', 0)}-of-{values['shards']}")
-        return values
-
     @property
-    def merged_dir(self) -> Path:
-        """Where the whole cohort's prepared scans lie in the end."""
-        return self.output_dir.parent.parent if self.shards > 1 else self.output_dir
+    def run_dir(self) -> Path:
+        """A shard's own folder, in `shards/` of the one that all shards are merged into."""
+        return self.output_dir / "shards" / f"{self.shard}-of-{self.shards}" if self.shards > 1 else self.output_dir
 
     def problems(self) -> list[str]:
         problems = _cohort_problems(self.cohort, self.contrast)
@@ -119,7 +114,7 @@ class Pretrain(Parameters):
     objective: Literal["simclr", "mae"] = "simclr"
     architecture: Architecture = "resnet18_narrow"
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
-    epochs: Annotated[int, Field(ge=0)] = 4  # 0: only say what a run would need
+    epochs: Annotated[int, Field(ge=0)] = 20  # 0: only say what a run would need
     batch_size: Annotated[int, Field(ge=2)] = 16  # scans, over all workers
     chunk: Annotated[int, Field(ge=0)] = 0  # scans of a worker that run at a time; 0: all; BatchNorm sees the chunk
     accumulate: Positive = 1  # batches whose mean gradient makes one step
@@ -147,11 +142,10 @@ class Pretrain(Parameters):
     verify: bool = False  # check every scan's checksum before training, not only that it is there (minutes to hours)
     seed: Seed = 0
 
-    @model_validator(mode="before")
-    @classmethod
-    def _own_folder(cls, values: Any) -> Any:
-        """A plan is a run of its own, in `plan` of the folder that the real run will have."""
-        return _within(values, Path("plan")) if isinstance(values, dict) and values.get("epochs") == 0 else values
+    @property
+    def run_dir(self) -> Path:
+        """A plan lies in `plan/` of the folder that the real run will have."""
+        return self.output_dir if self.epochs else self.output_dir / "plan"
 
     def processes(self) -> int:
         """Processes over all nodes."""
@@ -184,7 +178,8 @@ class Tuning(Parameters):
     """What fine-tuning takes, of one encoder and of many."""
 
     prepared: ProjectPath
-    out_of_distribution: ProjectPath | None = None  # prepared scans of other sites, tested beside the test set
+    # prepared scans of other sites, tested besides; null: rows of `prepared` whose split says so, if there are any
+    out_of_distribution: ProjectPath | None = None
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
     batch_size: Annotated[int, Field(ge=2)] = 16
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
@@ -209,7 +204,7 @@ class Finetune(Tuning):
     """3_finetune: a label predicted from an encoder."""
 
     encoder: str  # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain
-    task: str = "age"  # a label column
+    task: str = "stroke"  # a label column
     task_type: TaskType = "auto"
     missing_codes: list[Code] = []  # values of the label that mean missing, such as 9, 999 or NA
     mode: Literal["probe", "finetune"] = "finetune"
@@ -293,14 +288,6 @@ def _cohort_problems(cohort: str, contrast: str = "T1w") -> list[str]:
     except CohortError as error:
         return [f"cohort: {error}"]
     return []
-
-
-def _within(values: dict[str, Any], own: Path) -> dict[str, Any]:
-    """The values with `own` at the end of their output_dir, once."""
-    folder = Path(values.get("output_dir") or "")
-    if not values.get("output_dir") or folder.parts[-len(own.parts):] == own.parts:
-        return values
-    return {**values, "output_dir": str(folder / own)}
 
 
 def _prepared_problems(name: str, folder: Path) -> list[str]:

@@ -40,6 +40,11 @@ class Parameters(BaseModel):
 
     output_dir: ProjectPath
 
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run: `output_dir`, or a part of it."""
+        return self.output_dir
+
     def problems(self) -> list[str]:
         """What is wrong with the files that the parameters name; looked at before any work."""
         return []
@@ -158,9 +163,24 @@ def check(model: type[Model], values: Mapping[str, Any]) -> Model:
         raise ParameterError(_listing(faults + odd)) from None
     if odd := _odd(values, dict(params)):
         raise ParameterError(_listing(odd))
-    if problems := getattr(params, "problems", list)():  # a recipe has nothing outside itself to check
-        raise ParameterError(_listing(problems))
+    if isinstance(params, Parameters) and (problems := _of_the_sample(params) or params.problems()):
+        raise ParameterError(_listing(problems))  # a recipe has nothing outside itself to check
     return params
+
+
+def _of_the_sample(params: Parameters) -> list[str]:
+    """The sample cohort's quick runs, named beside another cohort: a cell's defaults that nobody changed."""
+    values, quick = dict(params), resolve("outputs/quick")
+    source = "cohort" if values.get("prepared") is None else "prepared"
+    if values[source] == "sample" or _is_within(values[source], quick):
+        return []
+    paths = {name: list(value.values()) if isinstance(value, dict) else [value] for name, value in values.items()}
+    return [f"{name}: {shown(resolve(path))} is of the sample cohort, and {source} is not; name yours"
+            for name, found in paths.items() for path in found if _is_within(path, quick)]
+
+
+def _is_within(value: Any, folder: Path) -> bool:
+    return isinstance(value, str | Path) and resolve(value).is_relative_to(folder)
 
 
 def _odd(given: Any, read: Any = None, name: str = "") -> list[str]:

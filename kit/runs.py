@@ -163,7 +163,7 @@ class Run:
     @classmethod
     def of(cls, params: Any) -> Run:
         """Take the folder that a notebook's parameters name; see `open`."""
-        return cls.open(params.output_dir, params.plain(), params.may_change, params.defaults())
+        return cls.open(params.run_dir, params.plain(), params.may_change, params.defaults())
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name

@@ -155,6 +155,38 @@ def test_refusing_needs_neither_torch_nor_monai():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_the_cell_of_parameters_repeats_the_defaults(notebook):
+    from kit.execute import defaults
+
+    model, cell = NOTEBOOKS[notebook], defaults(notebook)
+    assert set(cell) <= set(model.model_fields)
+    paths = {name for name, field in model.model_fields.items() if field.is_required()}
+    assert paths <= set(cell) and cell["output_dir"] == f"outputs/quick/{notebook}"
+    differ = {name: (value, model.defaults()[name]) for name, value in model.model_validate(cell).plain().items()
+              if name not in paths and value != model.defaults()[name]}
+    assert not differ
+
+
+@pytest.mark.parametrize(("notebook", "values", "named"), [
+    ("1_preprocess", {"cohort": "COHORT"}, ["output_dir"]),
+    ("2_pretrain", {"prepared": "PREPARED"}, ["output_dir"]),
+    ("3_finetune", {"prepared": "PREPARED", "task": "sex", "output_dir": "outputs/mine"}, ["encoder"]),
+    ("4_saliency", {"prepared": "PREPARED"}, ["model", "output_dir"]),
+    ("5_benchmark", {"prepared": "PREPARED", "output_dir": "outputs/mine"}, ["encoders"]),
+])
+def test_another_cohort_never_meets_the_samples_quick_runs(prepared, tmp_path, notebook, values, named):
+    from kit.execute import parameters
+
+    (tmp_path / "cohort.csv").write_text("image_path\na.nii\n")
+    paths = {"COHORT": str(tmp_path / "cohort.csv"), "PREPARED": str(prepared)}
+    with pytest.raises(ParameterError) as error:
+        parameters(notebook, {name: paths.get(value, value) for name, value in values.items()})
+    for name in named:
+        assert f"{name}: outputs/quick/" in str(error.value) and "is of the sample cohort" in str(error.value)
+    assert str(error.value).startswith(f"{len(named)} thing")
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "params").rglob("[0-9]_*.yaml")), ids=lambda file: file.stem)
 def test_parameter_files_fit_their_models(file):
     from kit.execute import notebook_of

@@ -131,9 +131,17 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
 
 
 def open_stores(params: Tuning) -> dict[str, Store]:
-    """The stores that the parameters name, by `prepared` and `out_of_distribution`."""
-    named = {"prepared": params.prepared, "out_of_distribution": params.out_of_distribution}
-    return {name: Store.open(folder) for name, folder in named.items() if folder is not None}
+    """The stores that the parameters name, by `prepared` and `out_of_distribution`.
+
+    Where the second is not named, it is the first, if rows of that have the split out_of_distribution.
+    """
+    stores = {"prepared": Store.open(params.prepared)}
+    index = stores["prepared"].index
+    if params.out_of_distribution is not None:
+        stores["out_of_distribution"] = Store.open(params.out_of_distribution)
+    elif "split" in index and (index["split"] == "out_of_distribution").any():
+        stores["out_of_distribution"] = stores["prepared"]
+    return stores
 
 
 def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Module,

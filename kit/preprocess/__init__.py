@@ -16,5 +16,4 @@
 - ``pool``        many tasks over a few processes, one of which may be killed
 - ``index``       the index, the failed scans, shards merged
 - ``preprocess``  one scan, then a cohort, into the store
-- ``registration_check``  registration against known moves
 """

@@ -17,10 +17,10 @@ from kit.cohort.tables import PROCEDURAL
 from kit.preprocess.nifti import read_nifti, write_nifti
 from kit.preprocess.pool import run_all
 from kit.preprocess.resample import resample
-from kit.runs import outputs_dir, progress, write_json, write_table, write_whole
+from kit.runs import outputs_dir, progress, write_json, write_whole
 from kit.sample.anatomy import GENERATOR_VERSION, stream
 from kit.sample.atlas import load_atlas
-from kit.sample.scan import SITES, make_scan, rigid
+from kit.sample.scan import SITES, make_scan
 from kit.store.store import Store, read_transform
 
 # Shares of the participants. Half of those in pretrain have a second session.
@@ -58,36 +58,6 @@ def sample_cohort(
     return folder
 
 
-def moved_cohort(scans: int = 12, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None) -> Path:
-    """Return a BIDS folder of scans with moved heads, to measure registration against the known move.
-
-    Each participant has `ses-01`, near template space, and `ses-02`: the same scan with other noise and its
-    head turned by up to 20 degrees and shifted by up to 30 mm, on a grid that holds it whole. `moves.csv`
-    gives `participant, session, m00 ... m33, rotation_deg, translation_mm`; the matrix takes a point of
-    the head from `ses-01` to `ses-02` in RAS mm, and `translation_mm` is the shift of the head's middle.
-
-    Args:
-        scans: how many heads are moved.
-        seed, workers, cache_dir: as in `sample_cohort`; these participants are in no other cohort.
-    """
-    cache = _cache(cache_dir)
-    folder = cache / f"moved-v{GENERATOR_VERSION}-seed{seed}-n{scans}"
-    if (folder / MARKER).exists():
-        return folder
-    still = draw_participants(scans, seed, prefix="sub-moved").drop_duplicates("participant")
-    still = still.drop(columns="split").assign(dataset=f"{PROCEDURAL}moved")
-    moves = [draw_move(seed, participant) for participant in still["participant"]]
-    write_table(folder / "moves.csv", pd.DataFrame(
-        {"participant": participant, "session": "ses-02"}
-        | {f"m{i}{j}": move[i, j] for i in range(4) for j in range(4)}
-        | {"rotation_deg": degrees, "translation_mm": mm}
-        for participant, (move, degrees, mm) in zip(still["participant"], moves, strict=True)))
-    moved = still.assign(session="ses-02", move=[move for move, _, _ in moves])
-    both = pd.concat([still.assign(move=None), moved]).sort_values(["participant", "session"])
-    make_scans(both, folder, seed, workers, cache)
-    return folder
-
-
 def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.DataFrame:
     """Draw who takes part: one row a scan, in the order of the participants' names.
 
@@ -119,14 +89,6 @@ def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.
     scans = pd.concat([table.assign(session="ses-01"), again.assign(session="ses-02")])
     columns = ["participant", "session", *COLUMNS]
     return scans.sort_values(["participant", "session"], ignore_index=True)[columns]
-
-
-def draw_move(seed: int, participant: str) -> tuple[np.ndarray, float, float]:
-    """Draw a rigid move, (4, 4) in RAS mm, with its rotation in degrees and its shift in mm."""
-    rng = stream(seed, participant, "move")
-    axis, direction = (vector / np.linalg.norm(vector) for vector in rng.standard_normal((2, 3)))
-    degrees, mm = rng.uniform(MOST_DEGREES / 4, MOST_DEGREES), rng.uniform(MOST_MM / 4, MOST_MM)
-    return rigid(axis * degrees, direction * mm), degrees, mm
 
 
 def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache: Path) -> None:
@@ -213,7 +175,7 @@ def write_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
                          "Description": f"{NO_PERSON}; seed {seed}, {len(first)} participants"}]}
     write_json(folder / "dataset_description.json", description)
     write_json(_derivatives(folder) / "dataset_description.json", description | {"DatasetType": "derivative"})
-    write_whole(folder / ".bidsignore", lambda aside: aside.write_text(f"{MARKER}\nmoves.csv\n", encoding="utf-8"))
+    write_whole(folder / ".bidsignore", lambda aside: aside.write_text(f"{MARKER}\n", encoding="utf-8"))
 
 
 def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) -> Path:

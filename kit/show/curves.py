@@ -194,26 +194,6 @@ def embedding_map(
     return figure
 
 
-def registration_errors(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
-    """Draw, per scan, how far the head had been moved and how much of it registration left.
-
-    Args:
-        table: `scan`, `moved_mm` (known) and `error_mm` (what remains): mean displacements over the brain.
-    """
-    _need(table, "table", ["scan", "moved_mm", "error_mm"])
-    places = np.arange(len(table))[::-1]
-    figure = blank(620, 24 * len(table) + 90, title, note)
-    axes = figure.subplots()
-    axes.hlines(places, table["error_mm"], table["moved_mm"], color="#bbbbbb", linewidth=1.2)
-    axes.scatter(table["moved_mm"], places, s=24, color="#999999", label="moved by")
-    axes.scatter(table["error_mm"], places, s=24, color="C0", label="left after registration")
-    axes.set_yticks(places, table["scan"])
-    axes.set_xlim(left=0)
-    label(axes, "mean displacement over the brain (mm)", "")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, **LEGEND)
-    return figure
-
-
 def _over_seeds(tidy: pd.DataFrame, *more: str) -> pd.DataFrame:
     """Average value, low and high over seeds, also as `text` (two decimals of AUC, else one); rows as they came.
 

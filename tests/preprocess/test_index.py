@@ -85,11 +85,10 @@ def test_every_scan_is_in_one_shard(tmp_path: Path) -> None:
 def test_a_shard_has_a_folder_of_its_own(tmp_path: Path) -> None:
     values = {"output_dir": str(tmp_path / "out"), "shards": 4, "shard": 3}
     params = check(Preprocess, values)
-    assert params.output_dir == tmp_path / "out" / "shards" / "3-of-4"
-    assert params.merged_dir == tmp_path / "out"
+    assert params.run_dir == tmp_path / "out" / "shards" / "3-of-4" and params.output_dir == tmp_path / "out"
     assert check(Preprocess, params.plain()) == params
     alone = check(Preprocess, {"output_dir": str(tmp_path / "out")})
-    assert alone.output_dir == alone.merged_dir == tmp_path / "out"
+    assert alone.output_dir == alone.run_dir == tmp_path / "out"
     with pytest.raises(ParameterError, match="shard: got 4; 4 shards are numbered 0 to 3"):
         check(Preprocess, values | {"shard": 4})
 

@@ -45,7 +45,7 @@ def cohort(real_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 def prepared(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The three scans at the paper's size, through the notebook."""
     report = run("1_preprocess", {
-        "cohort": str(cohort), "moved_scans": 0, "registration": "rigid", "spacing_mm": 1.0,
+        "cohort": str(cohort), "registration": "rigid", "spacing_mm": 1.0,
         "shape": [150, 192, 192], "output_dir": str(tmp_path_factory.mktemp("real") / "1_preprocess")})
     assert report.stat().st_size > 100_000
     store = Store.open(report.parent)

@@ -24,7 +24,6 @@ from kit.sample import (
     draw_participants,
     effect_masks,
     make_scan,
-    moved_cohort,
     sample_cohort,
     write_effects,
 )
@@ -305,24 +304,3 @@ def test_an_interrupted_making_goes_on_and_a_finished_one_is_kept(cohort, cache)
     assert lost.read_bytes() == data
     assert kept.stat().st_mtime_ns == written
     assert json.loads((cohort / "complete.json").read_text(encoding="utf-8"))["scans"] == len(images)
-
-
-def test_the_moves_map_one_session_to_the_other(cache):
-    folder = moved_cohort(scans=1, seed=0, workers=1, cache_dir=cache)
-    moves = pd.read_csv(folder / "moves.csv")
-    assert list(moves["session"]) == ["ses-02"]
-    row = moves.iloc[0]
-    matrix = np.array([[row[f"m{i}{j}"] for j in range(4)] for i in range(4)])
-    assert np.allclose(matrix[:3, :3] @ matrix[:3, :3].T, np.eye(3)) and np.linalg.det(matrix) > 0
-    angle = np.degrees(np.arccos((np.trace(matrix[:3, :3]) - 1) / 2))
-    assert angle == pytest.approx(row["rotation_deg"]) and 5 <= angle <= 20 and 7.5 <= row["translation_mm"] <= 30
-    still, moved = (nib.load(next(folder.rglob(f"*_{session}_T1w.nii.gz"))) for session in ("ses-01", "ses-02"))
-    still_values, moved_values = (np.asarray(image.dataobj) for image in (still, moved))
-
-    def alike(move):
-        return _correlation_after(move, still_values, still.affine, moved_values, moved.affine)
-
-    assert alike(matrix) > 0.9
-    assert alike(np.eye(4)) < 0.6 and alike(np.linalg.inv(matrix)) < 0.6
-    for axis in range(3):  # nothing is cut off
-        assert not np.take(moved_values, [0, -1], axis).any()

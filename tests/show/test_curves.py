@@ -12,7 +12,6 @@ from kit.show.curves import (
     embedding_map,
     label_efficiency,
     predictions,
-    registration_errors,
     summary,
     training_curves,
     with_interval,
@@ -173,13 +172,6 @@ def test_embedding_map_finds_the_direction_that_varies():
     by_site = embedding_map(embeddings, ["A", "B"] * 20, name="site").axes[0]
     assert names(by_site) == ["A", "B"] and by_site.get_legend().get_title().get_text() == "site"
     assert [len(dots.get_offsets()) for dots in by_site.collections] == [20, 20]
-
-
-def test_registration_errors_join_before_and_after():
-    table = pd.DataFrame({"scan": ["s1", "s2"], "moved_mm": [12.0, 8.0], "error_mm": [0.5, 1.5]})
-    axes = registration_errors(table, note=NOTE).axes[0]
-    np.testing.assert_array_equal(axes.collections[2].get_offsets(), [[0.5, 1], [1.5, 0]])
-    assert {tick.get_position()[1]: tick.get_text() for tick in axes.get_yticklabels()} == {1: "s1", 0: "s2"}
 
 
 def test_pyplot_keeps_no_figure(tidy):

@@ -20,7 +20,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --output={folder}/%a.log
 export PYTHONPATH={root} KIT_PROGRESS=off OMP_NUM_THREADS=1
 cd {root}
-{python} -m kit.execute 1_preprocess -p cohort {folder}/cohort.csv -p mask nonzero -p moved_scans 0 \\
+{python} -m kit.execute 1_preprocess -p cohort {folder}/cohort.csv -p mask nonzero \\
     -p spacing_mm 12 -p shape '[12, 16, 14]' -p workers 1 -p output_dir {folder}/out \\
     -p max_failed_fraction 0.2 -p shards 2 -p shard $SLURM_ARRAY_TASK_ID
 """

@@ -57,5 +57,7 @@ def test_the_plan_says_what_it_assumes(store, tmp_path):
     assert table["gpu_hours"].to_numpy() == pytest.approx(table["gpu_hours"][0])
     if not torch.cuda.is_available():
         assert "ESTIMATED from counted operations" in words and f"{SUSTAINED / 1e12:g} Tflop/s" in words
-    assert len(pretrain(asked, Run.of(asked))) == 0 and not (tmp_path / "run/checkpoints").exists()
+    run = Run.of(asked)
+    assert run.folder == tmp_path / "run/plan" and asked.output_dir == tmp_path / "run"
+    assert len(pretrain(asked, run)) == 0 and not (tmp_path / "run/checkpoints").exists()
     Run.of(params(store, tmp_path / "run", epochs=3))  # the real run's folder is still free
