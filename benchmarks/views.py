@@ -18,7 +18,7 @@ from benchmarks.data import template_scan
 from benchmarks.ratio import Ratio, cpu_seconds, memory_bytes, share, times_better
 from kit.augment.draws import Draw, draw
 from kit.augment.recipe import read_recipe
-from kit.augment.spatial import in_plane, resample, view_to_scan
+from kit.augment.spatial import in_plane, view_to_scan, warp
 from kit.augment.views import make_views
 from kit.device import keep_freed_memory
 from kit.preprocess.nifti import write_nifti
@@ -121,7 +121,7 @@ def measure() -> list[Ratio]:
     oblique, monai = F.affine_grid(theta, [1, 1, *SHAPE], align_corners=False), monai_views()
     view, paper, one, affine, same = cpu_seconds(
         ours, lambda _: monai(image, mask), lambda _: F.grid_sample(images, grid, align_corners=False),
-        lambda _: resample(images[0, 0], masks[0, 0], back),
+        lambda _: warp(images[0, 0], masks[0, 0], back),
         lambda _: F.grid_sample(images, oblique, align_corners=False), repeats=40)
     ratios = [
         times_better("views_paper_vs_monai", view, paper, 4.5, "CPU-seconds",

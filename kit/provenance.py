@@ -261,7 +261,7 @@ def write(folder: Path, made: MadeFrom) -> None:
     write_json(folder / MADE_FROM, made.record)
 
 
-def read(folder: Path) -> MadeFrom | None:
+def read_made_from(folder: Path) -> MadeFrom | None:
     """What a run's folder says that it was made from; None where it says nothing that can be read."""
     try:
         record = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
@@ -274,7 +274,7 @@ def read(folder: Path) -> MadeFrom | None:
     return MadeFrom(record, rows)
 
 
-def renew(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
+def remove_stale(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
     """Remove a run's results where they were made from something else, saying what changed, and note the new inputs.
 
     Args:
@@ -282,7 +282,7 @@ def renew(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
         now: what it is to be made from.
         results: patterns of its files.
     """
-    before, there = read(folder), [path for pattern in results for path in folder.glob(pattern)]
+    before, there = read_made_from(folder), [path for pattern in results for path in folder.glob(pattern)]
     changed = changes(before, now) if before else [OLDER]
     if not changed:
         return
@@ -296,13 +296,13 @@ def renew(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
 
 def write_stamped(path: Path, table: pd.DataFrame) -> None:
     """Write a run's table; with a column `fingerprint`, where its folder says what the run was made from."""
-    made = read(path.parent)
+    made = read_made_from(path.parent)
     write_table(path, table.assign(fingerprint=made.fingerprint) if made else table)
 
 
 def words(folder: Path) -> str:
     """In a line what a run was made from; then what was allowed to differ, a line each."""
-    made = read(folder)
+    made = read_made_from(folder)
     if made is None:
         return f"the run is {OLDER}"
     models = list(made.record.get("models", {"": made.record}).values())

@@ -15,7 +15,7 @@ from kit.provenance import (
     compare,
     fingerprint,
     made_from,
-    read,
+    read_made_from,
     write,
 )
 from tests.conftest import make_store
@@ -51,10 +51,10 @@ def test_every_aspect_counts(store):
 def test_it_comes_back_from_its_folder(store, tmp_path):
     made = account(store)
     write(tmp_path, made)
-    back = read(tmp_path)
+    back = read_made_from(tmp_path)
     assert back.record == made.record and back.rows.equals(made.rows)
     (tmp_path / "made_from.csv").unlink()
-    assert read(tmp_path).rows is None
+    assert read_made_from(tmp_path).rows is None
 
 
 def test_a_scan_that_cannot_be_read_is_another_scan(tmp_path):

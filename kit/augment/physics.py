@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from kit.augment.draws import Draw, detail
 from kit.augment.masking import masked_patches, over_voxels
-from kit.augment.spatial import resample, spread, view_to_scan
+from kit.augment.spatial import scatter, view_to_scan, warp
 
 
 def along(image: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
@@ -109,7 +109,7 @@ def motion(image: torch.Tensor, draw: Draw, movements: int, spacing_mm: float) -
     for start in starts:
         turns, ways = stream.normal(0, draw.motion_mm, (2, 3))
         pose = view_to_scan(Draw(rotation_degrees=tuple(turns), translation_mm=tuple(ways)), image.shape, spacing_mm)
-        moved = torch.fft.fft(spread(*resample(image, everything, pose), image.shape), dim=axis)
+        moved = torch.fft.fft(scatter(*warp(image, everything, pose), image.shape), dim=axis)
         later = (line >= float(start)).view([-1 if number == axis else 1 for number in range(3)])
         k_space = torch.where(later, moved, k_space)
     return torch.fft.ifft(k_space, dim=axis).abs()
@@ -123,7 +123,7 @@ def cutout(image: torch.Tensor, side: float, boxes: int, draw: Draw) -> torch.Te
     return image
 
 
-def patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:
+def fill_patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:
     """Set a share of the patches of a regular grid, so many voxels a side, to zero (He et al. 2022)."""
     widths = (max(1, round(size)),) * 3
     count = math.prod(-(-side // width) for side, width in zip(image.shape, widths, strict=True))

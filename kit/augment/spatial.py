@@ -48,10 +48,10 @@ def _rotation(degrees: Sequence[float]) -> np.ndarray:
     matrix = np.eye(3)
     for axis, angle in enumerate(np.deg2rad(degrees)):
         first, second = [other for other in range(3) if other != axis]
-        turn = np.eye(3)
-        turn[first, first] = turn[second, second] = np.cos(angle)
-        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
-        matrix = turn @ matrix
+        rotation = np.eye(3)
+        rotation[first, first] = rotation[second, second] = np.cos(angle)
+        rotation[first, second], rotation[second, first] = -np.sin(angle), np.sin(angle)
+        matrix = rotation @ matrix
     return matrix
 
 
@@ -88,7 +88,7 @@ def _spline(side: int, apart: float) -> np.ndarray:
     return BSpline.design_matrix(at, np.arange(-3.0, spans + 4), 3).toarray()
 
 
-def resample(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.ndarray | None = None,
+def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.ndarray | None = None,
              apart: float = 1.0, slab: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Resample the brain of one scan through a map.
 
@@ -134,7 +134,7 @@ def brain(volume: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, tor
     return volume.reshape(-1).index_select(0, places), places
 
 
-def spread(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def scatter(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """The volume that has these values at these places, and zeros elsewhere."""
     volume = values.new_zeros(tuple(shape))
     volume.view(-1).scatter_(0, places, values)

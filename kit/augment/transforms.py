@@ -12,8 +12,8 @@ Axes = Annotated[tuple[Literal["z", "y", "x"], ...], Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Turn = Annotated[float, Field(ge=0, le=180)]
-Lean = Annotated[float, Field(ge=0, le=60)]
-Way = Annotated[float, Field(ge=0, le=200)]
+ShearDegrees = Annotated[float, Field(ge=0, le=60)]
+TranslationMm = Annotated[float, Field(ge=0, le=200)]
 
 
 class Transform(BaseModel):
@@ -72,17 +72,17 @@ class Rotate(Transform):
 
 
 class Shear(Transform):
-    """Sliding of z with y, z with x and y with x, each within plus or minus so many degrees."""
+    """Shear of z with y, z with x and y with x, each within plus or minus so many degrees."""
 
     drawn, most = "shear_degrees", 30
-    degrees: tuple[Lean, Lean, Lean]
+    degrees: tuple[ShearDegrees, ShearDegrees, ShearDegrees]
 
 
 class Translate(Transform):
-    """A way along z, y and x, each within plus or minus so many mm."""
+    """A translation along z, y and x, each within plus or minus so many mm."""
 
     drawn, most = "translation_mm", 40
-    mm: tuple[Way, Way, Way]
+    mm: tuple[TranslationMm, TranslationMm, TranslationMm]
 
 
 class Zoom(Ranged):

@@ -13,7 +13,7 @@ from kit.augment import contrast as intensity
 from kit.augment import physics
 from kit.augment.draws import Draw, detail, draw
 from kit.augment.recipe import Recipe, transform_types
-from kit.augment.spatial import bend, resample, spread, view_to_scan
+from kit.augment.spatial import bend, scatter, view_to_scan, warp
 
 ATTEMPTS = 8  # draws of a view before it is centred on the brain
 LEAST_BRAIN = 0.01  # share of the box that must be brain
@@ -85,7 +85,7 @@ def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Reci
               spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The values of the view's brain, and where they lie in the flattened view."""
     shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
-    return resample(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
+    return warp(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
                     apart / spacing_mm)
 
 
@@ -105,7 +105,7 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places
         intensity.magnitude(values)
         _contrast(values, places, shape, drawn, recipe, spacing_mm)
         if _drawn(drawn, BOX):
-            image = _acquisition(spread(values, places, shape), drawn, recipe, spacing_mm)
+            image = _acquisition(scatter(values, places, shape), drawn, recipe, spacing_mm)
             values = image.reshape(-1).index_select(0, places)
         if drawn.rician_sd:
             intensity.rician(values, places, shape, drawn.rician_sd, drawn.field_seed + 2)
@@ -116,7 +116,7 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places
     if drawn.cutout_mm:
         physics.cutout(view, drawn.cutout_mm / spacing_mm, _setting(recipe, "cutout", "boxes"), drawn)
     if drawn.patches:
-        physics.patches(view, drawn.patches, _setting(recipe, "patches", "size_mm") / spacing_mm, drawn)
+        physics.fill_patches(view, drawn.patches, _setting(recipe, "patches", "size_mm") / spacing_mm, drawn)
     if not zscored:
         view.mul_(sd).add_(mean).mul_(inside)
 
@@ -174,7 +174,7 @@ def _setting(recipe: Recipe, name: str, setting: str) -> float:
 
 
 def _centred(drawn: Draw, mask: torch.Tensor) -> Draw:
-    """The same draw with its crop moved to the brain's centre, as far as the scan reaches, and no way from there."""
+    """The same draw with its crop moved to the brain's centre, as far as the scan reaches, and no translation."""
     points = mask.nonzero().float().mean(0).cpu().numpy() if mask.any() else np.asarray(mask.shape) / 2
     size = np.asarray(drawn.crop_size)
     start = np.clip((points + 0.5) / np.asarray(mask.shape) - size / 2, 0, 1 - size)

@@ -14,14 +14,14 @@ from torch import nn
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
-from kit.evaluate.finetune import finetune, inputs, open_stores, sides_of
+from kit.evaluate.finetune import finetune, model_inputs, open_stores, sides_of
 from kit.evaluate.metrics import METRICS
 from kit.evaluate.predict import predict, predict_tested
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import TESTED, Task, check_tested, read_task, score_tested
 from kit.models.encoder_file import load_encoder, noted, side_of, weights_digest
 from kit.params import Benchmark
-from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read
+from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read_made_from
 from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
 from kit.store.dataset import PreparedScans
 from kit.store.store import Store
@@ -63,7 +63,7 @@ def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
 
     memo: dict[Path, str] = {}
     known = {name: {**noted(params.encoders[name], *encoder), "name": name} for name, encoder in encoders.items()}
-    made = {(name, task): inputs(tasks[task], known[name], aliases, allowed, memo)
+    made = {(name, task): model_inputs(tasks[task], known[name], aliases, allowed, memo)
             for name in params.encoders for task in params.tasks}
     tidy, order = current(run, made), {model: place for place, model in enumerate(models_of(params))}
     done = set(tidy[KEYS].itertuples(index=False, name=None))
@@ -96,7 +96,7 @@ def current(run: Run, made: dict[tuple[str, str], MadeFrom]) -> pd.DataFrame:
     Args:
         made: what models are made from, by encoder and task.
     """
-    path, before = run / "tidy.csv", read(run.folder)
+    path, before = run / "tidy.csv", read_made_from(run.folder)
     tidy = read_table(path, text=TEXT) if path.exists() else pd.DataFrame(columns=[*KEYS, "fingerprint"])
     then = before.record["models"] if before else {}
     found = tidy.get("fingerprint", pd.Series("", tidy.index))

@@ -27,7 +27,7 @@ from kit.models.encoder_file import load_encoder, noted, side_of
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
 from kit.params import Finetune, Tuning
-from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, renew
+from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, remove_stale
 from kit.runs import Run, write_json, write_table, write_whole
 from kit.store.sampler import epoch_batches
 from kit.store.store import Store
@@ -47,7 +47,7 @@ def sides_of(stores: dict[str, Store]) -> dict[str, Side]:
             if name == "prepared" or store.folder != stores["prepared"].folder}
 
 
-def inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed: Sequence[str],
+def model_inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed: Sequence[str],
            memo: dict[Path, str] | None = None) -> MadeFrom:
     """What a model of this task is made from.
 
@@ -84,7 +84,7 @@ def finetune(task: Task, encoder: nn.Module, settings: Settings, flip: bool,
               lambda epoch: epoch_batches(participants, size, settings.seed, epoch),
               task.parts["validation"].scans(), settings, folder)
     if folder:
-        objective.load_state_dict(checkpoint.read(folder / "checkpoints", "best")["model"])
+        objective.load_state_dict(checkpoint.read_checkpoint(folder / "checkpoints", "best")["model"])
     return predictor, log
 
 
@@ -111,8 +111,8 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
                      params.accept_flags, params.missing_codes, params.rows_are_people, aliases)
     check_tested(task, record, params.allow_seen_participants, aliases)
     task = task.with_labels_for(params.label_fraction, params.seed)
-    made = inputs(task, noted(params.encoder, encoder, record), aliases, allowed)
-    renew(run.folder, made, RESULTS)
+    made = model_inputs(task, noted(params.encoder, encoder, record), aliases, allowed)
+    remove_stale(run.folder, made, RESULTS)
     if (run / "predictions.csv").exists() and (run / "metrics.json").exists():
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         return task, read_table(run / "predictions.csv", text=NAMES), metrics

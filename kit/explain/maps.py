@@ -20,7 +20,17 @@ from kit.explain.saliency import Maps, saliency
 from kit.models.encoder_file import weights_digest
 from kit.params import Saliency
 from kit.preprocess.nifti import read_nifti, write_nifti
-from kit.provenance import OLDER, MisfitError, Side, Used, check_fit, made_from, read, renew, write_stamped
+from kit.provenance import (
+    OLDER,
+    MisfitError,
+    Side,
+    Used,
+    check_fit,
+    made_from,
+    read_made_from,
+    remove_stale,
+    write_stamped,
+)
 from kit.reading import read_yaml
 from kit.runs import Run, shown
 from kit.store.store import Store
@@ -43,9 +53,9 @@ def open_model(params: Saliency, store: Store, run: Run) -> tuple[nn.Module, dic
     """
     allowed = check_model(params.model, store, params.allow_differences)
     predictor, record = load_predictor(params.model, store.record)
-    chosen = choose_scans(params.model, store, params.participants)
+    chosen = scans_to_explain(params.model, store, params.participants)
     model = {"from": shown(params.model), "weights": weights_digest(predictor)}
-    renew(run.folder, made_from([Used("prepared", "drawn", store, chosen, participant_ids(chosen))], model=model,
+    remove_stale(run.folder, made_from([Used("prepared", "drawn", store, chosen, participant_ids(chosen))], model=model,
                                 allowed=allowed), RESULTS)
     return predictor, record, chosen
 
@@ -65,7 +75,7 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
         MisfitError: the scans were prepared differently, or tested scans are gone, or their voxels or labels have
             changed.
     """
-    record, made, allowed = json.loads((folder / "task.json").read_text(encoding="utf-8")), read(folder), []
+    record, made, allowed = json.loads((folder / "task.json").read_text(encoding="utf-8")), read_made_from(folder), []
     if "preparation" in record:
         sources = record["made_from"]["prepared"]["mask_sources"]
         allowed = check_fit({"model": Side(shown(folder), record["preparation"], sources), "prepared": Side.of(store)},
@@ -92,7 +102,7 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
     return allowed
 
 
-def choose_scans(model: Path, store: Store, count: int) -> pd.DataFrame:
+def scans_to_explain(model: Path, store: Store, count: int) -> pd.DataFrame:
     """Rows of the index: test participants of whom a model rightly predicts the most.
 
     Of the positive class those with the highest score; of a number those with the highest prediction. One scan

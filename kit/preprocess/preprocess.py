@@ -152,7 +152,7 @@ def _to_template_space(task: ScanTask, known: dict[str, Any]) -> tuple[np.ndarra
                           "quality": {"mask_source": head.brain.source, "header_note": head.brain.note, **metrics}}
 
 
-class Head(NamedTuple):
+class UprightScan(NamedTuple):
     """A scan, upright, and its brain."""
 
     array: np.ndarray  # float32 (z, y, x)
@@ -162,7 +162,7 @@ class Head(NamedTuple):
     pose: np.ndarray | None = None  # as it was shown to deepbet again; see `_level_mask`
 
 
-def _upright_head(task: ScanTask, known: dict[str, Any]) -> Head:
+def _upright_head(task: ScanTask, known: dict[str, Any]) -> UprightScan:
     """Read a scan, find its brain, and turn both upright where the header's orientation is wrong.
 
     deepbet looks for upright heads, and finds half a brain in others: where its brain is not much like the template's,
@@ -171,7 +171,7 @@ def _upright_head(task: ScanTask, known: dict[str, Any]) -> Head:
     """
     kind, no_codes_ok = task.settings.mask, task.settings.orientation_unknown == "assume_ras"
     array, affine = read_scan(task.image_path, no_codes_ok=no_codes_ok)
-    head = Head(array, affine, brain.find_brain(kind, array, affine, task.mask_path, no_codes_ok,
+    head = UprightScan(array, affine, brain.find_brain(kind, array, affine, task.mask_path, no_codes_ok,
                                                 other_form(task.image_path)))
     if task.settings.registration == "none":
         return head
@@ -192,7 +192,7 @@ def _upright_head(task: ScanTask, known: dict[str, Any]) -> Head:
     return head
 
 
-def _orientation(head: Head) -> np.ndarray:
+def _orientation(head: UprightScan) -> np.ndarray:
     """Return the likeliest of 24 orientations, (4, 4)."""
     if head.brain.source != "deepbet":
         return find_orientation(head.array, head.affine, head.brain.mask)
@@ -208,7 +208,7 @@ def _quick_look(array: np.ndarray, affine: np.ndarray) -> float:
         return 0.0
 
 
-def _turn(head: Head, orientation: np.ndarray) -> Head:
+def _turn(head: UprightScan, orientation: np.ndarray) -> UprightScan:
     """Undo a wrong orientation of a head; deepbet looks anew."""
     if np.array_equal(orientation, np.eye(4)):
         return head
@@ -217,10 +217,10 @@ def _turn(head: Head, orientation: np.ndarray) -> Head:
         mask = brain.deepbet_mask(array)
     else:
         mask = _turned(head.brain.mask.astype(np.float32), head.affine, orientation)[0] > 0.5
-    return Head(array, affine, head.brain._replace(mask=mask), orientation)
+    return UprightScan(array, affine, head.brain._replace(mask=mask), orientation)
 
 
-def _level(head: Head, pose: np.ndarray) -> Head:
+def _level(head: UprightScan, pose: np.ndarray) -> UprightScan:
     """Let deepbet look again at a tilted head, level and cut out about the brain.
 
     `pose` (4, 4) takes the level box's millimetres, from the brain's centre, to the head's.

@@ -87,7 +87,7 @@ def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms:
     found = {
         "template_similarity": correlation(np.where(brain, image, 0), like, like_brain),
         "mask_overlap": dice(brain, like_brain),
-        "contrast": contrast(image, brain),
+        "contrast": t1_contrast(image, brain),
         "brain_ml": millilitres(mask, affine),
         "largest_piece": largest_piece(mask),
         "bright_edge": bright_edge(image, brain),
@@ -103,7 +103,7 @@ def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms:
     return {name: round(float(found[name]), 4) for name in QC_METRICS}
 
 
-def contrast(image: np.ndarray, brain: np.ndarray) -> float:
+def t1_contrast(image: np.ndarray, brain: np.ndarray) -> float:
     """Return how much brighter white matter is than grey nearby, in standard deviations of the brain; on `QC_GRID`.
 
     Positive in T1-weighted scans of people older than about a year; negative in T2-weighted scans and in FLAIR. Means

@@ -97,7 +97,7 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
     `scans` has rows as from `draw_participants`, and a column `move` ((4, 4) or None) if heads are moved;
     `cache` is the folder that keeps the atlas.
     """
-    write_tables(scans, folder, seed)
+    write_bids_tables(scans, folder, seed)
     rows = scans.to_dict("records")
     missing = [row for row in rows if not _image_path(folder, row["participant"], row["session"]).exists()]
     atlas_path = cache / f"atlas-v{GENERATOR_VERSION}.npz"
@@ -158,7 +158,7 @@ def write_effects(bids_folder: Path | str, store: Store, rows: pd.DataFrame, fol
     return written
 
 
-def write_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
+def write_bids_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
     """Write participants.tsv, what its columns mean, sessions.tsv where age varies, and descriptions."""
     first = scans.drop_duplicates("participant").rename(columns={"participant": "participant_id"})
     columns = [name for name in COLUMNS if name in scans]

@@ -116,7 +116,7 @@ class Saver:
         warnings.warn(f"{word}; trying again for {left:.1f} minutes", stacklevel=3)
 
 
-def read(folder: Path, name: str | None = None) -> dict[str, Any] | None:
+def read_checkpoint(folder: Path, name: str | None = None) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, or the named one; None where there is none.
 
     A checkpoint that cannot be read is named in a warning and left where it is.

@@ -259,7 +259,7 @@ class State:
         Raises:
             CheckpointError: it is of other parameters.
         """
-        found = checkpoint.read(self.folder / "checkpoints") if self.folder else None
+        found = checkpoint.read_checkpoint(self.folder / "checkpoints") if self.folder else None
         if found is None:
             return
         checkpoint.check_same(found, self.params, self.folder, self.defaults)

@@ -2,7 +2,7 @@
 
 - alignment and uniformity of the two views: Wang & Isola 2020 (arXiv 2005.10242), alpha 2, t 2
 - effective rank of the features: RankMe, Garrido et al. 2023 (arXiv 2210.02885)
-- spread: each embedding dimension's standard deviation on the unit sphere, times the root of the width; 1 is even
+- std: each embedding dimension's standard deviation on the unit sphere, times the root of the width; 1 is even
 - probes: what a nearest-neighbour or ridge model reads off the features, across participants
 """
 
@@ -42,7 +42,7 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
         scans, rows: held-out scans, and their rows of the index in the same order.
 
     Returns:
-        rank (at most scans - 1); for SimCLR alignment, uniformity, spread, found (share of views whose nearest
+        rank (at most scans - 1); for SimCLR alignment, uniformity, std, found (share of views whose nearest
         among all views of all scans is the right one; by chance 1 / (2 scans - 1));
         `probe_LABEL` for each label: balanced accuracy, or the coefficient of determination of a number.
     """
@@ -51,7 +51,7 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
     if views is not None:
         first, second = F.normalize(views, dim=-1)
         both, (_, top1) = torch.cat([first, second]), nt_xent(first, second, 1.0, gather=False)
-        found |= {"alignment": alignment(first, second), "uniformity": uniformity(both), "spread": spread(both),
+        found |= {"alignment": alignment(first, second), "uniformity": uniformity(both), "std": std(both),
                   "found": float(top1)}
     people = participant_ids(rows).to_numpy()
     for name in LABELS:
@@ -84,7 +84,7 @@ def uniformity(points: torch.Tensor) -> float:
     return float(torch.pdist(points).square().mul(-2).exp().mean().log())
 
 
-def spread(points: torch.Tensor) -> float:
+def std(points: torch.Tensor) -> float:
     """Mean standard deviation of unit vectors (points, width) per axis, times sqrt(width): 0 collapsed, 1 even."""
     return float(points.std(0).mean() * math.sqrt(points.shape[1]))
 
@@ -130,7 +130,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, held_out: int = 0)
     """One line in plain words: learning, not learning, collapsed, memorising site or the scans; and why.
 
     - Few partners are found: less than twice chance, and less than chance and a tenth (at batch 2, 43 % of views).
-    - Collapsed: few partners are found, and spread is below 0.1 or uniformity above -0.05; or the effective rank is
+    - Collapsed: few partners are found, and std is below 0.1 or uniformity above -0.05; or the effective rank is
       below 1.5 and below half of what it was at first (it is less than the number of held-out scans).
     - Not learning: the loss is less than 1 % down, or few partners are found.
     - Memorising site: of the way from chance to certainty the probe of site went 60 %, 10 % of it in training.
@@ -150,8 +150,8 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, held_out: int = 0)
     last, fell = log.iloc[-1], (log["loss"].iloc[0] - log["loss"].iloc[-1]) / abs(log["loss"].iloc[0])
     now, start = (seen.iloc[-1], seen.iloc[0]) if len(seen) else ({}, {})
     lost = "top1" not in last or last["top1"] < min(2 * chance, chance + 0.1)
-    if lost and "spread" in now and (now["spread"] < 0.1 or now["uniformity"] > -0.05):
-        return (f"COLLAPSED: all scans get nearly the same embedding (spread {now['spread']:.2f} of 1, uniformity "
+    if lost and "std" in now and (now["std"] < 0.1 or now["uniformity"] > -0.05):
+        return (f"COLLAPSED: all scans get nearly the same embedding (std {now['std']:.2f} of 1, uniformity "
                 f"{now['uniformity']:.2f}); lower learning_rate, warm up longer, or take a larger batch")
     if "rank" in now and now["rank"] < min(1.5, 0.5 * start["rank"]):
         return (f"COLLAPSED: the features of all scans lie on one line (effective rank {now['rank']:.1f}, "

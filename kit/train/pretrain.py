@@ -24,7 +24,7 @@ from kit.models.encoders import build_encoder
 from kit.models.mae import reconstruct
 from kit.params import Pretrain
 from kit.preprocess.quality import usable
-from kit.provenance import OLDER, MadeFrom, Used, changes, made_from, read, write
+from kit.provenance import OLDER, MadeFrom, Used, changes, made_from, read_made_from, write
 from kit.reading import ParameterError, read_yaml
 from kit.runs import Run, shown, write_table
 from kit.store.dataset import PreparedScans, collate
@@ -124,7 +124,7 @@ def readable_scans(params: Pretrain, store: Store, folder: Path | None) -> tuple
     return learned, held_out
 
 
-def inputs(params: Pretrain, store: Store, folder: Path | None = None) -> MadeFrom:
+def pretrain_inputs(params: Pretrain, store: Store, folder: Path | None = None) -> MadeFrom:
     """What an encoder is made from: of the index only what decides who is learned from, and whose scans they are."""
     parts = zip(("learned from", "held out"), readable_scans(params, store, folder), strict=True)
     return made_from([Used("prepared", part, store, rows, participant_ids(rows)) for part, rows in parts],
@@ -139,13 +139,15 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
     Raises:
         CheckpointError: everything that has changed is listed.
     """
-    now, finished = inputs(params, Store.open(params.prepared), folder), (folder / "encoder.safetensors").exists()
+    now = pretrain_inputs(params, Store.open(params.prepared), folder)
+    finished = (folder / "encoder.safetensors").exists()
     if not finished and not any((folder / f"checkpoints/{name}.pt").exists() for name in ("last", "previous")):
         write(folder, now)
         return
-    before = read(folder)
+    before = read_made_from(folder)
     if finished or before is None:  # what lies with the weights knows best
-        kept = read_record(folder) if finished else (checkpoint.read(folder / "checkpoints") or {}).get("params", {})
+        begun = {} if finished else checkpoint.read_checkpoint(folder / "checkpoints") or {}
+        kept = read_record(folder) if finished else begun.get("params", {})
         if before is None or before.record != kept.get("made_from"):
             before = MadeFrom(kept["made_from"]) if "made_from" in kept else None
     if before is None:
@@ -159,7 +161,7 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
         raise CheckpointError(f"{shown(folder)} was trained on other inputs than lie there now:\n  "
                               + "\n  ".join(lines) + "\ngive another output_dir, or delete that folder"
                               + ("" if finished else "; or bring the scans back as they were, and it goes on"))
-    if read(folder) is None:
+    if read_made_from(folder) is None:
         write(folder, MadeFrom(before.record, now.rows))
 
 
@@ -167,7 +169,7 @@ def status(params: Pretrain, run: Run) -> str:
     """In one line, how far a run is."""
     if (run / "encoder.safetensors").exists():
         return f"finished: {params.epochs} epochs"
-    state = checkpoint.read(run / "checkpoints")
+    state = checkpoint.read_checkpoint(run / "checkpoints")
     if state is None:
         return "nothing trained yet"
     place = state["position"]
@@ -254,7 +256,7 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
     """The objective with the last checkpoint's weights, and its store."""
     store = Store.open(params.prepared)
     model = build_objective(params, store)
-    model.load_state_dict(checkpoint.weights(checkpoint.read(run / "checkpoints")))
+    model.load_state_dict(checkpoint.weights(checkpoint.read_checkpoint(run / "checkpoints")))
     return model, store
 
 
@@ -277,7 +279,7 @@ def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Mod
     """The encoder that a run left, with its record; with `params`, that of the last checkpoint of an unfinished run."""
     if params and not (run / "encoder.safetensors").exists():
         model, store = _restored(params, run)
-        return model.encoder, record_of(params, store, model, read(run.folder), run.folder)
+        return model.encoder, record_of(params, store, model, read_made_from(run.folder), run.folder)
     record = read_record(run.folder)
     return load_encoder(run.folder, record["preparation"])
 
@@ -299,7 +301,7 @@ def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFr
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
             "preparation": store.record, "params": params.plain(),
             **seen_by(store, rows, participant_ids(rows), read_aliases(params.aliases)), **views_of(objective),
-            "made_from": (made or inputs(params, store, folder)).record}
+            "made_from": (made or pretrain_inputs(params, store, folder)).record}
 
 
 def train(params: Pretrain, folder: Path) -> None:
@@ -310,7 +312,8 @@ def train(params: Pretrain, folder: Path) -> None:
     if world_size() > 1:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
-    made = read(folder) or inputs(params, store, folder)  # noted by the process that started this one
+    # noted by the process that started this one
+    made = read_made_from(folder) or pretrain_inputs(params, store, folder)
     same |= views_of(objective) | {"made_from": made.record}
     defaults = params.defaults() | {"made_from": made.record}
     try:
@@ -322,7 +325,7 @@ def train(params: Pretrain, folder: Path) -> None:
             write_table(folder / UNFINISHED, stopped.log)
         return
     if rank() == 0:
-        if lines := changes(made, inputs(params, store, folder)):
+        if lines := changes(made, pretrain_inputs(params, store, folder)):
             print("CHANGED WHILE IT WAS TRAINED: " + "; ".join(lines))
             made.record["changed"] = lines
         record = record_of(params, store, objective, made, folder)

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from kit.augment import contrast as intensity
 from kit.augment import physics
 from kit.augment.draws import Draw
-from kit.augment.spatial import _spline, bend, brain, resample, spread, view_to_scan
+from kit.augment.spatial import _spline, bend, brain, scatter, view_to_scan, warp
 
 SHAPE = (20, 26, 23)  # unequal, so that swapped axes cannot hide
 DRAWS = {
@@ -64,8 +64,8 @@ def places(drawn: Draw, spacing_mm: float = 1.0, apart_mm: float = 8.0) -> np.nd
 
 def resampled(image: torch.Tensor, mask: torch.Tensor, *options) -> tuple[torch.Tensor, torch.Tensor]:
     """The view and its mask."""
-    values, places = resample(image, mask, *options)
-    return spread(values, places, image.shape), spread(torch.ones_like(places).bool(), places, image.shape)
+    values, places = warp(image, mask, *options)
+    return scatter(values, places, image.shape), scatter(torch.ones_like(places).bool(), places, image.shape)
 
 
 @pytest.mark.parametrize("name", [*DRAWS, "elastic", "elastic and all"])

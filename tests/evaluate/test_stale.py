@@ -345,7 +345,7 @@ def test_a_half_finished_pretraining_goes_on_with_the_same_scans(store, tmp_path
 def test_a_pretraining_of_an_older_kit_goes_on_and_it_is_said(store, tmp_path, capsys):
     """Its checkpoint lacks what it was made from, and a parameter that is new since."""
     stopped(store, tmp_path / "run")
-    state = checkpoint.read(tmp_path / "run/checkpoints")
+    state = checkpoint.read_checkpoint(tmp_path / "run/checkpoints")
     del state["params"]["made_from"], state["params"]["ema"]
     state["params"]["gone_since"] = None
     torch.save(state, tmp_path / "run/checkpoints/last.pt")

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from kit.explain.maps import choose_scans, known_place
+from kit.explain.maps import known_place, scans_to_explain
 from kit.preprocess.nifti import write_nifti
 from kit.runs import write_table
 from kit.store.store import Store
@@ -24,5 +24,5 @@ def test_participants_of_two_datasets_are_two(tmp_path):
                           "session": ["01", "01", "02", "01"], "dataset": ["A", "B", "B", "A"]})
     write_table(tmp_path / "predictions.csv", index[["scan", "participant"]].assign(
         distribution="in_distribution", true=1.0, predicted=[1.0, 2.0, 3.0, 0.5]))
-    chosen = choose_scans(tmp_path, Store(tmp_path, index, {"shape": [1, 1, 1], "spacing_mm": 1.0}), 3)
+    chosen = scans_to_explain(tmp_path, Store(tmp_path, index, {"shape": [1, 1, 1], "spacing_mm": 1.0}), 3)
     assert chosen["scan"].tolist() == ["3", "1", "4"]

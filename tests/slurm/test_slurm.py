@@ -79,7 +79,7 @@ def test_two_nodes_are_stopped_by_usr1_requeued_and_end_with_one_log(jobs, scans
     job.reach(4)
     job.signal("-b", "-s", "USR1")
     job.wait("PENDING")
-    state = checkpoint.read(job.run / "checkpoints")
+    state = checkpoint.read_checkpoint(job.run / "checkpoints")
     assert state["workers"] == 2 and len(state["log"]) + len(state["losses"]) > 0 and len(state["log"]) < 12
     first = state["log"]
     job.wait("COMPLETED")
@@ -113,7 +113,7 @@ def test_a_job_of_low_priority_makes_room_and_goes_on_where_it_was(jobs, scans, 
     other = jobs.send("--partition=main", "--nodes=2", "--exclusive", "--time=1", f"--output={tmp_path}/other.log",
                       "--wrap=sleep 1")
     job.wait("PENDING", seconds=60)  # Slurm gives it 20 s of grace
-    first = checkpoint.read(job.run / "checkpoints")["log"]
+    first = checkpoint.read_checkpoint(job.run / "checkpoints")["log"]
     assert len(first) < 12 and not (job.run / "encoder.safetensors").exists()
     job.wait("COMPLETED")
     assert jobs.show(other, "JobState") == "COMPLETED" and int(job.show("Restarts")) >= 1
@@ -134,7 +134,7 @@ def test_scancel_leaves_a_usable_checkpoint_and_does_not_requeue(jobs, scans, tm
     job.reach(4)
     job.signal()
     job.wait("CANCELLED")
-    state = checkpoint.read(job.run / "checkpoints")
+    state = checkpoint.read_checkpoint(job.run / "checkpoints")
     assert (job.run / "unfinished.csv").exists() and job.show("Restarts") == "0"  # it was written when asked
     assert len(pd.read_csv(job.run / "unfinished.csv")) == state["position"]["epoch"] + 1
 
@@ -163,7 +163,7 @@ from kit.train.pretrain import pretrain, status
 params = check(Pretrain, json.loads(sys.argv[1]))
 run = Run.of(params)
 pretrain(params, run)
-print(status(params, run), checkpoint.read(run / "checkpoints")["workers"], why_alone())
+print(status(params, run), checkpoint.read_checkpoint(run / "checkpoints")["workers"], why_alone())
 """
 
 STEP = ["srun", "--overlap", "-N1", "-n1", "--mem=1000"]

@@ -51,7 +51,7 @@ def params(store, folder, **changes):
 
 
 def weights(folder):
-    return checkpoint.read(folder / "checkpoints")["model"]
+    return checkpoint.read_checkpoint(folder / "checkpoints")["model"]
 
 
 def same(first, second):
@@ -81,7 +81,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(store, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint, "save", save)
         pretrain(broken, run)
-    state = checkpoint.read(run / "checkpoints")
+    state = checkpoint.read_checkpoint(run / "checkpoints")
     assert len(state["log"]) == 1 and len(state["losses"]) == 1  # within the second epoch
     resumed = pretrain(broken, run)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
     (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = checkpoint.read(folder)
+        state = checkpoint.read_checkpoint(folder)
     assert len(state["log"]) == 1 and (folder / "last.pt").exists()
     assert any(re.search(r"last.pt cannot be read .*it is left as it is", str(item.message)) for item in caught)
 

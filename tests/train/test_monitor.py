@@ -12,7 +12,7 @@ from kit import device
 from kit.params import Pretrain
 from kit.runs import Run
 from kit.store.dataset import PreparedScans
-from kit.train.monitor import alignment, effective_rank, look, quick_probe, spread, uniformity, verdict
+from kit.train.monitor import alignment, effective_rank, look, quick_probe, std, uniformity, verdict
 from kit.train.objectives import SimCLR
 from kit.train.pretrain import build_objective, by_chance, pretrain
 
@@ -22,10 +22,10 @@ def test_closed_forms():
     assert alignment(axes, axes) == 0 and alignment(axes, -axes) == 4
     assert uniformity(axes) == pytest.approx(-4)  # all squared distances are 2
     assert uniformity(torch.ones(5, 4) / 2) == pytest.approx(0, abs=1e-6)
-    assert spread(torch.ones(5, 4) / 2) == pytest.approx(0, abs=1e-6)
+    assert std(torch.ones(5, 4) / 2) == pytest.approx(0, abs=1e-6)
     generator = torch.Generator().manual_seed(0)
     even = F.normalize(torch.randn(4000, 64, generator=generator), dim=1)
-    assert spread(even) == pytest.approx(1, abs=0.02)
+    assert std(even) == pytest.approx(1, abs=0.02)
 
 
 def test_the_rank_counts_directions():
@@ -49,13 +49,13 @@ def test_probes_go_across_participants():
 
 def log(**columns):
     return pd.DataFrame({"epoch": [1, 2], "loss": [3.4, 2.0], "top1": [0.1, 0.8], "rank": [20.0, 25.0],
-                         "spread": [0.9, 0.9], "uniformity": [-2.0, -2.5], **columns})
+                         "std": [0.9, 0.9], "uniformity": [-2.0, -2.5], **columns})
 
 
 @pytest.mark.parametrize(("columns", "word"), [
     ({}, "LEARNING: the loss fell by 41%"),
-    ({"spread": [0.5, 0.01], "uniformity": [-1.0, -0.001], "top1": [0.1, 0.04]}, "COLLAPSED"),
-    ({"spread": [0.2, 0.088], "uniformity": [-0.1, -0.036], "top1": [0.08, 0.375]}, "LEARNING"),  # 4 held-out scans
+    ({"std": [0.5, 0.01], "uniformity": [-1.0, -0.001], "top1": [0.1, 0.04]}, "COLLAPSED"),
+    ({"std": [0.2, 0.088], "uniformity": [-0.1, -0.036], "top1": [0.08, 0.375]}, "LEARNING"),  # 4 held-out scans
     ({"rank": [8.0, 1.1]}, "COLLAPSED"),
     ({"rank": [1.9, 1.4]}, "LEARNING"),  # of 3 held-out scans it is 2 at most
     ({"loss": [3.43, 3.42]}, "NOT LEARNING: the loss"),

@@ -87,7 +87,7 @@ def wait_for_checkpoint(folder: Path, newer_than: float, process) -> None:
 
 def assert_same(first: Path, second: Path) -> None:
     """Weights and the loss curve, bit for bit."""
-    one, two = (checkpoint.read(folder / "checkpoints") for folder in (first, second))
+    one, two = (checkpoint.read_checkpoint(folder / "checkpoints") for folder in (first, second))
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
     logs = [pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (first, second)]
     assert logs[0].equals(logs[1]) and len(logs[0]) == EPOCHS
@@ -255,9 +255,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_is_tried_again(small_disk, mo
     (small_disk / "other").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 2_000_000))
     with pytest.warns(UserWarning, match=r"the disk is full: no checkpoint .*last.pt stays as it was; trying again"):
         assert not saver.save(large)
-    assert torch.equal(checkpoint.read(small_disk / "checkpoints")["weights"], small["weights"]) and saver.due()
+    assert torch.equal(checkpoint.read_checkpoint(small_disk / "checkpoints")["weights"], small["weights"])
+    assert saver.due()
     (small_disk / "other").unlink()
-    assert saver.save(large) and len(checkpoint.read(small_disk / "checkpoints")["weights"]) == 1_000_000
+    assert saver.save(large) and len(checkpoint.read_checkpoint(small_disk / "checkpoints")["weights"]) == 1_000_000
 
     (small_disk / "other").write_bytes(b"x" * shutil.disk_usage(small_disk).free)
     hopeless = Saver(small_disk, minutes=0, retry_minutes=0)
