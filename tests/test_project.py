@@ -1,4 +1,4 @@
-"""The project's own promises: one list of dependencies, commands that exist, budgets that add up, small modules."""
+"""The project's own promises: one list of dependencies, commands that exist, budgets that add up, what the kit needs."""
 
 import re
 import tomllib
@@ -11,7 +11,8 @@ from kit.params import NOTEBOOKS
 from kit.runs import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-NAMED = {re.match(r"[\w.-]+", line).group().lower(): line for line in PROJECT["dependencies"]}
+EXTRAS = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+NAMED = {re.match(r"[\w.-]+", line).group().lower(): line for line in [*PROJECT["dependencies"], *EXTRAS]}
 LOCK = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
             if line and not line.startswith("#"))
 CARD = {"jupyterlab", "torch", "monai", "nibabel", "nilearn", "matplotlib", "ipywidgets", "papermill", "pytest",
@@ -27,9 +28,16 @@ def test_the_lock_pins_every_dependency_within_its_range():
     assert LOCK["torch"] == "2.13.0"
 
 
+def test_the_kit_runs_without_what_tests_and_benchmarks_need():
+    extras = {re.match(r"[\w-]+", line).group().replace("-", "_") for line in EXTRAS} | {"importlinter"}
+    named = {name for path in (ROOT / "kit").rglob("*.py")
+             for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    assert extras and not extras & named
+
+
 def test_every_dependency_says_what_it_is_for():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for line in PROJECT["dependencies"]:
+    for line in [*PROJECT["dependencies"], *EXTRAS]:
         assert re.search(rf'"{re.escape(line)}",\s+# \w', text), f"{line}: no reason beside it"
 
 
