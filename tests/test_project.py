@@ -1,4 +1,4 @@
-"""The project's own promises: one list of dependencies, commands that exist, budgets that add up, what the kit needs."""
+"""The project's own promises: one list of dependencies, commands that exist, budgets that add up."""
 
 import re
 import tomllib

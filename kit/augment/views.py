@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kit.augment import contrast as intensity
-from kit.augment import physics
+from kit.augment import contrast, physics
 from kit.augment.draws import Draw, detail, draw
 from kit.augment.recipe import Recipe, transform_types
 from kit.augment.spatial import bend, scatter, view_to_scan, warp
@@ -100,18 +99,18 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places
     shape = tuple(view.shape)
     if not zscored:
         sd, mean = torch.std_mean(values, correction=0)
-        intensity.z_score(values)
+        contrast.z_score_views(values)
     if _drawn(drawn, GREY + BOX):
-        intensity.magnitude(values)
+        contrast.magnitude(values)
         _contrast(values, places, shape, drawn, recipe, spacing_mm)
         if _drawn(drawn, BOX):
             image = _acquisition(scatter(values, places, shape), drawn, recipe, spacing_mm)
             values = image.reshape(-1).index_select(0, places)
         if drawn.rician_sd:
-            intensity.rician(values, places, shape, drawn.rician_sd, drawn.field_seed + 2)
+            contrast.rician(values, places, shape, drawn.rician_sd, drawn.field_seed + 2)
     if drawn.noise_sd:
-        intensity.noise(values, places, shape, drawn.noise_sd, drawn.field_seed + 1)
-    view.view(-1).scatter_(0, places, intensity.z_score(values))
+        contrast.noise(values, places, shape, drawn.noise_sd, drawn.field_seed + 1)
+    view.view(-1).scatter_(0, places, contrast.z_score_views(values))
     inside.view(-1).index_fill_(0, places, True)
     if drawn.cutout_mm:
         physics.cutout(view, drawn.cutout_mm / spacing_mm, _setting(recipe, "cutout", "boxes"), drawn)
@@ -127,20 +126,20 @@ def _contrast(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], 
     if drawn.scale != 1:
         values.mul_(drawn.scale)
     if drawn.gamma != 1:
-        intensity.gamma(values, drawn.gamma)
+        contrast.gamma(values, drawn.gamma)
     if drawn.gamma_inverted != 1:
-        intensity.gamma(values, drawn.gamma_inverted, inverted=True)
+        contrast.gamma(values, drawn.gamma_inverted, inverted=True)
     if drawn.contrast != 1:
-        intensity.contrast(values, drawn.contrast)
+        contrast.contrast(values, drawn.contrast)
     if drawn.histogram_sd:
         knots = _setting(recipe, "histogram", "knots")
         levels = np.linspace(0, 1, knots + 2)
         levels[1:-1] += detail(drawn, "histogram").normal(0, drawn.histogram_sd, knots)
-        intensity.histogram(values, np.sort(np.clip(levels, 0, 1)).tolist())
+        contrast.histogram(values, np.sort(np.clip(levels, 0, 1)).tolist())
     if drawn.bias_sd:
         apart = _setting(recipe, "bias", "spacing_mm") / spacing_mm
         points = [max(2, math.ceil(side / apart) + 1) for side in shape]
-        intensity.bias_field(values, places, shape, drawn.bias_sd, drawn.field_seed, points)
+        contrast.bias_field(values, places, shape, drawn.bias_sd, drawn.field_seed, points)
 
 
 def _acquisition(image: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> torch.Tensor:

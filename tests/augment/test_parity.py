@@ -7,7 +7,7 @@ from monai.transforms import AdjustContrast, GaussianSmooth
 from scipy import ndimage
 from torch.nn.functional import interpolate
 
-from kit.augment import contrast as intensity
+from kit.augment import contrast
 from kit.augment import physics
 from kit.augment.draws import Draw
 from kit.augment.spatial import _spline, bend, brain, scatter, view_to_scan, warp
@@ -120,39 +120,39 @@ def test_grey_levels_match_monai_and_numpy(scan):
     values, places = brain(*scan)
 
     def unit() -> torch.Tensor:
-        return intensity.magnitude(values.clone())
+        return contrast.magnitude(values.clone())
 
     x = unit().numpy()
     assert x.min() == 0
     for exponent in (0.5, 1.7):
         wanted = AdjustContrast(gamma=exponent)(x)
-        np.testing.assert_allclose(intensity.gamma(unit(), exponent), wanted, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(contrast.gamma(unit(), exponent), wanted, rtol=1e-4, atol=1e-6)
         wanted = x.max() * (1 - (1 - x / x.max()) ** exponent)
-        np.testing.assert_allclose(intensity.gamma(unit(), exponent, True), wanted, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(contrast.gamma(unit(), exponent, True), wanted, rtol=1e-4, atol=1e-6)
     wanted = np.clip((x - x.mean()) * 1.5 + x.mean(), 0, x.max())
-    np.testing.assert_allclose(intensity.contrast(unit(), 1.5), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(contrast.contrast(unit(), 1.5), wanted, rtol=1e-4, atol=1e-6)
     levels = [0, 0.2, 0.7, 1]
     wanted = np.interp(x / x.max(), np.linspace(0, 1, 4), levels) * x.max()
-    np.testing.assert_allclose(intensity.histogram(unit(), levels), wanted, rtol=1e-4, atol=1e-6)
-    z = intensity.z_score(values.clone()).numpy()
+    np.testing.assert_allclose(contrast.histogram(unit(), levels), wanted, rtol=1e-4, atol=1e-6)
+    z = contrast.z_score_views(values.clone()).numpy()
     np.testing.assert_allclose(z, (values - values.mean()) / values.std(correction=0), rtol=1e-4, atol=1e-5)
-    assert not intensity.z_score(torch.full((9,), 3.0)).any()
+    assert not contrast.z_score_views(torch.full((9,), 3.0)).any()
 
 
 def test_fields_and_noise(scan):
     points, everywhere = (3, 4, 2), torch.arange(np.prod(SHAPE))
-    field = intensity.bias_field(torch.ones(np.prod(SHAPE)), everywhere, SHAPE, 0.3, 5, points).log().view(SHAPE)
-    drawn = intensity.normal(points, 5, field) * 0.3
+    field = contrast.bias_field(torch.ones(np.prod(SHAPE)), everywhere, SHAPE, 0.3, 5, points).log().view(SHAPE)
+    drawn = contrast.normal(points, 5, field) * 0.3
     wanted = interpolate(drawn[None, None], SHAPE, mode="trilinear", align_corners=True)[0, 0]
     assert wanted.std() > 0.05
     np.testing.assert_allclose(field, wanted, atol=1e-6)
     _, places = brain(*scan)
     nothing = torch.zeros(len(everywhere))
-    noise = intensity.noise(nothing.clone(), everywhere, SHAPE, 0.5, 1)
+    noise = contrast.noise(nothing.clone(), everywhere, SHAPE, 0.5, 1)
     assert noise.std().item() == pytest.approx(0.5, rel=0.05)
-    assert torch.equal(intensity.noise(nothing[places], places, SHAPE, 0.5, 1), noise[places])  # whatever the mask
+    assert torch.equal(contrast.noise(nothing[places], places, SHAPE, 0.5, 1), noise[places])  # whatever the mask
     # Gudbjartsson and Patz 1995: where there is no signal, a Rayleigh distribution of mean sd * sqrt(pi / 2)
-    rayleigh = intensity.rician(nothing.clone(), everywhere, SHAPE, 0.5, 1)
+    rayleigh = contrast.rician(nothing.clone(), everywhere, SHAPE, 0.5, 1)
     assert rayleigh.mean().item() == pytest.approx(0.5 * np.sqrt(np.pi / 2), rel=0.03)
 
 
@@ -210,6 +210,6 @@ def test_occlusion():
     labels, count = ndimage.label(boxes.numpy() == 0)
     size = [part.stop - part.start for part in ndimage.find_objects(labels)[0]]
     assert count == 1 and max(size) <= 7 and (boxes == 0).sum() == np.prod(size)
-    gone = physics.patches(image.clone(), 0.5, 5, Draw(field_seed=1))[:20, :25, :20].unfold(0, 5, 5).unfold(1, 5, 5)
+    gone = physics.fill_patches(image.clone(), 0.5, 5, Draw(field_seed=1))[:20, :25, :20].unfold(0, 5, 5).unfold(1, 5, 5)
     shares = gone.unfold(2, 5, 5).float().mean((-1, -2, -3))
     assert set(shares.flatten().tolist()) == {0.0, 1.0}  # whole patches

@@ -24,7 +24,7 @@ from kit.models.encoders import build_encoder
 from kit.params import Finetune, Pretrain
 from kit.runs import Run
 from kit.store.dataset import PreparedScans, collate
-from kit.store.store import Store, scan_path, write_scan
+from kit.store.store import Store, StoreError, scan_path, write_scan
 from kit.train import checkpoint
 from kit.train.distributed import (
     AllReducedBatchNorm,
@@ -37,7 +37,7 @@ from kit.train.distributed import (
 from kit.train.loop import Settings, TrainingError, chunks_of, validate
 from kit.train.objectives import SimCLR
 from kit.train.optimizers import learning_rate
-from kit.train.pretrain import build_objective, pretrain
+from kit.train.pretrain import build_objective, choose_scans, pretrain
 from tests.conftest import SHAPE, make_store
 
 RECIPE = Recipe.model_validate({"gamma": {"range": [0.7, 1.4]}, "noise": {"range": [0.1, 0.3]}})
@@ -275,3 +275,40 @@ def test_more_processes_than_scans_of_a_batch_are_refused(monkeypatch):
     monkeypatch.setattr("kit.train.loop.world_size", lambda: 4)
     with pytest.raises(ValueError, match="3 scans .* for 4 processes: take fewer workers"):
         chunks_of([0, 1, 2], 0)
+
+
+def test_scans_that_are_damaged_at_the_start_are_named_and_left_out(tmp_path):
+    store = make_store(tmp_path / "store")
+    whole = params(store, tmp_path / "whole", epochs=1)
+    learned, held_out = choose_scans(whole, store)
+    bad = [learned["scan"].iloc[1], held_out["scan"].iloc[0]]
+    scan_path(store.folder, bad[0]).write_bytes(b"no scan")
+    scan_path(store.folder, bad[1]).unlink()
+    asked = params(store, tmp_path / "run", epochs=1)
+    with pytest.warns(UserWarning, match=f"2 of 32 scans are missing or damaged and left out: {bad[0]}, {bad[1]}"):
+        pretrain(asked, Run.of(asked))
+    assert sorted(pd.read_csv(tmp_path / "run/damaged.csv")["scan"]) == sorted(bad)
+    made = pd.read_csv(tmp_path / "run/made_from.csv")
+    assert len(made) == 30 and not set(bad) & set(made["scan"])
+
+
+def test_a_scan_that_breaks_later_ends_the_run_with_a_checkpoint_and_its_name(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "store")
+    whole = params(store, tmp_path / "whole")
+    log = pretrain(whole, Run.of(whole))
+    asked, read, reads = params(store, tmp_path / "run"), Store.read, []
+
+    def breaks(self, scan, crop=None):
+        reads.append(scan)
+        if len(reads) == 40:  # in the second epoch
+            raise StoreError(f"scan {scan}: damaged")
+        return read(self, scan, crop)
+
+    monkeypatch.setattr(Store, "read", breaks)
+    with pytest.raises(StoreError, match="scan made_"):
+        pretrain(asked, run := Run.of(asked))
+    state = checkpoint.read_checkpoint(tmp_path / "run/checkpoints")
+    assert state["position"]["epoch"] >= 1
+    monkeypatch.undo()
+    again = pretrain(asked, run)  # it was well after all
+    assert np.array_equal(again["loss"], log["loss"]) and same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
