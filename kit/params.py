@@ -44,7 +44,7 @@ class Explore(Parameters):
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
     prepared: ProjectPath | None = None  # prepared scans, instead of `cohort`
-    sample_participants: Annotated[int, Field(ge=40)] = 60  # size of the sample cohort
+    sample_participants: Annotated[int, Field(ge=40)] = 80  # size of the sample cohort
     scans: Annotated[int, Field(ge=2)] = 6  # scans to look at; similarity compares them
     recipe: str = "weak"  # a recipe's name, or a YAML file
     encoder: str = "random:resnet18_narrow"  # whose similarity is shown: as in 3_finetune
@@ -69,7 +69,7 @@ class Preprocess(Parameters):
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV), a BIDS folder, FOMO60K, FOMO300K or OpenMind
     contrast: str = "T1w"  # which scans of a folder: T1w, T2w, FLAIR, T1ce, ...; a table's are all taken
-    sample_participants: Annotated[int, Field(ge=40)] = 60
+    sample_participants: Annotated[int, Field(ge=40)] = 80
     seed: Seed = 0
     bias_correction: BiasCorrection = "none"
     registration: Registration = "none"
@@ -114,14 +114,14 @@ class Pretrain(Parameters):
     objective: Literal["simclr", "mae"] = "simclr"
     architecture: Architecture = "resnet18_narrow"
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
-    epochs: Annotated[int, Field(ge=0)] = 20  # 0: only say what a run would need
+    epochs: Annotated[int, Field(ge=0)] = 30  # 0: only say what a run would need
     batch_size: Annotated[int, Field(ge=2)] = 16  # scans, over all workers
     chunk: Annotated[int, Field(ge=0)] = 0  # scans of a worker that run at a time; 0: all; BatchNorm sees the chunk
     accumulate: Positive = 1  # batches whose mean gradient makes one step
     sampling: Literal["all", "balanced"] = "all"  # an epoch: every scan once, or as many of each dataset
     session_pairs: bool = False  # SimCLR: the two views are of two sessions, where a participant has them
     optimizer: Literal["adam", "adamw", "lars"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 3e-3
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of all steps
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -131,8 +131,8 @@ class Pretrain(Parameters):
     projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches that the MAE must fill in
     normalise_patches: bool = False  # MAE: targets are patches less their mean, over their spread
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants, held out
-    monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the held-out scans; 0: none
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
+    monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
     precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
     retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last

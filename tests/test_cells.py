@@ -213,7 +213,7 @@ def few(folder, rows, **columns):
 
 @pytest.mark.parametrize(("rows", "columns", "words"), [
     (range(16), {"split": ["test"] * 10 + ["train"] * 6},
-     "split: 'pretrain' leaves 0 scans of 0 participants to learn from, besides 0 held out; at least two participants "
+     "split: 'pretrain' leaves 0 scans of 0 participants to learn from, besides 0 for validation; at least two participants "
      "are needed. In PLACE the column split of its index has test 10 scans of 8 participants, train 6 scans of 4 "
      "participants"),
     (range(16), {"split": ["test"] * 14 + ["pretrain"] * 2}, "pretrain 2 scans of 1 participants"),
@@ -242,7 +242,7 @@ def test_a_split_that_lacks_somebody_is_said_with_what_the_table_has(kernel, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rows", "changes"), [
     ("2_pretrain", range(2), {"epochs": 2, "validation_fraction": 0.0}),
-    ("2_pretrain", [0, 1, 4], {"epochs": 2}),  # three scans of three participants, one of them held out
+    ("2_pretrain", [0, 1, 4], {"epochs": 2}),  # three scans of three participants, one of them for validation
     ("2_pretrain", range(8), {"epochs": 1, "validation_fraction": 0.0, "objective": "mae",
                               "architecture": "vit_narrow"}),
     ("0_explore_augmentations", range(1), {}),

@@ -65,7 +65,7 @@ def test_predictions_are_those_of_float32_whatever_stands_outside(store, archite
     assert len(set(plain[:, 0].tolist())) == len(store.index)
 
 
-def test_what_is_measured_on_held_out_scans_is_float32_whatever_stands_outside(store):
+def test_what_is_measured_on_validation_scans_is_float32_whatever_stands_outside(store):
     model, scans = objective(), PreparedScans(store, store.index.head(8))
     plain, (features, views) = validate(model, scans, 8), embed(model, scans)
     with BF16:

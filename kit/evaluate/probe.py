@@ -13,13 +13,13 @@ from kit.evaluate.tasks import TESTED, Task
 PENALTIES = tuple(10.0 ** power for power in range(-4, 5))  # of probes
 
 
-def fit_probe(features: np.ndarray, labels: np.ndarray, held_out_features: np.ndarray, held_out_labels: np.ndarray,
+def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.ndarray, validation_labels: np.ndarray,
               kind: str) -> Pipeline:
-    """Standardise, then logistic or ridge regression; the penalty is the best on held-out participants.
+    """Standardise, then logistic or ridge regression; the penalty is the best on validation participants.
 
     Args:
-        features, held_out_features: (scans, width) float.
-        labels, held_out_labels: (scans,) class 0 or 1, or the number.
+        features, validation_features: (scans, width) float.
+        labels, validation_labels: (scans,) class 0 or 1, or the number.
         kind: "classification" or "regression".
     """
     def fitted(penalty: float) -> Pipeline:
@@ -28,10 +28,10 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, held_out_features: np.nd
         return make_pipeline(StandardScaler(), last).fit(features, labels)
 
     def loss(probe: Pipeline) -> float:
-        guess = predict_probe(probe, held_out_features, kind)
+        guess = predict_probe(probe, validation_features, kind)
         if kind == "classification":
-            return -float(auc(held_out_labels, guess, np.ones((1, len(guess))))[0])  # exact, so that ties are equal
-        return float(np.square(held_out_labels - guess).mean())
+            return -float(auc(validation_labels, guess, np.ones((1, len(guess))))[0])  # exact, so that ties are equal
+        return float(np.square(validation_labels - guess).mean())
 
     # among equals the stronger penalty: it comes first
     return min((fitted(penalty) for penalty in reversed(PENALTIES)), key=loss)

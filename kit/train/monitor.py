@@ -1,4 +1,4 @@
-"""Is it learning? What embeddings of held-out scans say, and a verdict in plain words.
+"""Is it learning? What embeddings of validation scans say, and a verdict in plain words.
 
 - alignment and uniformity of the two views: Wang & Isola 2020 (arXiv 2005.10242), alpha 2, t 2
 - effective rank of the features: RankMe, Garrido et al. 2023 (arXiv 2210.02885)
@@ -31,15 +31,15 @@ from kit.train.loss import nt_xent
 from kit.train.objectives import Objective
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
-LEAST = 20  # participants of a probe, held-out scans of a verdict on the validation loss; fewer say nothing
+LEAST = 20  # participants of a probe, validation scans of a verdict on the validation loss; fewer say nothing
 
 
 def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict[str, float]:
-    """Measure the encoder on held-out scans, in evaluation mode.
+    """Measure the encoder on validation scans, in evaluation mode.
 
     Args:
         objective: see `kit.train.objectives.Objective`.
-        scans, rows: held-out scans, and their rows of the index in the same order.
+        scans, rows: validation scans, and their rows of the index in the same order.
 
     Returns:
         rank (at most scans - 1); for SimCLR alignment, uniformity, std, found (share of views whose nearest
@@ -117,32 +117,32 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
     return float(r2_score(target, guess) if number else balanced_accuracy_score(target, guess))
 
 
-def monitor_of(held_out: PreparedScans, rows: pd.DataFrame, every: int,
+def monitor_of(validation: PreparedScans, rows: pd.DataFrame, every: int,
                epochs: int) -> Callable[[Objective, int], dict[str, float]] | None:
     """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last."""
     if not every or len(rows) < 3:
         return None
-    return lambda objective, epoch: (look(objective, held_out, rows)
+    return lambda objective, epoch: (look(objective, validation, rows)
                                      if epoch % every == 0 or epoch in (1, epochs) else {})
 
 
-def verdict(log: pd.DataFrame, chance: float, sites: int = 0, held_out: int = 0) -> str:
+def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: int = 0) -> str:
     """One line in plain words: learning, not learning, collapsed, memorising site or the scans; and why.
 
     - Few partners are found: less than twice chance, and less than chance and a tenth (at batch 2, 43 % of views).
     - Collapsed: few partners are found, and std is below 0.1 or uniformity above -0.05; or the effective rank is
-      below 1.5 and below half of what it was at first (it is less than the number of held-out scans).
+      below 1.5 and below half of what it was at first (it is less than the number of validation scans).
     - Not learning: the loss is less than 1 % down, or few partners are found.
     - Memorising site: of the way from chance to certainty the probe of site went 60 %, 10 % of it in training.
     - Overfitting: in each of the last three epochs the validation loss lay above its best by a fifth of its first
-      value, and the training loss is lower than at that best. Only with at least 20 held-out scans: that of fewer
+      value, and the training loss is lower than at that best. Only with at least 20 validation scans: that of fewer
       jumps by itself.
 
     Args:
         log: a row an epoch, from `pretrain`.
         chance: share of views that find their partner by chance, see `kit.train.pretrain.by_chance`.
-        sites: how many sites the held-out scans come from; 0 or 1: unknown.
-        held_out: how many scans are held out; 0: unknown.
+        sites: how many sites the validation scans come from; 0 or 1: unknown.
+        validation_scans: how many there are; 0: unknown.
     """
     if len(log) < 2:
         return "too early to say: less than two epochs"
@@ -169,7 +169,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, held_out: int = 0)
             return (f"MEMORISING SITE: where a scan was made can be told from its features in {now[site]:.0%} of cases "
                     f"(chance {1 / sites:.0%}, {start[site]:.0%} at first): the scanner is learned; use stronger "
                     "intensity views, or check the preparation")
-    if held_out >= LEAST and (words := _by_heart(log, held_out)):
+    if validation_scans >= LEAST and (words := _by_heart(log, validation_scans)):
         return words
     words = f"LEARNING: the loss fell by {fell:.0%}"
     if "top1" in last:
@@ -178,7 +178,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, held_out: int = 0)
     return words + (f"; read off the features: {', '.join(probes)}" if probes else "")
 
 
-def _by_heart(log: pd.DataFrame, held_out: int) -> str:
+def _by_heart(log: pd.DataFrame, validation_scans: int) -> str:
     """The verdict on scans that are memorised, or nothing; see `verdict` for when."""
     known = log.dropna(subset=["validation_loss"]) if "validation_loss" in log else log.iloc[:0]
     if len(known) < 4:
@@ -187,7 +187,7 @@ def _by_heart(log: pd.DataFrame, held_out: int) -> str:
     rose = loss.iloc[-3:].min() - best["validation_loss"] > 0.2 * loss.iloc[0]
     if not rose or last["loss"] >= best["loss"]:
         return ""
-    return (f"OVERFITTING: it is memorising the scans: on {held_out} held-out scans the loss was "
+    return (f"OVERFITTING: it is memorising the scans: on {validation_scans} validation scans the loss was "
             f"{best['validation_loss']:.3f} after epoch {best['epoch']:.0f} and is {last['validation_loss']:.3f} now, "
             f"while that of training fell from {best['loss']:.3f} to {last['loss']:.3f}; train for fewer epochs, on "
             "more scans, or with stronger views")

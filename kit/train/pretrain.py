@@ -117,16 +117,16 @@ def readable_scans(params: Pretrain, store: Store, folder: Path | None) -> tuple
         return choose_scans(params, store)
     path = folder / DAMAGED
     damaged = set(read_table(path, text=("scan", "reason"))["scan"]) if path.exists() else set()
-    learned, held_out = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
+    learned, validation = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
     if participant_ids(learned).nunique() < 2:
         raise ParameterError(f"prepared: fewer than two participants are left to learn from, for {len(damaged)} scans "
                              f"are missing or damaged; see {shown(path)}")
-    return learned, held_out
+    return learned, validation
 
 
 def pretrain_inputs(params: Pretrain, store: Store, folder: Path | None = None) -> MadeFrom:
     """What an encoder is made from: of the index only what decides who is learned from, and whose scans they are."""
-    parts = zip(("learned from", "held out"), readable_scans(params, store, folder), strict=True)
+    parts = zip(("learned from", "validation"), readable_scans(params, store, folder), strict=True)
     return made_from([Used("prepared", part, store, rows, participant_ids(rows)) for part, rows in parts],
                      read_aliases(params.aliases))
 
@@ -178,7 +178,7 @@ def status(params: Pretrain, run: Run) -> str:
 
 
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of the index to learn from, and those of the participants that are held out.
+    """Rows of the index to learn from, and those of the participants that are for validation.
 
     Without a column `split`, those that `kit.cohort.split.splits` gives to the test are in neither, unless
     `leave_out_test` is false.
@@ -191,16 +191,16 @@ def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataF
     rows = index[index["split"] == params.split] if "split" in index else index[~_tested(params, every, index)]
     ids = participant_ids(rows)
     out = set(shuffled(ids, params.seed, "held out")[:round(params.validation_fraction * ids.nunique())])
-    learned, held_out = rows[~ids.isin(out)], rows[ids.isin(out)]
+    learned, validation = rows[~ids.isin(out)], rows[ids.isin(out)]
     if (people := participant_ids(learned).nunique()) < 2:
         flagged = f", {len(every) - len(index)} of them unusable and left out"
         tested = "" if "split" in index or not params.leave_out_test else (
             f", {len(index) - len(rows)} left out for testing (leave_out_test)")
         raise ParameterError(
             f"split: {params.split!r} leaves {len(learned)} scans of {people} participants to learn from, besides "
-            f"{len(held_out)} held out; at least two participants are needed. In {shown(store.folder)} "
+            f"{len(validation)} for validation; at least two participants are needed. In {shown(store.folder)} "
             f"{store.contents()}{flagged}{tested}")
-    return learned, held_out
+    return learned, validation
 
 
 def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
@@ -263,11 +263,11 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Held-out scans of an MAE run: the scan, what the network sees, what it fills in within the brain's mask.
 
-    Each (depth, height, width). Where none are held out, scans that were learned from.
+    Each (depth, height, width). Where none are for validation, scans that were learned from.
     """
     model, store = _restored(params, run)
-    learned, held_out = choose_scans(params, store)
-    some = PreparedScans(store, held_out if len(held_out) else learned)
+    learned, validation = choose_scans(params, store)
+    some = PreparedScans(store, validation if len(validation) else learned)
     batch = collate([some[number] for number in range(min(scans, len(some)))])
     images = batch.images.float()
     seen, filled = reconstruct(model.eval().autoencoder, images, model.masks(batch, 0), params.normalise_patches)
@@ -307,7 +307,7 @@ def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFr
 def train(params: Pretrain, folder: Path) -> None:
     """Train in this process, alone or as one of several; see `pretrain`, which starts them."""
     store = Store.open(params.prepared)
-    learned, held_out = readable_scans(params, store, folder)
+    learned, validation = readable_scans(params, store, folder)
     objective = build_objective(params, store)
     if world_size() > 1:
         synchronise_batch_norm(objective)
@@ -317,9 +317,9 @@ def train(params: Pretrain, folder: Path) -> None:
     same |= views_of(objective) | {"made_from": made.record}
     defaults = params.defaults() | {"made_from": made.record}
     try:
-        out, scans = PreparedScans(store, held_out), PreparedScans(store, learned)
+        out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
-            defaults=defaults, may_stop=True, monitor=monitor_of(out, held_out, params.monitor_epochs, params.epochs))
+            defaults=defaults, may_stop=True, monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)

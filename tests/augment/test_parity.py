@@ -7,8 +7,7 @@ from monai.transforms import AdjustContrast, GaussianSmooth
 from scipy import ndimage
 from torch.nn.functional import interpolate
 
-from kit.augment import contrast
-from kit.augment import physics
+from kit.augment import contrast, physics
 from kit.augment.draws import Draw
 from kit.augment.spatial import _spline, bend, brain, scatter, view_to_scan, warp
 
@@ -210,6 +209,6 @@ def test_occlusion():
     labels, count = ndimage.label(boxes.numpy() == 0)
     size = [part.stop - part.start for part in ndimage.find_objects(labels)[0]]
     assert count == 1 and max(size) <= 7 and (boxes == 0).sum() == np.prod(size)
-    gone = physics.fill_patches(image.clone(), 0.5, 5, Draw(field_seed=1))[:20, :25, :20].unfold(0, 5, 5).unfold(1, 5, 5)
-    shares = gone.unfold(2, 5, 5).float().mean((-1, -2, -3))
+    gone = physics.fill_patches(image.clone(), 0.5, 5, Draw(field_seed=1))[:20, :25, :20]
+    shares = gone.unfold(0, 5, 5).unfold(1, 5, 5).unfold(2, 5, 5).float().mean((-1, -2, -3))
     assert set(shares.flatten().tolist()) == {0.0, 1.0}  # whole patches

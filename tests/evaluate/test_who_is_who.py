@@ -143,7 +143,7 @@ def test_people_known_under_two_names_are_found_by_a_table_of_aliases(tmp_path):
     assert finetuned(two, encoder, tmp_path / "a")[2]["in_distribution_mean_absolute_error_participants"] == 5
     people = sorted(set(choose_scans(Pretrain.model_validate({"prepared": one.folder, "output_dir": tmp_path}), one)[0][
         "participant"]))
-    assert len(people) == 17  # of 24, less 5 for testing and 2 held out
+    assert len(people) == 17  # of 24, less 5 for testing and 2 for validation
     rows = [f"{dataset},sub-{name},P{row}" for row, name in enumerate(two.index["participant"].unique())
             for dataset, name in (("oasis", name), ("ADNI", people[row % 17]))]
     rows = [row for row in dict.fromkeys(rows) if int(row.rpartition("P")[2]) < 17]

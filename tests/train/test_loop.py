@@ -259,7 +259,7 @@ def test_logs_are_tables(store, tmp_path):
     assert pd.read_csv(tmp_path / "run/log.csv").equals(log) and "validation_loss" not in log
 
 
-def test_held_out_scans_are_compared_in_equal_groups_whatever_fits_at_a_time(store, monkeypatch):
+def test_validation_scans_are_compared_in_equal_groups_whatever_fits_at_a_time(store, monkeypatch):
     objective = SimCLR(build_encoder("resnet18_narrow", store.grid.shape), RECIPE, projection=[16, 8], temperature=0.1,
                        seed=0, spacing_mm=4.0)
     scans = PreparedScans(store, store.index.head(9))
@@ -280,8 +280,8 @@ def test_more_processes_than_scans_of_a_batch_are_refused(monkeypatch):
 def test_scans_that_are_damaged_at_the_start_are_named_and_left_out(tmp_path):
     store = make_store(tmp_path / "store")
     whole = params(store, tmp_path / "whole", epochs=1)
-    learned, held_out = choose_scans(whole, store)
-    bad = [learned["scan"].iloc[1], held_out["scan"].iloc[0]]
+    learned, validation = choose_scans(whole, store)
+    bad = [learned["scan"].iloc[1], validation["scan"].iloc[0]]
     scan_path(store.folder, bad[0]).write_bytes(b"no scan")
     scan_path(store.folder, bad[1]).unlink()
     asked = params(store, tmp_path / "run", epochs=1)

@@ -55,9 +55,9 @@ def log(**columns):
 @pytest.mark.parametrize(("columns", "word"), [
     ({}, "LEARNING: the loss fell by 41%"),
     ({"std": [0.5, 0.01], "uniformity": [-1.0, -0.001], "top1": [0.1, 0.04]}, "COLLAPSED"),
-    ({"std": [0.2, 0.088], "uniformity": [-0.1, -0.036], "top1": [0.08, 0.375]}, "LEARNING"),  # 4 held-out scans
+    ({"std": [0.2, 0.088], "uniformity": [-0.1, -0.036], "top1": [0.08, 0.375]}, "LEARNING"),  # 4 validation scans
     ({"rank": [8.0, 1.1]}, "COLLAPSED"),
-    ({"rank": [1.9, 1.4]}, "LEARNING"),  # of 3 held-out scans it is 2 at most
+    ({"rank": [1.9, 1.4]}, "LEARNING"),  # of 3 validation scans it is 2 at most
     ({"loss": [3.43, 3.42]}, "NOT LEARNING: the loss"),
     ({"top1": [0.03, 0.04]}, "NOT LEARNING: 4.0% of the views"),
     ({"probe_site": [0.5, 0.95]}, "MEMORISING SITE"),
@@ -74,21 +74,21 @@ def test_how_many_partners_are_more_than_chance_finds(batch, top1, word):
     assert verdict(log(top1=[0.0, top1]), 1 / (2 * batch - 1)).startswith(word)
 
 
-@pytest.mark.parametrize(("validation", "held_out", "word"), [
+@pytest.mark.parametrize(("validation", "validation", "word"), [
     ([2.0, 1.0, 0.8, 1.5, 1.6, 1.7], 40, "OVERFITTING"),
     ([2.0, 1.0, 0.8, 1.5, 1.6, 1.7], 4, "LEARNING"),  # too few scans to say so
     ([2.0, 1.0, 0.8, 0.9, 1.1, 1.1], 40, "LEARNING"),  # within what it jumps
     ([2.0, 1.0, 0.8, 1.5, 0.9, 1.7], 40, "LEARNING"),  # one bad epoch
     ([2.0, 1.0, 0.8, 1.5, 1.6, math.nan], 40, "LEARNING"),  # stopped in an epoch; two remain above the best
 ])
-def test_scans_learned_by_heart_are_called_so(validation, held_out, word):
+def test_scans_learned_by_heart_are_called_so(losses, scans, word):
     train = [3.0, 2.0, 1.5, 1.2, 1.0, 0.9]
-    rows = pd.DataFrame({"epoch": range(1, 7), "loss": train, "top1": 0.8, "validation_loss": validation})
-    said = verdict(rows, 1 / 15, held_out=held_out)
+    rows = pd.DataFrame({"epoch": range(1, 7), "loss": train, "top1": 0.8, "validation_loss": losses})
+    said = verdict(rows, 1 / 15, validation_scans=scans)
     assert said.startswith(word)
     if word == "OVERFITTING":
-        assert "memorising the scans" in said and "0.800 after epoch 3" in said and "40 held-out scans" in said
-        assert verdict(rows.assign(loss=[3.0, 2.0, 1.5, 1.6, 1.7, 1.8]), 1 / 15, held_out=40).startswith("LEARNING")
+        assert "memorising the scans" in said and "0.800 after epoch 3" in said and "40 validation scans" in said
+        assert verdict(rows.assign(loss=[3.0, 2.0, 1.5, 1.6, 1.7, 1.8]), 1 / 15, validation=40).startswith("LEARNING")
 
 
 def test_chance_follows_the_batches_that_are_really_used(store):
