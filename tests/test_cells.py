@@ -213,9 +213,9 @@ def few(folder, rows, **columns):
 
 @pytest.mark.parametrize(("rows", "columns", "words"), [
     (range(16), {"split": ["test"] * 10 + ["train"] * 6},
-     "split: 'pretrain' leaves 0 scans of 0 participants to learn from, besides 0 for validation; at least two participants "
-     "are needed. In PLACE the column split of its index has test 10 scans of 8 participants, train 6 scans of 4 "
-     "participants"),
+     "split: 'pretrain' leaves 0 scans of 0 participants to learn from, besides 0 for validation; at least two "
+     "participants are needed. In PLACE the column split of its index has test 10 scans of 8 participants, train 6 "
+     "scans of 4 participants"),
     (range(16), {"split": ["test"] * 14 + ["pretrain"] * 2}, "pretrain 2 scans of 1 participants"),
     (range(2, 4), {}, "its index has 2 scans of 1 participants and no column split"),
     (range(2), {"split": None}, "the column split of its index has empty 2 scans of 2 participants"),

@@ -74,7 +74,7 @@ def test_how_many_partners_are_more_than_chance_finds(batch, top1, word):
     assert verdict(log(top1=[0.0, top1]), 1 / (2 * batch - 1)).startswith(word)
 
 
-@pytest.mark.parametrize(("validation", "validation", "word"), [
+@pytest.mark.parametrize(("losses", "scans", "word"), [
     ([2.0, 1.0, 0.8, 1.5, 1.6, 1.7], 40, "OVERFITTING"),
     ([2.0, 1.0, 0.8, 1.5, 1.6, 1.7], 4, "LEARNING"),  # too few scans to say so
     ([2.0, 1.0, 0.8, 0.9, 1.1, 1.1], 40, "LEARNING"),  # within what it jumps
@@ -88,7 +88,8 @@ def test_scans_learned_by_heart_are_called_so(losses, scans, word):
     assert said.startswith(word)
     if word == "OVERFITTING":
         assert "memorising the scans" in said and "0.800 after epoch 3" in said and "40 validation scans" in said
-        assert verdict(rows.assign(loss=[3.0, 2.0, 1.5, 1.6, 1.7, 1.8]), 1 / 15, validation=40).startswith("LEARNING")
+        rose = rows.assign(loss=[3.0, 2.0, 1.5, 1.6, 1.7, 1.8])
+        assert verdict(rose, 1 / 15, validation_scans=40).startswith("LEARNING")
 
 
 def test_chance_follows_the_batches_that_are_really_used(store):
