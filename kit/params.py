@@ -42,6 +42,8 @@ def _unusable_flag(name: str) -> str:
 class Explore(Parameters):
     """0_explore_augmentations: look at views before a network does."""
 
+    feeds_others: ClassVar[bool] = False
+
     cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
     prepared: ProjectPath | None = None  # prepared scans, instead of `cohort`
     sample_participants: Annotated[int, Field(ge=40)] = 80  # size of the sample cohort

@@ -37,6 +37,7 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
+    feeds_others: ClassVar[bool] = True  # whether other notebooks read what this one leaves
 
     output_dir: ProjectPath
 
@@ -176,7 +177,8 @@ def _of_the_sample(params: Parameters) -> list[str]:
         return []
     paths = {name: list(value.values()) if isinstance(value, dict) else [value] for name, value in values.items()}
     return [f"{name}: {shown(resolve(path))} is of the sample cohort, and {source} is not; name yours"
-            for name, found in paths.items() for path in found if _is_within(path, quick)]
+            for name, found in paths.items() for path in found
+            if _is_within(path, quick) and (name != "output_dir" or params.feeds_others)]
 
 
 def _is_within(value: Any, folder: Path) -> bool:

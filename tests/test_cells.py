@@ -181,7 +181,7 @@ def test_an_executed_notebook_of_papermill_is_edited_by_hand(kernel):
 def test_two_notebooks_of_one_kernel_keep_their_parameters_apart(kernel, tmp_path):
     store = make_store(tmp_path)
     tune = parameters("3_finetune", prepared=str(store.folder), out_of_distribution=None,
-                      encoder="random:resnet18_narrow", task="lesion")
+                      encoder="random:resnet18_narrow", task="lesion", output_dir="outputs/run")
     for _ in range(2):
         kernel.run(cells("0_explore_augmentations")[0])
         kernel.run(READ)
@@ -221,7 +221,7 @@ def few(folder, rows, **columns):
     (range(2), {"split": None}, "the column split of its index has empty 2 scans of 2 participants"),
 ])
 def test_what_cannot_be_learned_from_is_said_with_what_the_table_has(kernel, tmp_path, rows, columns, words):
-    kernel.run(parameters("2_pretrain", prepared=few(tmp_path, rows, **columns)))
+    kernel.run(parameters("2_pretrain", prepared=few(tmp_path, rows, **columns), output_dir="outputs/run"))
     kernel.run(cells("2_pretrain")[1])
     kernel.run(cells("2_pretrain")[2], fails=words.replace("PLACE", str(tmp_path)))
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_learned_from_is_said_with_what_the_table_has(kernel, tmp
 ])
 def test_a_split_that_lacks_somebody_is_said_with_what_the_table_has(kernel, tmp_path, split, words):
     kernel.run(parameters("3_finetune", prepared=few(tmp_path, range(16), split=split), out_of_distribution=None,
-                          encoder="random:resnet18_narrow", task="age"))
+                          encoder="random:resnet18_narrow", task="age", output_dir="outputs/run"))
     kernel.run(cells("3_finetune")[1])
     kernel.run(cells("3_finetune")[2], fails=words.replace("PLACE", str(tmp_path)))
 
@@ -242,7 +242,7 @@ def test_a_split_that_lacks_somebody_is_said_with_what_the_table_has(kernel, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rows", "changes"), [
     ("2_pretrain", range(2), {"epochs": 2, "validation_fraction": 0.0}),
-    ("2_pretrain", [0, 1, 4], {"epochs": 2}),  # three scans of three participants, one of them for validation
+    ("2_pretrain", [0, 1, 4], {"epochs": 2, "validation_fraction": 0.3}),  # three participants, one for validation
     ("2_pretrain", range(8), {"epochs": 1, "validation_fraction": 0.0, "objective": "mae",
                               "architecture": "vit_narrow"}),
     ("0_explore_augmentations", range(1), {}),
@@ -250,7 +250,7 @@ def test_a_split_that_lacks_somebody_is_said_with_what_the_table_has(kernel, tmp
 ])
 def test_few_scans_go_through_the_whole_notebook(kernel, tmp_path, name, rows, changes):
     folder = few(tmp_path, rows)
-    for cell in [parameters(name, prepared=folder, **changes), *cells(name)[1:]]:
+    for cell in [parameters(name, prepared=folder, output_dir="outputs/run", **changes), *cells(name)[1:]]:
         kernel.run(cell)
 
 

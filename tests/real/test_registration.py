@@ -21,7 +21,7 @@ from tests.real.conftest import HEAD
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-MOVES = 4
+MOVES = 3
 MOST_MM = 0.5
 MARGIN = 30  # voxels around the head, so that a moved one stays in the field of view
 
