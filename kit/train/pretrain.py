@@ -99,11 +99,14 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
 def check_files(params: Pretrain, folder: Path) -> None:
     """Look at the scans' files before training; those that are missing or damaged are named, noted and left out.
 
-    Leaves `damaged.csv` (scan, reason), which the processes that train read.
+    Leaves `damaged.csv` (scan, reason), which the processes that train read. What was left out when a run began stays
+    out when it goes on, though it may have been mended.
     """
-    store = Store.open(params.prepared)
+    store, left_out = Store.open(params.prepared), {}
+    if _has_checkpoint(folder) and (folder / DAMAGED).exists():
+        left_out = _damaged(folder)
     scans = pd.concat(choose_scans(params, store))["scan"].tolist()
-    damaged = unreadable(store, scans, params.verify)
+    damaged = left_out | unreadable(store, [scan for scan in scans if scan not in left_out], params.verify)
     write_table(folder / DAMAGED, pd.DataFrame({"scan": list(damaged), "reason": list(damaged.values())}, dtype=str))
     if damaged:
         warnings.warn(f"{len(damaged)} of {len(scans)} scans are missing or damaged and left out: "
@@ -115,13 +118,21 @@ def readable_scans(params: Pretrain, store: Store, folder: Path | None) -> tuple
     """What `choose_scans` chooses, without what `check_files` found damaged when the run of a folder began."""
     if folder is None:
         return choose_scans(params, store)
-    path = folder / DAMAGED
-    damaged = set(read_table(path, text=("scan", "reason"))["scan"]) if path.exists() else set()
+    damaged = _damaged(folder) if (folder / DAMAGED).exists() else {}
     learned, validation = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
     if participant_ids(learned).nunique() < 2:
         raise ParameterError(f"prepared: fewer than two participants are left to learn from, for {len(damaged)} scans "
-                             f"are missing or damaged; see {shown(path)}")
+                             f"are missing or damaged; see {shown(folder / DAMAGED)}")
     return learned, validation
+
+
+def _damaged(folder: Path) -> dict[str, str]:
+    table = read_table(folder / DAMAGED, text=("scan", "reason"))
+    return dict(zip(table["scan"], table["reason"], strict=True))
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / f"checkpoints/{name}.pt").exists() for name in ("last", "previous"))
 
 
 def pretrain_inputs(params: Pretrain, store: Store, folder: Path | None = None) -> MadeFrom:
@@ -141,7 +152,7 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
     """
     now = pretrain_inputs(params, Store.open(params.prepared), folder)
     finished = (folder / "encoder.safetensors").exists()
-    if not finished and not any((folder / f"checkpoints/{name}.pt").exists() for name in ("last", "previous")):
+    if not finished and not _has_checkpoint(folder):
         write(folder, now)
         return
     before = read_made_from(folder)

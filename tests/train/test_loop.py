@@ -291,6 +291,16 @@ def test_scans_that_are_damaged_at_the_start_are_named_and_left_out(tmp_path):
     made = pd.read_csv(tmp_path / "run/made_from.csv")
     assert len(made) == 30 and not set(bad) & set(made["scan"])
 
+    stopped = params(store, tmp_path / "stopped", epochs=1)
+    (run := Run.of(stopped)).folder.joinpath("stop").touch()
+    with pytest.warns(UserWarning, match="2 of 32 scans"):
+        pretrain(stopped, run)
+    image, mask = store.read(learned["scan"].iloc[0])
+    write_scan(scan_path(store.folder, bad[0]), image, mask, bad[0], store.grid.affine)
+    with pytest.warns(UserWarning, match="2 of 32 scans"):  # mended since: what was left out stays out
+        assert pretrain(stopped, run)["loss"].notna().all()
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "run"))
+
 
 def test_a_scan_that_breaks_later_ends_the_run_with_a_checkpoint_and_its_name(tmp_path, monkeypatch):
     store = make_store(tmp_path / "store")
