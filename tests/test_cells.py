@@ -242,7 +242,7 @@ def test_a_split_that_lacks_somebody_is_said_with_what_the_table_has(kernel, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rows", "changes"), [
     ("2_pretrain", range(2), {"epochs": 2, "validation_fraction": 0.0}),
-    ("2_pretrain", [0, 1, 4], {"epochs": 2, "validation_fraction": 0.3}),  # three participants, one for validation
+    ("2_pretrain", [0, 1, 4], {"epochs": 2}),  # three participants, one of them left out for testing
     ("2_pretrain", range(8), {"epochs": 1, "validation_fraction": 0.0, "objective": "mae",
                               "architecture": "vit_narrow"}),
     ("0_explore_augmentations", range(1), {}),
