@@ -89,7 +89,7 @@ def _spline(side: int, apart: float) -> np.ndarray:
 
 
 def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.ndarray | None = None,
-             apart: float = 1.0, slab: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+         apart: float = 1.0, slab: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Resample the brain of one scan through a map.
 
     Args:

@@ -85,7 +85,7 @@ def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Reci
     """The values of the view's brain, and where they lie in the flattened view."""
     shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
     return warp(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
-                    apart / spacing_mm)
+                apart / spacing_mm)
 
 
 def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places: torch.Tensor, drawn: Draw,

@@ -53,7 +53,7 @@ def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     best = ranks.groupby([table["participant"], table["session"]]).transform("min")
     if (more := ranks != best).any():
         say(f"{shown(folder)}: {int(more.sum())} further scans of a session (run-, acq-, rec-) are left out, one is "
-             "taken; list them in a table, each with a session of its own, to take them all")
+            "taken; list them in a table, each with a session of its own, to take them all")
     return table[~more].drop(columns="others").reset_index(drop=True)
 
 
@@ -101,7 +101,7 @@ def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame) -> pd.
     without = len(set(labels["participant"]) - set(table["participant"]))
     if unlabelled or without:
         say(f"{shown(path)}: {unlabelled} participants with scans are not listed and have no labels; "
-             f"{without} who are listed have no T1-weighted scan")
+            f"{without} who are listed have no T1-weighted scan")
     if "dataset" in labels:  # one folder may hold several datasets: its participants say which
         table = table.rename(columns={"dataset": "named"})
     table = table.merge(labels, on="participant", how="left")
@@ -124,7 +124,7 @@ def _with_session_labels(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
         return table
     if unlisted:
         say(f"{shown(folder)}: {unlisted} sessions are not listed in their sessions.tsv: they have the labels of "
-             "participants.tsv")
+            "participants.tsv")
     both = table.merge(pd.concat(parts, ignore_index=True), on=["participant", "session"], how="left",
                        suffixes=("", " of session"))
     listed = both.pop("listed").notna()

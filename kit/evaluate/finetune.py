@@ -48,7 +48,7 @@ def sides_of(stores: dict[str, Store]) -> dict[str, Side]:
 
 
 def model_inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed: Sequence[str],
-           memo: dict[Path, str] | None = None) -> MadeFrom:
+                 memo: dict[Path, str] | None = None) -> MadeFrom:
     """What a model of this task is made from.
 
     Args:

@@ -55,8 +55,8 @@ def open_model(params: Saliency, store: Store, run: Run) -> tuple[nn.Module, dic
     predictor, record = load_predictor(params.model, store.record)
     chosen = scans_to_explain(params.model, store, params.participants)
     model = {"from": shown(params.model), "weights": weights_digest(predictor)}
-    remove_stale(run.folder, made_from([Used("prepared", "drawn", store, chosen, participant_ids(chosen))], model=model,
-                                allowed=allowed), RESULTS)
+    drawn = Used("prepared", "drawn", store, chosen, participant_ids(chosen))
+    remove_stale(run.folder, made_from([drawn], model=model, allowed=allowed), RESULTS)
     return predictor, record, chosen
 
 

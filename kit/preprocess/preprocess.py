@@ -127,7 +127,7 @@ def prepare_scan(task: ScanTask) -> dict[str, Any] | str:
 def _to_template_space(task: ScanTask, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return the image and the mask on the grid, and the transforms and QC metrics as notes.
 
-    `known` has the transforms that an earlier search found, by kind, and the orientation.
+    `known` has the transforms that an earlier search found, by kind, the orientation and the pose.
     """
     settings, grid = task.settings, task.settings.grid
     head = _upright_head(task, known)
@@ -159,36 +159,37 @@ class UprightScan(NamedTuple):
     affine: np.ndarray  # (4, 4), voxel (x, y, z) to mm, RAS+ once upright
     brain: brain.Brain
     orientation: np.ndarray = np.eye(4)  # (4, 4) rotation from these millimetres to those that the header says
-    pose: np.ndarray | None = None  # as it was shown to deepbet again; see `_level_mask`
+    pose: np.ndarray | None = None  # as it was shown to deepbet again; see `_level`
 
 
 def _upright_head(task: ScanTask, known: dict[str, Any]) -> UprightScan:
     """Read a scan, find its brain, and turn both upright where the header's orientation is wrong.
 
     deepbet looks for upright heads, and finds half a brain in others: where its brain is not much like the template's,
-    it is shown all 24 orientations, and the one whose brain is most like it is taken.
+    it is shown all 24 orientations, and the one whose brain is most like it is taken. A tilted head it is shown again,
+    level, and the mask that is more like the template's brain is taken.
     `known` is what an earlier preparation found; empty: look.
     """
     kind, no_codes_ok = task.settings.mask, task.settings.orientation_unknown == "assume_ras"
     array, affine = read_scan(task.image_path, no_codes_ok=no_codes_ok)
-    head = UprightScan(array, affine, brain.find_brain(kind, array, affine, task.mask_path, no_codes_ok,
-                                                other_form(task.image_path)))
+    found = brain.find_brain(kind, array, affine, task.mask_path, no_codes_ok, other_form(task.image_path))
+    head = UprightScan(array, affine, found)
     if task.settings.registration == "none":
         return head
     if known:
         head = _turn(head, np.array(known["orientation"]))
         return _level(head, np.array(known["pose"])) if known["pose"] else head
     look = first_look(head.array, head.affine, head.brain.mask)
-    if look.likeness < UPRIGHT:
-        head = _turn(head, _orientation(head))
+    if look.likeness < UPRIGHT and not np.array_equal(orientation := _orientation(head), np.eye(4)):
+        head = _turn(head, orientation)
         look = first_look(head.array, head.affine, head.brain.mask)
     if head.brain.source == "deepbet" and (look.likeness < UPRIGHT or rotation_angle(look.rotation) > LEVEL_DEG):
         try:
             level = _level(head, from_matvec(look.rotation, look.centre))
-        except ScanError:  # it finds none
-            return head
-        if first_look(level.array, level.affine, level.brain.mask).likeness > look.likeness:
-            return level
+            if first_look(level.array, level.affine, level.brain.mask).likeness > look.likeness:
+                return level
+        except (ScanError, RegistrationError):  # it finds none, or one outside the scan
+            pass
     return head
 
 

@@ -129,7 +129,7 @@ def find_orientation(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) ->
     with one_thread():
         scan = _scan(array, affine, mask)
         # The scan is turned, not the start: a versor has no room to move around 180 degrees.
-        return from_matvec(likeliest([_likeness(_turned(scan, turn.T)) for turn in ORIENTATIONS]))
+        return from_matvec(likeliest([_look(_turned(scan, turn.T)).likeness for turn in ORIENTATIONS]))
 
 
 def likeliest(found: Sequence[float]) -> np.ndarray:
@@ -149,19 +149,15 @@ def first_look(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Look:
     0.27.
     """
     with one_thread():
-        scan = _scan(array, affine, mask)
-        try:
-            best, value = min(_climbed(scan, FOLLOWED[COARSE_MM]), key=lambda start: start[1])
-        except RuntimeError:  # all starts leave the scan
-            return Look(0.0, np.eye(3), scan.centre)
-        return Look(-value, rigid_part(_matrix(best))[:3, :3], scan.centre)
+        return _look(_scan(array, affine, mask))
 
 
-def _likeness(scan: _Scan) -> float:
+def _look(scan: _Scan) -> Look:
     try:
-        return -min(value for _, value in _climbed(scan, FOLLOWED[COARSE_MM]))
-    except RuntimeError:
-        return 0.0
+        best, value = min(_climbed(scan, FOLLOWED[COARSE_MM]), key=lambda start: start[1])
+        return Look(-value, rigid_part(_matrix(best))[:3, :3], scan.centre)
+    except RuntimeError:  # all starts leave the scan
+        return Look(0.0, np.eye(3), scan.centre)
 
 
 def rigid_part(matrix: np.ndarray) -> np.ndarray:

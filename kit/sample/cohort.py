@@ -28,7 +28,6 @@ SPLITS = {"pretrain": 0.35, "train": 0.20, "validation": 0.10, "test": 0.21, "ou
 DIAGNOSES = ("CN", "AD", "stroke")
 AGES = (20, 90)  # years, alike for each diagnosis, or age alone would tell it
 YEARS_TO_SECOND_SESSION = (1.0, 2.5)
-MOST_DEGREES, MOST_MM = 20, 30
 MARKER = "complete.json"
 NO_PERSON = "procedural: no person was scanned"
 COLUMNS = {
@@ -58,7 +57,7 @@ def sample_cohort(
     return folder
 
 
-def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.DataFrame:
+def draw_participants(participants: int, seed: int) -> pd.DataFrame:
     """Draw who takes part: one row a scan, in the order of the participants' names.
 
     Diagnoses are dealt by quota within each split; site, sex, age and number of sessions are dealt alike
@@ -80,7 +79,7 @@ def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.
                 "diagnosis": str(diagnosis), "site": _deal(sites, size, rng), "split": split,
                 "sessions": _deal([1, 2], size, rng) if split == "pretrain" else 1}))
     table = pd.concat(people).sample(frac=1, random_state=rng, ignore_index=True)
-    table.insert(0, "participant", [f"{prefix}{number:04d}" for number in range(1, participants + 1)])
+    table.insert(0, "participant", [f"sub-{number:04d}" for number in range(1, participants + 1)])
     for disease, column in (("AD", "alzheimers"), ("stroke", "stroke")):
         table[column] = table["diagnosis"].map({disease: 1, "CN": 0}).astype("Int64")
     table["dataset"] = PROCEDURAL + table["site"]
@@ -94,8 +93,7 @@ def draw_participants(participants: int, seed: int, prefix: str = "sub-") -> pd.
 def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache: Path) -> None:
     """Write a BIDS folder: its tables, each scan that is not there yet, and at last the marker.
 
-    `scans` has rows as from `draw_participants`, and a column `move` ((4, 4) or None) if heads are moved;
-    `cache` is the folder that keeps the atlas.
+    `scans` has rows as from `draw_participants`; `cache` is the folder that keeps the atlas.
     """
     write_bids_tables(scans, folder, seed)
     rows = scans.to_dict("records")
@@ -181,11 +179,8 @@ def write_bids_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
 def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) -> Path:
     """Make one scan and write its files, the image last, which is returned: where it is, all of the scan is."""
     participant, session = row["participant"], row["session"]
-    move = row.get("move")
-    # A moved head keeps the first session's pose and contrast, so that the move alone differs.
-    scan = make_scan(participant, session if move is None else "ses-01", seed=seed, move=move,
-                     age=row["age"], sex=row["sex"], diagnosis=row["diagnosis"], site=row["site"],
-                     atlas=load_atlas(atlas_path))
+    scan = make_scan(participant, session, seed=seed, age=row["age"], sex=row["sex"], diagnosis=row["diagnosis"],
+                     site=row["site"], atlas=load_atlas(atlas_path))
     image = _image_path(folder, participant, session)
     masks = _derivatives(folder) / image.parent.relative_to(folder)
     write_nifti(masks / f"{participant}_{session}_desc-brain_mask.nii.gz", scan.brain, scan.affine)

@@ -20,7 +20,6 @@ from kit.sample.atlas import Atlas, load_atlas
 from kit.store.grid import PAPER_CENTRE_MM, Grid
 
 GRID = Grid((84, 104, 80), 2.0)
-MOVED_GRID = Grid((124, 132, 116), 2.0)  # holds a head turned by 20 degrees and shifted by 30 mm
 POSE_DEGREES, POSE_MM = 3.0, 1.5  # spread of the pose about each axis
 INTENSITY_UNIT = 100  # white matter is about 88; finer levels would only store more digits of the noise
 
@@ -69,7 +68,7 @@ class ProceduralScan:
 
 def make_scan(
     participant: str, session: str, *, seed: int, age: float, sex: str, diagnosis: str, site: str,
-    move: np.ndarray | None = None, atlas: Atlas | None = None,
+    atlas: Atlas | None = None,
 ) -> ProceduralScan:
     """Make one scan, in about 0.3 s on one core.
 
@@ -79,7 +78,6 @@ def make_scan(
         seed: the cohort's seed.
         age: years at this session.
         sex, diagnosis, site: "F" or "M"; "CN", "AD" or "stroke"; a name in `SITES`.
-        move: (4, 4) rigid, RAS mm: the same scan with its head moved, on the larger `MOVED_GRID`.
         atlas: the template; loaded if not given.
 
     Raises:
@@ -90,14 +88,13 @@ def make_scan(
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     atlas = atlas or load_atlas()
-    grid = GRID if move is None else MOVED_GRID
     person = head.draw_anatomy(seed, participant, age, sex, diagnosis)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums come out the same to the bit, whatever the caller's threads
     try:
         pose = draw_pose(seed, participant, session)
-        tissue = _tissue(grid, pose if move is None else move @ pose, seed, participant, person, atlas)
-        image = _acquire(tissue, SITES[site], grid, seed, participant, session)
+        tissue = _tissue(GRID, pose, seed, participant, person, atlas)
+        image = _acquire(tissue, SITES[site], GRID, seed, participant, session)
     finally:
         torch.set_num_threads(threads)
     brain = (tissue["brain"] > 0.5).numpy()
@@ -109,7 +106,7 @@ def make_scan(
     latent = {**asdict(person), "lesion_ml": effects["lesion"].sum().item() * 0.008, "pose": pose.tolist()}
     if not person.lesion_side:
         del effects["lesion"]
-    return ProceduralScan(levels.astype(np.int16), brain, effects, grid.affine, latent)
+    return ProceduralScan(levels.astype(np.int16), brain, effects, GRID.affine, latent)
 
 
 def draw_pose(seed: int, participant: str, session: str) -> np.ndarray:

@@ -102,9 +102,8 @@ def check_files(params: Pretrain, folder: Path) -> None:
     Leaves `damaged.csv` (scan, reason), which the processes that train read. What was left out when a run began stays
     out when it goes on, though it may have been mended.
     """
-    store, left_out = Store.open(params.prepared), {}
-    if _has_checkpoint(folder) and (folder / DAMAGED).exists():
-        left_out = _damaged(folder)
+    store = Store.open(params.prepared)
+    left_out = _damaged(folder) if _has_checkpoint(folder) else {}
     scans = pd.concat(choose_scans(params, store))["scan"].tolist()
     damaged = left_out | unreadable(store, [scan for scan in scans if scan not in left_out], params.verify)
     write_table(folder / DAMAGED, pd.DataFrame({"scan": list(damaged), "reason": list(damaged.values())}, dtype=str))
@@ -118,7 +117,7 @@ def readable_scans(params: Pretrain, store: Store, folder: Path | None) -> tuple
     """What `choose_scans` chooses, without what `check_files` found damaged when the run of a folder began."""
     if folder is None:
         return choose_scans(params, store)
-    damaged = _damaged(folder) if (folder / DAMAGED).exists() else {}
+    damaged = _damaged(folder)
     learned, validation = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
     if participant_ids(learned).nunique() < 2:
         raise ParameterError(f"prepared: fewer than two participants are left to learn from, for {len(damaged)} scans "
@@ -127,6 +126,8 @@ def readable_scans(params: Pretrain, store: Store, folder: Path | None) -> tuple
 
 
 def _damaged(folder: Path) -> dict[str, str]:
+    if not (folder / DAMAGED).exists():
+        return {}
     table = read_table(folder / DAMAGED, text=("scan", "reason"))
     return dict(zip(table["scan"], table["reason"], strict=True))
 
@@ -272,12 +273,12 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
 
 
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Held-out scans of an MAE run: the scan, what the network sees, what it fills in within the brain's mask.
+    """Validation scans of an MAE run: the scan, what the network sees, what it fills in within the brain's mask.
 
     Each (depth, height, width). Where none are for validation, scans that were learned from.
     """
     model, store = _restored(params, run)
-    learned, validation = choose_scans(params, store)
+    learned, validation = readable_scans(params, store, run.folder)
     some = PreparedScans(store, validation if len(validation) else learned)
     batch = collate([some[number] for number in range(min(scans, len(some)))])
     images = batch.images.float()
