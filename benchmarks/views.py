@@ -38,7 +38,7 @@ def monai_views() -> Callable[[np.ndarray, np.ndarray], tuple[torch.Tensor, torc
         m.RandSpatialCropd(keys, roi_size=[30, 40, 40], random_size=True),
         m.Resized(keys, spatial_size=SHAPE, mode=("trilinear", "nearest")),
         m.RandFlipd(keys, prob=0.5, spatial_axis=2),
-        m.RandRotated(keys, range_x=0.785, prob=0.5, mode=modes, padding_mode="zeros"),
+        m.RandRotated(keys, range_x=0.785, prob=0.5, mode=modes),
         m.RandShiftIntensityd("image", offsets=0.5, prob=0.8),
         m.RandAdjustContrastd("image", gamma=(0.5, 1.5), prob=0.8),
         m.MaskIntensityd("image", mask_key="mask"),

@@ -43,6 +43,13 @@ def view_to_scan(draw: Draw, shape: tuple[int, int, int], spacing_mm: float = 1.
     return np.concatenate([size[:, None] * linear, (size * moved + 2 * start + size - 1)[:, None]], axis=1)
 
 
+def cropped_box(draw: Draw, shape: tuple[int, int, int]) -> np.ndarray:
+    """The first and the last voxel's middle of a draw's crop, in the scan's voxels (z, y, x): (2, 3) float64."""
+    side, size, start = (np.asarray(part, float) for part in (shape, draw.crop_size, draw.crop_start))
+    first = start * side + (size - 1) / 2
+    return np.stack([first, first + size * (side - 1)])
+
+
 def _rotation(degrees: Sequence[float]) -> np.ndarray:
     """Rotation matrix on (z, y, x) vectors: about z, then y, then x."""
     matrix = np.eye(3)
@@ -89,7 +96,8 @@ def _spline(side: int, apart: float) -> np.ndarray:
 
 
 def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.ndarray | None = None,
-         apart: float = 1.0, slab: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+         apart: float = 1.0, slab: int | None = None,
+         box: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Resample the brain of one scan through a map.
 
     Args:
@@ -99,6 +107,7 @@ def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.nda
         bent: control points from `bend`, which act on the view's coordinates before the map, or None.
         apart: voxels between the control points.
         slab: slices that are worked on at once: on a CPU what its cache holds, all on a GPU.
+        box: from `cropped_box`: what lies beyond it is its border stretched outwards; None: zero beyond the scan.
 
     Returns:
         values (voxels,) float32 (float64 where the image is) of the view's brain, cut at `LARGEST`, and where they
@@ -115,9 +124,9 @@ def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.nda
     if bent is None and np.array_equal(linear, still) and np.allclose(offset, (side - 1) * (np.diag(still) < 0)):
         parts, slab = [brain(image.flip(mirrored), mask.flip(mirrored))], len(image)
     elif bent is None and not (linear[0, 1:].any() or linear[1:, 0].any()):
-        parts = _separable(image, mask, linear, offset, slab)
+        parts = _separable(image, mask, linear, offset, slab, box)
     else:
-        parts = _by_points(image, mask, linear, offset, bent, apart, slab)
+        parts = _by_points(image, mask, linear, offset, bent, apart, slab, box)
     values, places = image.new_empty(image.numel()), mask.new_empty(mask.numel(), dtype=torch.int64)
     count = 0
     for first, (value, place) in zip(range(0, image.numel(), slab * image[0].numel()), parts, strict=True):
@@ -141,13 +150,14 @@ def scatter(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int]) ->
     return volume
 
 
-def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray,
-               slab: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray, slab: int,
+               box: np.ndarray | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Resample through a map that leaves z to itself: linearly along z, bilinearly in the plane."""
     inside, (depth, height, width) = mask.view(torch.int8).flatten(1), image.shape
     grid, pixels, known = (torch.from_numpy(part).to(image.device) for part in
-                           in_plane(linear[1:, 1:], offset[1:], height, width))
+                           in_plane(linear[1:, 1:], offset[1:], height, width, None if box is None else box[:, 1:]))
     at = linear[0, 0] * np.arange(depth) + offset[0]
+    at = at if box is None else np.clip(at, *box[:, 0])
     below, near = np.floor(at + 1e-9).astype(int), np.rint(at).astype(int)
     shares, nothing, nowhere = np.clip(at - below, 0, 1).tolist(), torch.zeros_like(image[0]), known * 0
     for start in range(0, depth, slab):
@@ -160,8 +170,11 @@ def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
                                         if 0 <= near[number] < depth else nowhere for number in part]))
 
 
-def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
+def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int,
+             box: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     """Where the pixels of a view's slice lie in the scan's, through a (2, 2) map of (row, column) and an offset.
+
+    `box` (2, 2): the first and last (row, column) that they may lie at, see `warp`.
 
     Returns:
         grid (height, width, 2) float32 for `grid_sample`; nearest pixels (height * width) int64, rows first; and
@@ -169,6 +182,7 @@ def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int) ->
     """
     sides = np.array([height, width])[:, None, None]
     where = np.tensordot(linear, np.indices((height, width)), 1) + offset[:, None, None]
+    where = where if box is None else np.clip(where, *box[:, :, None, None])
     grid = np.ascontiguousarray(((2 * where + 1) / sides - 1)[::-1].transpose(1, 2, 0), np.float32)
     nearest = np.rint(where).astype(np.int64)
     known = ((nearest >= 0) & (nearest < sides)).all(0).reshape(-1)
@@ -176,10 +190,12 @@ def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int) ->
 
 
 def _by_points(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray, bent: np.ndarray | None,
-               apart: float, slab: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+               apart: float, slab: int, box: np.ndarray | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Resample through any map, point by point of the brain."""
     padded, inside = (F.pad(part, (1,) * 6) for part in (image, mask.view(torch.int8)))  # what lies outside is zero
     for where in _places(image.shape, linear, offset, bent, apart, slab, padded):
+        if box is not None:
+            where = torch.stack([axis.clamp(*ends) for axis, ends in zip(where, box.T.tolist(), strict=True)])
         near = _flat([axis.round().clamp_(-1, side) for axis, side in zip(where, image.shape, strict=True)], inside)
         places = inside.view(-1).index_select(0, near).nonzero().view(-1)
         yield _between(padded, [axis.reshape(-1).index_select(0, places) for axis in where]), places

@@ -65,10 +65,14 @@ class Flip(Transform):
 
 
 class Rotate(Transform):
-    """Rotation about z, y and x, each within plus or minus so many degrees."""
+    """Rotation about z, y and x, each within plus or minus so many degrees.
+
+    What comes in from beyond the box is zero, or the box's border stretched outwards (`padding`, MONAI's two).
+    """
 
     drawn, most = "rotation_degrees", 90
     degrees: tuple[Turn, Turn, Turn]
+    padding: Literal["zeros", "border"] = "zeros"
 
 
 class Shear(Transform):

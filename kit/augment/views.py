@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from kit.augment import contrast, physics
 from kit.augment.draws import Draw, detail, draw
 from kit.augment.recipe import Recipe, transform_types
-from kit.augment.spatial import bend, scatter, view_to_scan, warp
+from kit.augment.spatial import bend, cropped_box, scatter, view_to_scan, warp
 
 ATTEMPTS = 8  # draws of a view before it is centred on the brain
 LEAST_BRAIN = 0.01  # share of the box that must be brain
@@ -84,8 +85,9 @@ def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Reci
               spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The values of the view's brain, and where they lie in the flattened view."""
     shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
+    stretched = drawn.rotation_degrees != Draw.rotation_degrees and _setting(recipe, "rotate", "padding") == "border"
     return warp(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
-                apart / spacing_mm)
+                apart / spacing_mm, box=cropped_box(drawn, shape) if stretched else None)
 
 
 def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places: torch.Tensor, drawn: Draw,
@@ -166,7 +168,7 @@ def _drawn(drawn: Draw, names: Sequence[str]) -> bool:
     return any(getattr(drawn, name) != getattr(Draw, name) for name in names)
 
 
-def _setting(recipe: Recipe, name: str, setting: str) -> float:
+def _setting(recipe: Recipe, name: str, setting: str) -> Any:
     """What a recipe says beside a transform's range, or the default where it has no such transform."""
     transform = getattr(recipe, name)
     return transform_types()[name].model_fields[setting].default if transform is None else getattr(transform, setting)
