@@ -18,14 +18,15 @@ import os
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 
 from kit.cells import assigned_names, literals
 from kit.params import NOTEBOOKS
-from kit.reading import ParameterError, Parameters, check, read_options, read_yaml
+from kit.reading import ParameterError, Parameters, built, check, filled, read_options, read_yaml
 from kit.runs import ROOT, Run, RunError, resolve, shown, write_json, write_whole
 
 FOLDER = ROOT / "notebooks"
@@ -97,25 +98,52 @@ def _report(executed: Path, page: Path) -> None:
     write_whole(page, lambda aside: aside.write_text(html, encoding="utf-8"))
 
 
-def run_folder(folder: Path) -> None:
-    """Execute the parameter files that a folder's `budget.yaml` names, then print where things lie.
+class Step(NamedTuple):
+    """One run of a folder of parameter files."""
 
-    That file holds their order and the seconds that each is meant to take on two cores.
+    name: str
+    notebook: str
+    values: dict[str, Any]
+    seconds: float  # that it is meant to take
+
+
+def steps_of(folder: Path) -> list[Step]:
+    """The runs that a folder's `budget.yaml` names, in its order.
+
+    A file's name stands with its seconds on two cores, or with `seconds` (each) and `each`: names and lists of values,
+    all combinations of which are run; `{name}` in the file's other values is replaced by the value.
 
     Raises:
-        ParameterError: the folder has none.
+        ParameterError: the folder has none, or an entry says something else.
     """
     if not (folder / "budget.yaml").exists():
         raise ParameterError(f"{shown(folder)}: no budget.yaml, which names the files to run and their seconds; "
                              f"run one of them: NOTEBOOK -f {shown(folder)}/NOTEBOOK.yaml")
-    budget = read_yaml(folder / "budget.yaml")
-    files = [folder / f"{name}.yaml" for name in budget]
-    lines, started = [], time.monotonic()
-    for number, file in enumerate(files, start=1):
-        print(f"\n[{number}/{len(files)}] {file.stem}, about {budget[file.stem]} s", flush=True)
+    steps = []
+    for name, entry in read_yaml(folder / "budget.yaml").items():
+        entry = entry if isinstance(entry, dict) else {"seconds": entry}
+        if set(entry) - {"seconds", "each"} or not isinstance(entry.get("seconds"), int | float):
+            raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; give seconds, or "
+                                 "{seconds: ..., each: {seed: [0, 1]}}")
+        file, each = folder / f"{name}.yaml", entry.get("each", {})
+        for chosen in product(*each.values()):
+            choice = dict(zip(each, chosen, strict=True))
+            values = {key: filled(value, choice) for key, value in read_yaml(file).items()}
+            words = [name, *(f"{key} {value}" for key, value in choice.items())]
+            steps.append(Step(" ".join(words), notebook_of(file), values | choice, entry["seconds"]))
+    return steps
+
+
+def run_folder(folder: Path) -> None:
+    """Execute what a folder's `budget.yaml` names, see `steps_of`, then print where things lie."""
+    steps, lines, started = steps_of(folder), [], time.monotonic()
+    for step in steps:  # the last step's mistakes are told now, not after hours; its files are not there yet
+        built(NOTEBOOKS[step.notebook], {**defaults(step.notebook), **step.values})
+    for number, step in enumerate(steps, start=1):
+        print(f"\n[{number}/{len(steps)}] {step.name}, about {step.seconds:.0f} s", flush=True)
         begun = time.monotonic()
-        where = run(notebook_of(file), read_yaml(file)).parent
-        lines.append((file.stem, time.monotonic() - begun, where))
+        where = run(step.notebook, step.values).parent
+        lines.append((step.name, time.monotonic() - begun, where))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Reports to open in a browser, "
           "each with its executed notebook beside it:")
     for name, seconds, where in lines:

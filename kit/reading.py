@@ -121,6 +121,13 @@ def read_options(options: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return values
 
 
+def filled(value: Any, choice: Mapping[str, Any]) -> Any:
+    """A parameter with the values of a choice in place of their names: `runs/seed{seed}` with {"seed": 1}."""
+    for name, chosen in choice.items() if isinstance(value, str) else ():
+        value = value.replace(f"{{{name}}}", str(chosen))
+    return value
+
+
 OCTAL, SIXTIES = re.compile(r"[-+]?0[0-7_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
@@ -155,6 +162,18 @@ def check(model: type[Model], values: Mapping[str, Any]) -> Model:
     Raises:
         ParameterError: one message that lists all that is wrong.
     """
+    params = built(model, values)
+    if isinstance(params, Parameters) and (problems := _of_the_sample(params) or params.problems()):
+        raise ParameterError(_listing(problems))  # a recipe has nothing outside itself to check
+    return params
+
+
+def built(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """The model of these values, whatever the files that it names.
+
+    Raises:
+        ParameterError: one message that lists unknown names, wrong types and impossible values.
+    """
     try:
         params = model.model_validate(dict(values))
     except ValidationError as error:
@@ -164,8 +183,6 @@ def check(model: type[Model], values: Mapping[str, Any]) -> Model:
         raise ParameterError(_listing(faults + odd)) from None
     if odd := _odd(values, dict(params)):
         raise ParameterError(_listing(odd))
-    if isinstance(params, Parameters) and (problems := _of_the_sample(params) or params.problems()):
-        raise ParameterError(_listing(problems))  # a recipe has nothing outside itself to check
     return params
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from kit.execute import FOLDER, _losses, defaults, notebook_of, run_folder
+from kit.execute import FOLDER, _losses, defaults, notebook_of, run_folder, steps_of
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError
 from kit.runs import ROOT, RunError
@@ -95,6 +95,28 @@ def test_a_folder_of_parameters_runs_in_order_and_ends_with_where_things_lie(tmp
     (params / "1_preprocess.yaml").write_text("sample_participants: 41\noutput_dir: outputs/few\n")
     with pytest.raises(RunError, match="sample_participants: the folder has 40, asked for 41"):
         run_folder(params)
+
+
+def test_a_file_is_run_once_for_each_combination(tmp_path):
+    (tmp_path / "2_pretrain.yaml").write_text("prepared: outputs/one\noutput_dir: outputs/fold{fold}-seed{seed}\n")
+    (tmp_path / "budget.yaml").write_text("2_pretrain: {seconds: 9, each: {fold: [0, 1], seed: [3, 4]}}\n")
+    steps = steps_of(tmp_path)
+    assert [step.values["output_dir"] for step in steps] == [
+        f"outputs/fold{fold}-seed{seed}" for fold in (0, 1) for seed in (3, 4)]
+    assert [step.values["seed"] for step in steps] == [3, 4, 3, 4] and steps[1].name == "2_pretrain fold 0 seed 4"
+    assert {step.values["prepared"] for step in steps} == {"outputs/one"}
+    (tmp_path / "budget.yaml").write_text("2_pretrain: {minutes: 9}\n")
+    with pytest.raises(ParameterError, match="budget.yaml: 2_pretrain: got {'minutes': 9}; give seconds"):
+        steps_of(tmp_path)
+
+
+def test_the_last_files_mistakes_are_told_before_the_first_runs(tmp_path):
+    (tmp_path / "budget.yaml").write_text("1_preprocess: 60\n5_benchmark: 60\n")
+    (tmp_path / "1_preprocess.yaml").write_text("output_dir: outputs/few\n")
+    (tmp_path / "5_benchmark.yaml").write_text("taks: [age]\n")
+    with pytest.raises(ParameterError, match="taks: unknown parameter; did you mean tasks"):
+        run_folder(tmp_path)
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_folder_without_a_budget_is_refused():
