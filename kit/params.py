@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from kit.machine import missing_of_slurm, slurm_nodes
 from kit.preprocess.settings import (
@@ -22,7 +22,14 @@ from kit.preprocess.settings import (
     OrientationUnknown,
     Registration,
 )
-from kit.problems import alias_problems, label_problems
+from kit.problems import (
+    alias_problems,
+    encoder_at,
+    fold_total,
+    label_problems,
+    split_problems,
+    test_set_problems,
+)
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
 from kit.runs import resolve, shown
 
@@ -110,7 +117,12 @@ class Pretrain(Parameters):
 
     prepared: ProjectPath
     split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
-    leave_out_test: bool = True  # without a column `split`: not those who will be tested, decided by hash
+    leave_out_test: bool = True  # in folds, or without a column `split`: not those who will be tested
+    folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation, as in 3 and 5; 0: one split
+    leave_one_site_out: bool = False  # folds are sites
+    fold: Annotated[int, Field(ge=0)] = 0  # whose test participants are left out, from 0
+    split_seed: Seed = 0  # of who is tested
+    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group, if there
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
     objective: Literal["simclr", "mae"] = "simclr"
@@ -159,7 +171,8 @@ class Pretrain(Parameters):
         return self.nodes or (1 if missing else job)
 
     def problems(self) -> list[str]:
-        problems = _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases)
+        problems = _prepared_problems("prepared", self.prepared)
+        problems = (problems or split_problems(self.prepared, self)) + alias_problems(self.aliases)
         if self.objective == "mae" and not self.architecture.startswith("vit"):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
         if self.objective == "mae" and self.session_pairs:
@@ -176,12 +189,34 @@ class Pretrain(Parameters):
         return problems
 
 
+class TestSet(BaseModel):
+    """Prepared scans of others, to test on, and the tasks that they test."""
+
+    __test__: ClassVar[bool] = False  # for pytest
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prepared: ProjectPath
+    tasks: list[str] = []  # label columns; none: all tasks of which it has the column
+
+
+def _of_path(value: object) -> object:
+    return {"prepared": value} if isinstance(value, str | Path) else value
+
+
 class Tuning(Parameters):
     """What fine-tuning takes, of one encoder and of many."""
 
     prepared: ProjectPath
     # prepared scans of other sites, tested besides; null: rows of `prepared` whose split says so, if there are any
     out_of_distribution: ProjectPath | None = None
+    # more test sets, by name: prepared scans, or {prepared: ..., tasks: [...]} for some tasks
+    tests: dict[str, Annotated[TestSet, BeforeValidator(_of_path)]] = {}
+    folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation; 0: one split
+    leave_one_site_out: bool = False  # cross-validation whose folds are sites
+    split_seed: Seed = 0  # of who is tested and who is for validation
+    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group, if there
+    # of the participants who are not tested; without folds a column `split` says who they are
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
     batch_size: Annotated[int, Field(ge=2)] = 16
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
@@ -196,16 +231,40 @@ class Tuning(Parameters):
     allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
     seed: Seed = 0
 
-    def problems(self) -> list[str]:
+    def test_sets(self) -> dict[str, TestSet]:
+        """All test sets by name, `out_of_distribution` among them."""
         others = self.out_of_distribution
-        return _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases) + (
-            _prepared_problems("out_of_distribution", others) if others is not None else [])
+        return self.tests | ({} if others is None else {"out_of_distribution": TestSet(prepared=others)})
+
+    def problems(self) -> list[str]:
+        problems = _prepared_problems("prepared", self.prepared) or split_problems(self.prepared, self)
+        problems += alias_problems(self.aliases)
+        if self.out_of_distribution is not None and "out_of_distribution" in self.tests:
+            problems.append("tests.out_of_distribution: the parameter out_of_distribution has this name; give another")
+        sets = self.test_sets()
+        missing = {name: _prepared_problems(name if name == "out_of_distribution" else f"tests.{name}", test.prepared)
+                   for name, test in sets.items()}
+        there = {name: test for name, test in sets.items() if not missing[name]}
+        return problems + sum(missing.values(), []) + test_set_problems(there, self.task_names())
+
+    def task_names(self) -> list[str]:
+        """The label columns that are predicted."""
+        return []
+
+    def encoder_problems(self, name: str, spec: str, seeds: list[int]) -> list[str]:
+        """What is wrong with an encoder, or with those of each fold and seed that `{fold}` and `{seed}` stand for."""
+        folds = range(fold_total(self.prepared, self)) if "{fold}" in spec else [0]
+        every = dict.fromkeys(encoder_at(spec, fold, seed) for fold in folds for seed in seeds)
+        return [problem for encoder in every for problem in _encoder_problems(name, encoder)]
 
 
 class Finetune(Tuning):
     """3_finetune: a label predicted from an encoder."""
 
-    encoder: str  # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain
+    # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain; `{fold}` and `{seed}` in it
+    # stand for this run's
+    encoder: str
+    fold: Annotated[int, Field(ge=0)] = 0  # that is tested, from 0, where there are folds
     task: str = "stroke"  # a label column
     task_type: TaskType = "auto"
     missing_codes: list[Code] = []  # values of the label that mean missing, such as 9, 999 or NA
@@ -215,8 +274,11 @@ class Finetune(Tuning):
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        return problems + _encoder_problems("encoder", self.encoder) + (
+        return problems + _encoder_problems("encoder", encoder_at(self.encoder, self.fold, self.seed)) + (
             [] if problems else label_problems("task", self.prepared, self.task, self.task_type, self.missing_codes))
+
+    def task_names(self) -> list[str]:
+        return [self.task]
 
 
 class Saliency(Parameters):
@@ -242,7 +304,9 @@ class Saliency(Parameters):
 class Benchmark(Tuning):
     """5_benchmark: encoders against each other, on several tasks, in and out of distribution."""
 
-    encoders: dict[str, str]  # a family's name: `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2
+    # a family's name: `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2; of each fold and seed another
+    # where `{fold}` and `{seed}` stand in it
+    encoders: dict[str, str]
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
     label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for the probes
     finetune_tasks: list[str] = ["stroke"]  # tasks to fine-tune on besides
@@ -255,8 +319,11 @@ class Benchmark(Tuning):
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        for name, encoder in self.encoders.items():
-            problems += _encoder_problems(f"encoders.{name}", encoder)
+        if not problems:
+            for name, encoder in self.encoders.items():
+                problems += self.encoder_problems(f"encoders.{name}", encoder, self.seeds)
+            problems += [f"tests.{name}: {task} is not among tasks" for name, test in self.tests.items()
+                         for task in test.tasks if task not in self.tasks]
         problems += [f"{name}: {task} is not among tasks" for name in ("task_types", "missing_codes")
                      for task in getattr(self, name) if task not in self.tasks]
         problems += [f"finetune_tasks: {task} is not among tasks"
@@ -266,6 +333,9 @@ class Benchmark(Tuning):
                 problems += label_problems("tasks", self.prepared, task, self.task_types.get(task, "auto"),
                                             self.missing_codes.get(task, []))
         return problems
+
+    def task_names(self) -> list[str]:
+        return self.tasks
 
 
 NOTEBOOKS: dict[str, type[Parameters]] = {

@@ -5,6 +5,65 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+RESERVED = ("prepared", "pretrain", "train", "validation", "test", "in_distribution", "kit", "encoder", "model",
+            "labels", "aliases", "allowed", "fingerprint")  # no names of test sets: records use them
+
+
+def encoder_at(spec: str, fold: int, seed: int) -> str:
+    """The encoder of a fold and a seed: `{fold}` and `{seed}` in its name are replaced."""
+    return spec.replace("{fold}", str(fold)).replace("{seed}", str(seed))
+
+
+def split_problems(prepared: Path, params: Any) -> list[str]:
+    """What is wrong with the folds that parameters ask for."""
+    if params.folds == 1:
+        return ["folds: 1; one fold is none: 0 for one split, 2 or more for cross-validation"]
+    if params.folds and params.leave_one_site_out:
+        return [f"folds: {params.folds} beside leave_one_site_out: true, which makes its own folds; set folds: 0"]
+    from kit.cohort.split import SplitError, Splitting, left_out
+
+    splitting, fold = Splitting.of(params), getattr(params, "fold", 0)
+    if not splitting.crossed:
+        return [f"fold: {fold}; there is one split, whose number is 0; see folds"] if fold else []
+    try:
+        count = fold_total(prepared, params)
+        left_out(_index(prepared), splitting, fold)
+    except SplitError as error:
+        return [str(error)]
+    return [f"fold: {fold}; {count} folds are numbered 0 to {count - 1}"] if fold >= count else []
+
+
+def fold_total(prepared: Path, params: Any) -> int:
+    """How many folds parameters ask for; 1 for one split.
+
+    Raises:
+        SplitError: see `kit.cohort.split.site_folds`.
+    """
+    from kit.cohort.split import Splitting, fold_count
+
+    return fold_count(_index(prepared), Splitting.of(params))
+
+
+def test_set_problems(tests: dict[str, Any], tasks: list[str]) -> list[str]:
+    """What is wrong with test sets, whose folders are there, and the tasks that they are for."""
+    problems = []
+    for name, test in tests.items():
+        if name in RESERVED or not name.isprintable() or "/" in name:
+            problems.append(f"tests.{name}: not a name for a test set; not {', '.join(RESERVED)}, and no /")
+            continue
+        columns = _index(test.prepared).columns
+        where = name if name == "out_of_distribution" else f"tests.{name}"
+        problems += [f"{where}: no label column {task} in its index" for task in test.tasks if task not in columns]
+        if not test.tasks and not set(tasks) & set(columns):
+            problems.append(f"{where}: its index has no label column {' or '.join(tasks)}")
+    return problems
+
+
+def _index(prepared: Path) -> Any:
+    from kit.store.store import read_index
+
+    return read_index(prepared / "index.csv")
+
 
 def alias_problems(aliases: Path | None) -> list[str]:
     """What is wrong with the table of people with several names."""

@@ -28,7 +28,6 @@ from kit.store.store import Store, StoreError
 # what all that meets must have in common; see `kit.preprocess.settings.Preparation.record`
 FIELDS = ("axes", "shape", "spacing_mm", "origin_mm", "bias_correction", "intensity", "template", "registration",
           "mask")
-STORES = ("prepared", "out_of_distribution")
 COLUMNS = ("store", "part", "scan", "participant", "session", "dataset", "checksum", "label")
 # of the rows used: the columns that are digested together, and what they are called
 ASPECTS = {"scans": (["checksum"], "scans"), "parts": (["part"], "split"), "labels": (["label"], "labels"),
@@ -116,7 +115,7 @@ def _remarks(sides: Mapping[str, Side]) -> list[str]:
 class Used(NamedTuple):
     """Rows that a run reads of a store."""
 
-    name: str  # of the store, see `STORES`
+    name: str  # of the store: `prepared`, or the test set's
     part: str  # train, test, ...
     store: Store
     rows: pd.DataFrame
@@ -216,7 +215,7 @@ def changes(before: MadeFrom, now: MadeFrom) -> list[str]:
     task = new.get("labels", {}).get("task", "")
     if compared(old.get("labels", {})) != compared(new.get("labels", {})):
         lines.append(f"labels of {task}: {old.get('labels')} then, {new.get('labels')} now")
-    for name in STORES:
+    for name in _stores(old, new):
         preparations = {when: record.get(name, {}).get("preparation", {})
                         for when, record in (("then", old), ("now", new))}
         fields = dict.fromkeys([*preparations["then"], *preparations["now"]])
@@ -224,6 +223,12 @@ def changes(before: MadeFrom, now: MadeFrom) -> list[str]:
         lines += _changed_rows(name, task, before, now)
     lines += ["aliases: other names of the people used"] if old.get("aliases") != new.get("aliases") else []
     return lines or ["the form of what the kit notes"]
+
+
+def _stores(*records: Mapping[str, Any]) -> list[str]:
+    """Names of the stores that records tell of, in their order."""
+    return list(dict.fromkeys(name for record in records for name, part in record.items()
+                              if isinstance(part, Mapping) and "preparation" in part))
 
 
 def _changed_rows(name: str, task: str, before: MadeFrom, now: MadeFrom) -> list[str]:
@@ -310,7 +315,7 @@ def words(folder: Path) -> str:
     parts = [f"encoder {' '.join(filter(None, (name, each['weights'][:8])))} ({each['objective']})"
              for name, each in named.items()]
     parts += [f"model {model['model']['weights'][:8]}" for model in models if "model" in model]
-    parts += [f"{count} scans of {name}" for name in STORES
+    parts += [f"{count} scans of {name}" for name in _stores(*models)
               if (count := max((model[name]["count"] for model in models if name in model), default=0))]
     allowed = list(dict.fromkeys(line for model in models for line in model.get("allowed", ())))
     return "\n".join([f"made from: {', '.join(parts)}, kit {made.record['kit']}; fingerprint {made.fingerprint}",

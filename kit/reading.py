@@ -248,4 +248,5 @@ def _plain(value: Any) -> Any:
         return shown(value)
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    value = dict(value) if isinstance(value, BaseModel) else value
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

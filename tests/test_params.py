@@ -53,7 +53,7 @@ def test_missing_files_say_what_to_run_first(tmp_path):
     ("tumour", "auto", "tumour: no such label column; the index has scan, participant"),
     ("sex", "regression", "sex: text where numbers are needed: F, M"),
     ("note", "auto", "note: text where numbers are needed: left"),
-    ("age", "classification", "age: classification needs two classes, found 6"),
+    ("age", "classification", "age: classification takes two classes, or up to 20 of two scans each at least; found 6"),
 ])
 def test_label_columns_are_looked_at_first(prepared, task, kind, expected):
     text = refusal(NOTEBOOKS["3_finetune"], output_dir="outputs/x", prepared=prepared, encoder="random",

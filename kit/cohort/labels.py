@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ Kind = Literal["classification", "regression"]
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
                               for times in range(1, 5)) | {-1}
 MOST_CODES = 20  # numbers from 0 or 1 on without a gap, each three times on average, look like codes
+MOST_CLASSES = 20
 
 
 class LabelError(ValueError):
@@ -28,9 +29,9 @@ class Labels:
 
     Attributes:
         task: the column's name.
-        kind: classification has two classes; regression predicts the number itself.
-        values: (rows,) float64; class 0.0 or 1.0, or the number; nan where the scan has no label.
-        classes: what 0 and 1 stand for, empty for regression.
+        kind: classification has two or more classes; regression predicts the number itself.
+        values: (rows,) float64; class 0.0 to K - 1, or the number; nan where the scan has no label.
+        classes: the names of classes 0 to K - 1, empty for regression.
     """
 
     task: str
@@ -38,18 +39,27 @@ class Labels:
     values: np.ndarray
     classes: tuple[str, ...] = ()
 
+    @property
+    def outputs(self) -> int:
+        """Outputs of a network that predicts it: K logits for more than two classes, else one."""
+        return len(self.classes) if len(self.classes) > 2 else 1
 
-def read_labels(index: pd.DataFrame, task: str, kind: str = "auto",
-                missing_codes: Iterable[str | float] = ()) -> Labels:
+
+def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_codes: Iterable[str | float] = (),
+                classes: Sequence[str] = ()) -> Labels:
     """Read a label column.
 
     With ``auto``, two values or text mean classification, many numbers regression; a few small whole numbers, and
-    numbers beside a code for missing, are asked about. Classes are sorted; the last is the positive one. Empty cells
-    and `missing_codes` are scans without the label.
+    numbers beside a code for missing, are asked about. Classes are sorted; of two the last is the positive one. More
+    than two have two scans each at least. Empty cells and `missing_codes` are scans without the label.
+
+    Args:
+        classes: of the cohort that a model learns from, if these labels only test it; some may be absent here.
 
     Raises:
-        LabelError: no such column, no value, text where numbers are needed, not two classes, classes that differ by
-            case or zeros alone, or numbers of which ``auto`` cannot tell what they are.
+        LabelError: no such column, no value, text where numbers are needed, one class or more than `MOST_CLASSES`,
+            a class of one scan among several, other classes than `classes`, classes that differ by case or zeros
+            alone, or numbers of which ``auto`` cannot tell what they are.
     """
     if task not in index:
         raise LabelError(f"{task}: no such label column; the index has {', '.join(map(str, index.columns))}")
@@ -65,9 +75,14 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto",
             _ask_about_codes(task, present)
     if kind == "regression":
         return Labels(task, "regression", _numbers(task, column, present, is_number))
-    classes = _classes(task, present)
-    values = np.where(column.isna(), np.nan, (column == classes[1]).astype(np.float64))
-    return Labels(task, "classification", values, tuple(map(_name, classes)))
+    known = tuple(classes) or _classes(task, present)
+    names = present.map(_name)
+    if others := sorted(set(names) - set(known)):
+        raise LabelError(f"{task}: the classes are {', '.join(known)} where a model learns them, but here "
+                         f"{', '.join(sorted(set(names)))}; rename {', '.join(others)}, or empty the cells of scans "
+                         "of other classes")
+    values = names.map({name: float(number) for number, name in enumerate(known)}).reindex(column.index)
+    return Labels(task, "classification", values.to_numpy(np.float64), known)
 
 
 def _without(column: pd.Series, codes: Iterable[str | float]) -> pd.Series:
@@ -117,7 +132,7 @@ def _numbers(task: str, column: pd.Series, present: pd.Series, is_number: pd.Ser
     return numbers
 
 
-def _classes(task: str, present: pd.Series) -> list:
+def _classes(task: str, present: pd.Series) -> tuple[str, ...]:
     counts = present.value_counts().sort_index()
     listed = ", ".join(f"{_name(value)} ({count})" for value, count in counts.head(8).items())
     if not pd.api.types.is_numeric_dtype(present):
@@ -126,10 +141,11 @@ def _classes(task: str, present: pd.Series) -> list:
         if several:
             raise LabelError(f"{task}: {' and '.join(several[0])} differ by case or zeros alone: one class or two? "
                              f"Found {listed}. Write one class in one way")
-    if len(counts) != 2:
-        raise LabelError(f"{task}: classification needs two classes, found {len(counts)}: {listed}"
-                         + (" ..." * (len(counts) > 8)) + "; list codes for missing in missing_codes")
-    return list(counts.index)
+    if len(counts) != 2 and not (2 < len(counts) <= MOST_CLASSES and counts.min() > 1):
+        raise LabelError(f"{task}: classification takes two classes, or up to {MOST_CLASSES} of two scans each at "
+                         f"least; found {len(counts)}: {listed}" + (" ..." * (len(counts) > 8))
+                         + "; list codes for missing in missing_codes")
+    return tuple(map(_name, counts.index))
 
 
 def _name(value: object) -> str:

@@ -1,14 +1,16 @@
-"""Participants into train, validation and test; never a participant on both sides.
+"""Participants into train, validation and test, once or in folds; never a participant on both sides.
 
-A participant's place depends on its name and on who else is in the cohort, not on the order of rows. Who is tested
-does not depend on a seed, so that pretraining can leave them out from the start.
+Who is tested is decided by the index and the split seed alone: not by a label at hand, the order of rows, quality
+control, or the seed of training. So pretraining can leave out who will be tested.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,13 @@ from kit.cohort.identity import UNSAID, Aliases, check_people_known, known_as, p
 
 SALT = "kit participants v1"
 SPLITS = ("train", "validation", "test")
-FRACTIONS = (0.6, 0.2, 0.2)
+TEST_FRACTION = 0.2  # of the participants, where neither folds nor a column `split` say who is tested
+STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns that folds are balanced by, of those there are
+MOST_LEVELS, BANDS = 10, 5  # a column of more numbers is cut into bands of as many participants
+
+
+class SplitError(ValueError):
+    """A cohort cannot be split as asked; the message says why."""
 
 
 class LeakageError(ValueError):
@@ -46,34 +54,157 @@ def shuffled(participants: Iterable[str], seed: int | str, purpose: str) -> list
     return sorted(set(participants), key=lambda name: (participant_hash(name, f"{purpose} {seed}"), name))
 
 
-def splits(index: pd.DataFrame, seed: int, fractions: tuple[float, float, float] = FRACTIONS,
-           rows_are_people: bool = False) -> pd.Series:
-    """The index's own column `split`, or participants shuffled into train, validation, test.
+@dataclass(frozen=True)
+class Splitting:
+    """How participants are divided; the names are those of the notebooks' parameters.
 
-    The test participants are the same for every seed; it decides between train and validation.
+    Attributes:
+        folds: of cross-validation; 0: one split.
+        leave_one_site_out: each fold tests one site.
+        split_seed: of who is tested and who is for validation.
+        stratify: columns that folds are balanced by; None: those of `STRATIFY` that the index has.
+        validation_fraction: of the participants who are not tested.
+    """
+
+    folds: int = 0
+    leave_one_site_out: bool = False
+    split_seed: int = 0
+    stratify: Sequence[str] | None = None
+    validation_fraction: float = 0.25
+
+    @classmethod
+    def of(cls, params: Any) -> Splitting:
+        """Take what decides the split from a notebook's parameters."""
+        return cls(**{field.name: getattr(params, field.name) for field in fields(cls)})
+
+    @property
+    def crossed(self) -> bool:
+        """Whether there are folds."""
+        return bool(self.folds) or self.leave_one_site_out
+
+
+def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 0,
+           rows_are_people: bool = False) -> pd.Series:
+    """Each row's place: train, validation, test, or another name of the index's column `split`; nan: none.
+
+    One split is that of the column `split`, if there is one, else by hash. In a fold the participants of `left_out`
+    are the test, and the rest are train and validation; where one of them has scans elsewhere, these are in no part.
+
+    Args:
+        fold: of those that `splitting` asks for, from 0.
 
     Raises:
         LeakageError: the column `split` puts one participant's scans into two splits.
         IdentityError: scans have no participant, and nobody said that `rows_are_people`.
+        SplitError: see `left_out`.
     """
+    splitting = splitting or Splitting()
     check_people_known(index, rows_are_people)
     ids = participant_ids(index)
     if "split" in index:
         mixed = index["split"].fillna("").groupby(ids).nunique()
         if (mixed > 1).any():
             raise LeakageError(f"split: {int((mixed > 1).sum())} participants have scans in two splits")
-        return index["split"]
-    tested = left_out(ids, fractions)
-    order = shuffled(set(ids) - tested, seed, "split")
-    trained = round(fractions[0] * (len(order) + len(tested)))
-    place = dict.fromkeys(tested, SPLITS[2]) | {name: SPLITS[rank >= trained] for rank, name in enumerate(order)}
-    return ids.map(place).rename("split")
+        if not splitting.crossed:
+            return index["split"]
+    test, divided = left_out(index, splitting, fold), _divided(index)
+    order = shuffled(set(ids[divided]) - set(ids[test]), splitting.split_seed, f"split {fold}" if fold else "split")
+    trained = len(order) - round(splitting.validation_fraction * len(order))
+    places = ids.map({name: SPLITS[rank >= trained] for rank, name in enumerate(order)}).astype(object)
+    if "split" in index:
+        places = places.where(divided, index["split"])
+    return places.where(~test, "test").rename("split")
 
 
-def left_out(ids: Iterable[str], fractions: tuple[float, float, float] = FRACTIONS) -> set[str]:
-    """The participants that are tested where no column `split` says who: the first by hash."""
-    order = shuffled(ids, "", "test")
-    return set(order[:len(order) - round((fractions[0] + fractions[1]) * len(order))])
+def left_out(index: pd.DataFrame, splitting: Splitting, fold: int = 0) -> pd.Series:
+    """Which rows are tested, (rows,) bool.
+
+    Raises:
+        SplitError: a column is missing, sites are, or there are more folds than participants.
+    """
+    divided = _divided(index)
+    if splitting.leave_one_site_out:
+        return site_folds(index[divided]).reindex(index.index, fill_value=-1) == fold
+    if splitting.folds:
+        found = folds(index[divided], splitting.folds, splitting.split_seed, splitting.stratify)
+        return found.reindex(index.index, fill_value=-1) == fold
+    if "split" in index:
+        return index["split"] == "test"
+    ids = participant_ids(index)
+    # seed 0 as in older kits: their encoders left out the same
+    order = shuffled(ids, splitting.split_seed or "", "test")
+    return ids.isin(order[:len(order) - round((1 - TEST_FRACTION) * len(order))])
+
+
+def fold_count(index: pd.DataFrame, splitting: Splitting) -> int:
+    """How many folds there are; 1 where there is one split."""
+    return int(site_folds(index[_divided(index)]).max()) + 1 if splitting.leave_one_site_out else splitting.folds or 1
+
+
+def _divided(index: pd.DataFrame) -> pd.Series:
+    """Rows that folds divide: all, or those of a column `split` that are neither for pretraining nor of elsewhere."""
+    return index["split"].isin(SPLITS) if "split" in index else pd.Series(True, index.index)
+
+
+def site_folds(index: pd.DataFrame) -> pd.Series:
+    """The number of each row's site, in the order of their names.
+
+    Raises:
+        SplitError: there is no column `site`, it is empty somewhere, or has one site.
+    """
+    if "site" not in index:
+        raise SplitError("leave_one_site_out: the index has no column site")
+    if empty := int(index["site"].isna().sum()):
+        raise SplitError(f"leave_one_site_out: {empty} of {len(index)} scans have no site; name it, or leave them out")
+    numbers, names = pd.factorize(index["site"].astype(str), sort=True)
+    if len(names) < 2:
+        raise SplitError(f"leave_one_site_out: all scans are of one site, {', '.join(names)}")
+    return pd.Series(numbers, index.index, name="fold")
+
+
+def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequence[str] | None = None) -> pd.Series:
+    """Each row's fold of K-fold cross-validation, 0 to `count` - 1; a participant's rows are in one.
+
+    By minimisation (Pocock & Simon, Biometrics 1975): participants come in the order of their hashes, and each goes
+    to the fold where those of its own age band, sex, site, ... are fewest, ties by hash. It balances each column on
+    its own, where strata of all columns at once would be too small. The order of rows, other columns and how many
+    scans a participant has do not matter. Who else is in the cohort does: of 300 participants one who joins moves a
+    third of the others, so folds are of one index, and an encoder's record finds those that moved.
+
+    Args:
+        stratify: columns to balance; of several scans the smallest value counts. None: those of `STRATIFY` there are.
+
+    Raises:
+        SplitError: such a column is missing, or there are fewer participants than folds.
+    """
+    ids = participant_ids(index)
+    columns = [name for name in STRATIFY if name in index] if stratify is None else list(stratify)
+    if missing := [name for name in columns if name not in index]:
+        raise SplitError(f"stratify: the index has no column {', '.join(missing)}; it has {', '.join(map(str, index))}")
+    if ids.nunique() < count:
+        raise SplitError(f"folds: {count} of {ids.nunique()} participants; ask for fewer")
+    levels = {name: _levels(index[name], ids) for name in columns}
+    counts: dict[tuple[str, str], np.ndarray] = {}
+    found = {}
+    for person in shuffled(ids, split_seed, "fold order"):
+        own = [("", ""), *((name, level[person]) for name, level in levels.items())]  # the first is the fold's size
+        there = [counts.setdefault(level, np.zeros(count, int)) for level in own]
+        excess = np.sum([row - row.min() for row in there], axis=0)
+        best = np.flatnonzero(excess == excess.min())
+        found[person] = min(best, key=lambda fold, person=person: participant_hash(person, f"fold {split_seed} {fold}"))
+        for row in there:
+            row[found[person]] += 1
+    return ids.map(found).astype(int).rename("fold")
+
+
+def _levels(column: pd.Series, ids: pd.Series) -> dict[str, str]:
+    """What stands in a column for each participant; many numbers in bands, "" where nothing does."""
+    known = column.dropna()
+    if pd.api.types.is_numeric_dtype(known) and known.nunique() > MOST_LEVELS:
+        levels = pd.qcut(known.groupby(ids).min(), BANDS, labels=False, duplicates="drop").astype(str)
+    else:
+        levels = known.astype(str).groupby(ids).min()
+    return dict.fromkeys(ids, "") | levels.to_dict()
 
 
 def label_subset(ids: pd.Series, labels: np.ndarray, kind: str, fraction: float, seed: int) -> np.ndarray:

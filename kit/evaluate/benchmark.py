@@ -18,7 +18,7 @@ from kit.evaluate.finetune import finetune, model_inputs, open_stores, sides_of
 from kit.evaluate.metrics import METRICS
 from kit.evaluate.predict import predict, predict_tested
 from kit.evaluate.probe import probe_tested
-from kit.evaluate.tasks import TESTED, Task, check_tested, read_task, score_tested
+from kit.evaluate.tasks import Task, check_tested, score_tested, tasks_of
 from kit.models.encoder_file import load_encoder, noted, side_of, weights_digest
 from kit.params import Benchmark
 from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read_made_from
@@ -51,9 +51,8 @@ def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
     for name, spec in params.encoders.items():
         sides |= {f"encoder {name}": side for side in side_of(spec).values()}
     allowed = check_fit(sides, params.allow_differences)
-    tasks = {name: read_task(stores["prepared"], stores.get("out_of_distribution"), name,
-                             params.task_types.get(name, "auto"), params.seed, params.accept_flags,
-                             params.missing_codes.get(name, ()), params.rows_are_people, aliases)
+    tasks = {name: tasks_of(params, stores, name, params.task_types.get(name, "auto"),
+                            params.missing_codes.get(name, ()), aliases)[0]
              for name in params.tasks}
     encoders = {name: load_encoder(spec, stores["prepared"].record, params.seed, params.allow_differences)
                 for name, spec in params.encoders.items()}
@@ -162,6 +161,7 @@ def _digest(encoder: nn.Module, store: Store) -> str:
 
 
 def _rows(model: tuple, task: Task, scores: dict[str, dict[str, float]], made_from: str) -> list[dict[str, Any]]:
-    return [{**dict(zip(KEYS, model, strict=True)), "metric": METRICS[task.labels.kind], "distribution": TESTED[part],
-             **values, "train_participants": task.parts["train"].participants.nunique(), "fingerprint": made_from}
+    return [{**dict(zip(KEYS, model, strict=True)), "metric": METRICS[task.labels.kind],
+             "distribution": task.tested[part], **values,
+             "train_participants": task.parts["train"].participants.nunique(), "fingerprint": made_from}
             for part, values in scores.items()]

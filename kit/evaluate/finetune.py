@@ -20,15 +20,16 @@ from kit.cohort.identity import (
 )
 from kit.cohort.tabular import read_table
 from kit.evaluate.metrics import METRICS
-from kit.evaluate.predict import predict, predict_tested
+from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
-from kit.evaluate.tasks import TESTED, Task, check_tested, read_task, score_tested
-from kit.models.encoder_file import load_encoder, noted, side_of
+from kit.evaluate.tasks import Task, check_tested, score_tested, tasks_of
+from kit.models.encoder_file import encoder_at, load_encoder, noted, side_of
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
 from kit.params import Finetune, Tuning
 from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, remove_stale
 from kit.runs import Run, write_json, write_table, write_whole
+from kit.store.leakage import LEARNED
 from kit.store.sampler import epoch_batches
 from kit.store.store import Store
 from kit.train import checkpoint
@@ -55,7 +56,7 @@ def model_inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed:
         encoder: see `kit.models.encoder_file.noted`.
         allowed, memo: see `kit.provenance.made_from`.
     """
-    used = [Used("out_of_distribution" if name == "out_of_distribution" else "prepared", name, part.store, part.rows,
+    used = [Used("prepared" if name in LEARNED or name == "test" else name, name, part.store, part.rows,
                  part.participants, part.labels) for name, part in task.parts.items()]
     labels = {"task": task.labels.task, "kind": task.labels.kind, "classes": list(task.labels.classes)}
     return made_from(used, aliases, memo, encoder=encoder, labels=labels, allowed=list(allowed))
@@ -76,7 +77,7 @@ def finetune(task: Task, encoder: nn.Module, settings: Settings, flip: bool,
     mean, sd = (float(train.labels.mean()), float(train.labels.std()) or 1.0) if number else (0.0, 1.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        predictor = Predictor(copy.deepcopy(encoder), mean, sd)
+        predictor = Predictor(copy.deepcopy(encoder), task.labels.outputs, mean, sd)
     objective = Supervised(predictor, task.labels.kind, flip=flip, seed=settings.seed, zscored=train.store.zscored)
     participants = train.participants.tolist()
     size = min(settings.batch_size, train.participants.nunique())
@@ -104,14 +105,13 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     """
     aliases = read_aliases(params.aliases)
     stores = open_stores(params)
-    allowed = check_fit(side_of(params.encoder) | sides_of(stores), params.allow_differences)
-    store = stores["prepared"]
-    encoder, record = load_encoder(params.encoder, store.record, params.seed, params.allow_differences)
-    task = read_task(store, stores.get("out_of_distribution"), params.task, params.task_type, params.seed,
-                     params.accept_flags, params.missing_codes, params.rows_are_people, aliases)
+    spec = encoder_at(params.encoder, params.fold, params.seed)
+    allowed = check_fit(side_of(spec) | sides_of(stores), params.allow_differences)
+    encoder, record = load_encoder(spec, stores["prepared"].record, params.seed, params.allow_differences)
+    task, = tasks_of(params, stores, params.task, params.task_type, params.missing_codes, aliases, [params.fold])
     check_tested(task, record, params.allow_seen_participants, aliases)
     task = task.with_labels_for(params.label_fraction, params.seed)
-    made = model_inputs(task, noted(params.encoder, encoder, record), aliases, allowed)
+    made = model_inputs(task, noted(spec, encoder, record), aliases, allowed)
     remove_stale(run.folder, made, RESULTS)
     if (run / "predictions.csv").exists() and (run / "metrics.json").exists():
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     table["fingerprint"] = made.fingerprint
     scores = score_tested(task, predictions, params.seed)
     metric = METRICS[task.labels.kind]
-    flat = {f"{TESTED[part]}_{metric if name == 'value' else f'{metric}_{name}'}": value
+    flat = {f"{task.tested[part]}_{metric if name == 'value' else f'{metric}_{name}'}": value
             for part, values in scores.items() for name, value in values.items()}
     metrics = run.metrics({**flat, "train_participants": task.parts["train"].participants.nunique()})
     write_table(run / "predictions.csv", table)
@@ -131,15 +131,14 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
 
 
 def open_stores(params: Tuning) -> dict[str, Store]:
-    """The stores that the parameters name, by `prepared` and `out_of_distribution`.
+    """The stores that the parameters name: `prepared`, and test sets by their names.
 
-    Where the second is not named, it is the first, if rows of that have the split out_of_distribution.
+    Where no test set is called `out_of_distribution`, it is the first, if rows of that have this split.
     """
     stores = {"prepared": Store.open(params.prepared)}
+    stores |= {name: Store.open(test.prepared) for name, test in params.test_sets().items()}
     index = stores["prepared"].index
-    if params.out_of_distribution is not None:
-        stores["out_of_distribution"] = Store.open(params.out_of_distribution)
-    elif "split" in index and (index["split"] == "out_of_distribution").any():
+    if "out_of_distribution" not in stores and "split" in index and (index["split"] == "out_of_distribution").any():
         stores["out_of_distribution"] = stores["prepared"]
     return stores
 
@@ -161,12 +160,15 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Modul
 def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor, dict[str, Any]]:
     """The model that a run of 3_finetune left, and its `task.json`."""
     record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    predictor = Predictor(build_encoder(record["architecture"], tuple(preparation["shape"])))
-    predictor.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    weights = load_file(folder / "model.safetensors")
+    encoder = build_encoder(record["architecture"], tuple(preparation["shape"]))
+    predictor = Predictor(encoder, outputs=len(weights["head.bias"]))
+    predictor.load_state_dict(weights, strict=True)
     return predictor.eval(), record
 
 
 def _table(task: Task, part: str, values: np.ndarray) -> pd.DataFrame:
     rows = task.parts[part].rows
     return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "dataset": rows["dataset"],
-                         "distribution": TESTED[part], "true": task.parts[part].labels, "predicted": values})
+                         "distribution": task.tested[part], "true": task.parts[part].labels,
+                         **prediction_columns(values)})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kit.device import device, evaluation, on_device, scans_at_a_time
-from kit.evaluate.tasks import TESTED, Task
+from kit.evaluate.tasks import Task
 from kit.models.heads import Predictor
 from kit.runs import progress
 from kit.store.dataset import PreparedScans, load_batches
@@ -30,6 +30,14 @@ def predict(model: nn.Module, scans: PreparedScans, batch_size: int | None = Non
 
 
 def predict_tested(task: Task, predictor: Predictor) -> dict[str, np.ndarray]:
-    """A predictor's log-odds or numbers for each tested part."""
-    raw = {name: predict(predictor, task.parts[name].scans())[:, 0] for name in TESTED if name in task.parts}
-    return {name: values * float(predictor.sd) + float(predictor.mean) for name, values in raw.items()}
+    """What a predictor says of each tested part: (scans,) log-odds or numbers, (scans, K) logits of K > 2 classes."""
+    raw = {name: predict(predictor, task.parts[name].scans()) for name in task.tested}
+    found = {name: values * float(predictor.sd) + float(predictor.mean) for name, values in raw.items()}
+    return found if predictor.outputs > 1 else {name: values[:, 0] for name, values in found.items()}
+
+
+def prediction_columns(predictions: np.ndarray) -> dict[str, np.ndarray]:
+    """Predictions as a table's columns: `predicted`, or of K > 2 classes `predicted_0` to `predicted_{K-1}`."""
+    if predictions.ndim == 1:
+        return {"predicted": predictions}
+    return {f"predicted_{number}": values for number, values in enumerate(predictions.T)}

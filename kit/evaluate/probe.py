@@ -8,7 +8,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from kit.evaluate.metrics import auc
-from kit.evaluate.tasks import TESTED, Task
+from kit.evaluate.tasks import Task
 
 PENALTIES = tuple(10.0 ** power for power in range(-4, 5))  # of probes
 
@@ -47,4 +47,4 @@ def probe_tested(task: Task, features: dict[str, np.ndarray]) -> dict[str, np.nd
     kind, parts = task.labels.kind, task.parts
     fitted = fit_probe(features["train"], parts["train"].labels, features["validation"], parts["validation"].labels,
                        kind)
-    return {name: predict_probe(fitted, features[name], kind) for name in TESTED if name in parts}
+    return {name: predict_probe(fitted, features[name], kind) for name in task.tested}

@@ -1,25 +1,24 @@
-"""A downstream task: a label with its participants split, checked for leakage."""
+"""Downstream tasks: a label with its participants split, once or in folds, checked for leakage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import Aliases, check_datasets_known, check_people_known, joined, participant_ids
+from kit.cohort.identity import Aliases, check_datasets_known, check_people_known, joined, loose, participant_ids
 from kit.cohort.labels import LabelError, Labels, read_labels
-from kit.cohort.split import label_subset, splits
+from kit.cohort.split import Splitting, fold_count, label_subset, splits
 from kit.evaluate.metrics import score
+from kit.params import Tuning
 from kit.preprocess.quality import usable
 from kit.runs import shown
 from kit.store.dataset import PreparedScans
-from kit.store.leakage import check_apart, check_encoder
+from kit.store.leakage import LEARNED, PLACES, check_apart, check_encoder, places_of
 from kit.store.store import Store
-
-TESTED = {"test": "in_distribution", "out_of_distribution": "out_of_distribution"}
 
 
 @dataclass(frozen=True)
@@ -42,66 +41,111 @@ class Part:
 
 @dataclass(frozen=True)
 class Task:
-    """A label with its participants split: train, validation, test and perhaps out_of_distribution."""
+    """A label with its participants split.
+
+    Attributes:
+        parts: train, validation, test, and further test sets by their names.
+        fold: which of cross-validation's; 0 where there is one split.
+    """
 
     labels: Labels
     parts: dict[str, Part]
+    fold: int = 0
+
+    @property
+    def tested(self) -> dict[str, str]:
+        """The tested parts and what their distribution is called: `in_distribution`, or the test set's name."""
+        return {name: "in_distribution" if name == "test" else name for name in self.parts if name not in LEARNED}
 
     def with_labels_for(self, fraction: float, seed: int) -> Task:
-        """The task with labels for a fraction of the training participants."""
-        train = self.parts["train"]
-        keep = label_subset(train.participants, train.labels, self.labels.kind, fraction, seed)
-        return replace(self, parts={**self.parts, "train": train.only(keep)})
+        """The task with labels for a fraction of the participants of train and of validation: few labels are few."""
+        few = {name: part.only(label_subset(part.participants, part.labels, self.labels.kind, fraction, seed))
+               for name, part in self.parts.items() if name in LEARNED}
+        return replace(self, parts=self.parts | few)
 
 
-def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: str, seed: int,
-              accept_flags: Sequence[str] = (), missing_codes: Iterable[str | float] = (),
-              rows_are_people: bool = False, aliases: Aliases | None = None) -> Task:
-    """Split the labelled scans of one store by participant, and take those of another as out of distribution.
-
-    Scans that quality control calls unusable are left out of all parts; flagged ones, often pathology, are in all.
-    Where the other store's index has a column `split`, its rows of `out_of_distribution` are taken, else all.
+def tasks_of(params: Tuning, stores: Mapping[str, Store], task: str, kind: str = "auto",
+             missing_codes: Iterable[str | float] = (), aliases: Aliases | None = None,
+             only: Collection[int] | None = None) -> list[Task]:
+    """A label's tasks as a notebook's parameters ask for them; see `read_tasks`.
 
     Args:
+        stores: see `kit.evaluate.finetune.open_stores`.
+    """
+    tests = params.test_sets()
+    here = {name: store for name, store in stores.items()
+            if name not in tests or (task in tests[name].tasks if tests[name].tasks else task in store.index)}
+    return read_tasks(here, task, kind, Splitting.of(params), accept_flags=params.accept_flags,
+                      missing_codes=missing_codes, rows_are_people=params.rows_are_people, aliases=aliases, only=only)
+
+
+def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", splitting: Splitting | None = None, *,
+               accept_flags: Sequence[str] = (), missing_codes: Iterable[str | float] = (),
+               rows_are_people: bool = False, aliases: Aliases | None = None,
+               only: Collection[int] | None = None) -> list[Task]:
+    """Split the labelled scans of one store by participant, once or in folds, and take those of others as test sets.
+
+    Scans that quality control calls unusable are left out of all parts; flagged ones, often pathology, are in all.
+    Of a test set whose index has a column `split` the rows of `out_of_distribution` and `test` are taken, if there
+    are any, else all; of `prepared` itself only those of `out_of_distribution`.
+
+    Args:
+        stores: `prepared`, and test sets by their names.
         accept_flags: see `kit.preprocess.quality.usable`.
         missing_codes: values of the label that stand for a missing one.
         rows_are_people: scans without a participant are each of another person.
         aliases: who is known under several names.
+        only: folds to return, if not all.
+
+    Returns:
+        one task a fold; a site that has no scan with this label has none.
 
     Raises:
-        LabelError: the label cannot be used, the two stores' classes differ, or a part lacks scans or a class, or
+        LabelError: the label cannot be used, a test set has other classes, or a part lacks scans or a class, or
             training a second participant.
         IdentityError: participants, or of two stores their datasets, have no name.
         LeakageError: somebody, or a scan under two names, stands in two parts.
+        SplitError: the folds that are asked for cannot be made.
     """
-    other = out_of_distribution if out_of_distribution and out_of_distribution.folder != store.folder else None
-    for one in (store, other) if other else ():
+    splitting, store = splitting or Splitting(), stores["prepared"]
+    tests = {name: other for name, other in stores.items() if name != "prepared"}
+    for one in stores.values() if any(other.folder != store.folder for other in tests.values()) else ():
         check_datasets_known(one.index, "another cohort")
-    labels = read_labels(store.index, task, kind, missing_codes)
-    place = splits(joined(store.index, aliases or {}), seed, rows_are_people=rows_are_people)
-    kept = usable(store.index, accept_flags)
-    parts = {name: _part(store, labels, (place == name).to_numpy() & kept, aliases)
-             for name in ("train", "validation", "test")}
-    if out_of_distribution is not None:
-        index = out_of_distribution.index
-        check_people_known(index, rows_are_people)
-        theirs = read_labels(index, task, labels.kind, missing_codes)
-        if theirs.classes != labels.classes:  # both are sorted: 1 could stand for another class there
-            raise LabelError(f"{task}: the classes are {', '.join(labels.classes)} in {shown(store.folder)}, but "
-                             f"{', '.join(theirs.classes)} in {shown(out_of_distribution.folder)}; rename them there, "
-                             "or empty the cells of scans of other classes")
-        keep = (index["split"] == "out_of_distribution").to_numpy() if "split" in index else np.ones(len(index), bool)
-        parts["out_of_distribution"] = _part(out_of_distribution, theirs, keep & usable(index, accept_flags), aliases)
-    for name, part in parts.items():
-        people, both, present = part.participants.nunique(), labels.kind == "classification", set(part.labels)
-        if len(part.rows) < 2 or (both and len(present) < 2) or (name == "train" and people < 2):
-            found = f", all of class {labels.classes[int(part.labels[0])]}" if both and len(present) == 1 else ""
-            raise LabelError(f"{task}: the {name} split has {len(part.rows)} usable scans with this label, of {people} "
-                             f"participants{found}; it needs two scans{' of both classes' * both}"
-                             f"{' and two participants' * (name == 'train')}. In {shown(part.store.folder)} "
-                             f"{part.store.contents()}")
-    check_apart({name: (part.store, part.rows, part.participants) for name, part in parts.items()}, aliases)
-    return Task(labels, parts)
+    codes = list(missing_codes)
+    labels = read_labels(store.index, task, kind, codes)
+    kept, index = usable(store.index, accept_flags), joined(store.index, aliases or {})
+    fixed = {}
+    for name, other in tests.items():
+        check_people_known(other.index, rows_are_people)
+        keep = _tested_rows(other, of_itself=other.folder == store.folder) & usable(other.index, accept_flags)
+        try:
+            theirs = read_labels(other.index, task, labels.kind, codes, labels.classes)
+        except LabelError as error:
+            raise LabelError(f"{name}, {shown(other.folder)}: {error}") from None
+        fixed[name] = _part(other, theirs, keep, aliases)
+    tasks = []
+    for fold in range(fold_count(index, splitting)) if only is None else sorted(only):
+        place = splits(index, splitting, fold, rows_are_people)
+        own = {name: _part(store, labels, (place == name).to_numpy() & kept, aliases)
+               for name in ("train", "validation", "test")}
+        if splitting.leave_one_site_out and not len(own["test"].rows):
+            print(f"{task}: site {sorted(set(index['site'].astype(str)))[fold]} has no usable scan with this label")
+            continue
+        found = Task(labels, own | fixed, fold)
+        for name in found.parts:
+            _check_part(found, name, splitting.crossed)
+        check_apart({name: (part.store, part.rows, part.participants) for name, part in found.parts.items()}, aliases)
+        tasks.append(found)
+    return tasks
+
+
+def _tested_rows(store: Store, of_itself: bool) -> np.ndarray:
+    """Which rows of a test set's store are tested, (rows,) bool."""
+    everyone = np.ones(len(store.index), bool)
+    if "split" not in store.index:
+        return everyone
+    rows = store.index["split"].isin(["out_of_distribution"] if of_itself else ["out_of_distribution", "test"])
+    return rows.to_numpy() if rows.any() or of_itself else everyone
 
 
 def _part(store: Store, labels: Labels, keep: np.ndarray, aliases: Aliases | None) -> Part:
@@ -110,13 +154,31 @@ def _part(store: Store, labels: Labels, keep: np.ndarray, aliases: Aliases | Non
     return Part(store, rows, labels.values[keep], participant_ids(joined(rows, aliases or {})))
 
 
+def _check_part(task: Task, name: str, crossed: bool) -> None:
+    """Training needs all classes, other parts two; a fold's test one scan, for the folds are scored together."""
+    part, labels = task.parts[name], task.labels
+    people, present, names = part.participants.nunique(), set(part.labels), labels.classes
+    scans = 1 if crossed and name == "test" else 2
+    classes = min(len(names), len(names) if name == "train" else scans)
+    if len(part.rows) >= scans and len(present) >= max(classes, 1) and (name != "train" or people >= 2):
+        return
+    found = f", all of class {names[int(part.labels[0])]}" if names and len(present) == 1 else (
+        f", none of class {', '.join(each for number, each in enumerate(names) if number not in present)}"
+        if len(present) < classes else "")
+    wanted = {0: "", 1: "", 2: " of two classes"}.get(classes, f" of all {classes} classes")
+    raise LabelError(
+        f"{labels.task}: the {name} split{f' of fold {task.fold}' * crossed} has {len(part.rows)} usable scans with "
+        f"this label, of {people} participants{found}; it needs {'two scans' if scans == 2 else 'one scan'}{wanted}"
+        f"{' and two participants' * (name == 'train')}. In {shown(part.store.folder)} {part.store.contents()}")
+
+
 def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Aliases) -> None:
     """Check that an encoder, by its record, saw nobody and no scan that it is tested on.
 
     Raises:
         LeakageError, IdentityError: see `kit.store.leakage.check_encoder`.
     """
-    for part in (task.parts[name] for name in TESTED if name in task.parts):
+    for part in (task.parts[name] for name in task.tested):
         check_encoder(record, part.store, part.rows, part.participants, allow, aliases)
 
 
@@ -124,3 +186,49 @@ def score_tested(task: Task, predictions: dict[str, np.ndarray], seed: int) -> d
     """Score each tested part's predictions; see `kit.evaluate.metrics.score`."""
     return {name: score(task.parts[name].labels, values, task.labels.kind, task.parts[name].participants, seed)
             for name, values in predictions.items()}
+
+
+def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
+    """Where each test set is from, and what it shares with what trained the head and the encoder.
+
+    Names are compared without case and leading zeros (`kit.cohort.identity.loose`).
+
+    Args:
+        record: the encoder's; that of random weights saw nothing.
+
+    Returns:
+        A row a tested part: `distribution`; `dataset`, `site`, `scanner`, `manufacturer` (the names in it, "" where
+        none is said); `shares`, such as "site A (train), dataset ixi (pretraining)", "" for nothing; `unknown`, what
+        could not be compared, such as "site (pretraining)".
+    """
+    learned = {"train": {column: set(names) for column, names in places_of(task.parts["train"].rows).items()}}
+    if record.get("participants") or "seen" in record:
+        learned["pretraining"] = {column: set(names) for column, names in record.get("seen", {}).items()}
+    rows = []
+    for name, distribution in task.tested.items():
+        here = {column: sorted(set(names)) for column, names in places_of(task.parts[name].rows).items()}
+        shared, unknown = [], []
+        for column in PLACES:
+            for where, there in learned.items():
+                known = set(map(loose, there.get(column, ())))
+                both = [each for each in here.get(column, ()) if loose(each) in known]
+                shared += [f"{column} {' and '.join(both)} ({where})"] * bool(both)
+                if column in ("dataset", "site") and not (here.get(column) and known):
+                    unknown.append(f"{column} ({where})")
+        rows.append({"distribution": distribution, **{column: ", ".join(here.get(column, ())) for column in PLACES},
+                     "shares": ", ".join(shared), "unknown": ", ".join(unknown)})
+    return pd.DataFrame(rows)
+
+
+def covariates(part: Part) -> pd.DataFrame:
+    """Age and sex of a part's scans, to score within age bands or to match by.
+
+    Returns:
+        A row a scan: `scan`, `participant` (the joined id), `age` (float, nan where unknown), `sex` (text, None where
+        unknown).
+    """
+    rows = part.rows
+    age = pd.to_numeric(rows["age"], errors="coerce") if "age" in rows else pd.Series(np.nan, rows.index)
+    sex = rows["sex"].map(str, na_action="ignore") if "sex" in rows else pd.Series(None, rows.index, dtype=object)
+    return pd.DataFrame({"scan": rows["scan"], "participant": part.participants, "age": age.astype(float),
+                         "sex": sex.astype(object).where(sex.notna(), None)}).reset_index(drop=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 from torch import nn
 
 from kit.cohort.identity import participant_ids
@@ -105,8 +106,8 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
 def scans_to_explain(model: Path, store: Store, count: int) -> pd.DataFrame:
     """Rows of the index: test participants of whom a model rightly predicts the most.
 
-    Of the positive class those with the highest score; of a number those with the highest prediction. One scan
-    a participant, in distribution only.
+    Of two classes the positive with the highest score; of more those of whose class it is surest; of a number those
+    with the highest prediction. One scan a participant, in distribution only.
 
     Args:
         model: a run of 3_finetune.
@@ -115,7 +116,11 @@ def scans_to_explain(model: Path, store: Store, count: int) -> pd.DataFrame:
     """
     predictions = read_table(model / "predictions.csv", text=("scan", "participant"))
     known = predictions[predictions["distribution"] == "in_distribution"]
-    if set(known["true"]) == {0.0, 1.0}:
+    if "predicted_0" in known:
+        chances = softmax(known.filter(regex=r"^predicted_\d+$").to_numpy(), axis=1)  # (scans, classes)
+        right = chances.argmax(1) == known["true"].to_numpy()
+        known = known.assign(predicted=chances.max(1))[right]
+    elif set(known["true"]) == {0.0, 1.0}:
         known = known[known["true"] == 1]
     best = known.sort_values("predicted", ascending=False, kind="stable")["scan"]
     rows = store.index.set_index("scan", drop=False).loc[best]

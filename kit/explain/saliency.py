@@ -15,7 +15,7 @@ Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, widt
 
 
 def saliency(
-    model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str, target: int = 0,
+    model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str, target: int | None = None,
     n_steps: int = 32, internal_batch_size: int = 4,
 ) -> np.ndarray:
     """Map how one output of a model depends on each voxel of one scan.
@@ -31,7 +31,7 @@ def saliency(
         model: maps (batch, 1, depth, height, width) float32 to (batch, outputs); on any device.
         image: (depth, height, width), z-scored inside the mask and 0 outside, as prepared scans are.
         mask: (depth, height, width), true inside the brain.
-        target: which output is explained.
+        target: which output is explained; None: of several the highest for this scan, so the class that is predicted.
         n_steps: points on the path of integrated gradients (Gauss-Legendre quadrature).
         internal_batch_size: points at a time; bounds memory.
 
@@ -52,6 +52,9 @@ def saliency(
 
     scan = _batch_of_one(model, image).requires_grad_()
     with _evaluating(model):
+        if target is None:
+            with torch.no_grad():
+                target = int(model(scan)[0].argmax())
         if method == "gradient":
             found = Saliency(model).attribute(scan, target=target, abs=True)
         else:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kit.models.encoders import build_encoder
+from kit.problems import encoder_at as encoder_at  # which needs no torch
 from kit.provenance import OLDER, Side, misfit
 from kit.runs import resolve, shown, write_whole
 

@@ -34,21 +34,22 @@ def projection_head(features: int, widths: Sequence[int]) -> Head:
 
 
 class Predictor(nn.Module):
-    """An encoder and one linear output: a logit, or a number in units of the training labels' spread.
+    """An encoder and a linear layer: a logit, K logits, or a number in units of the training labels' spread.
 
     Attributes:
+        outputs: 1 for two classes and for numbers, K for K > 2 classes; see `kit.cohort.labels.Labels.outputs`.
         mean, sd: of the training labels; 0 and 1 for classification.
     """
 
-    def __init__(self, encoder: nn.Module, mean: float = 0.0, sd: float = 1.0) -> None:
+    def __init__(self, encoder: nn.Module, outputs: int = 1, mean: float = 0.0, sd: float = 1.0) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.features, 1)
+        self.encoder, self.outputs = encoder, outputs
+        self.head = nn.Linear(encoder.features, outputs)
         self.register_buffer("mean", torch.tensor(float(mean)))
         self.register_buffer("sd", torch.tensor(float(sd)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(batch, 1, depth, height, width) -> (batch, 1): a logit, or a standardised number."""
+        """(batch, 1, depth, height, width) -> (batch, outputs): logits, or a standardised number."""
         features = self.encoder(images)
         with no_autocast(features.device):
             return self.head(at_least_float32(features))

@@ -22,9 +22,12 @@ import pandas as pd
 
 from kit.cohort.identity import Aliases, check_datasets_known, known_as
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
-from kit.store.store import Store, StoreError
+from kit.store.store import Store, StoreError, scan_path
 
 SLICES = 8  # a block of the store, or two
+LEARNED = ("pretrain", "train", "validation")  # parts that are learned from; all others are tested
+PLACES = ("dataset", "site", "scanner", "manufacturer")  # columns that say where scans are from
+_hashed: dict[tuple[str, int, str], str] = {}  # by file, its time and the salt: folds and tasks ask again
 
 
 def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
@@ -34,6 +37,11 @@ def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
     middle = (slice(deep // 2 - SLICES // 2, deep // 2 + SLICES // 2), slice(high // 4, high - high // 4),
               slice(wide // 4, wide - wide // 4))
     for scan in scans:
+        path = scan_path(store.folder, scan)
+        known = (str(path), path.stat().st_mtime_ns if path.exists() else 0, salt())
+        if known in _hashed:
+            found[scan] = _hashed[known]
+            continue
         try:
             values = store.read(scan, middle)[0]
             if values.min() == values.max():  # nothing in the middle: then all of it
@@ -41,19 +49,35 @@ def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
         except StoreError:
             continue
         values = values + np.float16(0)  # -0, inside the mask, is the 0 outside
-        found[scan] = hashlib.blake2b(values.tobytes(), key=salt().encode(), digest_size=8).hexdigest()
+        found[scan] = _hashed[known] = hashlib.blake2b(values.tobytes(), key=salt().encode(),
+                                                       digest_size=8).hexdigest()
     return found
 
 
 def seen_by(store: Store, rows: pd.DataFrame, ids: pd.Series, aliases: Aliases | None = None) -> dict[str, Any]:
     """What an encoder's record says of whom it saw: hashed ids of participants and of scans' voxels, and the salt's.
 
-    Where a cohort has no dataset's name, participants stand there without one.
+    Where a cohort has no dataset's name, participants stand there without one. `seen` counts the scans of each
+    dataset, site, scanner and manufacturer, by name: these names are nobody's.
     """
     keys = {each for name in set(ids) for each in known_as(name, aliases)}
     return {"participants": sorted(participant_hash(each, salt()) for each in keys),
             "voxels": sorted(set(voxel_hashes(store, rows["scan"]).values())),
-            "salt": participant_hash("salt", salt())}
+            "salt": participant_hash("salt", salt()),
+            "seen": {column: names.value_counts().to_dict() for column, names in places_of(rows).items()}}
+
+
+def places_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """Of each column of `PLACES` that rows have, the names in it, without empty cells.
+
+    A site's name that is a number has its dataset's before it: 1 here and 1 there are two.
+    """
+    found = {column: rows[column].dropna().astype(str) for column in PLACES if column in rows}
+    if "site" in found:
+        numbered = found["site"].str.fullmatch(r"[\d.]+")
+        datasets = rows["dataset"].astype(str).reindex(found["site"].index)
+        found["site"] = found["site"].where(~numbered, datasets + "/" + found["site"])
+    return {column: names for column, names in found.items() if len(names)}
 
 
 def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, ids: pd.Series, allow: bool = False,
@@ -114,7 +138,7 @@ def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], alia
         scans[name] = {each: scan for scan, each in hashes.items()}
         if twice := len(hashes) - len(scans[name]):
             print(f"{name}: {twice} scans are there twice, voxel by voxel")
-    learned = [name for name in parts if name not in ("test", "out_of_distribution")]
+    learned = [name for name in parts if name in LEARNED]
     for one in learned:
         for other in (name for name in parts if name not in learned[:learned.index(one) + 1]):
             for what, sides, words in (("participants", people, ""), ("scans", scans, ", under two names")):

@@ -121,7 +121,7 @@ class MaskedReconstruction(nn.Module):
 
 
 class Supervised(nn.Module):
-    """A label is predicted: logistic loss for two classes, squared error for a standardised number."""
+    """A label is predicted: cross-entropy for classes, squared error for a standardised number."""
 
     def __init__(self, predictor: Predictor, kind: str, *, flip: bool, seed: int, zscored: bool = True) -> None:
         super().__init__()
@@ -142,7 +142,9 @@ class Supervised(nn.Module):
             with no_autocast(images.device):
                 images = make_views(images, batch.masks, batch.keys, self.recipe, seed=self.seed, epoch=epoch, view=0,
                                     zscored=self.zscored)[0]
-        output = self.predictor(images)[:, 0]
-        if self.kind == "classification":
-            return {"loss": F.binary_cross_entropy_with_logits(output, batch.labels)}
-        return {"loss": F.mse_loss(output, (batch.labels - self.predictor.mean) / self.predictor.sd)}
+        output = self.predictor(images)  # (batch, outputs)
+        if self.kind == "regression":
+            return {"loss": F.mse_loss(output[:, 0], (batch.labels - self.predictor.mean) / self.predictor.sd)}
+        if self.predictor.outputs > 1:
+            return {"loss": F.cross_entropy(output, batch.labels.long())}
+        return {"loss": F.binary_cross_entropy_with_logits(output[:, 0], batch.labels)}

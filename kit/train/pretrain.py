@@ -16,7 +16,7 @@ from torch import nn
 import kit
 from kit.augment.recipe import read_recipe
 from kit.cohort.identity import joined, participant_ids, read_aliases
-from kit.cohort.split import left_out, shuffled
+from kit.cohort.split import Splitting, fold_count, left_out, shuffled
 from kit.cohort.tabular import read_table
 from kit.machine import why_alone
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
@@ -192,32 +192,40 @@ def status(params: Pretrain, run: Run) -> str:
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of the index to learn from, and those of the participants that are for validation.
 
-    Without a column `split`, those that `kit.cohort.split.splits` gives to the test are in neither, unless
-    `leave_out_test` is false.
+    Those that are tested, in this fold or (without a column `split`) in the one split, are in neither, unless
+    `leave_out_test` is false; see `kit.cohort.split.left_out`.
 
     Raises:
         ParameterError: fewer than two participants are left to learn from.
     """
     every = joined(store.index, read_aliases(params.aliases))
     index = every[usable(every, params.accept_flags)]
-    rows = index[index["split"] == params.split] if "split" in index else index[~_tested(params, every, index)]
+    asked = index[index["split"] == params.split] if "split" in index else index
+    rows = asked[~_tested(params, every, asked)]
     ids = participant_ids(rows)
     out = set(shuffled(ids, params.seed, "held out")[:round(params.validation_fraction * ids.nunique())])
     learned, validation = rows[~ids.isin(out)], rows[ids.isin(out)]
     if (people := participant_ids(learned).nunique()) < 2:
         flagged = f", {len(every) - len(index)} of them unusable and left out"
-        tested = "" if "split" in index or not params.leave_out_test else (
-            f", {len(index) - len(rows)} left out for testing (leave_out_test)")
+        tests = f", {len(asked) - len(rows)} left out for testing (leave_out_test)" * _leaves_out(params, every)
         raise ParameterError(
             f"split: {params.split!r} leaves {len(learned)} scans of {people} participants to learn from, besides "
             f"{len(validation)} for validation; at least two participants are needed. In {shown(store.folder)} "
-            f"{store.contents()}{flagged}{tested}")
+            f"{store.contents()}{flagged}{tests}")
     return learned, validation
 
 
+def _leaves_out(params: Pretrain, index: pd.DataFrame) -> bool:
+    """Whether participants are left out because they will be tested; a column `split` has said so already."""
+    return params.leave_out_test and (Splitting.of(params).crossed or "split" not in index)
+
+
 def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
-    """Which rows are of participants that will be tested, in a cohort without a column `split`."""
-    return participant_ids(rows).isin(left_out(participant_ids(every)) if params.leave_out_test else [])
+    """Which rows are of participants that will be tested, as the index of everybody decides."""
+    if not _leaves_out(params, every):
+        return pd.Series(False, rows.index)
+    ids = participant_ids(every)
+    return participant_ids(rows).isin(set(ids[left_out(every, Splitting.of(params), params.fold)]))
 
 
 def check_start(params: Pretrain) -> None:
@@ -227,13 +235,14 @@ def check_start(params: Pretrain) -> None:
         LeakageError: a scan that is left out for testing would be learned from under another name.
     """
     store, aliases = Store.open(params.prepared), read_aliases(params.aliases)
-    index = joined(store.index, aliases)
-    if "split" in index or not params.leave_out_test:
+    index, splitting = joined(store.index, aliases), Splitting.of(params)
+    if not _leaves_out(params, index):
         return
     test = index[_tested(params, index, index)]
     learned = pd.concat(choose_scans(params, store))
-    print(f"no column split: {participant_ids(test).nunique()} of {participant_ids(index).nunique()} participants are "
-          "left out, for testing (leave_out_test)")
+    why = f"fold {params.fold} of {fold_count(index, splitting)}" if splitting.crossed else "no column split"
+    print(f"{why}: {participant_ids(test).nunique()} of {participant_ids(index).nunique()} participants are left out, "
+          "for testing (leave_out_test)")
     check_apart({name: (store, rows, participant_ids(rows)) for name, rows in (("pretrain", learned), ("test", test))},
                 aliases)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kit.cohort.identity import IdentityError, joined, key, loose, participant_ids, read_aliases, read_id
 from kit.cohort.labels import read_labels
-from kit.cohort.split import check_unseen, label_subset, participant_hash, salt, splits
+from kit.cohort.split import Splitting, check_unseen, label_subset, participant_hash, salt, splits
 from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import CohortError
 from kit.preprocess.index import scan_names
@@ -89,11 +89,13 @@ def test_everybody_is_one_and_has_their_own_labels(cohort, encoding):
         else:
             assert not set(words) - {"1", "1.50", "", "n/a"}
     for seed in (0, 1):
-        place = splits(table, seed).groupby(participant_ids(table)).nunique()
-        assert (place == 1).all()
-        here, there = (dict(zip(rows["image_path"].map(lambda path: Path(path).name), splits(rows, seed), strict=True))
-                       for rows in (table, turned))
-        assert here == there
+        ways = [Splitting(split_seed=seed)] + [Splitting(2, split_seed=seed)] * (participant_ids(table).nunique() > 1)
+        for way in ways:
+            place = splits(table, way).groupby(participant_ids(table)).nunique()
+            assert (place == 1).all()
+            here, there = (dict(zip(rows["image_path"].map(lambda path: Path(path).name), splits(rows, way),
+                                    strict=True)) for rows in (table, turned))
+            assert here == there
         few, turned_few = (set(rows["image_path"][label_subset(
             participant_ids(rows), rows["age"].to_numpy(), "regression", 0.5, seed)]) for rows in (table, turned))
         assert few == turned_few

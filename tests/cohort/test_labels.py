@@ -59,6 +59,30 @@ def test_a_kind_that_is_said_is_taken(values):
     assert labels(values, "regression").values.tolist() == values
 
 
+def test_several_classes():
+    found = labels(["MCI", "CN", "AD", None, "CN", "AD", "MCI "])
+    assert found.kind == "classification" and found.classes == ("AD", "CN", "MCI") and found.outputs == 3
+    assert np.array_equal(found.values, [2, 1, 0, np.nan, 1, 0, 2], equal_nan=True)
+    found = labels([10, 2, 1, 2, 9, 1, 10], "classification", missing_codes=[9])
+    assert found.classes == ("1", "2", "10")
+    assert np.array_equal(found.values, [2, 1, 0, 1, np.nan, 0, 2], equal_nan=True)
+    assert labels(["F", "M", "M"]).outputs == labels([1.5, 2, 3]).outputs == 1
+    for values, kind in ((["a", "b", "c", "b", "a"], "auto"), (list(range(21)) * 2, "classification"), (["a"], "auto"),
+                         ([f"name {number}" for number in range(21)] * 2, "auto")):
+        with pytest.raises(LabelError, match=r"two classes, or up to 20 of two scans each at least; found \d+: "):
+            labels(values, kind)
+
+
+def test_a_test_cohorts_labels_are_of_the_classes_that_are_learned():
+    there = pd.DataFrame({"x": ["MCI", "CN", None, "CN"]})
+    found = read_labels(there, "x", "classification", (), ("AD", "CN", "MCI"))
+    assert found.classes == ("AD", "CN", "MCI") and np.array_equal(found.values, [2, 1, np.nan, 1], equal_nan=True)
+    with pytest.raises(LabelError, match="AD, CN where a model learns them, but here CN, MCI; rename MCI"):
+        read_labels(there, "x", "classification", (), ("AD", "CN"))
+    codes = read_labels(pd.DataFrame({"x": [1.0, 2.0]}), "x", "classification", (), ("1", "2", "3"))
+    assert codes.values.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(("values", "code"), [([63, 71, 999, 55], "999"), ([63.5, 71, -99, 55], "-99"),
                                               ([20.5, 30, -1, 40, 50], "-1")])
 def test_a_code_for_missing_among_numbers_is_asked_about(values, code):
@@ -88,7 +112,7 @@ def test_words_that_others_read_as_missing_are_classes():
 
 
 def test_names_of_zeros_are_no_numbers():
-    with pytest.raises(LabelError, match=r"needs two classes, found 3: 001 \(2\), 002 \(1\), A3 \(1\)"):
+    with pytest.raises(LabelError, match=r"of two scans each at least; found 3: 001 \(2\), 002 \(1\), A3 \(1\)"):
         labels(["001", "001", "002", "A3"])
 
 

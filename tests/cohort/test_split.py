@@ -5,7 +5,20 @@ import pandas as pd
 import pytest
 
 from kit.cohort.identity import IdentityError, participant_ids
-from kit.cohort.split import LeakageError, check_unseen, hashed_ids, label_subset, participant_hash, salt, splits
+from kit.cohort.split import (
+    LeakageError,
+    SplitError,
+    Splitting,
+    check_unseen,
+    fold_count,
+    folds,
+    hashed_ids,
+    label_subset,
+    left_out,
+    participant_hash,
+    salt,
+    splits,
+)
 
 
 @pytest.fixture
@@ -15,22 +28,104 @@ def index():
 
 
 def test_no_participant_on_two_sides(index):
-    place = splits(index, seed=0)
+    place = splits(index)
     assert place.groupby(index["participant"]).nunique().max() == 1
     assert place.value_counts().to_dict() == {"train": 120, "validation": 40, "test": 40}
-    other = splits(index, seed=1)
-    assert (other != place).any() and ((other == "test") == (place == "test")).all()  # the tested stay
+    other = splits(index, Splitting(split_seed=1))
+    assert ((other == "test") != (place == "test")).any()  # the split's own seed decides who is tested
+    assert (splits(index, Splitting(validation_fraction=0.5)) == "validation").sum() == 80
 
 
 def test_order_of_rows_does_not_matter(index):
     turned = index.iloc[::-1]
-    assert splits(turned, 0).sort_index().tolist() == splits(index, 0).tolist()
+    assert splits(turned).sort_index().tolist() == splits(index).tolist()
 
 
 def test_own_split_column_is_taken_and_checked(index):
     index["split"] = ["train", "train"] * 99 + ["train", "test"]
     with pytest.raises(LeakageError, match="1 participants have scans in two splits"):
-        splits(index, 0)
+        splits(index)
+
+
+@pytest.fixture
+def people():
+    """300 people of four sites, ages and sexes, a third of them with a second scan."""
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame({"dataset": "a", "participant": [f"{n:03d}" for n in range(300)],
+                         "age": rng.gamma(9, 5, 300).round(1),
+                         "sex": rng.choice(["F", "M", None], 300, p=[.5, .45, .05]),
+                         "site": rng.choice(list("ABCD"), 300, p=[.5, .3, .15, .05]), "ill": rng.integers(0, 2, 300)})
+    again = rows[rows["ill"].eq(1) & (rows.index % 3 == 0)].assign(age=lambda rows: rows["age"] + 30)
+    return pd.concat([rows.assign(session="1"), again.assign(session="2")], ignore_index=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_folds_partition_the_participants_and_are_balanced(people, seed):
+    found = folds(people, 5, seed)
+    assert found.groupby(people["participant"]).nunique().max() == 1
+    first = people["session"] == "1"
+    assert found[first].value_counts().between(59, 61).all()
+    bands = pd.qcut(people["age"][first], 5, labels=False)
+    for column in (bands, people["site"][first], people["sex"][first].fillna("none")):
+        table = pd.crosstab(column, found[first])
+        assert ((table - table.mean(axis=1).to_numpy()[:, None]).abs() < 3).all(axis=None), table  # of 60: 5 %
+    assert folds(people.sample(frac=1, random_state=1), 5, seed).sort_index().equals(found)
+    assert folds(people.assign(ill=0, note="x"), 5, seed).equals(found)  # labels that are not asked for
+    assert folds(people[first], 5, seed).equals(found[first])  # nor a second scan
+    assert (folds(people, 5, seed + 1) != found).mean() > 0.6
+    sick = folds(people, 5, seed, ["ill"])[first]
+    counts = pd.crosstab(people["ill"][first], sick)
+    assert (counts.max(axis=1) - counts.min(axis=1)).max() <= 1
+
+
+def test_a_fold_is_apart_from_what_is_learned_from(people):
+    way = Splitting(folds=4, validation_fraction=0.2)
+    places = [splits(people, way, fold) for fold in range(4)]
+    assert (sum((place == "test").astype(int) for place in places) == 1).all()  # each scan is tested once
+    ids = people["participant"]
+    for fold, place in enumerate(places):
+        sides = [set(ids[place == name]) for name in ("train", "validation", "test")]
+        assert len(set.union(*sides)) == sum(map(len, sides)) == 300
+        assert len(sides[1]) == round(0.2 * (300 - len(sides[2])))
+        assert (place == "test").equals(left_out(people, way, fold))
+    shared = set(ids[places[0] == "validation"]) & set(ids[places[1] == "validation"])
+    assert len(shared) < 30  # of 45: folds do not keep the same people from training
+
+
+def test_folds_of_a_column_split_leave_pretraining_and_elsewhere_alone(people):
+    names = np.array(["pretrain", "train", "validation", "test", "out_of_distribution"])
+    people["split"] = names[people["participant"].astype(int) % 5]
+    divided = people["split"].isin(["train", "validation", "test"])
+    for fold in range(3):
+        place = splits(people, Splitting(folds=3), fold)
+        assert place[~divided].equals(people["split"][~divided])
+        assert set(place[divided]) == {"train", "validation", "test"}
+    assert splits(people).equals(people["split"])
+
+
+def test_leave_one_site_out_tests_each_site_and_never_learns_from_its_travellers(people):
+    way = Splitting(leave_one_site_out=True)
+    people.loc[people["session"] == "2", "site"] = "A"  # so that some were scanned at two sites
+    assert fold_count(people, way) == 4
+    for fold, site in enumerate("ABCD"):
+        place = splits(people, way, fold)
+        assert (place == "test").equals(people["site"] == site)
+        learned = place.isin(["train", "validation"])
+        assert not set(people["participant"][learned]) & set(people["participant"][place == "test"])
+        assert (people["site"][learned] != site).all()
+        assert place.isna().sum() == (~learned & (people["site"] != site)).sum()
+    assert splits(people, way, 1).isna().any()
+    for table, words in ((people.drop(columns="site"), "no column site"), (people.assign(site="A"), "of one site, A"),
+                         (people.assign(site=people["site"].where(people.index > 2)), "3 of 3.. scans have no site")):
+        with pytest.raises(SplitError, match=words):
+            splits(table, way)
+
+
+def test_folds_that_cannot_be_made_are_refused(people):
+    with pytest.raises(SplitError, match="stratify: the index has no column diagnosis; it has dataset, participant"):
+        folds(people, 5, 0, ["sex", "diagnosis"])
+    with pytest.raises(SplitError, match="folds: 5 of 4 participants"):
+        folds(people[people["participant"] < "004"], 5)
 
 
 def test_label_fractions_are_nested_and_keep_classes(index):
@@ -40,6 +135,14 @@ def test_label_fractions_are_nested_and_keep_classes(index):
     assert (few <= more).all()
     assert ids[few].nunique() == 20 and labels[few].mean() == pytest.approx(0.3)
     assert label_subset(ids, labels, "regression", 1.0, 0).all()
+
+
+def test_label_fractions_keep_the_shares_of_three_classes(index):
+    labels = np.repeat(np.arange(100) // 50 + (np.arange(100) >= 90), 2).astype(float)  # 50, 40 and 10 people
+    ids = participant_ids(index)
+    few = label_subset(ids, labels, "classification", 0.3, 0)
+    assert np.bincount(labels[few].astype(int)).tolist() == [30, 24, 6]  # scans: two of each
+    assert np.bincount(labels[label_subset(ids, labels, "classification", 0.01, 0)].astype(int)).tolist() == [4, 4, 4]
 
 
 def test_leakage_is_an_error_that_names_how_many(index):
@@ -67,5 +170,5 @@ def test_rows_without_a_participant_are_not_split_unless_each_is_a_person(index)
     index["participant"] = [f"?scan{row}" for row in range(len(index))]
     for table in (index, index.assign(split="train")):
         with pytest.raises(IdentityError, match="200 of 200 scans have no participant.* rows_are_people: true"):
-            splits(table, 0)
-        assert len(splits(table, 0, rows_are_people=True)) == 200
+            splits(table)
+        assert len(splits(table, rows_are_people=True)) == 200

@@ -112,7 +112,7 @@ def test_projection_head_as_in_the_paper():
 
 
 def test_predictor_gives_one_number():
-    assert Predictor(build_encoder("resnet18_narrow", SHAPE), 60, 12)(torch.zeros(3, 1, *SHAPE)).shape == (3, 1)
+    assert Predictor(build_encoder("resnet18_narrow", SHAPE), 1, 60, 12)(torch.zeros(3, 1, *SHAPE)).shape == (3, 1)
 
 
 def test_encoder_file_round_trip_and_misfit(tmp_path):

@@ -18,7 +18,7 @@ from kit.cohort.labels import LabelError
 from kit.cohort.split import LeakageError
 from kit.evaluate import finetune as finetuning
 from kit.evaluate.finetune import finetune, load_predictor, run_finetune
-from kit.evaluate.tasks import read_task
+from kit.evaluate.tasks import read_tasks
 from kit.models.encoder_file import read_record
 from kit.models.encoders import build_encoder
 from kit.params import Finetune, Pretrain
@@ -111,7 +111,7 @@ def test_views_keep_the_stores_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(finetuning, "Supervised", lambda *_, **options: scales.append(options["zscored"]) or 1 / 0)
     for store in (made, whitened):
         with pytest.raises(ZeroDivisionError):
-            finetune(read_task(store, None, "lesion", "auto", 0), build_encoder("resnet18_narrow", SHAPE),
+            finetune(read_tasks({"prepared": store}, "lesion")[0], build_encoder("resnet18_narrow", SHAPE),
                      SETTINGS, flip=False)
     assert scales == [True, False]
 
@@ -157,11 +157,12 @@ def test_other_classes_out_of_distribution_are_refused(tmp_path):
         (tmp_path / name).mkdir()
         stores[name] = make_store(tmp_path / name, seed=len(stores), dataset=name)
         stores[name].index["diagnosis"] = stores[name].index["lesion"].map(dict(enumerate(words)))
+    stores = {"prepared": stores["here"], "there": stores["there"]}
     with pytest.raises(LabelError, match=r"diagnosis.*AD, CN.*CN, MCI.*rename"):
-        read_task(stores["here"], stores["there"], "diagnosis", "auto", 0)
+        read_tasks(stores, "diagnosis")
     stores["there"] = make_store(tmp_path / "there", seed=1, dataset="elsewhere")
     stores["there"].index["diagnosis"] = stores["there"].index["lesion"].map({0: "CN", 1: "AD"})
-    assert "out_of_distribution" in read_task(stores["here"], stores["there"], "diagnosis", "auto", 0).parts
+    assert "there" in read_tasks(stores, "diagnosis")[0].parts
 
 
 def test_a_loss_that_is_not_finite_names_the_scans(tmp_path):
