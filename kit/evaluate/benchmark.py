@@ -1,10 +1,21 @@
-"""5_benchmark: encoders against each other, as probes on cached embeddings and fine-tuned."""
+"""5_benchmark: encoders, their rivals, and what needs no encoder, on several tasks; cell by cell.
+
+A cell is a row of the table on one fold. Its folder, `cells/TASK/ENCODER/…`, holds the predictions of each seed, and
+all tables are made from these. A cell that is there is not made again, if it is of the same inputs and settings: a
+run that was killed goes on, and the shards of an array share the work.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -14,154 +25,349 @@ from torch import nn
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
-from kit.evaluate.finetune import finetune, model_inputs, open_stores, sides_of
-from kit.evaluate.metrics import METRICS
-from kit.evaluate.predict import predict, predict_tested
+from kit.evaluate.baselines import BASELINES, baseline_predictions
+from kit.evaluate.compare import differences, scores
+from kit.evaluate.finetune import model_inputs, open_stores, sides_of
+from kit.evaluate.metrics import further_metrics, join_scans, predicted_of
+from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
-from kit.evaluate.tasks import Task, check_tested, score_tested, tasks_of
-from kit.models.encoder_file import load_encoder, noted, side_of, weights_digest
+from kit.evaluate.tasks import Task, check_tested, covariates, overlap, tasks_of
+from kit.evaluate.tune import Choice, tune
+from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of, weights_digest
 from kit.params import Benchmark
-from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read_made_from
+from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read_made_from, write
 from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
 from kit.store.dataset import PreparedScans
 from kit.store.store import Store
-from kit.train.loop import Settings
 
-KEYS = ["encoder", "mode", "task", "label_fraction", "seed"]  # one trained model; each is scored on every test set
-TEXT = ("encoder", "mode", "task", "metric", "distribution", "fingerprint")
-RESULTS = ("metrics.json", "table.csv", "summary.txt")  # that go with rows of other inputs
+UNTRAINED = "random init"  # probes on an encoder that has learned nothing
+ROW = ["encoder", "mode", "task", "label_fraction"]
+TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # of a cell's table, whatever it looks like
+# what decides a fine-tuned model besides its inputs
+TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
+          "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "precision")
+RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "table.*", "summary.txt")
 
 
-def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
-    """Fill the table, model by model; what `tidy.csv` holds already is not done again, if it is of the same inputs.
+class Cell(NamedTuple):
+    """A row of the table on one fold: all its seeds."""
 
-    Rows of other inputs go first, with a line that says what changed.
+    encoder: str
+    mode: str  # probe, finetune, baseline
+    task: str
+    label_fraction: float
+    fold: int
 
-    Returns:
-        one score a row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
-        participants (tested), train_participants, fingerprint (of what the model was made from).
+    @property
+    def folder(self) -> Path:
+        """Within the run's; no two cells share one."""
+        names = (quote(name, safe=" ") for name in (self.task, self.encoder))
+        return Path("cells", *names, f"{self.mode} {self.label_fraction:.0%} fold {self.fold}")
+
+
+class Results(NamedTuple):
+    """The tables; see `run_benchmark`."""
+
+    predictions: pd.DataFrame
+    tidy: pd.DataFrame
+    scores: pd.DataFrame
+    differences: pd.DataFrame
+    missing: list[Cell]  # of other shards
+
+
+def run_benchmark(params: Benchmark, run: Run) -> Results:
+    """Fill the table, as far as this shard goes; then make all tables from the cells that are there.
+
+    Leaves, in the run's folder:
+        tidy.csv: a score a row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
+            participants (tested), train_participants, trained, fingerprint.
+        scores.csv: over seeds; see `kit.evaluate.compare.scores`.
+        differences.csv: of the pretrained encoders to all others; see `kit.evaluate.compare.differences`.
+        further.csv: other metrics, a row a score; see `kit.evaluate.metrics.further_metrics`.
+        overlap.csv: what each test set shares with what was learned from; see `kit.evaluate.tasks.overlap`.
+        made_from.json: what the models were made from, by fingerprint.
 
     Raises:
-        MisfitError, LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does
-            not fit.
+        MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError: before any training; each says
+            what does not fit.
+        Stopped: it was asked to stop; the same parameters go on from there.
     """
-    aliases = read_aliases(params.aliases)
-    stores = open_stores(params)
-    sides = sides_of(stores)
-    for name, spec in params.encoders.items():
-        sides |= {f"encoder {name}": side for side in side_of(spec).values()}
-    allowed = check_fit(sides, params.allow_differences)
-    tasks = {name: tasks_of(params, stores, name, params.task_types.get(name, "auto"),
-                            params.missing_codes.get(name, ()), aliases)[0]
-             for name in params.tasks}
-    encoders = {name: load_encoder(spec, stores["prepared"].record, params.seed, params.allow_differences)
-                for name, spec in params.encoders.items()}
-    for _, record in encoders.values():
-        for task in tasks.values():
-            check_tested(task, record, params.allow_seen_participants, aliases)
-
-    memo: dict[Path, str] = {}
-    known = {name: {**noted(params.encoders[name], *encoder), "name": name} for name, encoder in encoders.items()}
-    made = {(name, task): model_inputs(tasks[task], known[name], aliases, allowed, memo)
-            for name in params.encoders for task in params.tasks}
-    tidy, order = current(run, made), {model: place for place, model in enumerate(models_of(params))}
-    done = set(tidy[KEYS].itertuples(index=False, name=None))
-    features: dict[str, dict[str, np.ndarray]] = {}
-    for model in progress([model for model in order if model not in done], desc="models"):
-        name, mode, task_name, fraction, seed = model
-        task = tasks[task_name].with_labels_for(fraction, seed)
-        encoder = encoders[name][0]
-        if mode == "probe":
-            if name not in features:
-                features[name] = embeddings(run, name, encoder, stores)
-            predictions = probe_tested(task, {part: _looked_up(features[name], task, part) for part in task.parts})
-        else:
-            predictor, _ = finetune(task, encoder, Settings.of(params, seed=seed), params.flip)
-            predictions = predict_tested(task, predictor)
-        scores = score_tested(task, predictions, seed)
-        rows = pd.DataFrame(_rows(model, task, scores, made[name, task_name].fingerprint))
-        tidy = pd.concat([tidy, rows], ignore_index=True) if len(tidy) else rows
-        places = [order[each] for each in tidy[KEYS].itertuples(index=False, name=None)]
-        tidy = tidy.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
-        write_table(run / "tidy.csv", tidy)
-    return tidy
+    bench = _Bench(params)
+    remove_stale_cells(bench, run)
+    mine = bench.cells[params.shard::params.shards]
+    todo = [cell for cell in mine if not bench.is_done(cell)]
+    for cell in progress(todo, desc="cells"):
+        bench.fill(cell, run.folder)
+    write_table(run / "overlap.csv", bench.overlap())
+    return _tables(bench, run)
 
 
-def current(run: Run, made: dict[tuple[str, str], MadeFrom]) -> pd.DataFrame:
-    """The rows of `tidy.csv` that are of today's inputs; others are removed, with a line for each thing that changed.
-
-    Leaves `made_from.json`: of each model's inputs the record, by fingerprint.
+def cells_of(params: Benchmark, folds: Mapping[str, Iterable[int]]) -> list[Cell]:
+    """All cells, the cheap ones first.
 
     Args:
-        made: what models are made from, by encoder and task.
+        folds: of each task.
     """
-    path, before = run / "tidy.csv", read_made_from(run.folder)
-    tidy = read_table(path, text=TEXT) if path.exists() else pd.DataFrame(columns=[*KEYS, "fingerprint"])
-    then = before.record["models"] if before else {}
-    found = tidy.get("fingerprint", pd.Series("", tidy.index))
-    wanted = [made[key].fingerprint for key in tidy[["encoder", "task"]].itertuples(index=False, name=None)]
-    stale = tidy[(found != wanted).to_numpy()]
+    pretrained = [name for name, spec in params.encoders.items() if not is_random(spec)]
+    baselines = [(name, "baseline") for name in BASELINES if name in params.baselines]
+    probes = [(name, "probe") for name in [UNTRAINED] * (UNTRAINED in params.baselines) + pretrained]
+    cells = [Cell(*row, task, fraction, fold) for row in baselines + probes for task in params.tasks
+             for fraction in params.label_fractions for fold in folds[task]]
+    return cells + [Cell(name, "finetune", task, fraction, fold) for name in params.encoders
+                    for task in params.finetune_tasks for fraction in params.finetune_fractions
+                    for fold in folds[task]]
+
+
+def is_random(spec: str) -> bool:
+    """Whether an encoder starts from random weights: fine-tuned, it is a supervised baseline."""
+    return spec.partition(":")[0] == "random"
+
+
+class _Bench:
+    """What the cells read: stores, tasks by name and fold, encoders by name, fold and seed."""
+
+    def __init__(self, params: Benchmark) -> None:
+        self.params, self.aliases, self.stores = params, read_aliases(params.aliases), open_stores(params)
+        self.tasks = {(name, task.fold): task for name in params.tasks for task in tasks_of(
+            params, self.stores, name, params.task_types.get(name, "auto"), params.missing_codes.get(name, ()),
+            self.aliases)}
+        self.cells = cells_of(params, {name: [fold for task, fold in self.tasks if task == name]
+                                       for name in params.tasks})
+        self.allowed = check_fit(self._sides(), params.allow_differences)
+        self._noted: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
+        self._features: dict[tuple[str, Path], dict[str, np.ndarray]] = {}
+        self._memo: dict[Path, str] = {}
+        self._check_leakage()
+        self.made = {(cell.encoder, cell.mode, cell.task, cell.fold): self._made_from(cell) for cell in self.cells}
+
+    @cached_property
+    def specs(self) -> dict[str, str]:
+        """Encoders by name; the untrained one is of the first pretrained one's architecture."""
+        first = next((spec for spec in self.params.encoders.values() if not is_random(spec)), None)
+        untrained = (f"random:{read_record(encoder_at(first, 0, self.params.seeds[0]))['architecture']}" if first
+                     else next(iter(self.params.encoders.values())))
+        return {**self.params.encoders, UNTRAINED: untrained}
+
+    def seeds_of(self, cell: Cell) -> list[int]:
+        """A probe or a baseline on all labels has nothing random in it, unless each seed has another encoder."""
+        spec = self.specs.get(cell.encoder, "")
+        drawn = cell.mode == "finetune" or cell.label_fraction < 1 or "{seed}" in spec or is_random(spec)
+        return self.params.seeds if drawn else self.params.seeds[:1]
+
+    def encoder(self, name: str, fold: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """An encoder with its record; the seed also decides random weights."""
+        return load_encoder(encoder_at(self.specs[name], fold, seed), self.stores["prepared"].record, seed,
+                            self.params.allow_differences)
+
+    def folder(self, cell: Cell) -> Path:
+        """A cell's; all shards have theirs in one place."""
+        return self.params.output_dir / cell.folder
+
+    def file(self, cell: Cell, seed: int) -> Path:
+        """A seed's predictions."""
+        return self.folder(cell) / f"seed{seed}.csv"
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether all its seeds are there; a baseline that does not apply leaves a note instead."""
+        return all(self.file(cell, seed).exists() for seed in self.seeds_of(cell))
+
+    def made_from(self, cell: Cell) -> MadeFrom:
+        """What a cell is made from."""
+        return self.made[cell.encoder, cell.mode, cell.task, cell.fold]
+
+    def fill(self, cell: Cell, home: Path) -> None:
+        """Make a cell, seed by seed; on disk is what is done."""
+        folder = self.folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder, self.made_from(cell)._replace(rows=None))
+        for seed in self.seeds_of(cell):
+            if self.file(cell, seed).exists():
+                continue
+            task = self.tasks[cell.task, cell.fold].with_labels_for(cell.label_fraction, seed)
+            if cell.mode == "baseline":
+                found = baseline_predictions(
+                    cell.encoder, task, demographics=self.params.demographics, volumes=self.params.volumes,
+                    atlas=self.params.atlas, cache=self.params.output_dir / "measured")
+            elif cell.mode == "probe":
+                found = probe_tested(task, {part: self._features_of(cell, seed, task, part) for part in task.parts})
+            else:
+                found = self._finetuned(cell, seed, task, folder, home)
+            write_table(self.file(cell, seed), _table(task, found or {}))
+
+    def _finetuned(self, cell: Cell, seed: int, task: Task, folder: Path, home: Path) -> dict[str, np.ndarray]:
+        """Fine-tune; learning rate and weight decay are chosen at the first seed, and it is asked if it is trained."""
+        known, place = folder / "choice.json", folder / f"seed{seed}"
+        notes = json.loads(known.read_text(encoding="utf-8")) if known.exists() else None
+        choice = Choice(notes["learning_rate"], notes["weight_decay"]) if notes else None
+        encoder, _ = self.encoder(cell.encoder, cell.fold, seed)
+        tuned = tune(task, encoder, self.params, seed, place, choice, home, check=choice is None)
+        if choice is None:
+            os.replace(place / "tries.csv", folder / "tries.csv")
+            write_json(known, {**tuned.choice._asdict(), "trained": tuned.trained, "validation": tuned.validation_score,
+                               "standard_error": tuned.standard_error, "longer": tuned.longer_score})
+        found = predict_tested(task, tuned.predictor)
+        shutil.rmtree(place)
+        return found
+
+    def _features_of(self, cell: Cell, seed: int, task: Task, part: str) -> np.ndarray:
+        """Features of a part's scans; of each encoder and store they are computed once and kept in `embeddings/`."""
+        store = task.parts[part].store
+        known = self._noted_of(cell.encoder, cell.fold, seed)[0]
+        if (key := (known["weights"], store.folder)) not in self._features:
+            self._features = {each: value for each, value in self._features.items() if each[0] == known["weights"]}
+            self._features[key] = self._embedded(cell.encoder, cell.fold, seed, store, known["weights"])
+        return np.stack([self._features[key][scan] for scan in task.parts[part].rows["scan"]])
+
+    def _embedded(self, name: str, fold: int, seed: int, store: Store, weights: str) -> dict[str, np.ndarray]:
+        scans = [(scan, store.checksum(scan)) for scan in store.index["scan"]]
+        digest = hashlib.blake2b(f"{weights} {scans}".encode(), digest_size=6).hexdigest()
+        path = self.params.output_dir / "embeddings" / f"{quote(name, safe=' ')}-{digest}.safetensors"
+        if not path.exists():
+            values = predict(self.encoder(name, fold, seed)[0], PreparedScans(store, store.index))
+            features = dict(zip(store.index["scan"], values, strict=True))
+            write_whole(path, lambda aside: save_file(features, aside))
+        return load_file(path)
+
+    def _noted_of(self, name: str, fold: int, seed: int) -> tuple[dict[str, str], dict[str, Any]]:
+        """What is noted of an encoder, and its record; weights are read once for it."""
+        spec = encoder_at(self.specs[name], fold, seed)
+        key = f"{spec} {seed}" if is_random(spec) else spec
+        if key not in self._noted:
+            network, record = self.encoder(name, fold, seed)
+            self._noted[key] = noted(spec, network, record), record
+        return self._noted[key]
+
+    def _made_from(self, cell: Cell) -> MadeFrom:
+        if cell.mode == "baseline":
+            files = [path for path in (self.params.volumes, self.params.atlas) if path and cell.encoder == "volumes"]
+            encoder = {"from": "", "weights": _digest(path.read_bytes() for path in files), "objective": "none"}
+            settings = {"demographics": self.params.demographics} if cell.encoder == "demographics" else {}
+        else:
+            each = [self._noted_of(cell.encoder, cell.fold, seed)[0] for seed in self.seeds_of(cell)]
+            encoder = {**each[0], "weights": each[0]["weights"] if len({one["weights"] for one in each}) == 1 else
+                       _digest(one["weights"].encode() for one in each)}
+            plain = self.params.plain()
+            settings = {name: plain[name] for name in TUNING} if cell.mode == "finetune" else {}
+        return model_inputs(self.tasks[cell.task, cell.fold], {**encoder, "name": cell.encoder}, self.aliases,
+                            self.allowed, self._memo, settings=settings)
+
+    def _sides(self) -> dict[str, Any]:
+        sides = sides_of(self.stores)
+        for cell in self.cells:
+            for seed in self.seeds_of(cell) if cell.mode != "baseline" else ():
+                spec = encoder_at(self.specs[cell.encoder], cell.fold, seed)
+                sides |= {f"encoder {spec}": side for side in side_of(spec).values()} if (
+                    f"encoder {spec}" not in sides) else {}
+        return sides
+
+    def _check_leakage(self) -> None:
+        for name in self.specs:
+            for (_, fold), task in self.tasks.items():
+                for record in {id(each): each for each in (self._noted_of(name, fold, seed)[1]
+                                                           for seed in self.params.seeds)}.values():
+                    check_tested(task, record, self.params.allow_seen_participants, self.aliases)
+
+    def overlap(self) -> pd.DataFrame:
+        """A row a task, encoder and test set; see `kit.evaluate.tasks.overlap`."""
+        seed = self.params.seeds[0]
+        tables = [overlap(task, self._noted_of(name, fold, seed)[1]).assign(task=label, encoder=name)
+                  for (label, fold), task in self.tasks.items() for name in self.params.encoders]
+        table = pd.concat(tables, ignore_index=True)
+        return table[["task", "encoder", *(name for name in table if name not in ("task", "encoder"))]].drop_duplicates()
+
+    def table_of(self, cell: Cell) -> pd.DataFrame:
+        """A cell's predictions, of the seeds that are there."""
+        tables = []
+        for seed in self.seeds_of(cell):
+            if self.file(cell, seed).exists():
+                tables.append(read_table(self.file(cell, seed), text=TEXT).assign(seed=seed))
+        choice, task = self.folder(cell) / "choice.json", self.tasks[cell.task, cell.fold]
+        trained = json.loads(choice.read_text(encoding="utf-8"))["trained"] if choice.exists() else None
+        people = task.with_labels_for(cell.label_fraction, self.params.seeds[0]).parts["train"].participants.nunique()
+        table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        return table.assign(**cell._asdict(), trained=trained, train_participants=people,
+                            fingerprint=self.made_from(cell).fingerprint)
+
+
+def remove_stale_cells(bench: _Bench, run: Run) -> None:
+    """Remove the cells of other inputs or settings, with a line for each thing that changed."""
     reasons: dict[str, list[str]] = {}
-    for (encoder, task, old), rows in stale.groupby([stale["encoder"], stale["task"], found[stale.index]], sort=False):
-        lines = changes(MadeFrom(then[old]), made[encoder, task]) if old in then else [f"it is {OLDER}"]
-        for line in lines:
-            reasons.setdefault(line, []).append(f"{encoder} on {task} ({len(rows)} rows)")
+    for cell in bench.cells:
+        folder = bench.folder(cell)
+        if not folder.exists():
+            continue
+        before, now = read_made_from(folder), bench.made_from(cell)
+        for line in (changes(before, now) if before else [OLDER]):
+            reasons.setdefault(line, []).append(f"{cell.encoder} on {cell.task}")
+            shutil.rmtree(folder, ignore_errors=True)
     if reasons:
         print("computed anew, for what was there is of other inputs:")
-        for line, models in reasons.items():
-            print(f"  {line}: {', '.join(models)}")
-        tidy = tidy.drop(stale.index).reset_index(drop=True)
-        for old in [run / name for name in RESULTS if (run / name).exists()]:
+        for line, cells in reasons.items():
+            names = [f"{name} ({cells.count(name)} cells)" for name in dict.fromkeys(cells)]
+            print(f"  {line}: {', '.join(names)}")
+        for old in [path for name in RESULTS for path in run.folder.glob(name)]:
             old.unlink()
-        write_table(path, tidy)
-    records = {each.fingerprint: each.record for each in made.values()}
+
+
+def _tables(bench: _Bench, run: Run) -> Results:
+    missing = [cell for cell in bench.cells if not bench.is_done(cell)]
+    predictions = pd.concat([bench.table_of(cell) for cell in bench.cells], ignore_index=True)
+    kinds = {name: task.labels.kind for (name, _), task in bench.tasks.items()}
+    about = predictions.groupby([*ROW], sort=False).agg(
+        trained=("trained", _all_trained), train_participants=("train_participants", "mean")).reset_index()
+    seeds = [scores(rows, kinds).assign(seed=seed) for seed, rows in predictions.groupby("seed")]
+    prints = predictions.groupby(ROW, sort=False)["fingerprint"].agg(lambda each: fingerprint(
+        {"models": sorted(set(each))}) if each.nunique() > 1 else each.iloc[0]).reset_index()
+    order = {tuple(row): place for place, row in enumerate(about[ROW].to_numpy().tolist())}
+
+    def finished(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+        table = table.merge(about, on=ROW).merge(prints, on=ROW)
+        places = [order[row] for row in table[ROW].itertuples(index=False, name=None)]
+        return table.iloc[np.argsort(places, kind="stable")][columns].reset_index(drop=True)
+
+    tidy = finished(pd.concat(seeds, ignore_index=True), [
+        *ROW, "seed", "metric", "distribution", "value", "low", "high", "participants", "train_participants", "trained",
+        "fingerprint"])
+    over_seeds = finished(scores(predictions, kinds), [
+        *ROW, "metric", "distribution", "value", "low", "high", "participants", "seeds", "trained", "fingerprint"])
+    pretrained = [name for name, spec in bench.params.encoders.items() if not is_random(spec)]
+    compared = differences(predictions, kinds, pretrained)
+    for name, table in {"tidy": tidy, "scores": over_seeds, "differences": compared,
+                        "further": _further(predictions, kinds)}.items():
+        write_table(run / f"{name}.csv", table)
+    records = {made.fingerprint: made.record for made in bench.made.values()}
     write_json(run / MADE_FROM, {"kit": kit.__version__, "fingerprint": fingerprint({"models": sorted(records)}),
                                  "models": records})
-    return tidy
+    return Results(predictions, tidy, over_seeds, compared, missing)
 
 
-def models_of(params: Benchmark) -> list[tuple[str, str, str, float, int]]:
-    """All models to train: encoder, mode, task, label fraction, seed.
-
-    A probe on all labels has nothing random in it: it is fitted once, under the first seed.
-    """
-    probes = [(encoder, "probe", task, fraction, seed) for encoder in params.encoders for task in params.tasks
-              for fraction in params.label_fractions for seed in (params.seeds if fraction < 1 else params.seeds[:1])]
-    tuned = [(encoder, "finetune", task, fraction, seed) for encoder in params.encoders
-             for task in params.finetune_tasks for fraction in params.finetune_fractions for seed in params.seeds]
-    return probes + tuned
+def _further(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFrame:
+    rows = []
+    for key, scans in predictions.groupby([*ROW, "seed", "distribution"], sort=False):
+        joined = join_scans(scans, ["distribution"])
+        found = further_metrics(joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy(),
+                                kinds[key[2]])
+        rows.append({**dict(zip([*ROW, "seed", "distribution"], key, strict=True)), **found})
+    return pd.DataFrame(rows)
 
 
-def embeddings(run: Run, name: str, encoder: nn.Module, stores: dict[str, Store]) -> dict[str, np.ndarray]:
-    """Features of every scan, computed once an encoder and kept in `embeddings/`.
-
-    Returns:
-        scan -> (features,) float32.
-    """
-    known: dict[str, np.ndarray] = {}
-    for store in {store.folder: store for store in stores.values()}.values():
-        path = run / "embeddings" / f"{name}-{_digest(encoder, store)}.safetensors"
-        if not path.exists():
-            values = predict(encoder, PreparedScans(store, store.index))
-            features = dict(zip(store.index["scan"], values, strict=True))
-            write_whole(path, lambda aside, features=features: save_file(features, aside))
-        known.update({f"{store.folder}/{scan}": value for scan, value in load_file(path).items()})
-    return known
+def _all_trained(each: pd.Series) -> bool | None:
+    known = each.dropna()
+    return bool(known.all()) if len(known) else None
 
 
-def _looked_up(features: dict[str, np.ndarray], task: Task, part: str) -> np.ndarray:
-    folder = task.parts[part].store.folder
-    return np.stack([features[f"{folder}/{scan}"] for scan in task.parts[part].rows["scan"]])
+def _table(task: Task, predictions: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """A row a tested scan: distribution, scan, participant, age, sex, true, predicted."""
+    tables = []
+    for name, values in predictions.items():
+        part = task.parts[name]
+        tables.append(covariates(part).assign(distribution=task.tested[name], true=part.labels,
+                                              **prediction_columns(values)))
+    columns = ["distribution", "scan", "participant", "age", "sex", "true"]
+    return pd.concat(tables, ignore_index=True)[
+        [*columns, *(name for name in tables[0] if name.startswith("predicted"))]] if tables else pd.DataFrame(
+        columns=[*columns, "predicted"])
 
 
-def _digest(encoder: nn.Module, store: Store) -> str:
-    """Of the weights and the scans: other weights or scans have other embeddings."""
-    scans = [(scan, store.checksum(scan)) for scan in store.index["scan"]]
-    return hashlib.blake2b(f"{weights_digest(encoder)} {scans}".encode(), digest_size=6).hexdigest()
-
-
-def _rows(model: tuple, task: Task, scores: dict[str, dict[str, float]], made_from: str) -> list[dict[str, Any]]:
-    return [{**dict(zip(KEYS, model, strict=True)), "metric": METRICS[task.labels.kind],
-             "distribution": task.tested[part], **values,
-             "train_participants": task.parts["train"].participants.nunique(), "fingerprint": made_from}
-            for part, values in scores.items()]
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.blake2b(b" ".join(parts), digest_size=8).hexdigest()
