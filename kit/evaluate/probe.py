@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kit.evaluate.metrics import auc
+from kit.evaluate.metrics import auc, one_vs_rest
 from kit.evaluate.tasks import Task
 
 PENALTIES = tuple(10.0 ** power for power in range(-4, 5))  # of probes
@@ -17,9 +17,12 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.
               kind: str) -> Pipeline:
     """Standardise, then logistic or ridge regression; the penalty is the best on validation participants.
 
+    The best has the largest AUC (of several classes: macro one-versus-rest) or the least squared error; among equals
+    the stronger penalty is taken.
+
     Args:
         features, validation_features: (scans, width) float.
-        labels, validation_labels: (scans,) class 0 or 1, or the number.
+        labels, validation_labels: (scans,) class 0 to K - 1, or the number.
         kind: "classification" or "regression".
     """
     def fitted(penalty: float) -> Pipeline:
@@ -30,7 +33,7 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.
     def loss(probe: Pipeline) -> float:
         guess = predict_probe(probe, validation_features, kind)
         if kind == "classification":
-            return -float(auc(validation_labels, guess, np.ones((1, len(guess))))[0])  # exact, so that ties are equal
+            return -_auc(validation_labels, guess)
         return float(np.square(validation_labels - guess).mean())
 
     # among equals the stronger penalty: it comes first
@@ -38,13 +41,22 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.
 
 
 def predict_probe(probe: Pipeline, features: np.ndarray, kind: str) -> np.ndarray:
-    """(scans,) log-odds of class 1, or the number."""
+    """(scans,) log-odds of class 1, or the number; of K > 2 classes (scans, K) logits."""
     return probe.decision_function(features) if kind == "classification" else probe.predict(features)
 
 
 def probe_tested(task: Task, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Fit a linear probe on the training part's features; predictions for each tested part."""
+    """Fit a linear probe on the training part's features; predictions for each tested part that has features."""
     kind, parts = task.labels.kind, task.parts
     fitted = fit_probe(features["train"], parts["train"].labels, features["validation"], parts["validation"].labels,
                        kind)
-    return {name: predict_probe(fitted, features[name], kind) for name in task.tested}
+    return {name: predict_probe(fitted, values, kind) for name, values in features.items() if name in task.tested}
+
+
+def _auc(labels: np.ndarray, guess: np.ndarray) -> float:
+    """Exact, so that ties are equal; of several classes the mean of those that there are, for few labels lack some."""
+    even = np.ones((1, len(labels)))
+    if guess.ndim == 1:
+        return float(auc(labels, guess, even)[0])
+    odds = one_vs_rest(guess)
+    return float(np.nanmean([auc(labels == each, odds[:, each], even)[0] for each in range(odds.shape[1])]))

@@ -1,0 +1,250 @@
+"""What no encoder is needed for: guessing, age and sex, the site, brain volumes, principal components of voxels.
+
+Published comparisons found plain volumes ahead of several foundation models. All that is fitted, the components too,
+is fitted on the training part of the task at hand; the penalty is chosen on validation as a probe's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.numpy import load_file, save_file
+from sklearn.compose import make_column_transformer
+from sklearn.decomposition import PCA
+from sklearn.impute import SimpleImputer
+from sklearn.preprocessing import OneHotEncoder
+from torch.nn.functional import avg_pool3d
+
+from kit.cohort.identity import loose
+from kit.cohort.labels import LabelError
+from kit.evaluate.probe import probe_tested
+from kit.evaluate.tasks import Task
+from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
+from kit.preprocess.quality import site_column
+from kit.runs import progress, write_whole
+from kit.store.store import Store
+
+BASELINES = ("guess", "demographics", "site", "volumes", "voxels")
+LEARNT = ("train", "validation")  # all other parts are tested
+DEMOGRAPHICS = ("age", "sex", "gender")
+SAME = {"gender": "sex"}  # names of columns that mean the same
+COPY = 0.99  # a number that correlates with the label like this is the label in other units
+LEAST_ROWS = 20  # fewer scans agree by chance
+COMPONENTS = 50
+POOLED_MM = 4.0  # voxels are averaged to about this: principal components of finer ones cost much and add little
+
+
+class DoesNotApply(Exception):
+    """A baseline has nothing to learn from; the message is the reason."""
+
+
+def baseline_predictions(name: str, task: Task, *, demographics: Sequence[str] | None = None,
+                         volumes: Path | None = None, atlas: Path | None = None, cache: Path | None = None,
+                         say: Callable[[str], object] = print) -> dict[str, np.ndarray] | None:
+    """Fit one of `BASELINES` on a task's training part and predict its tested parts.
+
+    No label of a tested part is looked at.
+
+    Args:
+        name: "guess" (the training mean, or shares of the classes), "demographics", "site" (the column `site`, else
+            `dataset`), "volumes" or "voxels".
+        demographics: columns of the index; None: those of `DEMOGRAPHICS` that there are. The task's own column, or one
+            much like it, is left out.
+        volumes: a table of the user's; None: the prepared scans' own (see `kit.evaluate.volumes.tissue_volumes`).
+        atlas: regions of these volumes; see `kit.evaluate.volumes.regions_on`.
+        cache: a folder where what is measured in each scan is kept.
+        say: told what is left out, and why.
+
+    Returns:
+        Predictions by part, a row a scan: log-odds of class 1 (scans,), logits of K > 2 classes (scans, K), or the
+        number. A part of which the baseline knows nothing is absent; None where that is so of training.
+
+    Raises:
+        LabelError: no such column of demographics.
+        TableError, ScanError: the table of volumes, or the atlas, cannot be used.
+    """
+    def tell(words: str) -> None:
+        say(f"{name} on {task.labels.task}: {words}")
+
+    try:
+        if name == "guess":
+            return _guess(task)
+        if name == "voxels":
+            return probe_tested(task, _components(task, cache))
+        if name == "volumes" and volumes is None:
+            return probe_tested(task, _measured_volumes(task, atlas, cache))
+        if name == "volumes":
+            return _from_tables(task, _table_of_volumes(task, volumes, tell), tell)
+        if name == "site":
+            return _from_tables(task, {part: _sites(each.rows) for part, each in task.parts.items()}, tell)
+        if name == "demographics":
+            return _from_tables(task, _demographics(task, demographics, tell), tell)
+    except DoesNotApply as reason:
+        tell(f"no row, for {reason}")
+        return None
+    raise ValueError(f"no baseline {name}; there are {', '.join(BASELINES)}")
+
+
+def _guess(task: Task) -> dict[str, np.ndarray]:
+    labels = task.parts["train"].labels
+    if task.labels.kind == "regression":
+        guess = labels.mean()
+    else:
+        shares = np.log(np.bincount(labels.astype(int), minlength=len(task.labels.classes)) / len(labels))
+        guess = shares[1] - shares[0] if len(shares) == 2 else shares
+    return {name: np.full((len(part.rows), *np.shape(guess)), guess) for name, part in task.parts.items()
+            if name not in LEARNT}
+
+
+def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
+    """By part the covariates that are not the label in another dress; a column may be called otherwise elsewhere."""
+    index = task.parts["train"].rows
+    if columns is None:
+        columns = [name for name in index if name.casefold() in DEMOGRAPHICS]
+    if missing := [name for name in columns if name not in index]:
+        raise LabelError(f"demographics: no column {', '.join(missing)}; the index has {', '.join(index.columns)}")
+    columns = _without_label(task, {name: task.parts[name].rows[list(columns)] for name in LEARNT}, tell)
+    if not columns:
+        raise DoesNotApply("no column of demographics but the label's own")
+    return {name: pd.DataFrame({column: _covariate(part.rows, column, index) for column in columns})
+            for name, part in task.parts.items()}
+
+
+def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Series:
+    """A column of a part: numbers where the training part has numbers, else categories; nan where it has none."""
+    alike = [name for name in rows if _words(name) == _words(column)]
+    found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
+    if _words(column) == {"sex"}:  # a category whatever its codes; male, M and m are one
+        return found.map(lambda cell: loose(cell)[:1] or np.nan, na_action="ignore").astype(object)
+    if pd.api.types.is_numeric_dtype(index[column]):
+        return pd.to_numeric(found, errors="coerce").astype(np.float64)
+    return found.map(loose, na_action="ignore").astype(object)
+
+
+def _sites(rows: pd.DataFrame) -> pd.DataFrame:
+    """Site 1 of one dataset is not site 1 of another."""
+    sites = rows[site_column(rows)]
+    return pd.DataFrame({"site": (rows["dataset"].astype(str) + "/" + sites.astype(str)).where(sites.notna())},
+                        dtype=object)
+
+
+def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
+    table = read_volumes(path)
+    found = looked_up(table, pd.concat([part.rows for part in task.parts.values()], keys=task.parts))
+    found = found.drop(columns=[name for name in found if _words(name) & set(DEMOGRAPHICS)])
+    tables = {name: found.loc[name] for name in task.parts}
+    columns = _without_label(task, {name: tables[name] for name in LEARNT}, tell)
+    return {name: each[columns] for name, each in tables.items()}
+
+
+def _words(name: str) -> set[str]:
+    words = set(re.findall(r"[a-z]+|\d+", str(name).casefold()))
+    return {SAME.get(word, word) for word in words}
+
+
+def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> list[str]:
+    """Columns that are not the label: by their names, or as they say the same of each scan that is learnt from."""
+    rows, own = pd.concat(list(tables.values())), _words(task.labels.task)
+    labels = pd.Series(np.concatenate([task.parts[name].labels for name in tables]), rows.index)
+    kept = []
+    for column in rows:
+        words, both = _words(column), pd.DataFrame({"one": rows[column], "other": labels}).dropna()
+        if words <= own or own <= words or _copy(both["one"], both["other"], task.labels.kind):
+            tell(f"without {column}, which is the label or says the same")
+        else:
+            kept.append(column)
+    return kept
+
+
+def _copy(one: pd.Series, labels: pd.Series, kind: str) -> bool:
+    if len(labels) < LEAST_ROWS or one.nunique() < 2 or labels.nunique() < 2:
+        return False
+    if kind == "classification":  # one value a class, and one class a value
+        return one.groupby(labels).nunique().max() == labels.groupby(one).nunique().max() == 1
+    return pd.api.types.is_numeric_dtype(one) and abs(one.corr(labels)) > COPY
+
+
+def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> dict[str, np.ndarray]:
+    """Encode columns and fit a probe: numbers with the training mean where one is missing, categories one-hot.
+
+    A category that training lacks, such as another site's, is all zeros. Scans of which nothing is known are not
+    learnt from, and are predicted as if their numbers were the mean; a tested part of such scans alone is left out.
+    """
+    parts = {}
+    for name, part in task.parts.items():
+        known = tables[name].notna().any(axis=1).to_numpy()
+        if not known.all():
+            who = part.participants[~known].unique()
+            some = ', '.join(who[:5]) + ', ...' * (len(who) > 5)
+            tell(f"nothing is known of {len(who)} participants of {name}: {some}")
+        if known.any():
+            parts[name] = part.only(known) if name in LEARNT else part
+    if absent := [name for name in LEARNT if name not in parts]:
+        raise DoesNotApply(f"nothing is known of {absent[0]}")
+    tables = {name: tables[name].loc[part.rows.index] for name, part in parts.items()}
+    train = tables["train"]
+    if len(train) < 2 or len(set(parts["train"].labels)) < len(task.labels.classes):
+        raise DoesNotApply(f"it is known of {len(train)} scans of train, too few")
+    numbers = [name for name in train if train[name].dtype != object]
+    categories = [name for name in train if name not in numbers]
+    encoder = make_column_transformer(
+        (SimpleImputer(add_indicator=True, keep_empty_features=True), numbers),
+        (OneHotEncoder(handle_unknown="ignore", sparse_output=False), categories))
+    tables = {name: table.fillna({column: "" for column in categories}) for name, table in tables.items()}
+    encoder.fit(tables["train"])
+    features = {name: encoder.transform(table) for name, table in tables.items()}
+    if not np.ptp(features["train"], axis=0).any():
+        raise DoesNotApply(f"all scans of train have the same {', '.join(train)}")
+    return probe_tested(replace(task, parts=parts), features)
+
+
+def _measured_volumes(task: Task, atlas: Path | None, cache: Path | None) -> dict[str, np.ndarray]:
+    regions = {part.store.grid: regions_on(part.store.grid, atlas) for part in task.parts.values()}
+
+    def measure(store: Store, scan: str) -> np.ndarray:
+        image, mask = store.read(scan)
+        return tissue_volumes(image, mask, regions[store.grid], store.grid.spacing_mm**3 / 1000)
+
+    digest = hashlib.blake2b(b"".join(each.tobytes() for each in regions.values()), digest_size=6).hexdigest()
+    found = _measured(task, measure, cache / f"volumes-{digest}.safetensors" if cache else None)
+    return {name: found[name] * native_size(part.store, part.rows)[:, None] for name, part in task.parts.items()}
+
+
+def _components(task: Task, cache: Path | None) -> dict[str, np.ndarray]:
+    """Principal components of the voxels, averaged to about 4 mm, that lie inside most training scans' brains."""
+    found = _measured(task, _pooled, cache / "voxels.safetensors" if cache else None)
+    shared = np.isfinite(found["train"]).mean(0) > 0.5
+    if not shared.any():
+        raise DoesNotApply("no voxel is inside the brain of most training scans")
+    values = {name: np.nan_to_num(each[:, shared].astype(np.float32)) for name, each in found.items()}
+    count = min(COMPONENTS, len(values["train"]) - 1, int(shared.sum()))
+    pca = PCA(count, random_state=0).fit(values["train"])
+    return {name: pca.transform(each) for name, each in values.items()}
+
+
+def _pooled(store: Store, scan: str) -> np.ndarray:
+    """(voxels,) float16: a scan averaged over blocks of voxels; nan where less than half of a block is brain."""
+    size = max(1, round(POOLED_MM / store.grid.spacing_mm))
+    image, mask = (torch.from_numpy(each.astype(np.float32))[None] for each in store.read(scan))
+    pooled, inside = (avg_pool3d(each, size, ceil_mode=True)[0].numpy() for each in (image, mask))
+    return np.where(inside > 0.5, pooled, np.nan).ravel().astype(np.float16)
+
+
+def _measured(task: Task, measure: Callable[[Store, str], np.ndarray], path: Path | None) -> dict[str, np.ndarray]:
+    """What is measured in each scan, (scans, width) by part; kept in a file by scan and checksum, so never twice."""
+    keys = {name: [f"{scan} {part.store.checksum(scan):08x}" for scan in part.rows["scan"]]
+            for name, part in task.parts.items()}
+    known = load_file(path) if path and path.exists() else {}
+    todo = {key: (part.store, scan) for name, part in task.parts.items()
+            for key, scan in zip(keys[name], part.rows["scan"], strict=True) if key not in known}
+    known |= {key: measure(*each) for key, each in progress(todo.items(), desc="measuring scans")}
+    if todo and path:
+        write_whole(path, lambda aside: save_file(known, aside))
+    return {name: np.stack([known[key] for key in each]) for name, each in keys.items()}

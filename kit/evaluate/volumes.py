@@ -1,0 +1,158 @@
+"""Brain volumes: of three tissues in prepared scans, region by region, or from a table of the user's."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import ndimage
+from scipy.spatial import cKDTree
+from sklearn.mixture import GaussianMixture
+
+from kit.cohort.identity import HEADINGS, headings, loose, read_id
+from kit.cohort.tabular import TableError, read_foreign
+from kit.preprocess.scan_file import read_scan
+from kit.preprocess.template import template_on
+from kit.runs import shown
+from kit.store.grid import Grid
+from kit.store.store import Store
+
+TISSUES = ("csf", "grey", "white")
+FITTED = 5000  # voxels, evenly spread, that the mixture is fitted to
+CUBE_MM = 30.0  # regions where no atlas is given
+LEAST_ML = 9.0  # of the template's brain in a cube that is a region of its own: a third of it
+NAMES = ("scan", "dataset", "participant", "session")  # columns of a table that say whose row it is
+
+
+def tissue_volumes(image: np.ndarray, mask: np.ndarray, regions: np.ndarray, voxel_ml: float) -> np.ndarray:
+    """Volumes of a T1-weighted scan's brain and tissues.
+
+    Args:
+        image, mask: (depth, height, width) intensities on any scale, and the brain.
+        regions: (depth, height, width) int, 0 where a voxel counts for the whole brain alone; see `regions_on`.
+        voxel_ml: a voxel's volume in ml.
+
+    Returns:
+        (1 + 3 + 3 * regions,) float32, ml: the brain (its mask), its CSF, grey and white matter, and these three of
+        each region in the order of labels.
+    """
+    inside, voxels = regions[mask], image[mask].astype(np.float64)
+    shares = tissue_shares(voxels)
+    count = int(regions.max()) + 1
+    by_region = np.stack([np.bincount(inside, shares[:, tissue], count) for tissue in range(len(TISSUES))], 1)
+    return voxel_ml * np.concatenate([[len(voxels)], by_region.sum(0), by_region[1:].ravel()]).astype(np.float32)
+
+
+def tissue_shares(voxels: np.ndarray) -> np.ndarray:
+    """How much of each voxel is CSF, grey and white matter: the memberships of a mixture of three Gaussians.
+
+    Noise is the same in all tissues, and so are the Gaussians' widths: with widths of their own, that of CSF, which
+    partial volume makes broad, takes the brightest voxels, too.
+
+    Args:
+        voxels: (voxels,) T1-weighted intensities inside the brain.
+
+    Returns:
+        (voxels, 3), rows summing to 1.
+    """
+    sample = voxels[:: max(1, len(voxels) // FITTED), None]
+    mixture = GaussianMixture(3, covariance_type="tied", random_state=0).fit(sample)
+    return mixture.predict_proba(voxels[:, None])[:, np.argsort(mixture.means_[:, 0])]
+
+
+def regions_on(grid: Grid, atlas: Path | None = None) -> np.ndarray:
+    """Regions of the grid's template space, int (depth, height, width), numbered from 1.
+
+    Args:
+        atlas: a NIfTI of labels in MNI millimetres, 0 outside; each voxel takes the label at its centre. None: cubes
+            of 30 mm, left and right apart; one with little of the template's brain goes to the nearest that has more.
+
+    Raises:
+        ScanError: the atlas cannot be read.
+    """
+    return _cubes(grid) if atlas is None else _atlas_on(grid, Path(atlas))
+
+
+@lru_cache(maxsize=4)
+def _atlas_on(grid: Grid, atlas: Path) -> np.ndarray:
+    labels, affine = read_scan(atlas)
+    onto = np.linalg.inv(affine) @ grid.affine  # both (x, y, z)
+    labels = ndimage.affine_transform(labels.T, onto, output_shape=grid.shape[::-1], order=0).T
+    found = np.unique(labels[labels > 0])
+    return np.where(labels > 0, np.searchsorted(found, labels) + 1, 0)
+
+
+@lru_cache(maxsize=4)
+def _cubes(grid: Grid) -> np.ndarray:
+    brain = template_on(grid)[1]
+    at = np.indices(grid.shape)[::-1].reshape(3, -1).T * grid.spacing_mm + grid.origin_mm  # (voxels, 3) mm
+    regions = np.zeros(brain.size, int)
+    for on_side in (at[:, 0] < 0, at[:, 0] >= 0):
+        cubes, voxels = np.unique(np.floor(at[on_side & brain.ravel()] / CUBE_MM), axis=0, return_counts=True)
+        if len(cubes):
+            volumes = voxels * grid.spacing_mm**3 / 1000
+            centres = (cubes[volumes >= min(LEAST_ML, volumes.max())] + 0.5) * CUBE_MM
+            regions[on_side] = regions.max() + 1 + cKDTree(centres).query(at[on_side])[1]
+    return regions.reshape(grid.shape)
+
+
+def native_size(store: Store, rows: pd.DataFrame) -> np.ndarray:
+    """(scans,) by what volumes in prepared scans are multiplied to be the head's own.
+
+    Scans registered rigidly or not at all have the head's size: 1. Those registered affinely were brought to the
+    template's; the column `scale` of their index (see `kit.preprocess.quality`) says by how much.
+    """
+    affine = store.record["registration"] == "affine" and "scale" in rows
+    return rows["scale"].to_numpy(np.float64) ** 3 if affine else np.ones(len(rows))
+
+
+def read_volumes(path: str | Path) -> pd.DataFrame:
+    """Read a table of volumes, such as FreeSurfer's `asegstats2table` writes: who, and columns of numbers.
+
+    Raises:
+        TableError: no column `participant` or `scan`, no numbers, or two rows of one scan.
+    """
+    def known(names: list[str]) -> list[str]:  # FreeSurfer calls the column of its subjects by the measure
+        return headings(["participant" if name.startswith("Measure:") else name for name in names],
+                        HEADINGS | {"scan": ("scan",)})
+
+    table = read_foreign(Path(path), known, text=NAMES)
+    keys = [name for name in NAMES if name in table and table[name].ne("").any()]
+    keys = ["scan"] if "scan" in keys else keys
+    if not {"participant", "scan"} & set(keys):
+        raise TableError(f"{shown(path)}: needs a column participant, or scan as in index.csv; found "
+                         f"{', '.join(map(str, table.columns[:5]))}")
+    table = table.set_index(_names(table, keys))
+    if table.index.duplicated().any():
+        raise TableError(f"{shown(path)}: several rows are of {', '.join(table.index[table.index.duplicated()][0])}; "
+                         "add a column session, or scan as in index.csv, or keep one row")
+    numbers = table.select_dtypes("number").dropna(axis=1, how="all").astype(np.float64)
+    if numbers.empty:
+        raise TableError(f"{shown(path)}: no column of numbers")
+    numbers.attrs["keys"] = keys
+    return numbers
+
+
+def looked_up(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The volumes of an index's rows, as `read_volumes` gave them; nan where the table lacks a scan.
+
+    Raises:
+        TableError: without a column `dataset`, a row may be a participant's of two datasets.
+    """
+    keys = table.attrs["keys"]
+    names = _names(rows, keys)
+    if not {"dataset", "scan"} & set(keys):
+        datasets = rows["dataset"].map(loose).groupby(names.to_numpy()).nunique()
+        if several := [name for name in datasets.index[datasets > 1] if name in table.index]:
+            raise TableError(f"the table of volumes has a row of {', '.join(several[0])}, who is in several datasets: "
+                             "add a column dataset")
+    return table.reindex(names).set_axis(rows.index)
+
+
+def _names(table: pd.DataFrame, keys: list[str]) -> pd.Index:
+    """Tuples of what says whose row it is, as names are compared everywhere; see `kit.cohort.identity.key`."""
+    cells = [table[key].map(lambda cell, key=key: loose(read_id(cell, "ses" if key == "session" else "sub")))
+             if key != "scan" else table[key] for key in keys]
+    return pd.Index(list(zip(*cells, strict=True)), tupleize_cols=False)
