@@ -102,52 +102,24 @@ class Preprocess(Parameters):
         return problems + [missing for missing in [missing_tool(self.mask)] if missing]
 
 
-class Pretrain(Parameters):
-    """2_pretrain: an encoder from unlabelled scans."""
+class Training(Parameters):
+    """What all training takes."""
 
     may_change: ClassVar[frozenset[str]] = frozenset({
-        "workers", "nodes", "loader_workers", "verify", "checkpoint_minutes", "retry_minutes"})
+        "workers", "nodes", "loader_workers", "checkpoint_minutes", "retry_minutes"})
 
-    prepared: ProjectPath
-    split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
-    leave_out_test: bool = True  # without a column `split`: not those who will be tested, decided by hash
-    aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
-    accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
-    objective: Literal["simclr", "mae"] = "simclr"
-    architecture: Architecture = "resnet18_narrow"
-    recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
-    epochs: Annotated[int, Field(ge=0)] = 30  # 0: only say what a run would need
     batch_size: Annotated[int, Field(ge=2)] = 16  # scans, over all workers
     chunk: Annotated[int, Field(ge=0)] = 0  # scans of a worker that run at a time; 0: all; BatchNorm sees the chunk
     accumulate: Positive = 1  # batches whose mean gradient makes one step
-    sampling: Literal["all", "balanced"] = "all"  # an epoch: every scan once, or as many of each dataset
-    session_pairs: bool = False  # SimCLR: the two views are of two sessions, where a participant has them
-    optimizer: Literal["adam", "adamw", "lars"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of all steps
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip: Annotated[float, Field(ge=0)] = 0.0  # largest norm of the gradient; 0: as it is
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' moving average that is kept; 0: none
-    temperature: Annotated[float, Field(gt=0)] = 0.1  # NT-Xent
-    projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches that the MAE must fill in
-    normalise_patches: bool = False  # MAE: targets are patches less their mean, over their spread
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
-    monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
     precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
     retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
     workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
     nodes: Annotated[int, Field(ge=0)] = 0  # 0: those of the Slurm job that the notebook runs in, or one
     loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes of each worker
-    verify: bool = False  # check every scan's checksum before training, not only that it is there (minutes to hours)
     seed: Seed = 0
-
-    @property
-    def run_dir(self) -> Path:
-        """A plan lies in `plan/` of the folder that the real run will have."""
-        return self.output_dir if self.epochs else self.output_dir / "plan"
 
     def processes(self) -> int:
         """Processes over all nodes."""
@@ -159,14 +131,7 @@ class Pretrain(Parameters):
         return self.nodes or (1 if missing else job)
 
     def problems(self) -> list[str]:
-        problems = _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases)
-        if self.objective == "mae" and not self.architecture.startswith("vit"):
-            problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
-        if self.objective == "mae" and self.session_pairs:
-            problems.append("session_pairs: true is for simclr; a masked autoencoder has one view")
-        if self.session_pairs and self.sampling == "balanced":
-            problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
-                            "set sampling: all, or session_pairs: false")
+        problems = []
         if self.nodes > 1 and (missing := missing_of_slurm()):
             problems.append(f"nodes: {self.nodes} are started by Slurm from inside its job, but "
                             f"{' and '.join(missing)}; set nodes: 1 to train on this machine")
@@ -176,30 +141,80 @@ class Pretrain(Parameters):
         return problems
 
 
-class Tuning(Parameters):
+class Pretrain(Training):
+    """2_pretrain: an encoder from unlabelled scans."""
+
+    may_change: ClassVar[frozenset[str]] = Training.may_change | {"verify"}
+
+    prepared: ProjectPath
+    split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
+    leave_out_test: bool = True  # without a column `split`: not those who will be tested, decided by hash
+    aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
+    accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
+    objective: Literal["simclr", "mae"] = "simclr"
+    architecture: Architecture = "resnet18_narrow"
+    recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
+    epochs: Annotated[int, Field(ge=0)] = 30  # 0: only say what a run would need
+    sampling: Literal["all", "balanced"] = "all"  # an epoch: every scan once, or as many of each dataset
+    session_pairs: bool = False  # SimCLR: the two views are of two sessions, where a participant has them
+    optimizer: Literal["adam", "adamw", "lars"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of all steps
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    temperature: Annotated[float, Field(gt=0)] = 0.1  # NT-Xent
+    projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches that the MAE must fill in
+    normalise_patches: bool = False  # MAE: targets are patches less their mean, over their spread
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
+    monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
+    verify: bool = False  # check every scan's checksum before training, not only that it is there (minutes to hours)
+
+    @property
+    def run_dir(self) -> Path:
+        """A plan lies in `plan/` of the folder that the real run will have."""
+        return self.output_dir if self.epochs else self.output_dir / "plan"
+
+    def problems(self) -> list[str]:
+        problems = super().problems() + _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases)
+        if self.objective == "mae" and not self.architecture.startswith("vit"):
+            problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
+        if self.objective == "mae" and self.session_pairs:
+            problems.append("session_pairs: true is for simclr; a masked autoencoder has one view")
+        if self.session_pairs and self.sampling == "balanced":
+            problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
+                            "set sampling: all, or session_pairs: false")
+        return problems
+
+
+class Tuning(Training):
     """What fine-tuning takes, of one encoder and of many."""
 
     prepared: ProjectPath
     # prepared scans of other sites, tested besides; null: rows of `prepared` whose split says so, if there are any
     out_of_distribution: ProjectPath | None = None
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
-    batch_size: Annotated[int, Field(ge=2)] = 16
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    steps: Positive = 600  # at most; a step is of `accumulate` batches
+    check_steps: Positive = 20  # between two looks at the validation scans: an epoch of the log
+    patience: Annotated[int, Field(ge=0)] = 8  # looks without a lower validation loss before it stops; 0: never
+    learning_rates: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1e-3]
+    weight_decays: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-2]
     optimizer: Literal["adam", "adamw"] = "adamw"
-    schedule: Literal["cosine", "constant"] = "cosine"
-    precision: Precision = "fp32"  # of the network while it is fine-tuned: fp32, bf16 (products and convolutions only)
+    schedule: Literal["constant", "cosine"] = "constant"  # constant: more steps go on along the same path
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, from stage to stage below the head
     flip: bool = True  # mirror left and right at random while fine-tuning
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
     rows_are_people: bool = False  # a cohort without a column participant has one scan of each person
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
     allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
-    seed: Seed = 0
 
     def problems(self) -> list[str]:
         others = self.out_of_distribution
-        return _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases) + (
-            _prepared_problems("out_of_distribution", others) if others is not None else [])
+        problems = super().problems() + _prepared_problems("prepared", self.prepared) + alias_problems(self.aliases)
+        if self.warmup_steps >= self.steps:
+            problems.append(f"warmup_steps: got {self.warmup_steps}, which are all of the {self.steps} steps")
+        return problems + (_prepared_problems("out_of_distribution", others) if others is not None else [])
 
 
 class Finetune(Tuning):
@@ -210,8 +225,7 @@ class Finetune(Tuning):
     task_type: TaskType = "auto"
     missing_codes: list[Code] = []  # values of the label that mean missing, such as 9, 999 or NA
     mode: Literal["probe", "finetune"] = "finetune"
-    label_fraction: Fraction = 1.0  # of the training participants
-    epochs: Positive = 12
+    label_fraction: Fraction = 1.0  # of the training and validation participants
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -250,7 +264,6 @@ class Benchmark(Tuning):
     seeds: list[Seed] = [0]
     task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
     missing_codes: dict[str, list[Code]] = {}  # of a task, as in 3_finetune
-    epochs: Positive = 6  # of fine-tuning
     seed: Seed = 0  # of the random encoders
 
     def problems(self) -> list[str]:

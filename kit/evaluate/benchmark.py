@@ -14,18 +14,18 @@ from torch import nn
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
-from kit.evaluate.finetune import finetune, model_inputs, open_stores, sides_of
+from kit.evaluate.finetune import model_inputs, open_stores, sides_of
 from kit.evaluate.metrics import METRICS
 from kit.evaluate.predict import predict, predict_tested
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import TESTED, Task, check_tested, read_task, score_tested
+from kit.evaluate.tune import tune
 from kit.models.encoder_file import load_encoder, noted, side_of, weights_digest
 from kit.params import Benchmark
 from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read_made_from
 from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
 from kit.store.dataset import PreparedScans
 from kit.store.store import Store
-from kit.train.loop import Settings
 
 KEYS = ["encoder", "mode", "task", "label_fraction", "seed"]  # one trained model; each is scored on every test set
 TEXT = ("encoder", "mode", "task", "metric", "distribution", "fingerprint")
@@ -77,8 +77,7 @@ def run_benchmark(params: Benchmark, run: Run) -> pd.DataFrame:
                 features[name] = embeddings(run, name, encoder, stores)
             predictions = probe_tested(task, {part: _looked_up(features[name], task, part) for part in task.parts})
         else:
-            predictor, _ = finetune(task, encoder, Settings.of(params, seed=seed), params.flip)
-            predictions = predict_tested(task, predictor)
+            predictions = predict_tested(task, tune(task, encoder, params, seed).predictor)
         scores = score_tested(task, predictions, seed)
         rows = pd.DataFrame(_rows(model, task, scores, made[name, task_name].fingerprint))
         tidy = pd.concat([tidy, rows], ignore_index=True) if len(tidy) else rows

@@ -48,10 +48,10 @@ class Task:
     parts: dict[str, Part]
 
     def with_labels_for(self, fraction: float, seed: int) -> Task:
-        """The task with labels for a fraction of the training participants."""
-        train = self.parts["train"]
-        keep = label_subset(train.participants, train.labels, self.labels.kind, fraction, seed)
-        return replace(self, parts={**self.parts, "train": train.only(keep)})
+        """The task with labels for a fraction of the training participants, and of those for validation."""
+        few = {name: part.only(label_subset(part.participants, part.labels, self.labels.kind, fraction, seed))
+               for name, part in self.parts.items() if name in ("train", "validation")}
+        return replace(self, parts={**self.parts, **few})
 
 
 def read_task(store: Store, out_of_distribution: Store | None, task: str, kind: str, seed: int,
