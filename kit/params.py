@@ -38,6 +38,8 @@ Code = int | float | str
 Architecture = Literal["resnet18", "resnet18_narrow", "vit", "vit_narrow"]
 Precision = Literal["fp32", "bf16"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__
+Baseline = Literal["guess", "demographics", "site", "volumes", "voxels", "random init"]
+BASELINES: tuple[str, ...] = Baseline.__args__
 
 
 def _unusable_flag(name: str) -> str:
@@ -109,11 +111,49 @@ class Preprocess(Parameters):
         return problems + [missing for missing in [missing_tool(self.mask)] if missing]
 
 
-class Pretrain(Parameters):
-    """2_pretrain: an encoder from unlabelled scans."""
+class Training(Parameters):
+    """What all training takes."""
 
     may_change: ClassVar[frozenset[str]] = frozenset({
-        "workers", "nodes", "loader_workers", "verify", "checkpoint_minutes", "retry_minutes"})
+        "workers", "nodes", "loader_workers", "checkpoint_minutes", "retry_minutes"})
+
+    batch_size: Annotated[int, Field(ge=2)] = 16  # scans, over all workers
+    chunk: Annotated[int, Field(ge=0)] = 0  # scans of a worker that run at a time; 0: all; BatchNorm sees the chunk
+    accumulate: Positive = 1  # batches whose mean gradient makes one step
+    clip: Annotated[float, Field(ge=0)] = 0.0  # largest norm of the gradient; 0: as it is
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' moving average that is kept; 0: none
+    precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
+    retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
+    workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
+    nodes: Annotated[int, Field(ge=0)] = 0  # 0: those of the Slurm job that the notebook runs in, or one
+    loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes of each worker
+    seed: Seed = 0
+
+    def processes(self) -> int:
+        """Processes over all nodes."""
+        return self.workers * self.all_nodes()
+
+    def all_nodes(self) -> int:
+        """Nodes to train on; those of the Slurm job unless `nodes` says."""
+        job, missing = slurm_nodes()
+        return self.nodes or (1 if missing else job)
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.nodes > 1 and (missing := missing_of_slurm()):
+            problems.append(f"nodes: {self.nodes} are started by Slurm from inside its job, but "
+                            f"{' and '.join(missing)}; set nodes: 1 to train on this machine")
+        if self.batch_size % self.processes():
+            problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
+                            + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
+        return problems
+
+
+class Pretrain(Training):
+    """2_pretrain: an encoder from unlabelled scans."""
+
+    may_change: ClassVar[frozenset[str]] = Training.may_change | {"verify"}
 
     prepared: ProjectPath
     split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
@@ -129,9 +169,6 @@ class Pretrain(Parameters):
     architecture: Architecture = "resnet18_narrow"
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
     epochs: Annotated[int, Field(ge=0)] = 30  # 0: only say what a run would need
-    batch_size: Annotated[int, Field(ge=2)] = 16  # scans, over all workers
-    chunk: Annotated[int, Field(ge=0)] = 0  # scans of a worker that run at a time; 0: all; BatchNorm sees the chunk
-    accumulate: Positive = 1  # batches whose mean gradient makes one step
     sampling: Literal["all", "balanced"] = "all"  # an epoch: every scan once, or as many of each dataset
     session_pairs: bool = False  # SimCLR: the two views are of two sessions, where a participant has them
     optimizer: Literal["adam", "adamw", "lars"] = "adamw"
@@ -139,40 +176,22 @@ class Pretrain(Parameters):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of all steps
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    clip: Annotated[float, Field(ge=0)] = 0.0  # largest norm of the gradient; 0: as it is
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' moving average that is kept; 0: none
     temperature: Annotated[float, Field(gt=0)] = 0.1  # NT-Xent
     projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches that the MAE must fill in
     normalise_patches: bool = False  # MAE: targets are patches less their mean, over their spread
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
-    precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
-    retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
-    workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
-    nodes: Annotated[int, Field(ge=0)] = 0  # 0: those of the Slurm job that the notebook runs in, or one
-    loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes of each worker
     verify: bool = False  # check every scan's checksum before training, not only that it is there (minutes to hours)
-    seed: Seed = 0
 
     @property
     def run_dir(self) -> Path:
         """A plan lies in `plan/` of the folder that the real run will have."""
         return self.output_dir if self.epochs else self.output_dir / "plan"
 
-    def processes(self) -> int:
-        """Processes over all nodes."""
-        return self.workers * self.all_nodes()
-
-    def all_nodes(self) -> int:
-        """Nodes to train on; those of the Slurm job unless `nodes` says."""
-        job, missing = slurm_nodes()
-        return self.nodes or (1 if missing else job)
-
     def problems(self) -> list[str]:
-        problems = _prepared_problems("prepared", self.prepared)
-        problems = (problems or split_problems(self.prepared, self)) + alias_problems(self.aliases)
+        problems = _prepared_problems("prepared", self.prepared) or split_problems(self.prepared, self)
+        problems = super().problems() + problems + alias_problems(self.aliases)
         if self.objective == "mae" and not self.architecture.startswith("vit"):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
         if self.objective == "mae" and self.session_pairs:
@@ -180,12 +199,6 @@ class Pretrain(Parameters):
         if self.session_pairs and self.sampling == "balanced":
             problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
                             "set sampling: all, or session_pairs: false")
-        if self.nodes > 1 and (missing := missing_of_slurm()):
-            problems.append(f"nodes: {self.nodes} are started by Slurm from inside its job, but "
-                            f"{' and '.join(missing)}; set nodes: 1 to train on this machine")
-        if self.batch_size % self.processes():
-            problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
-                            + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
         return problems
 
 
@@ -203,7 +216,7 @@ def _of_path(value: object) -> object:
     return {"prepared": value} if isinstance(value, str | Path) else value
 
 
-class Tuning(Parameters):
+class Tuning(Training):
     """What fine-tuning takes, of one encoder and of many."""
 
     prepared: ProjectPath
@@ -218,18 +231,20 @@ class Tuning(Parameters):
     # of the participants who are not tested; without folds a column `split` says who they are
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
-    batch_size: Annotated[int, Field(ge=2)] = 16
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    steps: Positive = 600  # at most; a step is of `accumulate` batches
+    check_steps: Positive = 20  # between two looks at the validation scans: an epoch of the log
+    patience: Annotated[int, Field(ge=0)] = 8  # looks without a lower validation loss before it stops; 0: never
+    learning_rates: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1e-3]
+    weight_decays: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-2]
     optimizer: Literal["adam", "adamw"] = "adamw"
-    schedule: Literal["cosine", "constant"] = "cosine"
-    precision: Precision = "fp32"  # of the network while it is fine-tuned: fp32, bf16 (products and convolutions only)
+    schedule: Literal["constant", "cosine"] = "constant"  # constant: more steps go on along the same path
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, from stage to stage below the head
     flip: bool = True  # mirror left and right at random while fine-tuning
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
     rows_are_people: bool = False  # a cohort without a column participant has one scan of each person
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
     allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
-    seed: Seed = 0
 
     def test_sets(self) -> dict[str, TestSet]:
         """All test sets by name, `out_of_distribution` among them."""
@@ -238,7 +253,9 @@ class Tuning(Parameters):
 
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared) or split_problems(self.prepared, self)
-        problems += alias_problems(self.aliases)
+        problems = super().problems() + problems + alias_problems(self.aliases)
+        if self.warmup_steps >= self.steps:
+            problems.append(f"warmup_steps: got {self.warmup_steps}, which are all of the {self.steps} steps")
         if self.out_of_distribution is not None and "out_of_distribution" in self.tests:
             problems.append("tests.out_of_distribution: the parameter out_of_distribution has this name; give another")
         sets = self.test_sets()
@@ -269,8 +286,7 @@ class Finetune(Tuning):
     task_type: TaskType = "auto"
     missing_codes: list[Code] = []  # values of the label that mean missing, such as 9, 999 or NA
     mode: Literal["probe", "finetune"] = "finetune"
-    label_fraction: Fraction = 1.0  # of the training participants
-    epochs: Positive = 12
+    label_fraction: Fraction = 1.0  # of the training and validation participants
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -304,18 +320,29 @@ class Saliency(Parameters):
 class Benchmark(Tuning):
     """5_benchmark: encoders against each other, on several tasks, in and out of distribution."""
 
-    # a family's name: `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2; of each fold and seed another
-    # where `{fold}` and `{seed}` stand in it
+    may_change: ClassVar[frozenset[str]] = Tuning.may_change | {"shards", "shard"}
+
+    # a family's name: `random:ARCHITECTURE` (fine-tuned, it is a supervised baseline), an encoder.safetensors, or a run
+    # of 2; of each fold and seed another where `{fold}` and `{seed}` stand in it
     encoders: dict[str, str]
+    baselines: list[Baseline] = list(BASELINES)  # rows that need no training of networks
+    demographics: list[str] | None = None  # columns of the baseline; null: age, sex and gender, if there
+    volumes: ProjectPath | None = None  # a table of volumes, such as FreeSurfer's; null: tissues of the prepared scans
+    atlas: ProjectPath | None = None  # regions of these tissues, a NIfTI in MNI space; null: cubes of 30 mm
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
-    label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for the probes
+    label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for probes and baselines
     finetune_tasks: list[str] = ["stroke"]  # tasks to fine-tune on besides
     finetune_fractions: list[Fraction] = [0.2]
-    seeds: list[Seed] = [0]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each of other labels, heads and `{seed}` encoders
     task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
     missing_codes: dict[str, list[Code]] = {}  # of a task, as in 3_finetune
-    epochs: Positive = 6  # of fine-tuning
-    seed: Seed = 0  # of the random encoders
+    shards: Positive = 1  # parts that the table is filled in, such as the tasks of a Slurm array
+    shard: Annotated[int, Field(ge=0)] = 0  # this run's part, from 0
+
+    @property
+    def run_dir(self) -> Path:
+        """A shard's own folder; the cells of all lie in the `cells/` of the one above."""
+        return self.output_dir / "shards" / f"{self.shard}-of-{self.shards}" if self.shards > 1 else self.output_dir
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -324,6 +351,10 @@ class Benchmark(Tuning):
                 problems += self.encoder_problems(f"encoders.{name}", encoder, self.seeds)
             problems += [f"tests.{name}: {task} is not among tasks" for name, test in self.tests.items()
                          for task in test.tasks if task not in self.tasks]
+        if self.shard >= self.shards:
+            problems.append(f"shard: got {self.shard}; {self.shards} shards are numbered 0 to {self.shards - 1}")
+        taken = [name for name in self.encoders if name in BASELINES]
+        problems += [f"encoders.{name}: a baseline has this name; give another" for name in taken]
         problems += [f"{name}: {task} is not among tasks" for name in ("task_types", "missing_codes")
                      for task in getattr(self, name) if task not in self.tasks]
         problems += [f"finetune_tasks: {task} is not among tasks"

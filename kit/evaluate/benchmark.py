@@ -25,7 +25,7 @@ from torch import nn
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
-from kit.evaluate.baselines import BASELINES, baseline_predictions
+from kit.evaluate.baselines import baseline_predictions
 from kit.evaluate.compare import differences, scores
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
 from kit.evaluate.metrics import further_metrics, join_scans, predicted_of
@@ -33,7 +33,7 @@ from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import Task, check_tested, covariates, overlap, tasks_of
 from kit.evaluate.tune import Choice, tune
-from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of, weights_digest
+from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
 from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read_made_from, write
 from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
@@ -109,8 +109,8 @@ def cells_of(params: Benchmark, folds: Mapping[str, Iterable[int]]) -> list[Cell
         folds: of each task.
     """
     pretrained = [name for name, spec in params.encoders.items() if not is_random(spec)]
-    baselines = [(name, "baseline") for name in BASELINES if name in params.baselines]
-    probes = [(name, "probe") for name in [UNTRAINED] * (UNTRAINED in params.baselines) + pretrained]
+    baselines = [(name, "probe" if name == UNTRAINED else "baseline") for name in params.baselines]
+    probes = [(name, "probe") for name in pretrained]
     cells = [Cell(*row, task, fraction, fold) for row in baselines + probes for task in params.tasks
              for fraction in params.label_fractions for fold in folds[task]]
     return cells + [Cell(name, "finetune", task, fraction, fold) for name in params.encoders
@@ -273,7 +273,7 @@ class _Bench:
         tables = [overlap(task, self._noted_of(name, fold, seed)[1]).assign(task=label, encoder=name)
                   for (label, fold), task in self.tasks.items() for name in self.params.encoders]
         table = pd.concat(tables, ignore_index=True)
-        return table[["task", "encoder", *(name for name in table if name not in ("task", "encoder"))]].drop_duplicates()
+        return table[["task", "encoder", *table.columns.drop(["task", "encoder"])]].drop_duplicates()
 
     def table_of(self, cell: Cell) -> pd.DataFrame:
         """A cell's predictions, of the seeds that are there."""

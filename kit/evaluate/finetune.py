@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,6 +22,7 @@ from kit.evaluate.metrics import METRICS
 from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import Task, check_tested, score_tested, tasks_of
+from kit.evaluate.tune import TRIES, tune
 from kit.models.encoder_file import encoder_at, load_encoder, noted, side_of
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
@@ -30,16 +30,12 @@ from kit.params import Finetune, Tuning
 from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, remove_stale
 from kit.runs import Run, write_json, write_table, write_whole
 from kit.store.leakage import LEARNED
-from kit.store.sampler import epoch_batches
 from kit.store.store import Store
-from kit.train import checkpoint
-from kit.train.loop import Settings, fit
-from kit.train.objectives import Supervised
 
 # of a table of predictions: text, whatever it looks like
 NAMES = ("scan", "participant", "dataset", "alias_of", "fingerprint")
-RESULTS = ("predictions.csv", "metrics.json", "log.csv", "task.json", "model.safetensors", "checkpoints/*.pt",
-           "figures/*.png")  # that go when they are of other inputs
+RESULTS = ("predictions.csv", "metrics.json", "log.csv", "tries.csv", "task.json", "model.safetensors",
+           f"{TRIES}/*/log.csv", f"{TRIES}/*/checkpoints/*.pt", "figures/*.png")  # that go with other inputs
 
 
 def sides_of(stores: dict[str, Store]) -> dict[str, Side]:
@@ -49,52 +45,25 @@ def sides_of(stores: dict[str, Store]) -> dict[str, Side]:
 
 
 def model_inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed: Sequence[str],
-                 memo: dict[Path, str] | None = None) -> MadeFrom:
+                 memo: dict[Path, str] | None = None, **more: Any) -> MadeFrom:
     """What a model of this task is made from.
 
     Args:
         encoder: see `kit.models.encoder_file.noted`.
-        allowed, memo: see `kit.provenance.made_from`.
+        allowed, memo, more: see `kit.provenance.made_from`.
     """
     used = [Used("prepared" if name in LEARNED or name == "test" else name, name, part.store, part.rows,
                  part.participants, part.labels) for name, part in task.parts.items()]
     labels = {"task": task.labels.task, "kind": task.labels.kind, "classes": list(task.labels.classes)}
-    return made_from(used, aliases, memo, encoder=encoder, labels=labels, allowed=list(allowed))
-
-
-def finetune(task: Task, encoder: nn.Module, settings: Settings, flip: bool,
-             folder: Path | None = None) -> tuple[Predictor, pd.DataFrame]:
-    """Train a copy of the encoder with a new head on the task's training part.
-
-    The epoch of the lowest loss on the validation part is kept; the test part is not looked at. A batch larger than
-    the training part is cut to it. With `flip`, left and right are mirrored at random.
-
-    Returns:
-        the predictor and one row an epoch; see `kit.train.loop.fit`, for `folder` too.
-    """
-    train = task.parts["train"]
-    number = task.labels.kind == "regression"
-    mean, sd = (float(train.labels.mean()), float(train.labels.std()) or 1.0) if number else (0.0, 1.0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        predictor = Predictor(copy.deepcopy(encoder), task.labels.outputs, mean, sd)
-    objective = Supervised(predictor, task.labels.kind, flip=flip, seed=settings.seed, zscored=train.store.zscored)
-    participants = train.participants.tolist()
-    size = min(settings.batch_size, train.participants.nunique())
-    log = fit(objective, train.scans(),
-              lambda epoch: epoch_batches(participants, size, settings.seed, epoch),
-              task.parts["validation"].scans(), settings, folder)
-    if folder:
-        objective.load_state_dict(checkpoint.read_checkpoint(folder / "checkpoints", "best")["model"])
-    return predictor, log
+    return made_from(used, aliases, memo, encoder=encoder, labels=labels, allowed=list(allowed), **more)
 
 
 def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[str, float]]:
     """3_finetune: train, predict, score; a finished run is only read, if it was made from what is there now.
 
-    Leaves `made_from.json`, `predictions.csv`, `metrics.json`, `task.json` and, where all weights are trained,
-    `model.safetensors`, `log.csv` and `checkpoints/`. Those of other inputs go first, with a line that says what
-    changed.
+    Leaves `made_from.json`, `predictions.csv`, `metrics.json` and, where all weights are trained, `task.json`,
+    `model.safetensors`, `tries.csv` and the best try's `log.csv`. Those of other inputs go first, with a line that
+    says what changed. An unfinished run has `tries/`, and goes on from there.
 
     Returns:
         the task, the predictions (one scan a row), the metrics (an interval that there is not is None).
@@ -102,6 +71,7 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     Raises:
         MisfitError, LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does
             not fit.
+        Stopped: see `kit.evaluate.tune.tune`.
     """
     aliases = read_aliases(params.aliases)
     stores = open_stores(params)
@@ -127,6 +97,7 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
             for part, values in scores.items() for name, value in values.items()}
     metrics = run.metrics({**flat, "train_participants": task.parts["train"].participants.nunique()})
     write_table(run / "predictions.csv", table)
+    shutil.rmtree(run / TRIES, ignore_errors=True)
     return task, table, metrics
 
 
@@ -147,8 +118,12 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Modul
                        record: dict[str, Any], made: MadeFrom) -> dict[str, np.ndarray]:
     if params.mode == "probe":
         return probe_tested(task, {name: predict(encoder, part.scans()) for name, part in task.parts.items()})
-    predictor, _ = finetune(task, encoder, Settings.of(params), params.flip, run.folder)
+    tuned = tune(task, encoder, params, params.seed, run.folder)
+    predictor, metric = tuned.predictor, METRICS[task.labels.kind]
     weights = {name: value.detach().cpu().contiguous() for name, value in predictor.state_dict().items()}
+    run.metrics({**tuned.choice._asdict(), "trained": tuned.trained, f"validation_{metric}": tuned.validation_score,
+                 f"validation_{metric}_error": tuned.standard_error, f"longer_{metric}": tuned.longer_score})
+    write_table(run / "log.csv", tuned.log)
     write_json(run / "task.json", {"task": task.labels.task, "kind": task.labels.kind, "classes": task.labels.classes,
                                    "architecture": record["architecture"],
                                    "preparation": task.parts["train"].store.record,

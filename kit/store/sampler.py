@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,6 +83,27 @@ def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size:
     chosen = balanced(datasets, seed, epoch)
     return [[chosen[place] for place in batch]
             for batch in epoch_batches([participants[number] for number in chosen], batch_size, seed, epoch)]
+
+
+def all_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of one pass over all scans, as even as can be: none is dropped, none is a lone scan.
+
+    BatchNorm takes no lone scan. A batch may hold several scans of a participant, and holds three scans where
+    `batch_size` is 2 and `count` odd.
+
+    Returns:
+        lists of scan numbers; as many in every epoch.
+    """
+    batches = max(1, min(math.ceil(count / batch_size), count // 2))
+    return [part.tolist() for part in np.array_split(rng_for(seed, epoch).permutation(count), batches)]
+
+
+def stretch(count: int, batch_size: int, seed: int, first: int, batches: int) -> list[list[int]]:
+    """Some batches, from number `first` on, of an endless row of passes; see `all_batches`."""
+    a_pass = len(all_batches(count, batch_size, seed, 0))
+    numbers = [divmod(number, a_pass) for number in range(first, first + batches)]
+    passes = {epoch: all_batches(count, batch_size, seed, epoch) for epoch, _ in numbers}
+    return [passes[epoch][number] for epoch, number in numbers]
 
 
 def in_order(count: int, batch_size: int) -> list[list[int]]:

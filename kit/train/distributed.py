@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-from kit.device import set_threads
+from kit.device import device, set_threads
 from kit.train.stop import NAME as STOP
 from kit.train.stop import PREEMPTED
 
@@ -105,6 +105,15 @@ def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
 
 
+def of_first_process(value: float) -> float:
+    """What rank 0 holds, in all processes."""
+    if world_size() == 1:
+        return value
+    held = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.broadcast(held, 0)
+    return held.item()
+
+
 class _Gather(torch.autograd.Function):
     """What all processes hold, joined along the first axis in the order of their ranks; gradients are summed."""
 
@@ -155,15 +164,16 @@ class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Any number of dimensions, channels second."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(batch, channel, ...) -> the same shape; every process holds as many scans as any other."""
+        """(batch, channel, ...) -> the same shape."""
         if not self.training or world_size() == 1:
             return super().forward(images)
         channels = [1, -1] + [1] * (images.dim() - 2)
         dims, values = [0, *range(2, images.dim())], images.double()
-        moments = all_reduce(torch.stack([values.mean(dims), values.square().mean(dims)])) / world_size()
-        mean, variance = moments[0], moments[1] - moments[0].square()
+        places = torch.full_like(self.weight, images.numel() / images.shape[1], dtype=torch.float64)
+        total, squares, count = all_reduce(torch.stack([values.sum(dims), values.square().sum(dims), places]))
+        mean = total / count
+        variance = squares / count - mean.square()
         scale = self.weight * (variance + self.eps).rsqrt()
-        count = images.numel() / images.shape[1] * world_size()
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(images.dtype), self.momentum)

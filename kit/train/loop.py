@@ -27,14 +27,14 @@ from kit.runs import shown, write_table
 from kit.store.dataset import Batch, PreparedScans, load_batches, loading_may_fail
 from kit.store.store import StoreError
 from kit.train import checkpoint
-from kit.train.distributed import mean_over_processes, rank, world_size
+from kit.train.distributed import mean_over_processes, of_first_process, rank, world_size
 from kit.train.objectives import Objective, Report
 from kit.train.optimizers import build_optimizer, learning_rate
 from kit.train.progress import Progress
-from kit.train.stop import NAME as STOP
 from kit.train.stop import Stopped
 
 Chunks = list[list[int]]  # this process's scans of one batch, in chunks
+Place = Callable[[int, int], tuple[int, int]]  # an epoch and a batch's number in it -> what keys the batch's draws
 MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # when a run is resumed
 
 
@@ -54,6 +54,8 @@ class Settings:
     schedule: str
     seed: int
     warmup_fraction: float = 0.0
+    layer_decay: float = 1.0  # of the learning rate, from each stage of the encoder to the one before; 1: none
+    patience: int = 0  # epochs without a lower validation loss after which training stops; 0: never
     accumulate: int = 1  # batches whose mean gradient makes one step
     chunk: int = 0  # scans of a process that run at a time; 0: its whole share
     clip: float = 0.0  # largest norm of the gradient; 0: as it is
@@ -73,9 +75,12 @@ class Settings:
 @loading_may_fail()
 def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], list[list[int]]],
         validation: PreparedScans, settings: Settings, folder: Path | None = None, *,
-        params: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, may_stop: bool = False,
-        monitor: Callable[[nn.Module, int], dict[str, float]] | None = None) -> pd.DataFrame:
+        params: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, stop: Path | None = None,
+        live: bool = False, monitor: Callable[[nn.Module, int], dict[str, float]] | None = None,
+        place: Place = lambda epoch, number: (epoch, number)) -> pd.DataFrame:
     """Train an objective; the best epoch is that of the lowest validation loss.
+
+    An epoch is what lies between two looks at the validation scans: one pass over the scans, or what `batches` says.
 
     Args:
         objective: see `kit.train.objectives.Objective`.
@@ -86,9 +91,11 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         folder: of the run: `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
         params: what must be the same when the run is resumed; the settings if not given.
         defaults: of `params`, for checkpoints of an older kit.
-        may_stop: heed the stop file in the folder, write `live.json` and TensorBoard's files.
+        stop: the file that asks it to stop.
+        live: write `live.json` and TensorBoard's files.
         monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1; what it
             returns joins the log's row.
+        place: of a batch, by epoch and number: the pass over the scans and the number in it, which key its draws.
 
     Returns:
         one row an epoch: epoch, loss, validation_loss, what else the objective reports, learning_rate, seconds.
@@ -109,10 +116,10 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         state.write_log()  # a run killed between the checkpoint and the log
     saver = checkpoint.Saver(folder if rank() == 0 else None, settings.checkpoint_minutes, settings.retry_minutes)
     an_epoch = math.ceil(len(batches(0)) / settings.accumulate)
-    progress = Progress(folder if may_stop else None, an_epoch * settings.epochs, state.step(an_epoch))
+    progress = Progress(folder if live else None, an_epoch * settings.epochs, state.step(an_epoch))
     best, best_weights = min((row["monitor"] for row in state.log), default=math.inf), None
 
-    while len(state.log) < settings.epochs:
+    while len(state.log) < settings.epochs and not state.worn_out():
         epoch, started = len(state.log), time.monotonic()
         steps, stream = _scans_of(objective, train, batches(epoch), settings, len(state.reports))
         objective.train()
@@ -120,11 +127,11 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             state.set_rate(epoch + number / len(steps))
             try:
                 with fitting(steps[number]):
-                    report = state.gradients(stream, steps[number], epoch, number * settings.accumulate)
+                    report = state.gradients(stream, steps[number], *place(epoch, number * settings.accumulate))
             except StoreError:
                 saver.save(state.plain(), wait=True)
                 raise
-            asked = torch.tensor(float(may_stop and (folder / STOP).exists()), device=device())
+            asked = torch.tensor(float(stop is not None and stop.exists()), device=device())
             report = mean_over_processes({**report, "stop": asked})
             if not math.isfinite(report["loss"]):
                 scans = [train.scans[scan] for part in steps[number] for chunk in part for scan in chunk]
@@ -132,11 +139,11 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
                     f"the loss is {report['loss']} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(scans)}. "
                     "Look at those scans, lower learning_rate, or set clip: 1"
                     + (f"; {shown(folder / 'checkpoints/last.pt')} is of before" if folder else ""))
-            stop = report.pop("stop") > 0
+            stopped = report.pop("stop") > 0
             state.update(report)
             scans = world_size() * sum(len(chunk) for part in steps[number] for chunk in part)
             progress.note(epoch, report, state.rate, scans, stream.seconds / len(state.reports))
-            if stop:
+            if stopped:
                 saver.save(state.plain(), wait=True)
                 progress.close()
                 raise Stopped(pd.DataFrame([*state.log, state.row(epoch)]))
@@ -147,7 +154,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             validated = validate(state.kept, validation, settings.batch_size)
             row |= {f"validation_{name}": value for name, value in validated.items()}
             row |= monitor(state.kept, epoch + 1) if monitor else {}
-        row["monitor"] = row.get("validation_loss", row["loss"])
+        row["monitor"] = of_first_process(row.get("validation_loss", row["loss"]))
         row["seconds"] = round(time.monotonic() - started, 2)
         progress.add(row, "epoch")
         state.log, state.reports = [*state.log, row], []
@@ -166,7 +173,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
 def _scans_of(objective: Objective, train: PreparedScans, batches: list[list[int]], settings: Settings,
               done: int) -> tuple[list[list[Chunks]], Waiting]:
     """This process's scans of an epoch's steps, batches of chunks each; and those not done yet, as they are loaded."""
-    chunked = [chunks_of(batch, settings.chunk * objective.scans_per_item) for batch in batches]
+    chunked = [chunks_of(batch, settings.chunk * objective.scans_per_item, objective.compares) for batch in batches]
     steps = [chunked[start:start + settings.accumulate] for start in range(0, len(chunked), settings.accumulate)]
     parts = [part for step in steps[done:] for part in reads(step, objective.compares)]
     return steps, Waiting(load_batches(train, parts, settings.loader_workers))
@@ -217,7 +224,12 @@ class State:
         """The learning rate at so many epochs."""
         self.rate = learning_rate(self.settings, epoch / self.settings.epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"] = self.rate * group.get("scale", 1.0)
+
+    def worn_out(self) -> bool:
+        """Whether the last `patience` epochs were no better than one before."""
+        values = [row["monitor"] for row in self.log]
+        return 0 < self.settings.patience <= len(values) - 1 - int(np.argmin(values)) if values else False
 
     def gradients(self, stream: Iterator[Batch], step: list[Chunks], epoch: int, number: int) -> Report:
         """Fresh gradients of a step, see `gradients`."""
@@ -276,12 +288,14 @@ class State:
             print(f"resumed with {', '.join(changed)}: the results stay sound, their last digits differ")
 
 
-def chunks_of(batch: list[int], chunk: int) -> Chunks:
-    """This process's share of a global batch (equal parts, so that each counts the same), in chunks.
+def chunks_of(batch: list[int], chunk: int, equal: bool = True) -> Chunks:
+    """This process's share of a global batch, in chunks.
 
     Args:
         batch: scan numbers.
         chunk: scans at a time; 0 takes the whole share.
+        equal: leave out the scans that are too many for equal shares, as objectives that compare scans need; else
+            shares differ by one scan at most.
 
     Raises:
         ValueError: there are more processes than scans.
@@ -290,9 +304,10 @@ def chunks_of(batch: list[int], chunk: int) -> Chunks:
     if not each:
         raise ValueError(f"a batch of {len(batch)} scans (one of a participant) for {world_size()} processes: take "
                          "fewer workers, or more participants")
-    share = batch[rank() * each:(rank() + 1) * each]
-    size = chunk or each
-    return [share[start:start + size] for start in range(0, each, size)]
+    used = each * world_size() if equal else len(batch)
+    share = np.array_split(np.asarray(batch[:used]), world_size())[rank()].tolist()
+    size = chunk or len(share)
+    return [share[start:start + size] for start in range(0, len(share), size)]
 
 
 def reads(step: list[Chunks], twice: bool) -> Chunks:
@@ -325,7 +340,8 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
         if len(chunks) > 1 and objective.compares:
             reports.append(_cached(model, objective, stream, seeds, epoch, len(step), last, precision))
             continue
-        scans = sum(len(part) for part in chunks)
+        own = torch.tensor(float(sum(len(part) for part in chunks)), device=device())
+        scans = mean_over_processes({"scans": own})["scans"]  # of a process: DDP takes the mean over processes
         parts = []
         for part, part_seed in zip(chunks, seeds, strict=True):
             weight = len(part) / scans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,23 +42,51 @@ class Lars(torch.optim.Optimizer):
 def build_optimizer(objective: nn.Module, settings: Any) -> torch.optim.Optimizer:
     """Weight decay acts on matrices and kernels, not on biases and norms.
 
+    With `layer_decay`, a group's learning rate is the run's times its `scale`: 1 for the head, `layer_decay` for the
+    encoder's last stage, its square for the one before (layer-wise decay, as in BEiT, Bao et al. 2022).
+
     Args:
         objective: whose weights are trained.
         settings: `kit.train.loop.Settings`.
     """
-    weights = [weight for weight in objective.parameters() if weight.requires_grad]
-    groups = [{"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": settings.weight_decay},
-              {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0}]
-    if settings.optimizer == "lars":
-        groups[1]["adapt"] = False
+    weights = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
+    scales = dict.fromkeys(weights, 1.0)
+    if settings.layer_decay != 1:
+        depths = depths_of(list(weights))
+        scales = {name: settings.layer_decay ** (max(depths.values()) - depth) for name, depth in depths.items()}
+    groups = []
+    for scale in dict.fromkeys(scales.values()):
+        here = [weight for name, weight in weights.items() if scales[name] == scale]
+        groups += [{"params": [weight for weight in here if weight.ndim > 1], "weight_decay": settings.weight_decay,
+                    "scale": scale},
+                   {"params": [weight for weight in here if weight.ndim <= 1], "weight_decay": 0.0, "scale": scale}]
+        if settings.optimizer == "lars":
+            groups[-1]["adapt"] = False
+    groups = [group for group in groups if group["params"]]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lars": Lars}[settings.optimizer]
     return kind(groups, lr=settings.learning_rate)
+
+
+STAGE = re.compile(r"\.(?:layer|blocks\.|denseblock|transition)(\d+)\.")  # of ResNet, ViT, DenseNet
+
+
+def depths_of(names: list[str]) -> dict[str, int]:
+    """How deep each parameter lies: 0 in the stem, then a ResNet's stages or a ViT's or DenseNet's blocks, the head.
+
+    Args:
+        names: of the parameters, in the network's order.
+    """
+    found = {name: int(match[1]) for name in names if (match := STAGE.search(name))}
+    order = {number: depth for depth, number in enumerate(sorted(set(found.values())), 1)}
+    first = names.index(next(iter(found))) if found else 0
+    return {name: order[found[name]] if name in found else (len(order) + 1) * (place > first)
+            for place, name in enumerate(names)}
 
 
 def learning_rate(settings: Any, progress: float) -> float:
     """The rate at a share (0 to 1) of the run: linear warm-up, then constant or half a cosine to zero."""
     if progress < settings.warmup_fraction:
-        return settings.learning_rate * max(progress, 1e-3) / settings.warmup_fraction
+        return settings.learning_rate * min(max(progress, 1e-3) / settings.warmup_fraction, 1.0)
     if settings.schedule == "constant":
         return settings.learning_rate
     rest = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)

@@ -46,10 +46,9 @@ from kit.train.loop import Settings, fit
 from kit.train.monitor import monitor_of
 from kit.train.objectives import MaskedReconstruction, SimCLR
 from kit.train.stop import NAME as STOP
-from kit.train.stop import Stopped, interrupt_stops
+from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
 DAMAGED = "damaged.csv"  # scans that cannot be read
-UNFINISHED = "unfinished.csv"  # the log so far of a run that was asked to stop
 
 
 def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
@@ -340,7 +339,8 @@ def train(params: Pretrain, folder: Path) -> None:
     try:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
-            defaults=defaults, may_stop=True, monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
+            defaults=defaults, stop=folder / STOP, live=True,
+            monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)

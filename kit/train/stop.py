@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 NAME = "stop"  # in the run's folder
+UNFINISHED = "unfinished.csv"  # the log so far of a run that was asked to stop
 PREEMPTED = "preempted"  # there, too: Slurm asked, and the job is to be requeued; see slurm/papermill.sbatch
 
 

@@ -1,0 +1,298 @@
+"""Fine-tuning: all weights trained on a label, for as long as it helps, at the rate that validation prefers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import softmax
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from kit.evaluate.predict import predict
+from kit.evaluate.tasks import Task
+from kit.models.heads import Predictor
+from kit.params import Tuning
+from kit.runs import write_table, write_whole
+from kit.seeding import rng_for
+from kit.store.sampler import all_batches, stretch
+from kit.train import checkpoint
+from kit.train.distributed import (
+    launch,
+    launch_on_nodes,
+    process_group,
+    rank,
+    synchronise_batch_norm,
+    worker_of_slurm,
+    world_size,
+)
+from kit.train.loop import Settings, fit
+from kit.train.objectives import Supervised
+from kit.train.stop import NAME as STOP
+from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
+
+TRIES, JOB = "tries", "job.pt"  # in the run's folder: of each training its checkpoints; one training, for its processes
+LONGER = 3  # times the steps: who gains no more by them is trained
+DRAWS = 200  # of the bootstrap of a validation score
+
+
+class Choice(NamedTuple):
+    """What is chosen on validation."""
+
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned model and how it came about.
+
+    Attributes:
+        predictor: with the weights of the lowest validation loss.
+        log: of its training, a row for each look at the validation scans; see `kit.train.loop.fit`.
+        choice: learning rate and weight decay.
+        tries: a row a try: learning_rate, weight_decay, steps, stopped_early, validation_loss (the lowest),
+            validation_score.
+        validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
+        standard_error: of that score, by the bootstrap over validation participants; nan where they are too few.
+        longer_score: the score after three times the steps at most.
+        trained: whether the two scores differ by no more than the standard error; None where nobody looked.
+    """
+
+    predictor: Predictor
+    log: pd.DataFrame
+    choice: Choice
+    tries: pd.DataFrame
+    validation_score: float
+    standard_error: float
+    longer_score: float
+    trained: bool | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, as another process can be handed it.
+
+    Attributes:
+        settings: whose epochs are the looks at the validation scans, with `check_steps` steps between two of them.
+        steps: at most.
+        folder: of `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
+        home: the run's folder, whose stop file is heeded.
+    """
+
+    task: Task
+    encoder: nn.Module
+    settings: Settings
+    steps: int
+    check_steps: int
+    flip: bool
+    folder: Path | None = None
+    home: Path | None = None
+
+    @classmethod
+    def of(cls, task: Task, encoder: nn.Module, params: Tuning, seed: int, choice: Choice, times: int = 1,
+           folder: Path | None = None, home: Path | None = None) -> Job:
+        """A training of `times` the steps that the parameters allow."""
+        steps = times * params.steps
+        settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=math.ceil(steps / params.check_steps),
+                               warmup_fraction=params.warmup_steps / steps)
+        return cls(task, encoder, settings, steps, params.check_steps, params.flip, folder, home)
+
+    def objective(self) -> Supervised:
+        """A copy of the encoder with a new head, which the seed decides."""
+        train, number = self.task.parts["train"], self.task.labels.kind == "regression"
+        mean, sd = (float(train.labels.mean()), float(train.labels.std()) or 1.0) if number else (0.0, 1.0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            predictor = Predictor(copy.deepcopy(self.encoder), self.task.labels.outputs, mean, sd)
+        return Supervised(predictor, self.task.labels.kind, flip=self.flip, seed=self.settings.seed,
+                          zscored=train.store.zscored)
+
+
+def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path | None = None,
+         choice: Choice | None = None, home: Path | None = None, check: bool = True) -> Tuned:
+    """Fine-tune a copy of an encoder on a task's training part; all that is chosen is chosen on its validation part.
+
+    Each learning rate is tried with each weight decay, and the try of the lowest validation loss is kept, at its best
+    weights. Whether that is trained is then asked: a run that stopped early at a constant rate would stop there
+    whatever its budget; another is repeated with three times the steps.
+
+    Args:
+        seed: of the head, the batches and the augmentation.
+        folder: for `tries/`, where a run that was killed or stopped goes on, and `tries.csv`; None keeps nothing on
+            disk. `tries/` stays, for the caller to remove once the results are written.
+        choice: known from elsewhere; then there is one try.
+        home: the run's folder, whose file `stop` is heeded; `folder` if not given.
+        check: ask whether it is trained.
+
+    Raises:
+        Stopped: it was asked to stop; the checkpoint and `unfinished.csv` in `home` are written.
+        TrainingError, StoreError, MemoryError, CheckpointError: see `kit.train.loop.fit`.
+    """
+    if folder is None and params.processes() > 1:
+        with tempfile.TemporaryDirectory() as place:  # of which processes take what they train
+            return tune(task, encoder, params, seed, Path(place), choice, home, check)
+    home = home or folder
+
+    def job(choice: Choice, times: int = 1) -> Job:
+        name = f"rate {choice.learning_rate:g} decay {choice.weight_decay:g} times {times}"
+        return Job.of(task, encoder, params, seed, choice, times, folder and folder / TRIES / name, home)
+
+    choices = [choice] if choice else [Choice(*pair) for pair in itertools.product(params.learning_rates,
+                                                                                  params.weight_decays)]
+    with _stoppable(home):
+        rows, best = [], None
+        for each in map(Choice._make, choices):
+            predictor, log = train(job(each), params)
+            row = {**each._asdict(), "steps": min(params.steps, len(log) * params.check_steps),
+                   "stopped_early": _looks_since_best(log) >= params.patience > 0,
+                   "validation_loss": log["monitor"].min(), "validation_score": score_validation(task, predictor)}
+            rows.append(row)
+            if row["validation_loss"] <= min(each["validation_loss"] for each in rows):
+                best = predictor, log, each, row
+        predictor, log, each, row = best
+        score, error = row["validation_score"], standard_error(task, predictor, seed)
+        longer = score
+        if check and not (row["stopped_early"] and params.schedule == "constant"):
+            longer = score_validation(task, train(job(each, LONGER), params)[0])
+    tries = pd.DataFrame(rows)
+    if folder:
+        write_table(folder / "tries.csv", tries)
+    trained = abs(longer - score) <= error if check else None
+    return Tuned(predictor, log, each, tries, score, error, longer, trained)
+
+
+def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
+    """Train in as many processes as the parameters say; the predictor has the weights of the lowest validation loss.
+
+    Returns:
+        the predictor and the log; see `kit.train.loop.fit`.
+    """
+    if params.processes() == 1:
+        objective, log = finetune(job)
+        if job.folder is None:
+            return objective.predictor, log
+    else:
+        file = write_whole(job.home / JOB, lambda aside: torch.save(job, aside))
+        try:
+            if params.all_nodes() > 1:
+                launch_on_nodes("kit.evaluate.tune", job.home, params.all_nodes(), params.workers)
+            else:
+                launch(_worker, (str(job.home),), params.workers)
+        finally:
+            file.unlink()
+        if (job.home / UNFINISHED).exists():
+            raise Stopped(pd.read_csv(job.home / UNFINISHED))
+    objective = job.objective()
+    objective.load_state_dict(checkpoint.weights(checkpoint.read_checkpoint(job.folder / "checkpoints", "best")))
+    return objective.predictor, pd.DataFrame(checkpoint.read_checkpoint(job.folder / "checkpoints")["log"])
+
+
+def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
+    """Train in this process, alone or as one of several.
+
+    Returns:
+        the objective as `kit.train.loop.fit` leaves it, and the log.
+    """
+    objective, scans, settings = job.objective(), job.task.parts["train"].scans(), job.settings
+    if world_size() > 1:
+        synchronise_batch_norm(objective)
+    a_pass = len(all_batches(len(scans), settings.batch_size, settings.seed, 0))
+
+    def batches(look: int) -> list[list[int]]:
+        first, last = look * job.check_steps, min((look + 1) * job.check_steps, job.steps)
+        return stretch(len(scans), settings.batch_size, settings.seed, first * settings.accumulate,
+                       (last - first) * settings.accumulate)
+
+    def place(look: int, number: int) -> tuple[int, int]:
+        return divmod(look * job.check_steps * settings.accumulate + number, a_pass)
+
+    try:
+        log = fit(objective, scans, batches, job.task.parts["validation"].scans(), settings, job.folder,
+                  stop=job.home and job.home / STOP, place=place)
+    except Stopped as stopped:
+        if rank() == 0:
+            write_table(job.home / UNFINISHED, stopped.log)
+        raise
+    return objective, log
+
+
+def score_validation(task: Task, predictor: Predictor) -> float:
+    """AUC (of K > 2 classes the mean of one against the rest) or mean absolute error; participants count the same."""
+    return _score(*_validation(task, predictor))
+
+
+def standard_error(task: Task, predictor: Predictor, seed: int) -> float:
+    """Of the validation score, by the bootstrap over participants; nan where each draw lacks a class."""
+    true, predicted, weights = _validation(task, predictor)
+    codes, names = pd.factorize(task.parts["validation"].participants)
+    rng, even = rng_for(seed), np.full(len(names), 1 / len(names))
+    counts = rng.multinomial(len(names), even, size=DRAWS)[:, codes]
+    classes = len(np.unique(true)) if task.labels.kind == "classification" else 0
+    drawn = [_score(true, predicted, weights * count) for count in counts
+             if not classes or len(np.unique(true[count > 0])) == classes]
+    return float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
+
+
+def _validation(task: Task, predictor: Predictor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each validation scan label (scans,), prediction (scans,) or (scans, classes), and the weight that makes
+    participants count the same (scans,)."""
+    part = task.parts["validation"]
+    predicted = predict(predictor, part.scans()) * float(predictor.sd) + float(predictor.mean)
+    true = part.labels if task.labels.kind == "regression" else part.labels.astype(int)
+    each = 1 / part.participants.groupby(part.participants).transform("size").to_numpy()
+    return true, predicted[:, 0] if predicted.shape[1] == 1 else predicted, each
+
+
+def _score(true: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> float:
+    if true.dtype.kind == "f":
+        return float(np.average(np.abs(true - predicted), weights=weights))
+    if predicted.ndim == 1:
+        return float(roc_auc_score(true, predicted, sample_weight=weights))
+    return float(roc_auc_score(true, softmax(predicted, axis=1), sample_weight=weights, multi_class="ovr",
+                               labels=range(predicted.shape[1])))
+
+
+def _looks_since_best(log: pd.DataFrame) -> int:
+    return len(log) - 1 - int(log["monitor"].to_numpy().argmin())
+
+
+@contextmanager
+def _stoppable(home: Path | None) -> Iterator[None]:
+    """Within it an interrupt asks the training to stop."""
+    if home is None:
+        yield
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    (home / UNFINISHED).unlink(missing_ok=True)
+    try:
+        with interrupt_stops(home / STOP):
+            yield
+    finally:
+        (home / STOP).unlink(missing_ok=True)
+
+
+def _worker(home: str) -> None:
+    """One of several processes; see `kit.train.distributed.launch`."""
+    with process_group():
+        _train_noted(Path(home))
+
+
+def _train_noted(home: Path) -> None:
+    with suppress(Stopped):
+        finetune(torch.load(home / JOB, map_location="cpu", weights_only=False))
+
+
+if __name__ == "__main__":  # python -m kit.evaluate.tune FOLDER WORKERS, which `launch_on_nodes` has srun start
+    worker_of_slurm(Path(sys.argv[1]), int(sys.argv[2]), _train_noted)
