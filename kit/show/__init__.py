@@ -6,7 +6,10 @@ pyplot.
 - `slices`: a scan in three planes with overlay and outline; many scans; views beside their original; a
   transform at several strengths
 - `quality`: prepared scans under the template's outline; quality figures by site
-- `curves`: training, label efficiency, predictions, embeddings, registration; the benchmark's table and summary
+- `curves`: a training's losses, learning rate and seconds
+- `comparison`: the benchmark: forest plot of differences, tables, summary, label efficiency
+- `predictions`: ROC, calibration, scatter, confusion, the worst errors; embeddings on a map
+- `wording`: what they share: readable names, units, a score with its interval
 - `live`: a figure that follows a run while it trains
 - `explorer`: the interactive explorer of augmentations
 - `recipe_controls`: its list of transforms, to be switched and dragged

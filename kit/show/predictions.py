@@ -1,0 +1,315 @@
+"""Predictions against the truth: ROC curves, calibration, scatter, confusion, worst errors; embeddings on a map.
+
+They read predictions with a row a scan: `true` and `predicted` (log-odds of class 1, or the number; of K > 2 classes
+`predicted_0 … predicted_{K-1}`, the logits). `participant`, with `dataset` or `alias_of` where names are not joined
+yet, says whose scan it is; without it each row is a participant. Rows are of one task and label fraction; there is a
+panel per `encoder` and `mode` and a colour per `distribution`, where there are such columns. Scans of a participant are
+joined as `kit.evaluate.metrics.score` joins them, so that a figure's numbers are its; each `seed` counts the same, and
+so does each `fold`'s model of those that tested a participant.
+`title` and `note`: see `kit.show.figure.blank`.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from scipy.special import expit, softmax
+from sklearn.calibration import calibration_curve
+from sklearn.decomposition import PCA
+from sklearn.metrics import ConfusionMatrixDisplay, brier_score_loss, mean_absolute_error
+
+from kit.cohort.identity import participant_ids
+from kit.evaluate.metrics import LEAST_PARTICIPANTS, auc, per_participant
+from kit.show.figure import LEGEND, MAX_WIDTH, TEXT, blank, label
+from kit.show.planes import PLANES
+from kit.show.slices import montage
+from kit.show.wording import UNITS, in_units, need, need_one, readable
+from kit.store.store import Store
+
+SPECIFICITY = 0.9  # of the operating point
+IN_A_ROW = 3  # panels
+DRAWS = 200  # of the bootstrap, for a band
+_ONE_CELL = ("task", "label_fraction")
+_FALSE_POSITIVES = np.linspace(0, 1, 501)
+
+
+def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = "") -> Figure:
+    """Draw predictions as fits the metric, titled by the task: ROC, confusion of several classes, or a scatter."""
+    if metric != "auc":
+        return scatter(table, task, note=note)
+    if len(_logits(table)) > 1:
+        return confusion(table, title=task, note=note)
+    return roc(table, task, note)
+
+
+def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
+    """Draw ROC curves of two classes with the point at 90 % specificity.
+
+    A curve is the mean sensitivity of the models (seeds, folds), each on its own scale; those of a seed's folds count by
+    their pairs of classes, so that the area is that of `kit.evaluate.metrics.auc` within folds. The band is the 95 %
+    interval over participants and seeds (percentile bootstrap); none with fewer than
+    `kit.evaluate.metrics.LEAST_PARTICIPANTS` of a class.
+    """
+    need(table, "predictions", ["true", *_logits(table)])
+    figure, panels = _panels(table, title, note)
+    for axes, group in panels:
+        for number, (name, joined) in enumerate(_by_distribution(group)):
+            seeds = [each for _, each in joined.groupby("seed")]
+            curves, areas = zip(*(_curves(each, each["weight"].to_numpy()[None]) for each in seeds), strict=True)
+            curve = np.mean(curves, axis=0)[0]
+            found = np.interp(1 - SPECIFICITY, _FALSE_POSITIVES, curve)
+            axes.plot([0, *_FALSE_POSITIVES], [0, *curve], color=f"C{number}", linewidth=1.3,
+                      label=f"{name}\nAUC {np.mean(areas):.2f}, sensitivity {found:.2f}")
+            axes.plot(1 - SPECIFICITY, found, color=f"C{number}", marker="o", markersize=5)
+            people = joined.groupby("true")["participant"].nunique()
+            if len(people) == 2 and people.min() >= LEAST_PARTICIPANTS:
+                axes.fill_between(_FALSE_POSITIVES, *_band(seeds), color=f"C{number}", alpha=0.15, linewidth=0)
+        _identity(axes, [0, 1])
+        label(axes, f"false positive rate (● {SPECIFICITY:.0%} specificity)", "sensitivity", axes.get_title())
+        axes.legend(loc="lower right", **LEGEND)
+    return figure
+
+
+def _curves(joined: pd.DataFrame, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of one seed, under the rows' weights (draws, rows): sensitivities (draws, rates) and areas (draws,)."""
+    curves, areas, total = 0, 0, 0
+    for rows in joined.groupby("fold").indices.values():
+        true, predicted = (joined[name].to_numpy()[rows] for name in ("true", "predicted"))
+        order = np.argsort(-predicted, kind="stable")
+        ends = np.flatnonzero(np.diff(predicted[order], append=np.inf))  # ties cross a threshold together
+        up, across = ((weights[:, rows] * (true == of))[:, order].cumsum(1)[:, ends] for of in (1, 0))
+        pairs = up[:, -1] * across[:, -1]
+        both = pairs > 0  # a fold, or a draw of it, that lacks a class has no pairs
+        if both.any():
+            curve, area = np.zeros((len(weights), len(_FALSE_POSITIVES))), np.zeros(len(weights))
+            for draw in np.flatnonzero(both):  # a hair to the right: on the upper end of a step
+                curve[draw] = np.interp(_FALSE_POSITIVES + 1e-9, [0, *across[draw] / across[draw, -1]],
+                                        [0, *up[draw] / up[draw, -1]])
+            area[both] = auc(true, predicted, weights[both][:, rows])
+            curves, areas, total = curves + pairs[:, None] * curve, areas + pairs * area, total + pairs
+    total = np.where(np.broadcast_to(total, len(weights)), total, np.nan)
+    return np.broadcast_to(curves / total[:, None], (len(weights), len(_FALSE_POSITIVES))), areas / total
+
+
+def _band(seeds: list[pd.DataFrame]) -> np.ndarray:
+    """(2, rates): between which 95 % of the curves lie when participants and seeds are drawn with replacement."""
+    rng, people = np.random.default_rng(0), np.unique(pd.concat(seeds)["participant"])
+    drawn = rng.multinomial(len(people), np.full(len(people), 1 / len(people)), size=DRAWS)
+    curves = [_curves(each, drawn[:, np.searchsorted(people, each["participant"])] * each["weight"].to_numpy())[0]
+              for each in seeds]
+    shares = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=DRAWS) / len(seeds)
+    return np.nanquantile(np.einsum("ds,sdr->dr", shares, curves), [0.025, 0.975], axis=0)
+
+
+def calibration(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
+    """Draw, of two classes, how often class 1 is true where it is given a probability: on the diagonal if calibrated.
+
+    Up to ten bins of equal numbers, of twenty participants or more where there are forty. The legend has the Brier
+    score.
+    """
+    need(table, "predictions", ["true", "predicted"])
+    figure, panels = _panels(table, title, note)
+    for axes, group in panels:
+        for number, (name, joined) in enumerate(_by_distribution(group)):
+            given, people = expit(joined["predicted"]), joined["participant"].nunique()
+            found, stated = calibration_curve(joined["true"], given, strategy="quantile",
+                                              n_bins=int(np.clip(people // 20, 2, 10)))
+            score = brier_score_loss(joined["true"], given, sample_weight=joined["weight"])
+            axes.plot(stated, found, color=f"C{number}", linewidth=1.2, marker="o", markersize=4,
+                      label=f"{name}\nBrier {score:.2f}")
+        _identity(axes, [0, 1])
+        label(axes, "predicted probability", "share that is true", axes.get_title())
+        axes.legend(loc="best", **LEGEND)
+    return figure
+
+
+def scatter(table: pd.DataFrame, task: str = "", title: str = "", note: str = "") -> Figure:
+    """Draw predicted against true numbers, with the identity and, dashed, a fitted line: a slope below 1 is bias.
+
+    Args:
+        task: whose unit the axes have (`kit.show.wording.UNITS`); the title, where none is given.
+    """
+    need(table, "predictions", ["true", "predicted"])
+    figure, panels = _panels(table, title or readable(task), note)
+    ends = [table[["true", "predicted"]].min(axis=None), table[["true", "predicted"]].max(axis=None)]
+    for axes, group in panels:
+        for number, (name, joined) in enumerate(_by_distribution(group)):
+            true, predicted, weight = joined["true"], joined["predicted"], joined["weight"]
+            error = mean_absolute_error(true, predicted, sample_weight=weight)
+            words = f"{name}\nerror {error:.1f} {UNITS.get(task, '')}".rstrip()
+            if true.nunique() > 1:
+                slope, start = np.polyfit(true, predicted, 1, w=np.sqrt(weight))
+                span = np.array([true.min(), true.max()])
+                axes.plot(span, start + slope * span, color=f"C{number}", linestyle="--", linewidth=1.6,
+                          path_effects=[withStroke(linewidth=3, foreground="white")])
+                words += f", slope {round(slope, 2) + 0:.2f}"
+            axes.scatter(true, predicted, s=12, alpha=0.6, color=f"C{number}", linewidth=0, label=words)
+        _identity(axes, ends)
+        label(axes, in_units("true", task), in_units("predicted", task), axes.get_title())
+        axes.legend(loc="upper left", **LEGEND)
+        axes.set_ylim(top=ends[1] + 0.3 * (ends[1] - ends[0]))  # room for the legend
+    return figure
+
+
+def confusion(table: pd.DataFrame, classes: Sequence[str] | None = None, title: str = "", note: str = "") -> Figure:
+    """Draw which class is taken for which, as shares of the true class: a panel per encoder, mode and distribution.
+
+    Args:
+        classes: their names, in the order of the numbers.
+    """
+    need(table, "predictions", ["true", *_logits(table)])
+    count = max(2, len(_logits(table)))
+    classes = [str(number) for number in range(count)] if classes is None else classes
+    if len(classes) != count:
+        raise ValueError(f"classes: {len(classes)} names, {', '.join(classes)}; the predictions are of {count} classes")
+    figure, panels = _panels(table, title, note, by=("encoder", "mode", "distribution"))
+    for axes, group in panels:
+        (name, joined), = _by_distribution(group)
+        chosen = _probabilities(joined).argmax(axis=1)
+        ConfusionMatrixDisplay.from_predictions(
+            joined["true"].astype(int), chosen, labels=range(count), display_labels=list(map(readable, classes)),
+            sample_weight=joined["weight"], normalize="true", values_format=".2f", cmap="Blues", colorbar=False,
+            ax=axes, im_kw={"vmin": 0, "vmax": 1}, text_kw={"fontsize": TEXT})
+        if max(map(len, classes)) > 4:
+            axes.set_xticks(range(count), axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+        heading = axes.get_title()
+        label(axes, "predicted", "true", f"{heading}\n{name}" if heading else name)
+        axes.spines[["top", "right"]].set_visible(True)
+    return figure
+
+
+def worst_errors(table: pd.DataFrame, store: Store, count: int = 6, task: str = "",
+                 classes: Sequence[str] | None = None, title: str = "", note: str = "") -> Figure:
+    """Draw the scans of the participants with the largest errors, in three planes, titled with truth and prediction.
+
+    An error is the distance to the true number, or what the true class lacks to a probability of 1. A participant
+    is drawn with the scan of the largest error, as a mean over seeds.
+
+    Args:
+        table: of one encoder, mode and distribution, too, with `scan`.
+        store: holds these scans.
+        task: whose unit a number has.
+        classes: their names, in the order of the numbers; None: predictions are numbers.
+
+    Raises:
+        ValueError: the table holds several cells, or a scan that the store lacks.
+    """
+    need(table, "predictions", ["scan", "true", *_logits(table)])
+    need_one(table, "predictions", [*_ONE_CELL, "encoder", "mode", "distribution"])
+    if unknown := sorted(set(table["scan"]) - set(store.index["scan"])):
+        raise ValueError(f"predictions: {len(unknown)} scans are not in {store.folder}, the first is {unknown[0]}; "
+                         "select the distribution that was tested on this store")
+    scans = table.assign(who=_who(table)).groupby(["who", "scan", "true"], as_index=False)[_logits(table)].mean()
+    if classes is None:
+        scans["error"] = (scans["predicted"] - scans["true"]).abs()
+        scans["words"] = [f"true {row.true:.1f}, predicted {row.predicted:.1f} {UNITS.get(task, '')}".rstrip()
+                          for row in scans.itertuples()]
+    else:
+        given, true = _probabilities(scans), scans["true"].astype(int)
+        scans["error"] = 1 - given[np.arange(len(scans)), true]
+        scans["words"] = [f"true {classes[of]}, predicted {classes[each.argmax()]} ({each.max():.2f})"
+                          for of, each in zip(true, given, strict=True)]
+    worst = scans.sort_values("error", ascending=False, kind="stable").drop_duplicates("who").head(count)
+    return montage([store.read(scan)[0] for scan in worst["scan"]], store.grid,
+                   [f"{row.who}\n{textwrap.fill(row.words, 48)}" for row in worst.itertuples()], note, title,
+                   tuple(PLANES))
+
+
+def embedding_map(
+    embeddings: np.ndarray, values: Sequence, title: str = "", note: str = "", name: str = ""
+) -> Figure:
+    """Draw embeddings on their first two principal components, coloured by a number or a category.
+
+    Args:
+        embeddings: (scans, features).
+        values: one per scan; more than two different numbers get a colour bar, anything else a legend.
+        name: what the values are.
+    """
+    fit = PCA(n_components=2, random_state=0)
+    points, values = fit.fit_transform(embeddings), pd.Series(list(values))
+    figure = blank(540, 380, title, note)
+    axes = figure.subplots()
+    if pd.api.types.is_numeric_dtype(values) and values.nunique() > 2:
+        bar = figure.colorbar(axes.scatter(*points.T, c=values, s=14), ax=axes)
+        bar.set_label(name, fontsize=TEXT)
+        bar.ax.tick_params(labelsize=TEXT - 1)
+    else:
+        for value, rows in values.groupby(values).groups.items():
+            axes.scatter(*points[rows].T, s=14, label=str(value))
+        axes.legend(title=name, **LEGEND)
+    first, second = 100 * fit.explained_variance_ratio_
+    label(axes, f"component 1 ({first:.0f} % of variance)", f"component 2 ({second:.0f} %)")
+    return figure
+
+
+def _panels(table: pd.DataFrame, title: str, note: str,
+            by: Sequence[str] = ("encoder", "mode")) -> tuple[Figure, Iterator[tuple[Axes, pd.DataFrame]]]:
+    """A square panel per value of these columns, as far as the table has them, titled by it; and its rows."""
+    need_one(table, "predictions", _ONE_CELL)
+    names = [name for name in by if name in table.columns and table[name].nunique() > 1]
+    groups = list(table.groupby(names, sort=False)) if names else [((), table)]
+    columns = min(IN_A_ROW, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    wide = {1: 460, 2: 720, 3: MAX_WIDTH}[columns]
+    figure = blank(wide, rows * wide / columns, title, note)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(groups):]:
+        axes.set_visible(False)
+    for axes, (values, _) in zip(panels, groups, strict=False):
+        axes.set_title(", ".join(readable(value) for name, value in zip(names, values, strict=True)
+                                 if name != "distribution" and value != "baseline"))
+        axes.set_aspect("equal")
+    return figure, zip(panels, (group for _, group in groups), strict=False)
+
+
+def _by_distribution(group: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Of each distribution, its name with the number of participants, and what `_joined` makes of its rows."""
+    for name, rows in group.groupby("distribution") if "distribution" in group.columns else [("", group)]:
+        joined = _joined(rows)
+        yield ", ".join(filter(None, (readable(name), f"n = {joined['participant'].nunique()}"))), joined
+
+
+def _joined(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per participant, label and model: participant, true, weight (a participant's sum to 1), predictions, and
+    the model's seed and fold.
+    """
+    parts, rows = [], rows.assign(**{name: 0 for name in ("seed", "fold") if name not in rows.columns})
+    for (seed, fold), of_model in rows.groupby(["seed", "fold"]):
+        who = _who(of_model)
+        joined = [per_participant(of_model["true"], of_model[name], who).rename(columns={"predicted": name})
+                  for name in _logits(rows)]  # the same rows for each class
+        predicted = {name: each[name] for name, each in zip(_logits(rows), joined, strict=True)}
+        parts.append(joined[0].assign(**predicted, seed=seed, fold=fold, model=len(parts)))
+    whole = pd.concat(parts, ignore_index=True)
+    models = whole.groupby("participant")["model"].transform("nunique")
+    return whole.assign(weight=whole["weight"] / models)
+
+
+def _who(rows: pd.DataFrame) -> pd.Series | np.ndarray:
+    if "alias_of" in rows.columns or {"dataset", "participant"} <= set(rows.columns):
+        return participant_ids(rows)
+    return rows["participant"] if "participant" in rows.columns else np.arange(len(rows))
+
+
+def _logits(table: pd.DataFrame) -> list[str]:
+    """The columns of the predictions: one, or one a class."""
+    several = [name for name in table.columns if str(name).startswith("predicted_") and table[name].notna().any()]
+    return sorted(several, key=lambda name: int(name.removeprefix("predicted_"))) or ["predicted"]
+
+
+def _probabilities(rows: pd.DataFrame) -> np.ndarray:
+    """(rows, classes), from log-odds or from logits."""
+    logits = rows[_logits(rows)].to_numpy(np.float64)
+    return softmax(np.hstack([0 * logits, logits]) if logits.shape[1] == 1 else logits, axis=1)
+
+
+def _identity(axes: Axes, ends: Sequence[float]) -> None:
+    axes.plot(ends, ends, color="grey", linewidth=0.8)
+    axes.set_aspect("equal")

@@ -1,0 +1,43 @@
+"""Words and checks that figures and tables share: readable names, units, a score with its interval, missing columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+UNITS = {"age": "years"}  # of labels that are numbers; of others nothing is said
+
+
+def readable(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+def in_units(words: str, task: str) -> str:
+    return f"{words} ({UNITS[task]})" if task in UNITS else words
+
+
+def with_interval(value: float, low: float | None, high: float | None, digits: int = 2, sign: str = "") -> str:
+    """A score as text: `0.73 [0.65, 0.79]`, or `0.73 [–]` where there is no interval (None or nan).
+
+    Args:
+        sign: "+" for a difference, whose sign is always written.
+    """
+    known = not pd.isna(low) and not pd.isna(high)
+    form = f"{sign}.{digits}f"
+    return f"{value:{form}} " + (f"[{low:{form}}, {high:{form}}]" if known else "[–]")
+
+
+def need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
+    """Raise ValueError if a table lacks columns, or has no rows."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing or table.empty:
+        lacks = f"lacks {', '.join(missing)}" if missing else "has no rows"
+        raise ValueError(f"{name} {lacks}; its columns are {', '.join(map(str, table.columns))}")
+
+
+def need_one(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
+    """Raise ValueError if a column holds several values: a figure of both would mix what cannot be compared."""
+    for column in [name for name in columns if name in table.columns]:
+        if len(values := table[column].unique()) > 1:
+            raise ValueError(f"{name} holds several of {column}: {', '.join(map(str, values))}; select one")
