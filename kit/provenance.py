@@ -212,9 +212,9 @@ def changes(before: MadeFrom, now: MadeFrom) -> list[str]:
         one, other = (record.get(name, {}).get("weights") for record in (old, new))
         if one != other:
             lines.append(f"{name} weights: {str(one)[:8]} then, {str(other)[:8]} now")
-    settings = [record.get("settings", {}) for record in (old, new)]
-    lines += [f"{name}: {settings[0].get(name)} then, {settings[1].get(name)} now" for name in {**settings[0], **settings[1]}
-              if settings[0].get(name) != settings[1].get(name)]
+    then, today = (record.get("settings", {}) for record in (old, new))
+    lines += [f"{name}: {then.get(name)} then, {today.get(name)} now" for name in {**then, **today}
+              if then.get(name) != today.get(name)]
     task = new.get("labels", {}).get("task", "")
     if compared(old.get("labels", {})) != compared(new.get("labels", {})):
         lines.append(f"labels of {task}: {old.get('labels')} then, {new.get('labels')} now")
