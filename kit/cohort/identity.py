@@ -21,7 +21,8 @@ UNSAID = "?"
 HEADINGS = {"participant": ("participant", "participant_id", "subject", "subject_id"),
             "session": ("session", "session_id"), "dataset": ("dataset",), "image_path": ("image_path",),
             "mask_path": ("mask_path",), "split": ("split",)}
-SPLITS = ("pretrain", "train", "validation", "test", "out_of_distribution")
+TRAVELLING = "travelling"  # the split of people scanned at several sites; no task and no pretraining takes it
+SPLITS = ("pretrain", "train", "validation", "test", "out_of_distribution", TRAVELLING)
 SPREADSHEETS_OWN = r"\d(?:\.\d+)?E\+\d+|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2})?|[A-Z][a-z]{2}-\d{2}"  # 1.2E+11, 02-Jan, Jan-02
 
 Aliases = dict[str, tuple[str, ...]]  # a person's key: all keys of that person

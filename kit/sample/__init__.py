@@ -9,10 +9,10 @@ No person was scanned. In reading order:
 """
 
 from kit.sample.anatomy import GENERATOR_VERSION
-from kit.sample.cohort import draw_participants, effect_masks, sample_cohort, write_effects
+from kit.sample.cohort import draw_participants, draw_travelling, effect_masks, sample_cohort, write_effects
 from kit.sample.scan import ProceduralScan, make_scan
 
 __all__ = [
-    "GENERATOR_VERSION", "ProceduralScan", "draw_participants", "effect_masks", "make_scan",
+    "GENERATOR_VERSION", "ProceduralScan", "draw_participants", "draw_travelling", "effect_masks", "make_scan",
     "sample_cohort", "write_effects",
 ]

@@ -16,7 +16,8 @@ from scipy.interpolate import BSpline
 from kit.sample.atlas import Atlas, Volume
 from kit.store.grid import PAPER_CENTRE_MM, Grid
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
+DRAWS = 1  # keys the random draws: a new version of the generator draws the same people
 
 # Cubic B-spline warps: knot spacing (mm) and spread of the coefficients (mm). A coefficient is clipped at
 # 2.5 spreads, below 0.4 knot spacings, where one such warp cannot fold (Choi and Lee 2000).
@@ -26,20 +27,27 @@ FIELD_GRID = Grid((52, 60, 48), 4.0)
 HEAD_SCALE_SD, AXIS_SCALE_SD = 0.027, 0.02
 SEX_SCALE = 0.02  # men's heads are larger by this share, women's smaller
 SEX_CEREBELLUM = 0.06  # the same for the cerebellum alone, which neither zoom nor affine registration undoes
-AD_HIPPOCAMPUS = 2.4  # shift in atrophy: 100 labelled scans teach a small network an AUC of 0.95 (3.2: 0.99)
+# Alzheimer's disease of severity 1. Mild cases look healthy: that, and not weak effects, keeps it from being easy.
+AD_SEVERITY = (0.1, 1.9)  # all alike
+AD_HIPPOCAMPUS = 3.0  # shift in atrophy
+AD_HORNS = 3.5  # opening of the temporal horns, in log-odds of CSF
+AD_TEMPORAL_SULCI = 2.0  # opening of the temporal lobes' sulci, in log-odds of CSF
+AD_VENTRICLES_MM = 0.6  # as 10 years do: less than the spread between people of an age
 ATROPHY_SHRINK, ATROPHY_CSF = 0.10, 0.75  # per unit of medial temporal atrophy
 VENTRICLE_FALL_MM = 12.0
 FLOW_STEPS = 2  # a wide ventricle in one step could fold the tissue between its horns
 
 # Centre and widths (x, y, z) of smooth bumps, in atlas mm.
 HIPPOCAMPI = (((-27, -19, -15), (9, 15, 9)), ((27, -19, -15), (9, 15, 9)))  # left, right
+TEMPORAL_HORNS = (((-33, -22, -13), (7, 15, 8)), ((33, -22, -13), (7, 15, 8)))
+TEMPORAL_LOBES = (((-50, -18, -22), (16, 28, 16)), ((50, -18, -22), (16, 28, 16)))
 CEREBELLUM = ((0, -62, -34), (38, 24, 18))
 
 
 def stream(seed: int, *names: str) -> np.random.Generator:
     """Return the generator of one named draw: no draw depends on how many came before it."""
     text = "/".join(names).encode()
-    return np.random.default_rng([GENERATOR_VERSION, seed, *text])
+    return np.random.default_rng([DRAWS, seed, *text])
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Anatomy:
     ventricles_mm: float  # how far their walls lie outside the template's
     sulci: float  # their opening, in log-odds of CSF
     hippocampus: tuple[float, float]  # medial temporal atrophy (left, right); about 0 in health at 60
+    temporal_horns: float = 0.0  # their opening, in log-odds of CSF; by Alzheimer's disease alone
+    temporal_sulci: float = 0.0  # the same for the temporal lobes' sulci
     lesion_side: str = ""  # "left", "right", or "" for none
     lesion_centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # atlas mm
     lesion_stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)  # the larger, the thinner
@@ -69,7 +79,11 @@ def draw_anatomy(seed: int, participant: str, age: float, sex: str, diagnosis: s
     ventricles = np.clip(0.8 + 0.06 * (age - 60) + 0.9 * rng.standard_normal(), -1.2, 4.0)
     sulci = 0.04 * (age - 60) + 0.45 * rng.standard_normal()
     hippocampus = 0.02 * (age - 60) + 0.5 * rng.standard_normal() + 0.5 * rng.standard_normal(2)
-    hippocampus = np.clip(hippocampus + (AD_HIPPOCAMPUS if diagnosis == "AD" else 0), -1.5, 5.0)
+    severity = 0.0
+    if diagnosis == "AD":
+        severity = stream(seed, participant, "severity").uniform(*AD_SEVERITY)
+    hippocampus = np.clip(hippocampus + AD_HIPPOCAMPUS * severity, -1.5, 5.0)
+    ventricles = np.clip(ventricles + AD_VENTRICLES_MM * severity, -1.2, 4.0)
     lesion = {}
     if diagnosis == "stroke":
         side = rng.choice([-1, 1])
@@ -79,7 +93,8 @@ def draw_anatomy(seed: int, participant: str, age: float, sex: str, diagnosis: s
                   "lesion_radius_mm": float(rng.uniform(12, 21)), "lesion_depth": float(rng.uniform(0.7, 1.0))}
     dark_white = np.clip(0.15 + 0.02 * (age - 60), 0, 1)
     return Anatomy(tuple(scale.tolist()), float(cerebellum), float(dark_white), float(ventricles), float(sulci),
-                   tuple(hippocampus.tolist()), **lesion)
+                   tuple(hippocampus.tolist()), float(AD_HORNS * severity), float(AD_TEMPORAL_SULCI * severity),
+                   **lesion)
 
 
 def smooth_field(rng: np.random.Generator, grid: Grid, knots_mm: float, channels: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kit.cohort.identity import TRAVELLING
 from kit.cohort.tables import PROCEDURAL
 from kit.preprocess.nifti import read_nifti, write_nifti
 from kit.preprocess.pool import run_all
@@ -32,12 +33,14 @@ MARKER = "complete.json"
 NO_PERSON = "procedural: no person was scanned"
 COLUMNS = {
     "age": "years, at the first session", "sex": "F or M", "diagnosis": "CN (healthy), AD or stroke",
-    "alzheimers": "1: AD, 0: healthy", "stroke": "1: stroke, 0: healthy", "site": "scanner; OOD is in no other split",
-    "split": "what the participant is for", "dataset": "one name a site"}
+    "alzheimers": "1: AD, 0: healthy", "stroke": "1: stroke, 0: healthy",
+    "site": "scanner; OOD is in no split that is learned from",
+    "split": "what the participant is for", "dataset": "one name a site, and one for travelling heads"}
 
 
 def sample_cohort(
     participants: int = 60, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None,
+    travelling: int = 8,
 ) -> Path:
     """Return the BIDS folder of the procedural cohort, made now or found in the cache.
 
@@ -49,11 +52,13 @@ def sample_cohort(
         seed: of the table and the scans.
         workers: processes that make scans, each on one thread; the result is the same for any number.
         cache_dir: folder of all sample cohorts; `sample` under the outputs folder if not given.
+        travelling: further participants, each scanned at every site; see `draw_travelling`.
     """
     cache = _cache(cache_dir)
-    folder = cache / f"v{GENERATOR_VERSION}-seed{seed}-n{participants}"
+    folder = cache / f"v{GENERATOR_VERSION}-seed{seed}-n{participants}-t{travelling}"
     if not (folder / MARKER).exists():
-        make_scans(draw_participants(participants, seed), folder, seed, workers, cache)
+        scans = pd.concat([draw_participants(participants, seed), draw_travelling(travelling, seed)], ignore_index=True)
+        make_scans(scans, folder, seed, workers, cache)
     return folder
 
 
@@ -88,6 +93,26 @@ def draw_participants(participants: int, seed: int) -> pd.DataFrame:
     scans = pd.concat([table.assign(session="ses-01"), again.assign(session="ses-02")])
     columns = ["participant", "session", *COLUMNS]
     return scans.sort_values(["participant", "session"], ignore_index=True)[columns]
+
+
+def draw_travelling(participants: int, seed: int) -> pd.DataFrame:
+    """Draw travelling heads: healthy participants with one session at each site, named after it.
+
+    Head and age are the same in all sessions; pose, contrast, bias field, resolution and noise are not. They are in
+    a split of their own, and they depend on nobody else: not on the size of the cohort either.
+
+    Returns:
+        columns as from `draw_participants`, the scans of a participant in the order of `SITES`.
+    """
+    rng = stream(seed, f"{participants} travelling")
+    strata = (rng.permutation(participants) + rng.uniform(size=participants)) / max(participants, 1)
+    people = pd.DataFrame({
+        "participant": [f"sub-T{number:02d}" for number in range(1, participants + 1)],
+        "age": (AGES[0] + (AGES[1] - AGES[0]) * strata).round(1), "sex": _deal("FM", participants, rng),
+        "diagnosis": "CN", "alzheimers": 0, "stroke": 0, "split": TRAVELLING, "dataset": f"{PROCEDURAL}{TRAVELLING}"})
+    scans = people.merge(pd.DataFrame({"site": list(SITES)}), how="cross").assign(
+        session=lambda table: "ses-" + table["site"])
+    return scans[["participant", "session", *COLUMNS]].astype({"alzheimers": "Int64", "stroke": "Int64"})
 
 
 def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache: Path) -> None:
@@ -157,14 +182,14 @@ def write_effects(bids_folder: Path | str, store: Store, rows: pd.DataFrame, fol
 
 
 def write_bids_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
-    """Write participants.tsv, what its columns mean, sessions.tsv where age varies, and descriptions."""
+    """Write participants.tsv, what its columns mean, sessions.tsv where age or site varies, and descriptions."""
     first = scans.drop_duplicates("participant").rename(columns={"participant": "participant_id"})
     columns = [name for name in COLUMNS if name in scans]
     _write_tsv(folder / "participants.tsv", first[["participant_id", *columns]])
     write_json(folder / "participants.json", {name: {"Description": COLUMNS[name]} for name in columns})
     for participant, sessions in scans.groupby("participant"):
-        if sessions["age"].nunique() > 1:
-            table = sessions.rename(columns={"session": "session_id"})[["session_id", "age"]]
+        if varying := [name for name in ("age", "site") if sessions[name].nunique() > 1]:
+            table = sessions.rename(columns={"session": "session_id"})[["session_id", *varying]]
             _write_tsv(folder / participant / f"{participant}_sessions.tsv", table)
     description: dict[str, Any] = {
         "Name": f"Sample cohort ({NO_PERSON})", "BIDSVersion": "1.10.0", "DatasetType": "raw",

@@ -148,8 +148,11 @@ def _tissue(
     shell = torch.exp(-((depth / 14) ** 2))
     bumps = [head.bump(points, *place)[0] for place in head.HIPPOCAMPI]
     atrophy = sum(amount * bump for amount, bump in zip(person.hippocampus, bumps, strict=True))
+    horns, lobes = (sum(head.bump(points, *place)[0] for place in places)
+                    for places in (head.TEMPORAL_HORNS, head.TEMPORAL_LOBES))
+    sulci = person.sulci + person.temporal_sulci * lobes + 0.9 * texture
     odds = torch.stack([
-        torch.log(csf + 0.02) + (person.sulci + 0.9 * texture) * shell + head.ATROPHY_CSF * atrophy,
+        torch.log(csf + 0.02) + sulci * shell + head.ATROPHY_CSF * atrophy + person.temporal_horns * horns,
         torch.log(grey + 0.02) + 0.35 * cortex_texture,
         torch.log(white + 0.02) - 0.35 * cortex_texture])
     csf, grey, white = torch.softmax(1.35 * odds, 0)

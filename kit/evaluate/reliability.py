@@ -1,0 +1,206 @@
+"""Repeat and scanner reliability: how alike one person's scans are to an encoder or a model.
+
+Published for comparison: an ICC of 0.25 for the paper's model, 0.45 for BrainIAC and 0.93 for FreeSurfer's volumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.metrics import pairwise_distances
+from torch import nn
+
+from kit.cohort.identity import TRAVELLING, Aliases, joined, participant_ids
+from kit.cohort.split import hashed_ids, participant_hash
+from kit.evaluate.predict import predict
+from kit.preprocess.quality import usable
+from kit.runs import shown
+from kit.store.dataset import PreparedScans
+from kit.store.leakage import check_encoder
+from kit.store.store import Store
+
+RESAMPLES = 1000
+LEAST_PARTICIPANTS = 5  # that an interval needs: with fewer, too few different ones are drawn
+
+
+class ReliabilityError(ValueError):
+    """Too few repeated scans to estimate reliability from; the message says what is missing."""
+
+
+class Components(NamedTuple):
+    """Variance of each feature, (width,): between people, between sites (or sessions), and the rest.
+
+    An estimate below 0 stays as it is: that keeps the ICC unbiased.
+    """
+
+    person: np.ndarray
+    site: np.ndarray
+    rest: np.ndarray
+
+    def agreement(self) -> np.ndarray:
+        """ICC(2,1) of Shrout and Fleiss (1979), (width,): a shift between sites counts as an error."""
+        return _ratio(self.person, self.person + self.site + self.rest)
+
+    def consistency(self) -> np.ndarray:
+        """ICC(3,1), (width,): a shift that is the same for everybody does not count."""
+        return _ratio(self.person, self.person + self.rest)
+
+    def shares(self) -> tuple[float, float]:
+        """The shares of person and of site in the variance of all features together."""
+        sums = np.array([values.clip(min=0).sum() for values in self])
+        return tuple(_ratio(sums, sums.sum())[:2].tolist())
+
+
+def variance_components(values: np.ndarray, people: Sequence, sites: Sequence) -> Components:
+    """Two-way analysis of variance without interaction, people and sites both random.
+
+    Not everyone needs to have been everywhere: sums of squares are of least squares (Henderson's method III; Searle,
+    Casella and McCulloch 1992). With everyone once at each site they are those of Shrout and Fleiss.
+
+    Args:
+        values: (scans, width).
+        people, sites: (scans,) whose scan it is, and from where or when. Where nobody was at two sites, these cannot
+            be told from people, and their variance is 0.
+
+    Returns:
+        nan where there are no more scans than unknowns.
+    """
+    values = values.astype(float) - values.mean(0)
+    person, site = (pd.factorize(np.asarray(names))[0] for names in (people, sites))
+    scans = np.zeros((person.max() + 1, site.max() + 1))  # of each person at each site
+    np.add.at(scans, (person, site), 1)
+    within = _centred(values, person)
+    dummies = _centred(np.eye(scans.shape[1])[site], person)
+    fit, _, rank, _ = np.linalg.lstsq(dummies, within, rcond=1e-9)
+    square_sites = np.square(dummies @ fit).sum(0)  # beyond what people explain
+    square_rest = np.square(within - dummies @ fit).sum(0)
+    square_people = np.square(_centred(values, site)).sum(0) - square_rest  # beyond what sites explain
+    freedom, freedom_people = len(values) - len(scans) - rank, len(scans) + rank - scans.shape[1]
+    rest = square_rest / freedom if freedom > 0 else np.full(values.shape[1], np.nan)
+    per_person, per_site = (len(values) - (np.square(scans) / scans.sum(axis, keepdims=True)).sum() for axis in (0, 1))
+    return Components(_ratio(square_people - freedom_people * rest, per_person),
+                      _ratio(square_sites - rank * rest, per_site) if rank else np.zeros_like(rest), rest)
+
+
+def found_again(values: np.ndarray, people: Sequence) -> tuple[float, float]:
+    """How often the scan nearest to one is of the same person, and how often it would be by chance.
+
+    Candidates are all other scans, those of other people at the same site too. Nearest is by cosine, or with one
+    column (a prediction) by difference; among ties each candidate counts in part.
+
+    Args:
+        values: (scans, width).
+        people: (scans,); each has two scans or more.
+    """
+    apart = pairwise_distances(values.astype(float), metric="cosine" if values.shape[1] > 1 else "manhattan")
+    same = np.equal.outer(np.asarray(people), np.asarray(people))
+    np.fill_diagonal(apart, np.inf)
+    np.fill_diagonal(same, False)
+    nearest = apart <= apart.min(1, keepdims=True) + 1e-12
+    return float(((same & nearest).sum(1) / nearest.sum(1)).mean()), float(same.sum() / (len(same) * (len(same) - 1)))
+
+
+def reliability(values: np.ndarray, people: Sequence, sites: Sequence, encoder: str = "", what: str = "features",
+                seed: int = 0) -> pd.DataFrame:
+    """Reliability of features or predictions in one row.
+
+    Participants with one scan are left out; all scans of the others count, whichever sites they come from.
+
+    Args:
+        values: (scans, width) features or (scans,) predictions.
+        people, sites: (scans,) whose scan it is, and at which site or session. The sites are the judges of the ICC.
+        encoder, what: copied into the row.
+        seed: of the interval's bootstrap.
+
+    Returns:
+        `encoder, what`; `icc` (median over features of ICC(2,1)) with its 95 % interval by the percentile bootstrap
+        over participants, nan with fewer than `LEAST_PARTICIPANTS`; `found_again, chance`; `variance_person,
+        variance_site` (shares, the rest is neither's); `participants, scans`.
+
+    Raises:
+        ReliabilityError: fewer than two participants have several scans, or nothing is left for an error.
+    """
+    values, people, sites = np.asarray(values), np.asarray(people), np.asarray(sites)
+    values = values[:, None] if values.ndim == 1 else values
+    several = pd.Series(people).duplicated(keep=False).to_numpy()
+    values, people, sites = values[several], people[several], sites[several]
+    rows = list(pd.Series(people).groupby(people).indices.values())  # of each participant
+    parts = variance_components(values, people, sites) if len(rows) > 1 else None
+    if parts is None or np.isnan(parts.rest).all():
+        raise ReliabilityError(f"{what}: {len(values)} scans of {len(rows)} participants with several scans; needed "
+                               "are two participants or more, and more scans than participants and sites together")
+    low = high = np.nan
+    if len(rows) >= LEAST_PARTICIPANTS:
+        rng = np.random.default_rng(seed)
+        drawn = [_median(_resampled(values, sites, rows, rng).agreement()) for _ in range(RESAMPLES)]
+        low, high = np.nanquantile(drawn, [0.025, 0.975])
+    again, chance = found_again(values, people)
+    person, site = parts.shares()
+    return pd.DataFrame([{
+        "encoder": encoder, "what": what, "icc": _median(parts.agreement()), "icc_low": low, "icc_high": high,
+        "found_again": again, "chance": chance, "variance_person": person, "variance_site": site,
+        "participants": len(rows), "scans": len(values)}])
+
+
+def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str = "features", by: str = "session",
+                   record: dict[str, Any] | None = None, accept_flags: Sequence[str] = (),
+                   aliases: Aliases | None = None, seed: int = 0) -> pd.DataFrame:
+    """Reliability of what a network gives for the participants of a store who have several scans.
+
+    Where the index has the split "travelling" (the same heads at every site), those alone are taken.
+
+    Args:
+        encoder: an encoder, or a predictor (then say so in `what`).
+        name: of the encoder, for the row.
+        by: the column that tells a person's scans apart: "session" or "site".
+        record: the encoder's; participants that it has seen in pretraining are left out.
+        accept_flags: see `kit.preprocess.quality.usable`.
+
+    Returns:
+        see `reliability`.
+
+    Raises:
+        ReliabilityError: too few participants have several scans.
+        LeakageError, IdentityError: see `kit.store.leakage.check_encoder`.
+    """
+    rows = joined(store.index[usable(store.index, accept_flags)], aliases or {})
+    if "split" in rows and (rows["split"] == TRAVELLING).any():
+        rows = rows[rows["split"] == TRAVELLING]
+    ids, seen = participant_ids(rows), set((record or {}).get("participants", ()))
+    known = ids.map(lambda each: participant_hash(each) in seen or not seen.isdisjoint(hashed_ids(each, aliases)))
+    keep = ~known & ids.duplicated(keep=False)
+    rows, ids = rows[keep], ids[keep]
+    if ids.nunique() < 2:
+        raise ReliabilityError(f"{shown(store.folder)}: {ids.nunique()} participants with several usable scans that "
+                               "the encoder has not seen; reliability needs two or more")
+    check_encoder(record or {}, store, rows, ids, aliases=aliases)  # nor has it under another name
+    return reliability(predict(encoder, PreparedScans(store, rows)), ids, rows[by], name, what, seed)
+
+
+def _resampled(values: np.ndarray, sites: np.ndarray, rows: list[np.ndarray], rng: np.random.Generator) -> Components:
+    """The components of as many participants, drawn with replacement; one drawn twice is two."""
+    drawn = [rows[each] for each in rng.integers(len(rows), size=len(rows))]
+    every = np.concatenate(drawn)
+    people = np.repeat(np.arange(len(rows)), [len(each) for each in drawn])
+    return variance_components(values[every], people, sites[every])
+
+
+def _centred(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(scans, width): what is left when the mean of each scan's group is taken away."""
+    members = sparse.csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))))
+    return values - (members @ values / members.sum(1)[:, None])[groups]
+
+
+def _ratio(values: np.ndarray, totals: np.ndarray | float) -> np.ndarray:
+    """values / totals; nan where nothing varies."""
+    totals = np.broadcast_to(totals, np.shape(values))
+    return np.divide(values, totals, out=np.full(np.shape(values), np.nan), where=totals > 0)
+
+
+def _median(values: np.ndarray) -> float:
+    """Of the features that vary."""
+    return float(np.median(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
