@@ -29,6 +29,7 @@ from kit.models.heads import Predictor
 from kit.params import Finetune, Tuning
 from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, remove_stale
 from kit.runs import Run, write_json, write_table, write_whole
+from kit.store.grid import Grid
 from kit.store.sampler import epoch_batches
 from kit.store.store import Store
 from kit.train import checkpoint
@@ -161,7 +162,7 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Modul
 def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor, dict[str, Any]]:
     """The model that a run of 3_finetune left, and its `task.json`."""
     record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    predictor = Predictor(build_encoder(record["architecture"], tuple(preparation["shape"])))
+    predictor = Predictor(build_encoder(record["architecture"], Grid(preparation["shape"], preparation["spacing_mm"])))
     predictor.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return predictor.eval(), record
 

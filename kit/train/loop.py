@@ -54,6 +54,7 @@ class Settings:
     schedule: str
     seed: int
     warmup_fraction: float = 0.0
+    beta2: float = 0.999  # of Adam and AdamW
     accumulate: int = 1  # batches whose mean gradient makes one step
     chunk: int = 0  # scans of a process that run at a time; 0: its whole share
     clip: float = 0.0  # largest norm of the gradient; 0: as it is

@@ -50,8 +50,9 @@ def build_optimizer(objective: nn.Module, settings: Any) -> torch.optim.Optimize
               {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0}]
     if settings.optimizer == "lars":
         groups[1]["adapt"] = False
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lars": Lars}[settings.optimizer]
-    return kind(groups, lr=settings.learning_rate)
+        return Lars(groups, lr=settings.learning_rate)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    return kind(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
 
 
 def learning_rate(settings: Any, progress: float) -> float:
