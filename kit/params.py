@@ -35,7 +35,7 @@ from kit.runs import resolve, shown
 
 TaskType = Literal["auto", "classification", "regression"]
 Code = int | float | str
-Architecture = Literal["resnet18", "resnet18_narrow", "vit", "vit_narrow"]
+Architecture = Literal["resnet18", "resnet18_narrow", "densenet121", "vit", "vit_narrow"]
 Precision = Literal["fp32", "bf16"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__
 Baseline = Literal["guess", "demographics", "site", "volumes", "voxels", "random init"]
@@ -168,6 +168,7 @@ class Pretrain(Training):
     objective: Literal["simclr", "mae"] = "simclr"
     architecture: Architecture = "resnet18_narrow"
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
+    mae_recipe: str = "none"  # the MAE's one view: likewise; He et al. found masking to be augmentation enough
     epochs: Annotated[int, Field(ge=0)] = 30  # 0: only say what a run would need
     sampling: Literal["all", "balanced"] = "all"  # an epoch: every scan once, or as many of each dataset
     session_pairs: bool = False  # SimCLR: the two views are of two sessions, where a participant has them
@@ -176,10 +177,11 @@ class Pretrain(Training):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of all steps
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999  # of adam and adamw; 0.95 for an MAE (He et al. 2022)
     temperature: Annotated[float, Field(gt=0)] = 0.1  # NT-Xent
     projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches that the MAE must fill in
-    normalise_patches: bool = False  # MAE: targets are patches less their mean, over their spread
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches with brain that the MAE must fill in
+    normalise_patches: bool = True  # MAE: targets are patches less their mean, over their spread
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
     verify: bool = False  # check every scan's checksum before training, not only that it is there (minutes to hours)

@@ -29,6 +29,7 @@ from kit.models.heads import Predictor
 from kit.params import Finetune, Tuning
 from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, remove_stale
 from kit.runs import Run, write_json, write_table, write_whole
+from kit.store.grid import Grid
 from kit.store.leakage import LEARNED
 from kit.store.store import Store
 
@@ -136,7 +137,7 @@ def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor
     """The model that a run of 3_finetune left, and its `task.json`."""
     record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     weights = load_file(folder / "model.safetensors")
-    encoder = build_encoder(record["architecture"], tuple(preparation["shape"]))
+    encoder = build_encoder(record["architecture"], Grid(preparation["shape"], preparation["spacing_mm"]))
     predictor = Predictor(encoder, outputs=len(weights["head.bias"]))
     predictor.load_state_dict(weights, strict=True)
     return predictor.eval(), record

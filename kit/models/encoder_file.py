@@ -21,6 +21,7 @@ from kit.models.encoders import build_encoder
 from kit.problems import encoder_at as encoder_at  # which needs no torch
 from kit.provenance import OLDER, Side, misfit
 from kit.runs import resolve, shown, write_whole
+from kit.store.grid import Grid
 
 
 class EncoderError(ValueError):
@@ -93,17 +94,17 @@ def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0
     Raises:
         EncoderError: the file is none, or the scans were prepared otherwise (every difference is listed).
     """
-    shape = tuple(preparation["shape"])
+    grid = Grid(preparation["shape"], preparation["spacing_mm"])
     kind, _, architecture = str(encoder).partition(":")
     if kind == "random":
         architecture = architecture or "resnet18"
-        return build_encoder(architecture, shape, seed), {"architecture": architecture, "objective": "random",
+        return build_encoder(architecture, grid, seed), {"architecture": architecture, "objective": "random",
                                                           "participants": []}
     record = read_record(encoder)
     sides = {"encoder": Side(shown(resolve(encoder)), record["preparation"]), "these": Side("scans", preparation)}
     if message := misfit(sides, allow):
         raise EncoderError(message)
-    network = build_encoder(record["architecture"], shape)
+    network = build_encoder(record["architecture"], grid)
     path = resolve(encoder)
     network.load_state_dict(load_file(path / "encoder.safetensors" if path.is_dir() else path), strict=True)
     return network, record

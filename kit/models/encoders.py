@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import torch
-from monai.networks.nets import MaskedAutoEncoderViT, ResNet
+from einops import rearrange
+from monai.networks.blocks.selfattention import SABlock
+from monai.networks.nets import DenseNet121, MaskedAutoEncoderViT, ResNet
 from torch import nn
 
 from kit.device import at_least_float32
+from kit.preprocess.template import template_on
+from kit.store.grid import Grid
 
 Shape = tuple[int, int, int]
+PATCH_MM = 16.0  # wanted side of a ViT's patch: 16 voxels of 1 mm, as He et al.'s 16 pixels
+LEAST_BRAIN = 0.05  # share of a patch that must be brain
 
 # hidden width, layers, heads, decoder width, decoder layers; `vit` as ViT-B and its decoder in He et al. 2022
 VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (192, 6, 6, 96, 2)}
@@ -47,52 +54,113 @@ class ResNetEncoder(nn.Module):
         return self.network(images)
 
 
-class ViTEncoder(nn.Module):
-    """The encoder of MONAI's masked autoencoder on all patches; features are the mean of the patch tokens."""
+class DenseNetEncoder(nn.Module):
+    """MONAI's 3D DenseNet121 (Huang et al. 2017) before its class layer; `network` keeps MONAI's parameter names."""
 
-    def __init__(self, architecture: str, shape: Shape) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        width, layers, heads, decoder_width, decoder_layers = VIT_SIZES[architecture]
-        self.autoencoder = MaskedAutoEncoderViT(
-            in_channels=1, img_size=shape, patch_size=patch_size(shape), hidden_size=width, mlp_dim=4 * width,
-            num_layers=layers, num_heads=heads, decoder_hidden_size=decoder_width,
-            decoder_mlp_dim=4 * decoder_width, decoder_num_layers=decoder_layers,
-            decoder_num_heads=heads, qkv_bias=True)
-        self.features = width
+        self.network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1)
+        self.features = self.network.class_layers.out.in_features
+        self.network.class_layers.pool = AveragePool(1)
+        self.network.class_layers.out = nn.Identity()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, 1, depth, height, width) -> (batch, features)."""
-        mae = self.autoencoder
-        tokens = mae.patch_embedding(images)
-        tokens = torch.cat([mae.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        return at_least_float32(mae.blocks(tokens)[:, 1:]).mean(1)
+        return self.network(images)
 
 
-def patch_size(shape: Shape) -> Shape:
-    """For each side the divisor nearest to a sixth of it, between 4 and 16 voxels: 6, 8, 8 for 36, 48, 40.
+class ViTEncoder(nn.Module):
+    """The encoder of MONAI's masked autoencoder on the patches that hold brain; features are the mean of their tokens.
+
+    Attributes:
+        patch: voxels of a patch, see `patch_size`.
+        places: (tokens,) int64, the patches that are tokens at all, see `brain_patches`; the grid decides.
+    """
+
+    def __init__(self, architecture: str, grid: Grid) -> None:
+        super().__init__()
+        width, layers, heads, decoder_width, decoder_layers = VIT_SIZES[architecture]
+        self.patch = patch_size(grid)
+        self.autoencoder = MaskedAutoEncoderViT(
+            in_channels=1, img_size=grid.shape, patch_size=self.patch, hidden_size=width, mlp_dim=4 * width,
+            num_layers=layers, num_heads=heads, decoder_hidden_size=decoder_width,
+            decoder_mlp_dim=4 * decoder_width, decoder_num_layers=decoder_layers,
+            decoder_num_heads=heads, qkv_bias=True)
+        for block in self.autoencoder.modules():
+            if isinstance(block, SABlock):
+                block.use_flash_attention = True  # the same attention without its matrix in memory
+        self.register_buffer("places", torch.from_numpy(brain_patches(grid)), persistent=False)
+        self.features = width
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, depth, height, width) -> embedded patches with their positions (batch, tokens, features)."""
+        return self.autoencoder.patch_embedding(images).index_select(1, self.places)
+
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Some of a scan's tokens (batch, some, features) -> class token and theirs (batch, 1 + some, features)."""
+        first = self.autoencoder.cls_token.expand(len(tokens), -1, -1)
+        return self.autoencoder.blocks(torch.cat([first, tokens], dim=1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, depth, height, width) -> (batch, features)."""
+        return at_least_float32(self.encode(self.tokens(images))[:, 1:]).mean(1)
+
+
+def patch_size(grid: Grid) -> Shape:
+    """For each side the divisor whose millimetres are nearest to 16 by their ratio, and between 8 and 32.
+
+    4, 4, 4 for 36x48x40 voxels of 4 mm; 15, 16, 16 for 150x192x192 of 1 mm, as 16 does not divide 150.
 
     Raises:
         ValueError: a side has no divisor in that range.
     """
+    def off(number: int) -> float:
+        return abs(math.log(number * grid.spacing_mm / PATCH_MM))
+
     def nearest(side: int) -> int:
-        divisors = [number for number in range(4, 17) if side % number == 0]
+        divisors = [number for number in range(1, side + 1) if side % number == 0 and off(number) <= math.log(2) + 1e-9]
         if not divisors:
-            raise ValueError(f"shape {shape}: a ViT cuts it into patches, but {side} has no divisor from 4 to 16; "
-                             "prepare the scans on a grid whose sides do")
-        return min(divisors, key=lambda number: (abs(math.log(number * 6 / side)), number))
+            raise ValueError(f"shape {grid.shape}: a ViT cuts it into patches of about {PATCH_MM:g} mm, but {side} "
+                             f"voxels of {grid.spacing_mm:g} mm have no divisor from {PATCH_MM / 2:g} to "
+                             f"{PATCH_MM * 2:g} mm; prepare the scans on a grid whose sides do")
+        return min(divisors, key=lambda number: (off(number), number))
 
-    return tuple(nearest(side) for side in shape)
+    return tuple(nearest(side) for side in grid.shape)
 
 
-def build_encoder(architecture: str, shape: Shape, seed: int = 0) -> nn.Module:
+def patches(values: torch.Tensor, size: Shape) -> torch.Tensor:
+    """(batch, 1, depth, height, width) -> (batch, patches, voxels of a patch), in the network's order."""
+    a, b, c = size
+    return rearrange(values, "n 1 (d a) (h b) (w c) -> n (d h w) (a b c)", a=a, b=b, c=c)
+
+
+def brain_patches(grid: Grid) -> np.ndarray:
+    """The numbers of the patches that hold brain in the template (5 % of a patch's voxels), (tokens,) int64.
+
+    610 of 1080 on the demo's grid, 667 of 1440 on the paper's. The template decides and not each scan: all scans have
+    the same tokens, so that a batch needs no padding and no scan's features depend on the others.
+
+    Raises:
+        ValueError: the grid lies beside the brain.
+    """
+    brain = torch.from_numpy(template_on(grid)[1].astype(np.float32))[None, None]
+    places = np.flatnonzero(patches(brain, patch_size(grid))[0].mean(-1).numpy() >= LEAST_BRAIN)
+    if len(places) < 2:
+        raise ValueError(f"{grid}: the template's brain fills {len(places)} patches; a ViT needs two")
+    return places
+
+
+def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> nn.Module:
     """An encoder with random weights that the seed decides.
 
     Args:
         architecture: see `kit.params.Architecture`.
-        shape: voxels (z, y, x) of the scans that it is for; a ViT takes no other.
+        grid: of the scans that it is for; a ViT takes no other, the rest take any.
         seed: of the weights; the caller's random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 calls it in the way that torch will change
         torch.manual_seed(seed)
-        return ViTEncoder(architecture, shape) if architecture in VIT_SIZES else ResNetEncoder(architecture)
+        if architecture in VIT_SIZES:
+            return ViTEncoder(architecture, grid)
+        return DenseNetEncoder() if architecture == "densenet121" else ResNetEncoder(architecture)

@@ -1,8 +1,11 @@
-"""The masked autoencoder (He et al. 2022) around MONAI's network: patches, loss, reconstruction."""
+"""The masked autoencoder (He et al. 2022) around MONAI's network: masks, targets, loss, reconstruction.
+
+Only the patches that hold brain in the template are tokens (`kit.models.encoders.brain_patches`): only they are masked
+and filled in. Of a scan's own, those are scored that hold brain in its mask.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,20 +15,8 @@ from torch import nn
 
 from kit.augment.masking import masked_patches
 from kit.device import at_least_float32, no_autocast
-from kit.models.encoders import ViTEncoder, patch_size
+from kit.models.encoders import LEAST_BRAIN, ViTEncoder, patches
 from kit.seeding import rng_for
-
-
-def patches(images: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
-    """(batch, 1, depth, height, width) -> (batch, patches, voxels of a patch), in the network's order."""
-    a, b, c = size
-    return rearrange(images, "n 1 (d a) (h b) (w c) -> n (d h w) (a b c)", a=a, b=b, c=c)
-
-
-def unpatches(tokens: torch.Tensor, size: tuple[int, int, int], shape: tuple[int, int, int]) -> torch.Tensor:
-    """The inverse of `patches`."""
-    (a, b, c), (depth, height, _) = size, shape
-    return rearrange(tokens, "n (d h w) (a b c) -> n 1 (d a) (h b) (w c)", a=a, b=b, c=c, d=depth // a, h=height // b)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -36,85 +27,95 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
 
     def forward(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Encode the patches that are seen, and predict all.
+        """Encode the tokens that are seen, and predict all.
 
-        MONAI's `MaskedAutoEncoderViT.forward` with the masks given instead of drawn from torch's random state.
+        MONAI's `MaskedAutoEncoderViT.forward` on the encoder's tokens, with the masks given instead of drawn from
+        torch's random state.
 
         Args:
             images: (batch, 1, depth, height, width) float.
-            masked: (batch, patches) bool, as many in each row.
+            masked: (batch, tokens) bool, as many in each row.
 
         Returns:
-            predicted patches (batch, patches, voxels of a patch).
+            predicted patches (batch, tokens, voxels of a patch).
         """
-        return self.fill_in(images, seen_places(masked))
+        return self.fill_in(images, seen_tokens(masked))
 
     def fill_in(self, images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """`forward`, with the numbers of the seen patches (batch, seen patches) int64, whose shape says how many."""
-        network = self.encoder.autoencoder
-        count = network.decoder_pos_embedding.shape[1]
-        tokens = network.patch_embedding(images)
-        tokens = tokens.gather(1, seen[..., None].expand(-1, -1, tokens.shape[-1]))
-        tokens = network.blocks(torch.cat([network.cls_token.expand(len(images), -1, -1), tokens], dim=1))
+        """`forward`, with the numbers of the seen tokens (batch, seen tokens) int64, whose shape says how many."""
+        network, tokens = self.encoder.autoencoder, self.encoder.tokens(images)
+        count = tokens.shape[1]
+        tokens = self.encoder.encode(tokens.gather(1, seen[..., None].expand(-1, -1, tokens.shape[-1])))
         first, tokens = network.decoder_embed(tokens).split([1, tokens.shape[1] - 1], dim=1)
         every = network.mask_tokens.to(tokens.dtype).repeat(len(images), count, 1)
         every = every.scatter(1, seen[..., None].expand_as(tokens), tokens)
-        every = torch.cat([first, every + network.decoder_pos_embedding], dim=1)
-        decoded = network.decoder_blocks(every)
+        every = every + network.decoder_pos_embedding.index_select(1, self.encoder.places)
+        decoded = network.decoder_blocks(torch.cat([first, every], dim=1))
         with no_autocast(images.device):
             return network.decoder_pred(at_least_float32(decoded))[:, 1:]
 
+    def targets(self, images: torch.Tensor, normalise: bool) -> torch.Tensor:
+        """What is to be predicted, (batch, tokens, voxels of a patch).
 
-def seen_places(masked: torch.Tensor) -> torch.Tensor:
-    """(batch, patches) bool, as many in each row -> the numbers of those not masked, (batch, seen patches) int64."""
+        Args:
+            images: (batch, 1, depth, height, width) float.
+            normalise: each patch less its mean, over its standard deviation, as He et al. 2022 found best.
+        """
+        true = patches(images, self.encoder.patch).index_select(1, self.encoder.places)
+        if not normalise:
+            return true
+        return (true - true.mean(-1, keepdim=True)) / (true.var(-1, keepdim=True) + 1e-6).sqrt()
+
+    def hold_brain(self, masks: torch.Tensor) -> torch.Tensor:
+        """Which tokens hold brain in the scans' own masks (batch, 1, depth, height, width) bool: (batch, tokens)."""
+        share = patches(masks.float(), self.encoder.patch).mean(-1)
+        return share.index_select(1, self.encoder.places) >= LEAST_BRAIN
+
+    def images_of(self, values: torch.Tensor) -> torch.Tensor:
+        """The inverse of `targets` without their normalisation: zero where there is no token."""
+        (a, b, c), shape = self.encoder.patch, self.encoder.autoencoder.img_size
+        every = values.new_zeros(len(values), shape[0] // a * (shape[1] // b) * (shape[2] // c), a * b * c)
+        every = every.index_copy(1, self.encoder.places, values)
+        return rearrange(every, "n (d h w) (a b c) -> n 1 (d a) (h b) (w c)", a=a, b=b, c=c, d=shape[0] // a,
+                         h=shape[1] // b)
+
+
+def seen_tokens(masked: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens) bool, as many in each row -> the numbers of those not masked, (batch, seen tokens) int64."""
     return (~masked).nonzero()[:, 1].view(len(masked), -1)
 
 
-def masks_for(keys: Sequence[int], shape: tuple[int, int, int], ratio: float, *, seed: int,
-              epoch: int) -> torch.Tensor:
-    """Masks of scans, (batch, patches) bool, keyed by (seed, epoch, scan): the same in any batch, worker and rank.
+def masks_for(keys: Sequence[int], tokens: int, ratio: float, *, seed: int, epoch: int) -> torch.Tensor:
+    """Masks of scans, (batch, tokens) bool, keyed by (seed, epoch, scan): the same in any batch, worker and rank.
 
     Args:
         keys: (batch,) the scans' keys, see `kit.seeding.scan_key`.
-        shape: voxels (z, y, x).
-        ratio: share of the patches that are masked.
+        tokens: of a scan.
+        ratio: share of them that is masked.
     """
-    count = math.prod(side // width for side, width in zip(shape, patch_size(shape), strict=True))
-    return torch.from_numpy(np.stack([masked_patches(count, ratio, rng_for(seed, epoch, key)) for key in keys]))
+    return torch.from_numpy(np.stack([masked_patches(tokens, ratio, rng_for(seed, epoch, key)) for key in keys]))
 
 
-def patch_statistics(true: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each patch's own mean and standard deviation, (batch, patches, 1) both; as He et al. 2022 normalise targets."""
-    return true.mean(-1, keepdim=True), (true.var(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def reconstruction_loss(images: torch.Tensor, predicted: torch.Tensor, masked: torch.Tensor,
-                        normalise: bool = False) -> torch.Tensor:
-    """Mean squared error over the voxels of the masked patches (He et al. 2022).
+def reconstruction_loss(true: torch.Tensor, predicted: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over each scan's scored patches, mean over scans (He et al. 2022).
 
     Args:
-        images: (batch, 1, depth, height, width) float.
-        predicted, masked: see `MaskedAutoencoder.forward`; masked patches count.
-        normalise: compare with each patch less its mean, over its standard deviation.
+        true: see `MaskedAutoencoder.targets`; of one scan, it stands for all.
+        predicted: (batch, tokens, voxels of a patch); of one scan, it stands for all.
+        scored: (batch, tokens) bool: masked, and holding brain.
     """
-    true = patches(images, patch_size(tuple(images.shape[2:])))
-    if normalise:
-        mean, sd = patch_statistics(true)
-        true = (true - mean) / sd
-    return (predicted.float() - true)[masked].square().mean()
+    wrong = (predicted.float() - true).square().mean(-1) * scored
+    return (wrong.sum(1) / scored.sum(1).clamp_min(1)).mean()
 
 
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, masked: torch.Tensor,
-                normalised: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network sees, and the scan with the masked patches filled in; both of the images' shape.
+                normalise: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The scans, what the network sees of them, and the same with its own predictions where patches are masked.
 
-    Where it was trained on `normalised` targets, the true patches' means and spreads are lent to what it predicts.
+    All of the images' shape and on the scale of the targets: with `normalise`, each patch less its mean and over its
+    standard deviation. Nothing of the true scan is lent to what is predicted. Zero where there is no token.
     """
-    size, shape = patch_size(tuple(images.shape[2:])), tuple(images.shape[2:])
-    true, predicted = patches(images, size), model(images, masked).float()
-    if normalised:
-        mean, sd = patch_statistics(true)
-        predicted = predicted * sd + mean
-    seen = true * ~masked[..., None]
-    return unpatches(seen, size, shape), unpatches(torch.where(masked[..., None], predicted, true), size, shape)
+    true, hidden = model.targets(images, normalise), masked[..., None]
+    filled = torch.where(hidden, model(images, masked).float(), true)
+    return tuple(model.images_of(values) for values in (true, true * ~hidden, filled))

@@ -14,8 +14,8 @@ def training_curves(log: pd.DataFrame, title: str = "", note: str = "") -> Figur
     """Draw losses, learning rate and seconds against epochs.
 
     Args:
-        log: a row per epoch: `epoch`, at least one column that ends in `loss` (validation may have gaps) and,
-            drawn if present, `learning_rate` and `seconds`.
+        log: a row per epoch: `epoch`, at least one column that ends in `loss` (validation may have gaps;
+            `mean_scan_loss` is dashed) and, drawn if present, `learning_rate` and `seconds`.
     """
     losses = [name for name in log.columns if name.endswith("loss")]
     need(log, "log", ["epoch", *(losses or ["loss"])])
@@ -26,7 +26,8 @@ def training_curves(log: pd.DataFrame, title: str = "", note: str = "") -> Figur
     for axes, (name, columns) in zip(row, panels.items(), strict=True):
         for column in columns:
             known = log[["epoch", column]].dropna()
-            axes.plot(known["epoch"], known[column], marker=".", markersize=4, label=readable(column))
+            constant = {"linestyle": "--", "color": "0.4"} if column == "mean_scan_loss" else {"marker": "."}
+            axes.plot(known["epoch"], known[column], markersize=4, label=readable(column), **constant)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         label(axes, "epoch", name)

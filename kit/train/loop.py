@@ -56,6 +56,7 @@ class Settings:
     warmup_fraction: float = 0.0
     layer_decay: float = 1.0  # of the learning rate, from each stage of the encoder to the one before; 1: none
     patience: int = 0  # epochs without a lower validation loss after which training stops; 0: never
+    beta2: float = 0.999  # of Adam and AdamW
     accumulate: int = 1  # batches whose mean gradient makes one step
     chunk: int = 0  # scans of a process that run at a time; 0: its whole share
     clip: float = 0.0  # largest norm of the gradient; 0: as it is

@@ -25,12 +25,15 @@ from sklearn.preprocessing import StandardScaler
 
 from kit.cohort.identity import participant_ids
 from kit.device import device, evaluation, scans_at_a_time
+from kit.models.mae import reconstruction_loss
+from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans, load_batches
 from kit.store.sampler import in_order
 from kit.train.loss import nt_xent
-from kit.train.objectives import Objective
+from kit.train.objectives import MaskedReconstruction, Objective
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
+MEAN_SCANS = 512  # training scans whose mean is taken
 LEAST = 20  # participants of a probe, validation scans of a verdict on the validation loss; fewer say nothing
 
 
@@ -117,13 +120,44 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
     return float(r2_score(target, guess) if number else balanced_accuracy_score(target, guess))
 
 
-def monitor_of(validation: PreparedScans, rows: pd.DataFrame, every: int,
-               epochs: int) -> Callable[[Objective, int], dict[str, float]] | None:
-    """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last."""
-    if not every or len(rows) < 3:
-        return None
-    return lambda objective, epoch: (look(objective, validation, rows)
-                                     if epoch % every == 0 or epoch in (1, epochs) else {})
+@torch.no_grad()
+def mean_scan_loss(objective: MaskedReconstruction, learned: PreparedScans, validation: PreparedScans) -> float:
+    """The validation loss of always answering with the mean training scan: what an MAE must get below.
+
+    The mean is that of the targets, patch by patch over the scans whose patch holds brain; it is scored on the masked
+    patches that the MAE is scored on. Of more than `MEAN_SCANS` training scans so many are drawn, by the seed.
+    """
+    objective.eval()
+    where, model, size = device(), objective.autoencoder, scans_at_a_time(learned.store.grid.shape)
+    drawn = np.sort(rng_for(objective.seed).permutation(len(learned))[:MEAN_SCANS]).tolist()
+    total = count = 0.0
+    for batch in load_batches(learned, [drawn[start:start + size] for start in range(0, len(drawn), size)]):
+        batch = batch.to(where)
+        holds = model.hold_brain(batch.masks)[..., None]
+        total = total + (model.targets(batch.images, objective.normalise) * holds).sum(0, keepdim=True)
+        count = count + holds.sum(0, keepdim=True)
+    loss = 0.0
+    for batch in load_batches(validation, in_order(len(validation), size)):
+        true, scored, _ = objective.target(batch.to(where), 0)
+        loss += float(reconstruction_loss(true, total / count.clamp_min(1), scored)) * len(batch) / len(validation)
+    return loss
+
+
+def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataFrame, every: int,
+               epochs: int) -> Callable[[Objective, int], dict[str, float]]:
+    """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last.
+
+    An MAE's rows have `mean_scan_loss` besides, wherever they have a `validation_loss`.
+    """
+    constant: dict[str, float] = {}  # found at the first call, and the same all through a run
+
+    def monitor(objective: Objective, epoch: int) -> dict[str, float]:
+        if isinstance(objective, MaskedReconstruction) and len(validation) > 1 and not constant:
+            constant["mean_scan_loss"] = mean_scan_loss(objective, learned, validation)
+        looks = every and len(rows) > 2 and (epoch % every == 0 or epoch in (1, epochs))
+        return constant | (look(objective, validation, rows) if looks else {})
+
+    return monitor
 
 
 def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: int = 0) -> str:
@@ -132,7 +166,8 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     - Few partners are found: less than twice chance, and less than chance and a tenth (at batch 2, 43 % of views).
     - Collapsed: few partners are found, and std is below 0.1 or uniformity above -0.05; or the effective rank is
       below 1.5 and below half of what it was at first (it is less than the number of validation scans).
-    - Not learning: the loss is less than 1 % down, or few partners are found.
+    - Not learning: the loss is less than 1 % down, few partners are found, or an MAE's validation loss is not below
+      that of always answering with the mean training scan (`mean_scan_loss`).
     - Memorising site: of the way from chance to certainty the probe of site went 60 %, 10 % of it in training.
     - Overfitting: in each of the last three epochs the validation loss lay above its best by a fifth of its first
       value, and the training loss is lower than at that best. Only with at least 20 validation scans: that of fewer
@@ -162,6 +197,8 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     if "top1" in last and lost:
         return (f"NOT LEARNING: {last['top1']:.1%} of the views find their partner, by chance {chance:.1%} would; "
                 "look at learning_rate, temperature and the views")
+    if "mean_scan_loss" in log and (words := _no_better_than_the_mean(log)):
+        return words
     site = next((name for name in ("probe_site", "probe_dataset") if name in now and not pd.isna(now[name])), None)
     if site and sites > 1:
         skill = {name: (row[site] - 1 / sites) / (1 - 1 / sites) for name, row in (("now", now), ("start", start))}
@@ -174,8 +211,22 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     words = f"LEARNING: the loss fell by {fell:.0%}"
     if "top1" in last:
         words += f"; {last['top1']:.0%} of the views find their partner (chance {chance:.1%})"
+    elif "mean_scan_loss" in log:
+        held_out = log.dropna(subset=["validation_loss"]).iloc[-1]
+        words += (f"; on held-out scans it is {held_out['validation_loss']:.3f}, that of the mean scan "
+                  f"{held_out['mean_scan_loss']:.3f}")
     probes = [f"{name.removeprefix('probe_')} {now[name]:.2f}" for name in seen if name.startswith("probe_")]
     return words + (f"; read off the features: {', '.join(probes)}" if probes else "")
+
+
+def _no_better_than_the_mean(log: pd.DataFrame) -> str:
+    """The verdict on an MAE that is no better than the mean scan, or that cannot be compared with it, or nothing."""
+    known = log.dropna(subset=["validation_loss", "mean_scan_loss"])
+    if known.empty or known["validation_loss"].iloc[-1] < known["mean_scan_loss"].iloc[-1]:
+        return ""
+    now = known.iloc[-1]
+    return (f"NOT LEARNING: on held-out scans the loss is {now['validation_loss']:.3f}, and always answering with the "
+            f"mean training scan has {now['mean_scan_loss']:.3f}; train for more epochs, or look at learning_rate")
 
 
 def _by_heart(log: pd.DataFrame, validation_scans: int) -> str:

@@ -6,6 +6,7 @@ A new objective is a module with what `Objective` asks for; `kit.train.loop.fit`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -94,12 +95,17 @@ class SimCLR(nn.Module):
 
 
 class MaskedReconstruction(nn.Module):
-    """Masked patches are filled in from the rest (He et al. 2022); the whole scan is the one view."""
+    """Masked patches are filled in from the rest (He et al. 2022); the whole scan is the one view.
 
-    def __init__(self, encoder: nn.Module, mask_ratio: float, *, seed: int, normalise: bool = False) -> None:
+    With a recipe the scan is changed by it first, while training; validation scans stay as they are.
+    """
+
+    def __init__(self, encoder: nn.Module, mask_ratio: float, *, seed: int, normalise: bool = True,
+                 recipe: Recipe | None = None, spacing_mm: float = 1.0, zscored: bool = True) -> None:
         super().__init__()
         self.autoencoder = MaskedAutoencoder(encoder)
         self.mask_ratio, self.seed, self.normalise = mask_ratio, seed, normalise
+        self.recipe, self.spacing_mm, self.zscored = recipe or Recipe(), spacing_mm, zscored
         self.compares, self.scans_per_item = False, 1
 
     @property
@@ -108,16 +114,31 @@ class MaskedReconstruction(nn.Module):
         return self.autoencoder.encoder
 
     def masks(self, batch: Batch, epoch: int) -> torch.Tensor:
-        """Which patches are masked, (batch, patches) bool; validation scans keep theirs all through a run."""
+        """Which tokens are masked, (batch, tokens) bool; validation scans keep theirs all through a run."""
         key = epoch if self.training else VALIDATION_EPOCH
-        shape = tuple(batch.images.shape[2:])
-        return masks_for(batch.keys, shape, self.mask_ratio, seed=self.seed, epoch=key).to(batch.images.device)
+        masks = masks_for(batch.keys, len(self.encoder.places), self.mask_ratio, seed=self.seed, epoch=key)
+        return masks.to(batch.images.device)
+
+    def target(self, batch: Batch, epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a batch's prediction is compared with, where, and what is masked: see `reconstruction_loss`."""
+        masked = self.masks(batch, epoch)
+        return (self.autoencoder.targets(batch.images, self.normalise),
+                masked & self.autoencoder.hold_brain(batch.masks), masked)
 
     def forward(self, batch: Batch, epoch: int) -> Report:
-        """Mean squared error over the masked patches."""
-        masked = self.masks(batch, epoch)
-        predicted = self.autoencoder(batch.images, masked)
-        return {"loss": reconstruction_loss(batch.images, predicted, masked, self.normalise)}
+        """Mean squared error over the masked patches that hold brain."""
+        batch = self.view(batch, epoch)
+        true, scored, masked = self.target(batch, epoch)
+        return {"loss": reconstruction_loss(true, self.autoencoder(batch.images, masked), scored)}
+
+    def view(self, batch: Batch, epoch: int) -> Batch:
+        """The batch as the recipe changes it while training."""
+        if not self.training or self.recipe == Recipe():
+            return batch
+        with no_autocast(batch.images.device):
+            images, masks, _ = make_views(batch.images, batch.masks, batch.keys, self.recipe, seed=self.seed,
+                                          epoch=epoch, view=0, spacing_mm=self.spacing_mm, zscored=self.zscored)
+        return replace(batch, images=images, masks=masks)
 
 
 class Supervised(nn.Module):

@@ -63,8 +63,10 @@ def build_optimizer(objective: nn.Module, settings: Any) -> torch.optim.Optimize
         if settings.optimizer == "lars":
             groups[-1]["adapt"] = False
     groups = [group for group in groups if group["params"]]
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lars": Lars}[settings.optimizer]
-    return kind(groups, lr=settings.learning_rate)
+    if settings.optimizer == "lars":
+        return Lars(groups, lr=settings.learning_rate)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    return kind(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
 
 
 STAGE = re.compile(r"\.(?:layer|blocks\.|denseblock|transition)(\d+)\.")  # of ResNet, ViT, DenseNet

@@ -12,7 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from kit.device import autocast, device
-from kit.models.mae import masks_for, seen_places
+from kit.models.encoders import brain_patches
+from kit.models.mae import masks_for, seen_tokens
 from kit.params import Pretrain
 from kit.store.dataset import Batch
 from kit.store.store import Store
@@ -45,7 +46,8 @@ def need(params: Pretrain, store: Store, scans: int = 2) -> Need:
         scans: of the counted step; what one of them takes is a share of it.
     """
     shape, mae = store.grid.shape, params.objective == "mae"
-    seen = seen_places(masks_for(range(scans), shape, params.mask_ratio, seed=0, epoch=0)) if mae else None
+    if mae:
+        seen = seen_tokens(masks_for(range(scans), len(brain_patches(store.grid)), params.mask_ratio, seed=0, epoch=0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective = build_objective(params, store).train()
         parameters = sum(weight.numel() for weight in objective.parameters() if weight.requires_grad)

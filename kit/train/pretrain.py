@@ -69,7 +69,7 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
     """
     if (run / "encoder.safetensors").exists():
         if "views" in (record := read_record(run.folder)):
-            now = {"views": read_recipe(params.recipe).plain()}
+            now = {"views": read_recipe(recipe_of(params)).plain()}
             checkpoint.check_same({"params": {"views": record["views"]}}, now, run.folder)
         check_inputs(params, run.folder)
         return pd.read_csv(run / "log.csv")
@@ -248,12 +248,14 @@ def check_start(params: Pretrain) -> None:
 
 def build_objective(params: Pretrain, store: Store) -> nn.Module:
     """The objective with an encoder of random weights, both decided by the seed."""
-    encoder = build_encoder(params.architecture, store.grid.shape, params.seed)
+    encoder = build_encoder(params.architecture, store.grid, params.seed)
     if params.objective == "mae":
-        return MaskedReconstruction(encoder, params.mask_ratio, seed=params.seed, normalise=params.normalise_patches)
+        return MaskedReconstruction(encoder, params.mask_ratio, seed=params.seed, normalise=params.normalise_patches,
+                                    recipe=read_recipe(recipe_of(params)), spacing_mm=store.grid.spacing_mm,
+                                    zscored=store.zscored)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
-        return SimCLR(encoder, read_recipe(params.recipe), projection=params.projection,
+        return SimCLR(encoder, read_recipe(recipe_of(params)), projection=params.projection,
                       temperature=params.temperature, seed=params.seed, spacing_mm=store.grid.spacing_mm,
                       paired=params.session_pairs, zscored=store.zscored)
 
@@ -281,18 +283,18 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
 
 
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Validation scans of an MAE run: the scan, what the network sees, what it fills in within the brain's mask.
+    """Validation scans of an MAE run: the scan, what the network sees, and that with what it predicts filled in.
 
-    Each (depth, height, width). Where none are for validation, scans that were learned from.
+    Each (depth, height, width) on the scale of its targets, see `kit.models.mae.reconstruct`: with `normalise_patches`
+    each patch less its mean, over its standard deviation. Where none are for validation, scans that were learned from.
     """
     model, store = _restored(params, run)
     learned, validation = readable_scans(params, store, run.folder)
     some = PreparedScans(store, validation if len(validation) else learned)
-    batch = collate([some[number] for number in range(min(scans, len(some)))])
-    images = batch.images.float()
-    seen, filled = reconstruct(model.eval().autoencoder, images, model.masks(batch, 0), params.normalise_patches)
-    parts = (images, seen, filled * batch.masks)
-    return [tuple(part[number, 0].numpy() for part in parts) for number in range(len(images))]
+    batch = collate([some[number] for number in range(min(scans, len(some)))]).to(torch.device("cpu"))
+    masked = model.eval().masks(batch, 0)
+    parts = reconstruct(model.autoencoder, batch.images, masked, params.normalise_patches)
+    return [tuple(part[number, 0].numpy() for part in parts) for number in range(len(batch))]
 
 
 def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -304,9 +306,14 @@ def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Mod
     return load_encoder(run.folder, record["preparation"])
 
 
+def recipe_of(params: Pretrain) -> str:
+    """Which recipe the objective's views are made by."""
+    return params.mae_recipe if params.objective == "mae" else params.recipe
+
+
 def views_of(objective: nn.Module) -> dict[str, Any]:
     """What the recipe said when the objective was built, as `views`: a file of the same name may say else later."""
-    return {"views": objective.recipe.plain()} if isinstance(objective, SimCLR) else {}
+    return {"views": objective.recipe.plain()}
 
 
 def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom | None = None,
@@ -340,7 +347,7 @@ def train(params: Pretrain, folder: Path) -> None:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
             defaults=defaults, stop=folder / STOP, live=True,
-            monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
+            monitor=monitor_of(scans, out, validation, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)
