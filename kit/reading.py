@@ -54,12 +54,6 @@ class Parameters(BaseModel):
         """The parameters as YAML values, paths as the project's people write them."""
         return {name: _plain(value) for name, value in self}
 
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """The defaults as YAML values, of those that have one."""
-        return {name: _plain(field.get_default(call_default_factory=True)) for name, field in cls.model_fields.items()
-                if not field.is_required()}
-
 
 Model = TypeVar("Model", bound=Parameters)
 

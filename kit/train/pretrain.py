@@ -153,20 +153,16 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
     """
     now = pretrain_inputs(params, Store.open(params.prepared), folder)
     finished = (folder / "encoder.safetensors").exists()
-    if not finished and not _has_checkpoint(folder):
+    begun = None if finished else checkpoint.read_checkpoint(folder / "checkpoints")
+    if not finished and begun is None:
         write(folder, now)
         return
+    kept = read_record(folder) if finished else begun["params"]  # what lies with the weights knows best
+    if "made_from" not in kept:
+        raise CheckpointError(f"{shown(folder)} is {OLDER}; give another output_dir, or delete that folder")
     before = read_made_from(folder)
-    if finished or before is None:  # what lies with the weights knows best
-        begun = {} if finished else checkpoint.read_checkpoint(folder / "checkpoints") or {}
-        kept = read_record(folder) if finished else begun.get("params", {})
-        if before is None or before.record != kept.get("made_from"):
-            before = MadeFrom(kept["made_from"]) if "made_from" in kept else None
-    if before is None:
-        print(f"{shown(folder)} is {OLDER}: it cannot be checked whether its scans have changed since")
-        if not finished:
-            write(folder, MadeFrom({**now.record, "unchecked": "it was begun by an older kit"}, now.rows))
-        return
+    if before is None or before.record != kept["made_from"]:
+        before = MadeFrom(kept["made_from"])
     if before.record["kit"] != kit.__version__:
         print(f"{shown(folder)} was begun by kit {before.record['kit']}; this is {kit.__version__}")
     if lines := changes(before._replace(record={**before.record, "kit": kit.__version__}), now):
@@ -327,11 +323,10 @@ def train(params: Pretrain, folder: Path) -> None:
     # noted by the process that started this one
     made = read_made_from(folder) or pretrain_inputs(params, store, folder)
     same |= views_of(objective) | {"made_from": made.record}
-    defaults = params.defaults() | {"made_from": made.record}
     try:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
-            defaults=defaults, may_stop=True, monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
+            may_stop=True, monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)
