@@ -113,10 +113,8 @@ def check_files(params: Pretrain, folder: Path) -> None:
                       "Delete what is left of them and run 1_preprocess again", stacklevel=2)
 
 
-def readable_scans(params: Pretrain, store: Store, folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def readable_scans(params: Pretrain, store: Store, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What `choose_scans` chooses, without what `check_files` found damaged when the run of a folder began."""
-    if folder is None:
-        return choose_scans(params, store)
     damaged = _damaged(folder)
     learned, validation = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
     if participant_ids(learned).nunique() < 2:
@@ -136,7 +134,7 @@ def _has_checkpoint(folder: Path) -> bool:
     return any((folder / f"checkpoints/{name}.pt").exists() for name in ("last", "previous"))
 
 
-def pretrain_inputs(params: Pretrain, store: Store, folder: Path | None = None) -> MadeFrom:
+def pretrain_inputs(params: Pretrain, store: Store, folder: Path) -> MadeFrom:
     """What an encoder is made from: of the index only what decides who is learned from, and whose scans they are."""
     parts = zip(("learned from", "validation"), readable_scans(params, store, folder), strict=True)
     return made_from([Used("prepared", part, store, rows, participant_ids(rows)) for part, rows in parts],
@@ -297,19 +295,13 @@ def views_of(objective: nn.Module) -> dict[str, Any]:
     return {"views": objective.recipe.plain()} if isinstance(objective, SimCLR) else {}
 
 
-def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom | None = None,
-              folder: Path | None = None) -> dict[str, Any]:
-    """What an encoder's file says of itself: see `kit.models.encoder_file`.
-
-    Args:
-        made: what it was made from; if not given, what lies there now.
-        folder: of the run, whose damaged scans were left out.
-    """
+def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom, folder: Path) -> dict[str, Any]:
+    """What an encoder's file says of itself, see `kit.models.encoder_file`; the folder is the run's."""
     rows = pd.concat(readable_scans(params, store, folder))
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
             "preparation": store.record, "params": params.plain(),
             **seen_by(store, rows, participant_ids(rows), read_aliases(params.aliases)), **views_of(objective),
-            "made_from": (made or pretrain_inputs(params, store, folder)).record}
+            "made_from": made.record}
 
 
 def train(params: Pretrain, folder: Path) -> None:
@@ -320,8 +312,7 @@ def train(params: Pretrain, folder: Path) -> None:
     if world_size() > 1:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
-    # noted by the process that started this one
-    made = read_made_from(folder) or pretrain_inputs(params, store, folder)
+    made = read_made_from(folder)  # noted by the process that started this one
     same |= views_of(objective) | {"made_from": made.record}
     try:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)

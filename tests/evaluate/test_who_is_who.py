@@ -21,7 +21,7 @@ from kit.runs import Run, write_table
 from kit.store.grid import Grid
 from kit.store.leakage import voxel_hashes
 from kit.store.store import Store
-from kit.train.pretrain import build_objective, check_start, choose_scans, record_of
+from kit.train.pretrain import build_objective, check_start, choose_scans, pretrain_inputs, record_of
 from tests.conftest import make_store
 
 SETTINGS = Preparation(Grid((12, 16, 14), 12.0), "none", "nonzero")
@@ -61,7 +61,8 @@ def encoder_of(store, folder, **changes):
                                       "accept_flags": UNUSABLE, **changes})  # noise looks like no brain
     check_start(params)
     objective = build_objective(params, store)
-    save_encoder(folder / "encoder.safetensors", objective.encoder, record_of(params, store, objective))
+    record = record_of(params, store, objective, pretrain_inputs(params, store, folder), folder)
+    save_encoder(folder / "encoder.safetensors", objective.encoder, record)
     return str(folder)
 
 
