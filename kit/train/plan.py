@@ -36,15 +36,14 @@ class Need(NamedTuple):
         return self.fixed_bytes + scans * self.scan_bytes
 
 
-def need(params: Pretrain, store: Store, scans: int = 2) -> Need:
+def need(params: Pretrain, store: Store) -> Need:
     """Count operations and kept memory at the store's own shape, without computing or allocating either.
 
     Args:
         params: of the run.
         store: whose grid gives the shape.
-        scans: of the counted step; what one of them takes is a share of it.
     """
-    shape, mae = store.grid.shape, params.objective == "mae"
+    scans, shape, mae = 2, store.grid.shape, params.objective == "mae"
     seen = seen_places(masks_for(range(scans), shape, params.mask_ratio, seed=0, epoch=0)) if mae else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective = build_objective(params, store).train()
