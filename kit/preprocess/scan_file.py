@@ -45,7 +45,7 @@ def read_scan(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, 
     - FreeSurfer: `.mgh`, `.mgz`
     - NRRD: `.nrrd`, `.nhdr`; MetaImage: `.mha`, `.mhd`; AFNI: either half of `.HEAD` and `.BRIK`
     - DICOM: a folder with one series, in it or below it; `folder#4` is series number 4 of several (see
-      `kit.preprocess.dicom.read_dicom`); a multi-frame file
+      `kit.preprocess.dicom.read_dicom`)
 
     Args:
         path: the file or folder.
