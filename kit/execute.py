@@ -23,7 +23,7 @@ import nbformat
 from kit.cells import assigned_names, literals
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError, Parameters, check, read_options, read_yaml
-from kit.runs import ROOT, Run, RunError, resolve, shown, write_json, write_whole
+from kit.runs import ROOT, Run, RunError, resolve, shown, write_whole
 
 FOLDER = ROOT / "notebooks"
 
@@ -121,7 +121,6 @@ def run_folder(folder: Path) -> None:
     for name, _, where in lines:
         if (where / "log.csv").exists():
             print(f"  {name}: {_losses(where / 'log.csv')}")
-    write_json(lines[-1][2] / "seconds.json", {name: round(seconds, 1) for name, seconds, _ in lines})
     if (summary := lines[-1][2] / "summary.txt").exists():
         print("\n" + summary.read_text(encoding="utf-8"))
 

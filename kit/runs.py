@@ -105,11 +105,8 @@ def _named(dist: metadata.Distribution) -> str:
         name, version = dist.metadata["Name"], dist.metadata["Version"]
     except Exception:  # what is wrong with it is not ours to say
         name = version = None
-    return f"{name}=={version}" if name and version else f"{name or _folder(dist)} (its metadata are broken)"
-
-
-def _folder(dist: metadata.Distribution) -> str:
-    return Path(getattr(dist, "_path", "a package")).name
+    folder = Path(getattr(dist, "_path", "a package")).name
+    return f"{name}=={version}" if name and version else f"{folder} (its metadata are broken)"
 
 
 def _has_begun(folder: Path) -> bool:
