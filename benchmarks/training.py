@@ -89,7 +89,7 @@ def _objective(shape: tuple[int, int, int], recipe: str = "weak") -> SimCLR:
                   temperature=0.1, seed=0, spacing_mm=4.0)
 
 
-def _scans(folder: Path, shape: tuple[int, int, int], count: int) -> PreparedScans:
+def made_scans(folder: Path, shape: tuple[int, int, int], count: int) -> PreparedScans:
     """Smooth made-up heads with noise, in a real store."""
     grid, rng = Grid(shape, 4.0), np.random.default_rng(0)
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in shape), indexing="ij")
@@ -115,7 +115,7 @@ def _loop(shape: tuple[int, int, int], batch: int, steps: int, name: str) -> lis
         return views
 
     with tempfile.TemporaryDirectory() as folder:
-        scans = _scans(Path(folder), shape, 2 * batch)
+        scans = made_scans(Path(folder), shape, 2 * batch)
         step = [[list(range(batch))]]
         stream = Waiting(load_batches(scans, [list(range(turn % 2 * batch, turn % 2 * batch + batch))
                                       for turn in range(steps + 2)], 1))

@@ -88,7 +88,7 @@ def depths_of(names: list[str]) -> dict[str, int]:
 def learning_rate(settings: Any, progress: float) -> float:
     """The rate at a share (0 to 1) of the run: linear warm-up, then constant or half a cosine to zero."""
     if progress < settings.warmup_fraction:
-        return settings.learning_rate * min(max(progress, 1e-3) / settings.warmup_fraction, 1.0)
+        return settings.learning_rate * max(progress / settings.warmup_fraction, 0.01)
     if settings.schedule == "constant":
         return settings.learning_rate
     rest = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)

@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
 
 def test_learning_rate_warms_up_and_falls():
     rates = [learning_rate(SETTINGS, place) for place in (0.0, 0.1, 0.2, 0.6, 1.0)]
-    assert rates == pytest.approx([0.0005, 0.05, 0.1, 0.05, 0.0], abs=1e-9)
+    assert rates == pytest.approx([0.001, 0.05, 0.1, 0.05, 0.0], abs=1e-9)
     assert learning_rate(replace(SETTINGS, schedule="constant"), 0.9) == 0.1
 
 

@@ -1,0 +1,196 @@
+"""Fine-tuning: stopped by validation, at the rate chosen there, resumed to the bit, in two processes as in one."""
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kit.evaluate.predict import predict
+from kit.evaluate.tasks import read_task
+from kit.evaluate.tune import TRIES, Choice, Job, finetune, score_validation, standard_error, train, tune
+from kit.models.encoders import build_encoder
+from kit.params import Finetune
+from kit.train import checkpoint
+from kit.train.stop import Stopped
+from tests.conftest import SHAPE
+
+ENCODER = build_encoder("resnet18_narrow", SHAPE)
+
+
+def params(store, **changes):
+    return Finetune.model_validate({
+        "prepared": store.folder, "output_dir": "outputs/none", "encoder": "random:resnet18_narrow", "task": "lesion",
+        "steps": 12, "check_steps": 4, "patience": 0, "batch_size": 6, "learning_rates": [1e-3],
+        "weight_decays": [1e-2], "checkpoint_minutes": 0, **changes})
+
+
+def task_of(store, label="lesion", fraction=1.0):
+    return read_task(store, None, label, "auto", 0).with_labels_for(fraction, 0)
+
+
+def same(first, second):
+    """Weights, bit for bit."""
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def losses(log):
+    return log.drop(columns="seconds")
+
+
+def test_it_stops_where_validation_gets_no_better_and_more_steps_change_nothing(store, tmp_path):
+    asked = params(store, steps=60, check_steps=2, patience=2, learning_rates=[3e-3])
+    tuned = tune(task_of(store), ENCODER, asked, 0, tmp_path)
+    best = tuned.log["validation_loss"].argmin()
+    assert len(tuned.log) == best + 3 < 30
+    assert tuned.tries.iloc[0]["stopped_early"] and tuned.tries.iloc[0]["steps"] == 2 * len(tuned.log)
+    assert tuned.trained and [path.name for path in (tmp_path / TRIES).iterdir()] == ["rate 0.003 decay 0.01 times 1"]
+    longer, log = train(Job.of(task_of(store), ENCODER, asked, 0, tuned.choice, times=3), asked)
+    assert losses(log).equals(losses(tuned.log)) and same(longer, tuned.predictor)
+
+
+def test_few_steps_are_no_training(store):
+    tuned = tune(task_of(store, "age"), ENCODER, params(store, task="age", steps=8), 0)
+    assert tuned.trained is (abs(tuned.longer_score - tuned.validation_score) <= tuned.standard_error)
+    assert tuned.trained is False and tuned.longer_score < tuned.validation_score
+    unasked = tune(task_of(store, "age"), ENCODER, params(store, task="age", steps=8), 0, check=False)
+    assert unasked.trained is None and unasked.validation_score == tuned.validation_score
+
+
+def test_the_rate_of_the_lowest_validation_loss_is_chosen_and_can_be_given(store, tmp_path):
+    asked = params(store, steps=4, learning_rates=[1e-6, 3e-2], weight_decays=[0.0, 10.0])
+    tuned = tune(task_of(store), ENCODER, asked, 0, tmp_path, check=False)
+    tries = pd.read_csv(tmp_path / "tries.csv")
+    assert tries[["learning_rate", "weight_decay"]].to_numpy().tolist() == [[1e-6, 0], [1e-6, 10], [3e-2, 0], [3e-2, 10]]
+    lowest = tries.loc[tries["validation_loss"].idxmin()]
+    assert tuned.choice == (lowest["learning_rate"], lowest["weight_decay"]) and tries["validation_loss"].nunique() == 4
+    assert tuned.validation_score == lowest["validation_score"] == score_validation(task_of(store), tuned.predictor)
+    alone = tune(task_of(store), ENCODER, asked, 0, choice=tuned.choice, check=False)
+    assert len(alone.tries) == 1 and same(alone.predictor, tuned.predictor)
+
+
+def test_the_seed_decides(store):
+    first, again, other = (tune(task_of(store), ENCODER, params(store, steps=4), seed, check=False)
+                           for seed in (0, 0, 1))
+    assert same(first.predictor, again.predictor) and not same(first.predictor, other.predictor)
+
+
+def test_warm_up_is_in_steps_whatever_the_budget(store):
+    logs = [finetune(Job.of(task_of(store), ENCODER, params(store, steps=8, warmup_steps=6), 0, Choice(1e-3, 0.0),
+                            times))[1] for times in (1, 3)]
+    assert logs[0]["learning_rate"].tolist() == pytest.approx([5e-4, 1e-3])
+    assert np.allclose(losses(logs[0]), losses(logs[1])[:2], rtol=1e-4)
+
+
+def test_the_moving_average_is_what_is_kept(store, tmp_path):
+    job = Job.of(task_of(store), ENCODER, params(store, ema=0.9), 0, Choice(1e-3, 0.0), folder=tmp_path)
+    predictor, _ = train(job, params(store))
+    best = checkpoint.read_checkpoint(tmp_path / "checkpoints", "best")
+    average, last = (best[kind][f"{start}predictor.head.weight"] for kind, start in (("average", "module."),
+                                                                                  ("model", "")))
+    assert torch.equal(predictor.head.weight, average) and not torch.equal(average, last)
+
+
+def test_few_labels_are_few_on_validation_too(store):
+    parts = {fraction: task_of(store, "lesion", fraction).parts for fraction in (0.2, 0.5, 1.0)}
+    people = {fraction: [set(parts[fraction][name].participants) for name in ("train", "validation", "test")]
+              for fraction in parts}
+    assert all(set(part["validation"].labels) == {0, 1} for part in parts.values())
+    assert [len(people[fraction][1]) for fraction in parts] == [4, 4, 5]  # two of each class at least
+    assert all(few <= half <= whole for few, half, whole in zip(*people.values(), strict=True))
+    assert people[0.2][2] == people[1.0][2]
+    assert len(set(task_of(store, "age", 0.5).parts["validation"].participants)) == 2
+
+
+def test_the_standard_error_is_that_of_the_mean(store):
+    task = task_of(store, "age")
+    part = task.parts["train"].only(~task.parts["train"].participants.duplicated().to_numpy())
+    task = replace(task, parts={**task.parts, "validation": part})
+    predictor = Job.of(task, ENCODER, params(store), 0, Choice(1e-3, 0.0)).objective().predictor
+    found = predict(predictor, part.scans())[:, 0] * float(predictor.sd) + float(predictor.mean)
+    errors = np.abs(found - part.labels)
+    assert score_validation(task, predictor) == pytest.approx(errors.mean())
+    assert standard_error(task, predictor, 0) == pytest.approx(errors.std() / np.sqrt(len(errors)), rel=0.15)
+
+
+def test_a_stop_file_ends_it_and_it_goes_on_from_there(store, tmp_path):
+    asked = params(store, learning_rates=[1e-4, 1e-3], checkpoint_minutes=10)
+    whole = tune(task_of(store), ENCODER, asked, 0, tmp_path / "whole")
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "stop").touch()
+    with pytest.raises(Stopped):
+        tune(task_of(store), ENCODER, asked, 0, folder)
+    assert len(pd.read_csv(folder / "unfinished.csv")) == 1 and not (folder / "stop").exists()
+    resumed = tune(task_of(store), ENCODER, asked, 0, folder)
+    assert not (folder / "unfinished.csv").exists()
+    assert same(whole.predictor, resumed.predictor) and losses(whole.log).equals(losses(resumed.log))
+    assert whole.tries.equals(resumed.tries)
+
+
+def long_run(store, folder):
+    asked = params(store, steps=200, check_steps=2, patience=8, learning_rates=[1e-3, 3e-3])
+    tune(task_of(store), ENCODER, asked, 0, folder, check=False)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(store, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.evaluate.test_tune"])
+    whole, broken = (context.Process(target=long_run, args=(store, tmp_path / name)) for name in ("whole", "broken"))
+    whole.start()
+    whole.join()
+    killed = 0
+    for wait in (0.3, 0.9):
+        broken = context.Process(target=long_run, args=(store, tmp_path / "broken"))
+        begun = time.time()
+        broken.start()
+        while not [path for path in (tmp_path / "broken").glob("tries/*/checkpoints/last.pt")
+                   if path.stat().st_mtime > begun]:
+            assert broken.is_alive()
+            time.sleep(0.02)
+        time.sleep(wait)
+        os.kill(broken.pid, signal.SIGKILL)
+        broken.join()
+        killed += broken.exitcode == -signal.SIGKILL and not (tmp_path / "broken/tries.csv").exists()
+    assert killed == 2
+    broken = context.Process(target=long_run, args=(store, tmp_path / "broken"))
+    broken.start()
+    broken.join()
+    assert whole.exitcode == broken.exitcode == 0
+    one, two = (pd.read_csv(tmp_path / name / "tries.csv") for name in ("whole", "broken"))
+    assert one.equals(two) and one["stopped_early"].all()
+    for path in sorted((tmp_path / "whole").glob("tries/*/checkpoints/best.pt")):
+        first, second = (checkpoint.read_checkpoint(tmp_path / name / path.relative_to(tmp_path / "whole").parent,
+                                                    "best")["model"] for name in ("whole", "broken"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(store, tmp_path):
+    """With batches that two processes cannot share equally, and an early stop that only one of them sees."""
+    task, logs = task_of(store), []
+    assert len(task.parts["train"].rows) % 6 % 2
+    for workers in (1, 2):
+        asked = params(store, workers=workers, steps=24, patience=2)
+        job = Job.of(task, ENCODER, asked, 0, Choice(0.5, 0.0), folder=tmp_path / str(workers), home=tmp_path)
+        # not Adam: its first steps follow the signs of gradients, which rounding turns where they are near zero
+        logs.append(train(replace(job, settings=replace(job.settings, optimizer="lars")), asked)[1])
+    assert len(logs[0]) == len(logs[1]) < 6
+    assert np.allclose(logs[0]["loss"], logs[1]["loss"], atol=1e-3)
+    assert np.allclose(logs[0]["validation_loss"], logs[1]["validation_loss"], atol=1e-3)
+    assert not (tmp_path / "job.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_as_asked(store, tmp_path):
+    (tmp_path / "stop").touch()
+    with pytest.raises(Stopped):
+        tune(task_of(store), ENCODER, params(store, workers=2), 0, tmp_path)
+    assert len(pd.read_csv(tmp_path / "unfinished.csv")) == 1
