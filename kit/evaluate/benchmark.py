@@ -25,19 +25,21 @@ from torch import nn
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
-from kit.evaluate.baselines import baseline_predictions
+from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions
 from kit.evaluate.compare import differences, scores
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
 from kit.evaluate.metrics import further_metrics, join_scans, predicted_of
 from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
+from kit.evaluate.reliability import ReliabilityError, reliability_of
 from kit.evaluate.tasks import Task, check_tested, covariates, overlap, tasks_of
 from kit.evaluate.tune import Choice, tune
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
-from kit.provenance import OLDER, MadeFrom, changes, check_fit, fingerprint, read_made_from, write
+from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
 from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
 from kit.store.dataset import PreparedScans
+from kit.store.leakage import PLACES
 from kit.store.store import Store
 
 UNTRAINED = "random init"  # probes on an encoder that has learned nothing
@@ -241,7 +243,7 @@ class _Bench:
         if cell.mode == "baseline":
             files = [path for path in (self.params.volumes, self.params.atlas) if path and cell.encoder == "volumes"]
             encoder = {"from": "", "weights": _digest(path.read_bytes() for path in files), "objective": "none"}
-            settings = {"demographics": self.params.demographics} if cell.encoder == "demographics" else {}
+            settings = {"columns": self._columns_of(cell)} if cell.encoder in ("demographics", "site") else {}
         else:
             each = [self._noted_of(cell.encoder, cell.fold, seed)[0] for seed in self.seeds_of(cell)]
             encoder = {**each[0], "weights": each[0]["weights"] if len({one["weights"] for one in each}) == 1 else
@@ -250,6 +252,13 @@ class _Bench:
             settings = {name: plain[name] for name in TUNING} if cell.mode == "finetune" else {}
         return model_inputs(self.tasks[cell.task, cell.fold], {**encoder, "name": cell.encoder}, self.aliases,
                             self.allowed, self._memo, settings=settings)
+
+    def _columns_of(self, cell: Cell) -> str:
+        """A digest of what stands in the columns that a baseline reads, which no other record holds."""
+        names = {"site": PLACES, "demographics": self.params.demographics or DEMOGRAPHICS}[cell.encoder]
+        rows = [part.rows[["scan", *(name for name in part.rows if name in names or name.casefold() in names)]]
+                for part in self.tasks[cell.task, cell.fold].parts.values()]
+        return _digest(each.to_csv(index=False).encode() for each in rows)
 
     def _sides(self) -> dict[str, Any]:
         sides = sides_of(self.stores)
@@ -297,7 +306,7 @@ def remove_stale_cells(bench: _Bench, run: Run) -> None:
         if not folder.exists():
             continue
         before, now = read_made_from(folder), bench.made_from(cell)
-        for line in (changes(before, now) if before else [OLDER]):
+        for line in (changes(before, now) if before else ["it does not say what it was made from"]):
             reasons.setdefault(line, []).append(f"{cell.encoder} on {cell.task}")
             shutil.rmtree(folder, ignore_errors=True)
     if reasons:
@@ -371,3 +380,26 @@ def _table(task: Task, predictions: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 def _digest(parts: Iterable[bytes]) -> str:
     return hashlib.blake2b(b" ".join(parts), digest_size=8).hexdigest()
+
+
+def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
+    """How alike one person's scans are to each pretrained encoder and to the untrained one; `reliability.csv`.
+
+    Returns:
+        a row an encoder (of the first fold and seed), see `kit.evaluate.reliability.reliability`; empty, with a line
+        that says why, where too few participants have several scans.
+    """
+    bench, seed, rows = _Bench(params), params.seeds[0], []
+    by = "site" if "site" in bench.stores["prepared"].index else "session"
+    names = [name for name in bench.specs if name == UNTRAINED or not is_random(bench.specs[name])]
+    for name in names:
+        network, record = bench.encoder(name, 0, seed)
+        try:
+            rows.append(reliability_of(network, bench.stores["prepared"], name, record=record, by=by,
+                                       accept_flags=params.accept_flags, aliases=bench.aliases, seed=seed))
+        except ReliabilityError as error:
+            print(f"no reliability: {error}")
+            return pd.DataFrame()
+    table = pd.concat(rows, ignore_index=True)
+    write_table(run / "reliability.csv", table)
+    return table

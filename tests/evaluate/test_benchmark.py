@@ -1,39 +1,180 @@
 """The table is complete, is not made twice, and does not depend on who wins."""
 
-import pandas as pd
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
-from kit.evaluate.benchmark import KEYS, models_of, run_benchmark
-from kit.params import Benchmark
+import numpy as np
+import pandas as pd
+import pytest
+
+from kit.evaluate import benchmark
+from kit.evaluate.benchmark import cells_of, run_benchmark
+from kit.params import BASELINES, Benchmark
+from kit.reading import ParameterError, check
 from kit.runs import Run
-from kit.show.curves import benchmark_table, summary
+from kit.show.comparison import scores_table, summary
 from tests.conftest import make_store
 
 
-def test_table_is_complete_and_resumes(store, tmp_path):
-    elsewhere = make_store(tmp_path / "elsewhere", seed=1, dataset="elsewhere")
-    params = Benchmark.model_validate({
-        "prepared": store.folder, "out_of_distribution": elsewhere.folder, "output_dir": tmp_path / "run",
-        "encoders": {"ResNet": "random:resnet18_narrow", "ViT": "random:vit_narrow"}, "tasks": ["lesion", "age"],
-        "finetune_tasks": ["lesion"], "label_fractions": [0.5, 1.0], "seeds": [0, 1], "epochs": 1})
-    run = Run.of(params)
-    tidy = run_benchmark(params, run)
-    models = models_of(params)
-    # 2 encoders x 2 tasks x (2 seeds on half of the labels + 1 on all) + 2 encoders x 2 seeds fine-tuned
-    assert len(models) == len(set(models)) == 16
-    assert len(tidy) == 32 and tidy["value"].notna().all() and set(tidy["distribution"]) == {
-        "in_distribution", "out_of_distribution"}
-    few = tidy["distribution"] == "in_distribution"  # five participants; out of distribution 24, 12 of each class
-    assert tidy.loc[few, ["low", "high"]].isna().all(axis=None) and set(tidy["participants"]) == {5, 24}
-    ages = tidy[~few & (tidy["task"] == "age")]
-    assert ((ages["low"] < ages["value"]) & (ages["value"] < ages["high"])).all()
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    return make_store(folder / "here", 60), make_store(folder / "elsewhere", seed=1, dataset="elsewhere")
 
-    # what is missing is made again, and comes out the same
-    kept = tidy[~((tidy["encoder"] == "ViT") & (tidy["mode"] == "finetune"))]
-    kept.to_csv(run / "tidy.csv", index=False)
-    again = run_benchmark(params, run)
-    keys = [*KEYS, "distribution"]
-    pd.testing.assert_frame_equal(again.sort_values(keys, ignore_index=True), tidy.sort_values(keys, ignore_index=True),
-                                  check_dtype=False, rtol=1e-4)
-    text = summary(tidy, "made-up data")
-    assert "nan" not in text and "[–]" in text and (benchmark_table(again) != "").all(axis=None)
-    assert "made-up data" in text and "lesion, in " in text and "lesion, out of " in text and "ViT" in text
+
+def params_for(stores, folder, **changes):
+    return check(Benchmark, {
+        "prepared": str(stores[0].folder), "out_of_distribution": str(stores[1].folder), "output_dir": str(folder),
+        "encoders": {"ResNet": "random:resnet18_narrow"}, "tasks": ["lesion", "age"], "finetune_tasks": ["lesion"],
+        "label_fractions": [0.5, 1.0], "finetune_fractions": [0.5], "seeds": [0, 1], "steps": 4, "check_steps": 2,
+        "batch_size": 8, **changes})
+
+
+def filled(params):
+    run = Run.of(params)
+    try:
+        return run_benchmark(params, run)
+    finally:
+        run.close()
+
+
+def cell_files(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.glob("cells/**/seed*.csv")}
+
+
+def test_table_is_complete_and_resumes(stores, tmp_path):
+    params = params_for(stores, tmp_path / "run")
+    results = filled(params)
+    scores = results.scores
+    # five baselines and the untrained probe on 2 tasks x 2 fractions, one fine-tuned; each on two test sets; but
+    # where age is asked, there is no column of demographics besides
+    assert not results.missing and len(scores) == (6 * 4 + 1) * 2 - 4
+    assert set(scores["encoder"]) == {*BASELINES, "ResNet"} and scores["value"].notna().all()
+    assert not scores.duplicated(["encoder", "mode", "task", "label_fraction", "distribution"]).any()
+    guess = scores[scores["encoder"] == "guess"].set_index(["task", "distribution"])["value"]
+    assert (guess.loc["lesion"] == 0.5).all()
+    assert set(scores.loc[scores["mode"] == "finetune", "seeds"]) == {2}
+    assert set(results.tidy["seed"]) == {0, 1} and results.tidy["fingerprint"].str.startswith("f").all()
+    whole = results.tidy[(results.tidy["mode"] == "baseline") & (results.tidy["label_fraction"] == 1)]
+    assert set(whole["seed"]) == {0}, "nothing random in it: fitted once"
+
+    # what is missing is made again, what is there is not, and all comes out the same
+    before = cell_files(tmp_path / "run")
+    lost = [path for path in before if "ResNet" in str(path)]
+    for path in lost:
+        (tmp_path / "run" / path).unlink()
+    again = filled(params)
+    after = cell_files(tmp_path / "run")
+    assert {path for path in before if after[path] != before[path]} == set(lost) and len(lost) == 2
+    pd.testing.assert_frame_equal(again.scores, scores)
+
+    text = summary(scores, results.differences, "made-up data")
+    assert "nan" not in text and "made-up data" in text
+    assert (scores_table(scores) != "").any(axis=None)
+
+
+def test_shards_share_the_cells(stores, tmp_path):
+    whole = filled(params_for(stores, tmp_path / "whole", finetune_tasks=[]))
+    for shard in (0, 1):
+        part = filled(params_for(stores, tmp_path / "run", finetune_tasks=[], shards=2, shard=shard))
+    assert not part.missing and (tmp_path / "run/shards/1-of-2/scores.csv").exists()
+    before = cell_files(tmp_path / "run")
+    together = filled(params_for(stores, tmp_path / "run", finetune_tasks=[]))
+    assert cell_files(tmp_path / "run") == before, "nothing was computed twice"
+    pd.testing.assert_frame_equal(together.scores, whole.scores)
+
+
+def test_folds_test_everybody_once(stores, tmp_path):
+    params = params_for(stores, tmp_path / "run", folds=3, baselines=["guess", "voxels"], finetune_tasks=[],
+                        label_fractions=[1.0])
+    results = filled(params)
+    own = results.predictions[(results.predictions["distribution"] == "in_distribution")]
+    for _, rows in own.groupby(["encoder", "task"]):
+        assert sorted(rows["scan"]) == sorted(stores[0].index["scan"]) and set(rows["fold"]) == {0, 1, 2}
+    other = results.predictions[results.predictions["distribution"] == "out_of_distribution"]
+    assert (other.groupby(["encoder", "task", "scan"]).size() == 3).all()
+    voxels = results.scores.set_index(["encoder", "task", "distribution"])["value"]
+    assert voxels["voxels", "lesion", "in_distribution"] > 0.9, "a bright corner says lesion"
+
+
+def test_settings_decide_what_is_stale(stores, tmp_path, capsys):
+    params = params_for(stores, tmp_path / "run", baselines=["guess"], seeds=[0])
+    filled(params)
+    before = cell_files(tmp_path / "run")
+    (tmp_path / "run" / "params.yaml").unlink()  # else other parameters are refused at once
+    filled(params_for(stores, tmp_path / "run", baselines=["guess"], seeds=[0], steps=6))
+    said = capsys.readouterr().out
+    assert "computed anew" in said and "steps: 4 then, 6 now: ResNet on lesion (1 cells)" in said
+    after = cell_files(tmp_path / "run")
+    assert {path for path in before if after[path] != before[path]} == {
+        path for path in before if "ResNet" in str(path)}
+
+
+def test_covariates_that_changed_are_seen(tmp_path, capsys):
+    stores = make_store(tmp_path / "here", 60), make_store(tmp_path / "elsewhere", seed=1, dataset="elsewhere")
+    values = {"baselines": ["guess", "demographics", "site"], "seeds": [0], "finetune_tasks": [], "tasks": ["lesion"]}
+    filled(params_for(stores, tmp_path / "run", **values))
+    before = cell_files(tmp_path / "run")
+    index = pd.read_csv(tmp_path / "here/index.csv", dtype={"participant": str, "session": str})
+    index.assign(age=index["age"] + 1).to_csv(tmp_path / "here/index.csv", index=False)
+    filled(params_for(stores, tmp_path / "run", **values))
+    after = cell_files(tmp_path / "run")
+    assert {path.parts[2] for path in before if after[path] != before[path]} == {"demographics"}
+    assert "columns: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_goes_on(stores, tmp_path):
+    """`kill -9` amid fine-tuning: the same table, and no cell is computed twice."""
+    whole = filled(params_for(stores, tmp_path / "whole", baselines=["guess"], steps=20))
+    values = params_for(stores, tmp_path / "run", baselines=["guess"], steps=20).plain()
+    code = ("import json, sys; from kit.params import Benchmark; from kit.runs import Run; "
+            "from kit.evaluate.benchmark import run_benchmark; "
+            "params = Benchmark.model_validate(json.loads(sys.argv[1])); run_benchmark(params, Run.of(params))")
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(values)])
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("run/cells/lesion/ResNet/*/seed0.csv")) and time.monotonic() < until:
+        assert process.poll() is None, "it was faster than the test"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = cell_files(tmp_path / "run")
+    assert before
+    again = filled(params_for(stores, tmp_path / "run", baselines=["guess"], steps=20))
+    after = cell_files(tmp_path / "run")
+    assert {path: after[path] for path in before} == before and len(after) > len(before)
+    pd.testing.assert_frame_equal(again.scores, whole.scores)
+
+
+def test_cells_have_folders_of_their_own(stores):
+    params = params_for(stores, "outputs/x", encoders={"a/b": "random:vit", "a%2Fb": "random:vit", "c": "random:vit"},
+                        finetune_tasks=["lesion", "age"])
+    cells = cells_of(params, {"lesion": [0, 1], "age": [0]})
+    assert len({cell.folder for cell in cells}) == len(cells) and all(len(cell.folder.parts) == 4 for cell in cells)
+
+
+def test_names_of_baselines_are_taken(stores):
+    with pytest.raises(ParameterError, match="encoders.volumes: a baseline has this name"):
+        params_for(stores, "outputs/x", encoders={"volumes": "random:vit"})
+
+
+def test_an_encoder_of_each_seed(stores, tmp_path, monkeypatch):
+    """`{seed}` in an encoder's name: a probe on all labels has as many replicates as there are encoders."""
+    seen = []
+    real = benchmark.load_encoder
+    monkeypatch.setattr(benchmark, "load_encoder", lambda spec, *more: seen.append(spec) or real(
+        "random:resnet18_narrow", *more))
+    monkeypatch.setattr(benchmark, "side_of", lambda spec: {})
+    monkeypatch.setattr(benchmark, "noted", lambda spec, network, record: {"from": spec, "weights": spec,
+                                                                           "objective": "simclr"})
+    monkeypatch.setattr(benchmark, "read_record", lambda spec: {"architecture": "resnet18_narrow"})
+    params = params_for(stores, tmp_path / "run", baselines=["guess"], finetune_tasks=[], label_fractions=[1.0])
+    results = filled(params.model_copy(update={"encoders": {"SimCLR": "outputs/fold{fold}/seed{seed}"}}))
+    assert {"outputs/fold0/seed0", "outputs/fold0/seed1"} <= set(seen)
+    probe = results.scores[results.scores["encoder"] == "SimCLR"]
+    assert set(probe["seeds"]) == {2} and np.isfinite(probe["value"]).all()
+    assert set(results.differences["rival"]) == {"guess"}
