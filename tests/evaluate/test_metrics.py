@@ -8,11 +8,31 @@ import sys
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import mean_absolute_error, roc_auc_score
+from scipy.special import expit, softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    mean_absolute_error,
+    mean_squared_error,
+    r2_score,
+    roc_auc_score,
+)
 
 from kit import device
 from kit.device import scans_at_a_time
-from kit.evaluate.metrics import LEAST_PARTICIPANTS, score
+from kit.evaluate.metrics import (
+    LEAST_PARTICIPANTS,
+    auc,
+    bias_corrected,
+    further_metrics,
+    matched,
+    per_participant,
+    predicted_of,
+    score,
+    within_bands,
+)
 from kit.evaluate.predict import predict
 from kit.evaluate.probe import fit_probe, predict_probe
 from kit.runs import ROOT
@@ -41,13 +61,169 @@ def test_values_are_those_of_scikit_learn():
     assert score(labels, guess, "regression", who)["value"] == pytest.approx(mean_absolute_error(labels, guess))
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(200):
-        truth = rng.normal(size=60)
-        found = score(truth, truth + rng.normal(size=60), "regression", range(60))
-        covered += found["low"] <= np.sqrt(2 / np.pi) <= found["high"]
-    assert 0.88 <= covered / 200 <= 0.99  # 95 %, give or take three standard errors and the bootstrap's bias
+def three_classes(count=90, seed=0):
+    """Class 0 to 2 and logits, of which one scan's may be far above another's as a whole: softmax does not see it."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count).astype(float)
+    logits = np.eye(3)[labels.astype(int)] + rng.normal(size=(count, 3)) + 3 * rng.normal(size=(count, 1))
+    return labels, logits, rng.integers(1, 5, count).astype(float)
+
+
+def test_of_several_classes_the_auc_is_scikit_learns_macro_one_vs_rest():
+    labels, logits, weights = three_classes()
+    right = roc_auc_score(labels, softmax(logits, axis=1), multi_class="ovr", average="macro")
+    found = score(labels, logits, "classification", range(90))
+    assert found["value"] == pytest.approx(right) and found["low"] < right < found["high"]
+    of_each = [roc_auc_score(labels == each, softmax(logits, axis=1)[:, each], sample_weight=weights)
+               for each in range(3)]
+    assert auc(labels, logits, np.stack([np.ones(90), weights])) == pytest.approx([right, np.mean(of_each)])
+    assert np.isnan(auc(labels[labels > 0], logits[labels > 0], np.ones((1, (labels > 0).sum())))[0])  # no class 0
+    # two of three probabilities of class 1 round to 1, and would be a tie: .75 for the first 1
+    sure = np.array([[0.0, 60, 0], [0, 50, 0], [0, 0, 0]])
+    assert auc(np.array([1.0, 0, 2]), sure, np.ones((1, 3)))[0] == pytest.approx((0.5 + 1 + 1) / 3)
+
+
+def test_a_participants_logits_are_averaged_by_class():
+    joined = per_participant([1, 1, 2], [[0.0, 1, 2], [2, 3, 7], [1, 1, 1]], ["p0", "p0", "p1"])
+    assert predicted_of(joined).tolist() == [[1, 2, 4.5], [1, 1, 1]] and joined["weight"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="1 of 2 predictions are not finite"):
+        per_participant([1, 2], [[0, 1, 2], [0, np.inf, 1]], ["p0", "p1"])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_pairs_are_of_one_fold(several):
+    labels, logits, weights = three_classes()
+    labels, logits = (labels, logits) if several else ((labels > 0).astype(float), logits[:, 0].round())  # ties
+    folds = np.random.default_rng(1).integers(0, 4, 90)
+
+    def pairs(of, value):  # pair by pair, by the definition
+        apart = [(weights[i] * weights[j], (value[i] > value[j]) + (value[i] == value[j]) / 2)
+                 for i in range(90) for j in range(90) if of[i] > of[j] and folds[i] == folds[j]]
+        return sum(weight * right for weight, right in apart) / sum(weight for weight, _ in apart)
+
+    odds = softmax(logits, axis=1) if several else logits
+    right = np.mean([pairs(labels == each, odds[:, each]) for each in range(3)]) if several else pairs(labels, odds)
+    assert auc(labels, logits, weights[None], folds)[0] == pytest.approx(right)
+    shifted = logits + 64 * (folds[:, None] if several else folds)
+    turned = np.random.default_rng(2).permutation(90)
+    found, again = (score(labels, each, "classification", range(90), folds=folds) for each in (logits, shifted))
+    assert found == pytest.approx(again) and found["low"] < found["value"] < found["high"]
+    assert found == score(labels[turned], logits[turned], "classification", np.arange(90)[turned], folds=folds[turned])
+
+
+def test_further_metrics_of_two_classes_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels, weights = rng.integers(0, 2, 80).astype(float), rng.integers(1, 4, 80) / 2
+    odds = (1.5 * labels + rng.normal(size=80)).round(1)
+    found = further_metrics(labels, odds, weights, "classification")
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, odds > 0, sample_weight=weights))
+    assert found["brier"] == pytest.approx(brier_score_loss(labels, expit(odds), sample_weight=weights))
+    assert found["average_precision"] == pytest.approx(average_precision_score(labels, odds, sample_weight=weights))
+    healthy, ill = labels == 0, labels == 1
+    reached = [weights[ill & (odds >= cut)].sum() / weights[ill].sum() for cut in [*np.unique(odds), np.inf]
+               if weights[healthy & (odds >= cut)].sum() <= 0.1 * weights[healthy].sum()]
+    assert found["sensitivity_at_90_specificity"] == pytest.approx(max(reached)) and 0 < max(reached) < 1
+
+
+def test_calibration_is_found_as_it_was_planted():
+    rng = np.random.default_rng(0)
+    odds = 2 * rng.normal(size=100_000)
+    labels, weights = (rng.random(100_000) < expit(odds)).astype(float), np.ones(100_000)
+    fine = further_metrics(labels, odds, weights, "classification")
+    assert fine["calibration_slope"] == pytest.approx(1, abs=0.03)
+    assert fine["calibration_intercept"] == pytest.approx(0, abs=0.03)
+    # overconfident by half, then a log-odds too high
+    assert further_metrics(labels, 2 * odds, weights, "classification")["calibration_slope"] == pytest.approx(
+        fine["calibration_slope"] / 2, rel=1e-4)
+    high = further_metrics(labels, odds + 1, weights, "classification")
+    assert high["calibration_intercept"] == pytest.approx(fine["calibration_intercept"] - 1, abs=1e-6)
+    some = slice(0, 300)  # a model's slope, of weighted scans
+    heavy = rng.integers(1, 5, 300).astype(float)
+    fitted = LogisticRegression(C=1e12, tol=1e-10).fit(np.repeat(odds[some], heavy.astype(int))[:, None],
+                                                       np.repeat(labels[some], heavy.astype(int)))
+    found = further_metrics(labels[some], odds[some], heavy, "classification")
+    assert found["calibration_slope"] == pytest.approx(fitted.coef_[0, 0], rel=1e-3)
+
+
+def test_further_metrics_that_are_not_defined_are_nan():
+    one = further_metrics(np.ones(5), np.arange(5.0), np.ones(5), "classification")
+    assert np.isfinite(one.pop("brier")) and len(one) == 5 and all(np.isnan(each) for each in one.values())
+    parted = further_metrics(np.array([0.0, 0, 1, 1]), np.array([-2.0, -1, 1, 2]), np.ones(4), "classification")
+    assert np.isnan(parted["calibration_slope"]) and parted["sensitivity_at_90_specificity"] == 1
+    same = further_metrics(np.array([0.0, 1, 2]), np.ones(3), np.ones(3), "regression")
+    assert np.isnan(same["correlation"]) and same["bias_slope"] == -1  # as guessing does
+
+
+def test_further_metrics_of_several_classes():
+    labels, logits, weights = three_classes()
+    odds, found = softmax(logits, axis=1), further_metrics(labels, logits, weights, "classification")
+    of_each = [brier_score_loss(labels == each, odds[:, each], sample_weight=weights) for each in range(3)]
+    assert found == {"brier": pytest.approx(np.mean(of_each)), "balanced_accuracy": pytest.approx(
+        balanced_accuracy_score(labels, logits.argmax(1), sample_weight=weights))}
+
+
+def test_further_metrics_of_numbers():
+    rng = np.random.default_rng(0)
+    true, heavy = rng.normal(50, 15, 60), rng.integers(1, 4, 60)
+    predicted = 20 + 0.6 * true + rng.normal(0, 4, 60)
+    found = further_metrics(true, predicted, heavy / 2, "regression")
+    often, guesses = np.repeat(true, heavy), np.repeat(predicted, heavy)
+    assert found["rmse"] == pytest.approx(mean_squared_error(often, guesses) ** 0.5)
+    assert found["r2"] == pytest.approx(r2_score(often, guesses))
+    assert found["correlation"] == pytest.approx(np.corrcoef(often, guesses)[0, 1])
+    assert found["bias_slope"] == pytest.approx(np.polyfit(often, guesses - often, 1)[0])
+
+
+def test_bias_correction_takes_the_pull_to_the_mean_away():
+    rng = np.random.default_rng(0)
+    true = rng.normal(50, 15, 2000)
+    predicted = 20 + 0.6 * true + rng.normal(0, 4, 2000)
+    corrected = bias_corrected(true[:1000], predicted[:1000], predicted[1000:])
+    before, after = (further_metrics(true[1000:], each, np.ones(1000), "regression")
+                     for each in (predicted[1000:], corrected))
+    assert before["bias_slope"] == pytest.approx(-0.4, abs=0.03) and after["bias_slope"] == pytest.approx(0, abs=0.05)
+    assert after["correlation"] == pytest.approx(before["correlation"])
+    with pytest.raises(ValueError, match="do not rise with the truth"):
+        bias_corrected(true, -true, predicted)
+
+
+def test_within_bands_of_age_what_age_alone_tells_is_gone():
+    rng = np.random.default_rng(0)
+    age = rng.uniform(50, 90, 400)
+    ill = (rng.random(400) < expit((age - 70) / 5)).astype(float)
+    assert score(ill, age, "classification", range(400))["value"] > 0.8
+    found = within_bands(ill, age, "classification", range(400), age, [20, 40, 65, 70, 75, 90])
+    assert list(found["from"]) == [40, 65, 70, 75] and found["participants"].sum() == 400  # nobody from 20 to 40
+    middle = (age >= 65) & (age < 70)
+    assert dict(found.iloc[1][["value", "low", "high"]]) == pytest.approx({
+        name: value for name, value in score(ill[middle], age[middle], "classification", range(middle.sum())).items()
+        if name != "participants"})
+    assert found["value"][1] < 0.75
+
+
+def test_matching_pairs_by_sex_and_age():
+    names, case = list("abcdefgh"), np.array([1, 1, 0, 0, 0, 1, 0, 0])
+    age, sex = np.array([60.0, 61, 61.5, 59, 75, 70, 70, np.nan]), np.array(list("ffffffmf"))
+    # the nearest of a, then b, would leave b with none within a year and a half: a-d and b-c are both
+    keep = matched(names, case, age, sex, caliper=1.5)
+    assert [name for name, kept in zip(names, keep, strict=True) if kept] == ["a", "b", "c", "d"]
+    turned = np.random.default_rng(0).permutation(8)
+    again = matched(np.array(names)[turned], case[turned], age[turned], sex[turned], caliper=1.5)
+    assert (again == keep[turned]).all()
+    assert matched(names, case, age, sex, caliper=5).sum() == 6  # f and e of 70 and 75
+    with pytest.raises(ValueError, match="a has several rows"):
+        matched(["a", "a"], np.array([0, 1]), np.ones(2), np.ones(2))
+
+
+def test_after_matching_age_alone_tells_nothing():
+    rng = np.random.default_rng(0)
+    ill = np.repeat([0.0, 1], [200, 100])
+    age, sex = rng.normal(60 + 12 * ill, 8), rng.integers(0, 2, 300)
+    keep = matched(range(300), ill, age, sex)
+    assert (keep & (ill == 1)).sum() == (keep & (ill == 0)).sum() > 40
+    assert score(ill, age, "classification", range(300))["value"] > 0.8
+    left = score(ill[keep], age[keep], "classification", np.flatnonzero(keep))
+    assert left["low"] < 0.5 < left["high"]
 
 
 def test_scans_of_one_participant_are_drawn_together():
@@ -133,9 +309,9 @@ rng = np.random.default_rng(0)
 labels = np.repeat([0.0, 1.0], 10_000)
 guess = labels + rng.normal(size=20_000)
 right, before = roc_auc_score(labels, guess), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-begun = time.monotonic()
+begun = time.process_time()
 found = score(labels, guess, "classification", range(20_000))
-print(json.dumps({**found, "right": right, "seconds": time.monotonic() - begun,
+print(json.dumps({**found, "right": right, "seconds": time.process_time() - begun,
                   "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3}))
 """
 
