@@ -57,9 +57,10 @@ def baseline_predictions(name: str, task: Task, *, demographics: Sequence[str] |
             `dataset`), "volumes" or "voxels".
         demographics: columns of the index; None: those of `DEMOGRAPHICS` that there are. The task's own column, or one
             much like it, is left out.
-        volumes: a table of the user's; None: the prepared scans' own (see `kit.evaluate.volumes.tissue_volumes`).
+        volumes: a table of the user's (see `kit.evaluate.volumes.read_volumes`); None: the prepared scans' own
+            (see `kit.evaluate.volumes.tissue_volumes`).
         atlas: regions of these volumes; see `kit.evaluate.volumes.regions_on`.
-        cache: a folder where what is measured in each scan is kept.
+        cache: a folder where what is measured in each scan, volumes or voxels, is kept; None: measured anew.
         say: told what is left out, and why.
 
     Returns:
@@ -111,8 +112,6 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
     if missing := [name for name in columns if name not in index]:
         raise LabelError(f"demographics: no column {', '.join(missing)}; the index has {', '.join(index.columns)}")
     columns = _without_label(task, {name: task.parts[name].rows[list(columns)] for name in LEARNT}, tell)
-    if not columns:
-        raise DoesNotApply("no column of demographics but the label's own")
     return {name: pd.DataFrame({column: _covariate(part.rows, column, index) for column in columns})
             for name, part in task.parts.items()}
 
@@ -138,36 +137,43 @@ def _sites(rows: pd.DataFrame) -> pd.DataFrame:
 def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
     table = read_volumes(path)
     found = looked_up(table, pd.concat([part.rows for part in task.parts.values()], keys=task.parts))
-    found = found.drop(columns=[name for name in found if _words(name) & set(DEMOGRAPHICS)])
+    if others := [name for name in found if _words(name) & set(DEMOGRAPHICS)]:
+        tell(f"without {', '.join(others)}, no volumes")
+        found = found.drop(columns=others)
     tables = {name: found.loc[name] for name in task.parts}
     columns = _without_label(task, {name: tables[name] for name in LEARNT}, tell)
     return {name: each[columns] for name, each in tables.items()}
 
 
 def _words(name: str) -> set[str]:
-    words = set(re.findall(r"[a-z]+|\d+", str(name).casefold()))
+    """`Age_at_scan` is of the words age, at and scan."""
+    words = set(re.findall(r"[^\W\d_]+|\d+", str(name).casefold()))
     return {SAME.get(word, word) for word in words}
 
 
 def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> list[str]:
-    """Columns that are not the label: by their names, or as they say the same of each scan that is learnt from."""
+    """Columns that are not the label, neither by their names nor by what they say of the scans that are learnt from."""
     rows, own = pd.concat(list(tables.values())), _words(task.labels.task)
     labels = pd.Series(np.concatenate([task.parts[name].labels for name in tables]), rows.index)
     kept = []
     for column in rows:
         words, both = _words(column), pd.DataFrame({"one": rows[column], "other": labels}).dropna()
-        if words <= own or own <= words or _copy(both["one"], both["other"], task.labels.kind):
+        if (words and (words <= own or own <= words)) or _copy(both["one"], both["other"], task.labels.kind):
             tell(f"without {column}, which is the label or says the same")
         else:
             kept.append(column)
+    if not kept:
+        raise DoesNotApply("it has no column but the label's own")
     return kept
 
 
 def _copy(one: pd.Series, labels: pd.Series, kind: str) -> bool:
-    if len(labels) < LEAST_ROWS or one.nunique() < 2 or labels.nunique() < 2:
+    """Whether a column has one value for each class, or is the number in another unit."""
+    values = one.nunique()
+    if len(labels) < LEAST_ROWS or values < 2:
         return False
-    if kind == "classification":  # one value a class, and one class a value
-        return one.groupby(labels).nunique().max() == labels.groupby(one).nunique().max() == 1
+    if kind == "classification":
+        return values == labels.nunique() == len(set(zip(one, labels, strict=True)))
     return pd.api.types.is_numeric_dtype(one) and abs(one.corr(labels)) > COPY
 
 
@@ -182,7 +188,7 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
         known = tables[name].notna().any(axis=1).to_numpy()
         if not known.all():
             who = part.participants[~known].unique()
-            some = ', '.join(who[:5]) + ', ...' * (len(who) > 5)
+            some = ", ".join(who[:5]) + ", ..." * (len(who) > 5)
             tell(f"nothing is known of {len(who)} participants of {name}: {some}")
         if known.any():
             parts[name] = part.only(known) if name in LEARNT else part
@@ -244,7 +250,7 @@ def _measured(task: Task, measure: Callable[[Store, str], np.ndarray], path: Pat
     known = load_file(path) if path and path.exists() else {}
     todo = {key: (part.store, scan) for name, part in task.parts.items()
             for key, scan in zip(keys[name], part.rows["scan"], strict=True) if key not in known}
-    known |= {key: measure(*each) for key, each in progress(todo.items(), desc="measuring scans")}
+    known |= {key: measure(*each) for key, each in progress(todo.items(), desc="measuring scans", disable=not todo)}
     if todo and path:
         write_whole(path, lambda aside: save_file(known, aside))
     return {name: np.stack([known[key] for key in each]) for name, each in keys.items()}

@@ -65,6 +65,8 @@ def tissue_shares(voxels: np.ndarray) -> np.ndarray:
 def regions_on(grid: Grid, atlas: Path | None = None) -> np.ndarray:
     """Regions of the grid's template space, int (depth, height, width), numbered from 1.
 
+    They mean the same place in each scan only as far as scans are registered.
+
     Args:
         atlas: a NIfTI of labels in MNI millimetres, 0 outside; each voxel takes the label at its centre. None: cubes
             of 30 mm, left and right apart; one with little of the template's brain goes to the nearest that has more.
@@ -86,16 +88,19 @@ def _atlas_on(grid: Grid, atlas: Path) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _cubes(grid: Grid) -> np.ndarray:
-    brain = template_on(grid)[1]
-    at = np.indices(grid.shape)[::-1].reshape(3, -1).T * grid.spacing_mm + grid.origin_mm  # (voxels, 3) mm
-    regions = np.zeros(brain.size, int)
-    for on_side in (at[:, 0] < 0, at[:, 0] >= 0):
-        cubes, voxels = np.unique(np.floor(at[on_side & brain.ravel()] / CUBE_MM), axis=0, return_counts=True)
-        if len(cubes):
-            volumes = voxels * grid.spacing_mm**3 / 1000
-            centres = (cubes[volumes >= min(LEAST_ML, volumes.max())] + 0.5) * CUBE_MM
-            regions[on_side] = regions.max() + 1 + cKDTree(centres).query(at[on_side])[1]
-    return regions.reshape(grid.shape)
+    voxels_mm = [start + grid.spacing_mm * np.arange(side)
+                 for start, side in zip(grid.origin_mm[::-1], grid.shape, strict=True)]  # along z, y and x
+    places = [np.floor(each / CUBE_MM).astype(int) for each in voxels_mm]  # 0 begins at 0 mm: no cube has both sides
+    counts = [each[-1] - each[0] + 1 for each in places]
+    cube = np.ravel_multi_index(np.ix_(*[each - each[0] for each in places]), counts)
+    at = np.indices(counts).reshape(3, -1).T + [each[0] for each in places]  # (cubes, 3)
+    brain_ml = np.bincount(cube[template_on(grid)[1]], minlength=len(at)) * grid.spacing_mm**3 / 1000
+    region = np.zeros(len(at), int)
+    for side in (at[:, 2] < 0, at[:, 2] >= 0):
+        if side.any():
+            large = brain_ml[side] >= min(LEAST_ML, brain_ml[side].max())
+            region[side] = region.max() + 1 + cKDTree(at[side][large]).query(at[side])[1]
+    return region[cube]
 
 
 def native_size(store: Store, rows: pd.DataFrame) -> np.ndarray:
