@@ -14,7 +14,7 @@ def test_table_is_complete_and_resumes(store, tmp_path):
     params = Benchmark.model_validate({
         "prepared": store.folder, "out_of_distribution": elsewhere.folder, "output_dir": tmp_path / "run",
         "encoders": {"ResNet": "random:resnet18_narrow", "ViT": "random:vit_narrow"}, "tasks": ["lesion", "age"],
-        "finetune_tasks": ["lesion"], "label_fractions": [0.5, 1.0], "seeds": [0, 1], "epochs": 1})
+        "finetune_tasks": ["lesion"], "label_fractions": [0.5, 1.0], "seeds": [0, 1], "steps": 2})
     run = Run.of(params)
     tidy = run_benchmark(params, run)
     models = models_of(params)
