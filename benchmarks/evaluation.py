@@ -45,7 +45,7 @@ def measure() -> list[Ratio]:
         ours, epoch, forwards = cpu_seconds(cached, an_epoch, bare, repeats=5)
     what = f"{SCANS} scans of {'x'.join(map(str, DEMO))}, resnet18_narrow, one thread"
     return [times_better("probe_cached", ours, EPOCHS * epoch, 20, "CPU-seconds",
-                         f"{what}: embedded once, kept, and a probe fitted with each of its penalties, against {EPOCHS} "
-                         "epochs of a frozen encoder, which embed again each time (their linear layer not counted)"),
+                         f"{what}: embedded once, kept, and a probe fitted with each of its penalties, against "
+                         f"{EPOCHS} epochs that embed with a frozen encoder again (their linear layer not counted)"),
             share("embed_vs_bare", epoch, forwards, 1.1, "CPU-seconds",
                   f"{what}: read and embedded, against the same network on scans that lie in memory")]

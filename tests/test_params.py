@@ -37,9 +37,9 @@ def test_unknown_name_is_refused_with_its_nearest(prepared):
 
 def test_all_faults_stand_in_one_message(prepared):
     text = refusal(NOTEBOOKS["3_finetune"], output_dir="outputs/x", prepared=prepared, encoder="random",
-                   label_fraction=2, epochs="many", learning_rte=1)
+                   label_fraction=2, steps="many", learning_rats=1)
     assert text.startswith("3 things are wrong")
-    assert "label_fraction: got 2" in text and "epochs: got 'many'" in text and "did you mean learning_rate?" in text
+    assert "label_fraction: got 2" in text and "steps: got 'many'" in text and "did you mean learning_rates?" in text
 
 
 def test_missing_files_say_what_to_run_first(tmp_path):

@@ -76,7 +76,7 @@ def through(model, function, values):
 
 def finetuned(store, folder, **changes):
     return through(Finetune, finetuning.run_finetune, {
-        "prepared": store.folder, "encoder": "random:resnet18_narrow", "task": "lesion", "mode": "probe", "epochs": 3,
+        "prepared": store.folder, "encoder": "random:resnet18_narrow", "task": "lesion", "mode": "probe", "steps": 3,
         "batch_size": 8, "output_dir": folder, **changes})
 
 
@@ -367,7 +367,7 @@ def explained(store, model, folder, **changes):
 
 
 def test_a_model_is_shown_the_scans_that_it_was_tested_on(store, tmp_path, capsys):
-    metrics = finetuned(store, tmp_path / "model", mode="finetune", epochs=1)[2]
+    metrics = finetuned(store, tmp_path / "model", mode="finetune", steps=2)[2]
     record, _ = explained(store, tmp_path / "model", tmp_path / "run")
     assert record["made_from"]["fingerprint"] == metrics["fingerprint"]
     made = json.loads((tmp_path / "run/made_from.json").read_text())
@@ -396,11 +396,11 @@ def test_a_model_is_shown_the_scans_that_it_was_tested_on(store, tmp_path, capsy
 
 @pytest.mark.slow
 def test_maps_of_an_older_model_go_and_an_older_kits_model_is_refused(store, tmp_path, capsys):
-    finetuned(store, tmp_path / "model", mode="finetune", epochs=1)
+    finetuned(store, tmp_path / "model", mode="finetune", steps=2)
     explained(store, tmp_path / "model", tmp_path / "run")
     (tmp_path / "run/maps/old_gradient.nii.gz").touch()
     correct_labels(store)
-    finetuned(store, tmp_path / "model", mode="finetune", epochs=1)
+    finetuned(store, tmp_path / "model", mode="finetune", steps=2)
     explained(store, tmp_path / "model", tmp_path / "run")
     assert "model weights: " in capsys.readouterr().out
     assert not (tmp_path / "run/maps/old_gradient.nii.gz").exists()

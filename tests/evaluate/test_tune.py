@@ -67,7 +67,8 @@ def test_the_rate_of_the_lowest_validation_loss_is_chosen_and_can_be_given(store
     asked = params(store, steps=4, learning_rates=[1e-6, 3e-2], weight_decays=[0.0, 10.0])
     tuned = tune(task_of(store), ENCODER, asked, 0, tmp_path, check=False)
     tries = pd.read_csv(tmp_path / "tries.csv")
-    assert tries[["learning_rate", "weight_decay"]].to_numpy().tolist() == [[1e-6, 0], [1e-6, 10], [3e-2, 0], [3e-2, 10]]
+    tried = tries[["learning_rate", "weight_decay"]].to_numpy().tolist()
+    assert tried == [[1e-6, 0], [1e-6, 10], [3e-2, 0], [3e-2, 10]]
     lowest = tries.loc[tries["validation_loss"].idxmin()]
     assert tuned.choice == (lowest["learning_rate"], lowest["weight_decay"]) and tries["validation_loss"].nunique() == 4
     assert tuned.validation_score == lowest["validation_score"] == score_validation(task_of(store), tuned.predictor)

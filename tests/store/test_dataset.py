@@ -16,7 +16,7 @@ import torch
 from kit.runs import ROOT
 from kit.seeding import scan_key
 from kit.store.dataset import PreparedScans, collate, load_batches
-from kit.store.sampler import balanced, batches_of, epoch_batches, in_order, session_batches
+from kit.store.sampler import all_batches, balanced, batches_of, epoch_batches, in_order, session_batches, stretch
 from kit.store.store import Store, StoreError, scan_path
 from tests.conftest import absent
 from tests.train.test_survival import children, command, wait_for_checkpoint
@@ -43,6 +43,21 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 def test_a_cohort_smaller_than_a_batch_is_one_batch():
     assert sorted(epoch_batches(["a", "b", "c"], 8, seed=0, epoch=0)[0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("count", "sizes"), [
+    (48, [16] * 3), (49, [13, 12, 12, 12]), (33, [11] * 3), (3, [3]), (1, [1])])
+def test_all_batches_drop_nobody_and_leave_nobody_alone(count, sizes):
+    passes = [all_batches(count, 16, 0, epoch) for epoch in (0, 0, 1)]
+    assert [len(batch) for batch in passes[0]] == sizes
+    assert sorted(sum(passes[0], [])) == sorted(sum(passes[2], [])) == list(range(count))
+    assert passes[0] == passes[1] and (passes[0] != passes[2] or count == 1)
+    assert [len(batch) for batch in all_batches(5, 2, 0, 0)] == [3, 2]
+
+
+def test_stretches_make_up_the_passes():
+    whole = [batch for epoch in range(4) for batch in all_batches(10, 4, 0, epoch)]
+    assert len(whole) == 12 and stretch(10, 4, 0, 0, 5) + stretch(10, 4, 0, 5, 7) == whole
 
 
 def test_each_dataset_comes_as_often():

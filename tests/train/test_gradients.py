@@ -14,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kit.augment.recipe import Recipe
 from kit.models.encoders import build_encoder
+from kit.models.heads import Predictor
 from kit.runs import ROOT
 from kit.store.dataset import PreparedScans, collate
 from kit.store.sampler import epoch_batches
 from kit.train.distributed import launch, process_group, rank
 from kit.train.loop import Settings, TrainingError, chunks_of, fit, gradients, reads
-from kit.train.objectives import MaskedReconstruction, SimCLR
+from kit.train.objectives import MaskedReconstruction, SimCLR, Supervised
 from kit.train.optimizers import Lars, build_optimizer
 from tests.conftest import SHAPE
 
@@ -172,6 +173,17 @@ def test_lars_is_the_formula():
         optimizer.step()
         assert torch.allclose(layer.weight, weight) and torch.allclose(layer.bias, bias)
     assert isinstance(optimizer, Lars)
+
+
+def test_layers_near_the_head_learn_faster():
+    objective = Supervised(Predictor(build_encoder("resnet18_narrow", SHAPE)), "classification", flip=False, seed=0)
+    optimizer = build_optimizer(objective, replace(SETTINGS, layer_decay=0.5))
+    scale = {id(weight): group["scale"] for group in optimizer.param_groups for weight in group["params"]}
+    network = objective.encoder.network
+    weights = [objective.predictor.head.weight, network.layer4[0].conv1.weight, network.layer1[0].bn1.bias,
+               network.conv1.weight]
+    assert [scale[id(weight)] for weight in weights] == [1, 1 / 2, 1 / 16, 1 / 32]
+    assert len(scale) == len(list(objective.parameters()))
 
 
 def trained(store, folder=None, objective=None, **changes):

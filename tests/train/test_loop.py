@@ -4,6 +4,7 @@ import json
 import os
 import re
 import warnings
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,13 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from monai.networks.nets import DenseNet121
 from torch.nn.parallel import DistributedDataParallel
 
 from kit.augment.recipe import Recipe
 from kit.cohort.labels import LabelError
 from kit.cohort.split import LeakageError
-from kit.evaluate import finetune as finetuning
-from kit.evaluate.finetune import finetune, load_predictor, run_finetune
+from kit.evaluate import tune as tuning
+from kit.evaluate.finetune import load_predictor, run_finetune
 from kit.evaluate.tasks import read_tasks
 from kit.models.encoder_file import read_record
 from kit.models.encoders import build_encoder
@@ -36,7 +38,7 @@ from kit.train.distributed import (
 )
 from kit.train.loop import Settings, TrainingError, chunks_of, validate
 from kit.train.objectives import SimCLR
-from kit.train.optimizers import learning_rate
+from kit.train.optimizers import depths_of, learning_rate
 from kit.train.pretrain import build_objective, choose_scans, pretrain
 from tests.conftest import SHAPE, make_store
 
@@ -108,11 +110,11 @@ def test_views_keep_the_stores_scale(tmp_path, monkeypatch):
     batch = collate([PreparedScans(whitened, whitened.index)[0]]).to(torch.device("cpu"))
     batch = replace(batch, images=(0.8 + 0.2 * batch.images) * batch.masks)
     torch.testing.assert_close(objective.views(batch, 0)[0], batch.images, rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr(finetuning, "Supervised", lambda *_, **options: scales.append(options["zscored"]) or 1 / 0)
+    monkeypatch.setattr(tuning, "Supervised", lambda *_, **options: scales.append(options["zscored"]) or 1 / 0)
     for store in (made, whitened):
         with pytest.raises(ZeroDivisionError):
-            finetune(read_tasks({"prepared": store}, "lesion")[0], build_encoder("resnet18_narrow", SHAPE),
-                     SETTINGS, flip=False)
+            tuning.Job(read_tasks({"prepared": store}, "lesion")[0], build_encoder("resnet18_narrow", SHAPE), SETTINGS,
+                       steps=1, check_steps=1, flip=False).objective()
     assert scales == [True, False]
 
 
@@ -132,7 +134,7 @@ def test_participants_seen_in_pretraining_are_refused(store, tmp_path):
 def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
     tuned = Finetune.model_validate({
         "prepared": store.folder, "output_dir": tmp_path / "run", "encoder": "random:resnet18_narrow", "task": task,
-        "mode": mode, "epochs": 15, "batch_size": 8, "flip": False, "learning_rate": 3e-3})
+        "mode": mode, "steps": 45, "check_steps": 3, "batch_size": 8, "flip": False, "learning_rates": [3e-3]})
     found, predictions, metrics = run_finetune(tuned, run := Run.of(tuned))
     value, low, high = (metrics[f"in_distribution_{metric}{end}"] for end in ("", "_low", "_high"))
     assert low is None and high is None  # of a handful of participants
@@ -144,6 +146,9 @@ def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
     _, again, read = run_finetune(tuned, run)
     assert np.allclose(again["predicted"], predictions["predicted"]) and read == metrics
     if mode == "finetune":  # the model that is left gives the predictions that were written
+        assert metrics["trained"] in (0, 1) and metrics["learning_rate"] == 3e-3 and not (run / "tries").exists()
+        assert metrics[f"validation_{metric}"] == pd.read_csv(run / "tries.csv")["validation_score"][0]
+        assert len(pd.read_csv(run / "log.csv")) > 1
         model, record = load_predictor(tmp_path / "run", store.record)
         image = torch.from_numpy(store.read(predictions["scan"][0])[0].astype(np.float32))[None, None]
         with torch.no_grad():
@@ -185,6 +190,24 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
         state = checkpoint.read_checkpoint(folder)
     assert len(state["log"]) == 1 and (folder / "last.pt").exists()
     assert any(re.search(r"last.pt cannot be read .*it is left as it is", str(item.message)) for item in caught)
+
+
+def test_the_rate_falls_from_the_head_to_the_stem():
+    networks = {name: build_encoder(name, SHAPE) for name in ("resnet18_narrow", "vit_narrow")}
+    networks["densenet"] = DenseNet121(3, 1, 1)
+    expected = {
+        "resnet18_narrow": {"network.conv1.weight": 0, "network.bn1.bias": 0, "network.layer1.0.conv1.weight": 1,
+                            "network.layer4.1.bn2.weight": 4, "head.weight": 5},
+        "vit_narrow": {"autoencoder.cls_token": 0, "autoencoder.blocks.0.norm1.weight": 1,
+                       "autoencoder.blocks.5.mlp.linear2.bias": 6, "head.weight": 8},
+        "densenet": {"features.conv0.weight": 0, "features.denseblock1.denselayer1.layers.conv1.weight": 1,
+                     "features.transition3.conv.weight": 3, "features.denseblock4.denselayer16.layers.conv2.weight": 4,
+                     "features.norm5.weight": 5, "head.weight": 5}}
+    for name, network in networks.items():
+        module = torch.nn.Sequential(OrderedDict(encoder=network, head=torch.nn.Linear(2, 1)))
+        depths = depths_of([weight for weight, _ in module.named_parameters()])
+        found = {weight.removeprefix("encoder."): depth for weight, depth in depths.items()}
+        assert {weight: found[weight] for weight in expected[name]} == expected[name]
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -270,6 +293,15 @@ def test_validation_scans_are_compared_in_equal_groups_whatever_fits_at_a_time(s
     embeddings = torch.cat([objective(collate([scans[number]]), 0, embed=True) for number in range(9)], 1)
     groups = [objective.compare(*embeddings[:, part])["loss"] for part in (slice(5), slice(5, 9))]
     assert whole["loss"] == pytest.approx((5 * groups[0].item() + 4 * groups[1].item()) / 9, rel=1e-5)
+
+
+@pytest.mark.parametrize(("equal", "shares"), [(True, [[0, 1], [2, 3], [4, 5]]), (False, [[0, 1, 2], [3, 4], [5, 6]])])
+def test_a_batch_is_shared_among_processes(monkeypatch, equal, shares):
+    monkeypatch.setattr("kit.train.loop.world_size", lambda: 3)
+    for number, share in enumerate(shares):
+        monkeypatch.setattr("kit.train.loop.rank", lambda number=number: number)
+        assert chunks_of(list(range(7)), 0, equal) == [share]
+        assert chunks_of(list(range(7)), 2, equal) == [part for part in (share[:2], share[2:]) if part]
 
 
 def test_more_processes_than_scans_of_a_batch_are_refused(monkeypatch):
