@@ -83,15 +83,17 @@ class Splitting:
         return bool(self.folds) or self.leave_one_site_out
 
 
-def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 0,
-           rows_are_people: bool = False) -> pd.Series:
+def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 0, rows_are_people: bool = False,
+           labels: np.ndarray | None = None, kind: str = "regression") -> pd.Series:
     """Each row's place: train, validation, test, or another name of the index's column `split`; nan: none.
 
-    One split is that of the column `split`, if there is one, else by hash. In a fold the participants of `left_out`
-    are the test, and the rest are train and validation; where one of them has scans elsewhere, these are in no part.
+    One split is that of the column `split`, if there is one, else by hash. In a fold the rows of `left_out` are the
+    test, and the rest are train and validation; other scans of those who are tested are in no part.
 
     Args:
         fold: of those that `splitting` asks for, from 0.
+        labels: (rows,) float, nan where a row is not used, of `kind`. Validation is a share of the participants who
+            have a label, and of each class; of all participants if not given.
 
     Raises:
         LeakageError: the column `split` puts one participant's scans into two splits.
@@ -108,9 +110,12 @@ def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 
         if not splitting.crossed:
             return index["split"]
     test, divided = left_out(index, splitting, fold), _divided(index)
-    order = shuffled(set(ids[divided]) - set(ids[test]), splitting.split_seed, f"split {fold}" if fold else "split")
-    trained = len(order) - round(splitting.validation_fraction * len(order))
-    places = ids.map({name: SPLITS[rank >= trained] for rank, name in enumerate(order)}).astype(object)
+    values = np.zeros(len(index)) if labels is None else labels
+    rest = divided & ~ids.isin(set(ids[test]))
+    used = rest & ~np.isnan(values)
+    held = label_subset(ids[used], values[used], kind, splitting.validation_fraction, splitting.split_seed,
+                        f"validation {fold}")
+    places = pd.Series(np.where(ids.isin(set(ids[used][held])), "validation", "train"), index.index).where(rest)
     if "split" in index:
         places = places.where(divided, index["split"])
     return places.where(~test, "test").rename("split")
@@ -138,7 +143,13 @@ def left_out(index: pd.DataFrame, splitting: Splitting, fold: int = 0) -> pd.Ser
 
 def fold_count(index: pd.DataFrame, splitting: Splitting) -> int:
     """How many folds there are; 1 where there is one split."""
-    return int(site_folds(index[_divided(index)]).max()) + 1 if splitting.leave_one_site_out else splitting.folds or 1
+    return len(sites_of(index)) if splitting.leave_one_site_out else splitting.folds or 1
+
+
+def sites_of(index: pd.DataFrame) -> list[str]:
+    """The sites that are left out one by one, in the order of their folds; raises as `site_folds`."""
+    rows = index[_divided(index)]
+    return sorted(set(rows["site"].astype(str))) if len(site_folds(rows)) else []
 
 
 def _divided(index: pd.DataFrame) -> pd.Series:
@@ -207,7 +218,8 @@ def _levels(column: pd.Series, ids: pd.Series) -> dict[str, str]:
     return dict.fromkeys(ids, "") | levels.to_dict()
 
 
-def label_subset(ids: pd.Series, labels: np.ndarray, kind: str, fraction: float, seed: int) -> np.ndarray:
+def label_subset(ids: pd.Series, labels: np.ndarray, kind: str, fraction: float, seed: int,
+                 purpose: str = "label fraction") -> np.ndarray:
     """Which rows remain when only a fraction of the participants has labels.
 
     Classes keep their shares, at least two participants of each remain, and smaller fractions are nested
@@ -216,10 +228,11 @@ def label_subset(ids: pd.Series, labels: np.ndarray, kind: str, fraction: float,
     Args:
         ids: (rows,) participants.
         labels: (rows,) float, of the `kind` "classification" or "regression".
+        purpose: other purposes take others.
     """
     keep: set[str] = set()
     for value in np.unique(labels) if kind == "classification" else [None]:
-        order = shuffled(ids if value is None else ids[labels == value], seed, "label fraction")
+        order = shuffled(ids if value is None else ids[labels == value], seed, purpose)
         keep.update(order[:max(2, round(fraction * len(order)))])
     return ids.isin(keep).to_numpy()
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kit.cohort.identity import Aliases, check_datasets_known, check_people_known, joined, loose, participant_ids
 from kit.cohort.labels import LabelError, Labels, read_labels
-from kit.cohort.split import Splitting, fold_count, label_subset, splits
+from kit.cohort.split import Splitting, fold_count, label_subset, sites_of, splits
 from kit.evaluate.metrics import score
 from kit.params import Tuning
 from kit.preprocess.quality import usable
@@ -95,10 +95,10 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
         missing_codes: values of the label that stand for a missing one.
         rows_are_people: scans without a participant are each of another person.
         aliases: who is known under several names.
-        only: folds to return, if not all.
+        only: folds to return, if not all; that one of them has no scan with this label is then an error.
 
     Returns:
-        one task a fold; a site that has no scan with this label has none.
+        one task a fold; a fold or site that has no scan with this label has none.
 
     Raises:
         LabelError: the label cannot be used, a test set has other classes, or a part lacks scans or a class, or
@@ -118,18 +118,18 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
     for name, other in tests.items():
         check_people_known(other.index, rows_are_people)
         keep = _tested_rows(other, of_itself=other.folder == store.folder) & usable(other.index, accept_flags)
-        try:
-            theirs = read_labels(other.index, task, labels.kind, codes, labels.classes)
-        except LabelError as error:
-            raise LabelError(f"{name}, {shown(other.folder)}: {error}") from None
-        fixed[name] = _part(other, theirs, keep, aliases)
+        fixed[name] = _part(other, _labels_like(labels, name, other, codes), keep, aliases)
     tasks = []
     for fold in range(fold_count(index, splitting)) if only is None else sorted(only):
-        place = splits(index, splitting, fold, rows_are_people)
+        place = splits(index, splitting, fold, rows_are_people, np.where(kept, labels.values, np.nan), labels.kind)
         own = {name: _part(store, labels, (place == name).to_numpy() & kept, aliases)
                for name in ("train", "validation", "test")}
-        if splitting.leave_one_site_out and not len(own["test"].rows):
-            print(f"{task}: site {sorted(set(index['site'].astype(str)))[fold]} has no usable scan with this label")
+        if splitting.crossed and not len(own["test"].rows):
+            which = f"site {sites_of(index)[fold]}" if splitting.leave_one_site_out else f"fold {fold}"
+            words = f"{task}: {which} has no usable scan with this label"
+            if only is not None:
+                raise LabelError(words)
+            print(words)
             continue
         found = Task(labels, own | fixed, fold)
         for name in found.parts:
@@ -137,6 +137,14 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
         check_apart({name: (part.store, part.rows, part.participants) for name, part in found.parts.items()}, aliases)
         tasks.append(found)
     return tasks
+
+
+def _labels_like(labels: Labels, name: str, store: Store, missing_codes: Sequence[str | float]) -> Labels:
+    """The same label of a test set, of the classes that are learned."""
+    try:
+        return read_labels(store.index, labels.task, labels.kind, missing_codes, labels.classes)
+    except LabelError as error:
+        raise LabelError(f"{name}, {shown(store.folder)}: {error}") from None
 
 
 def _tested_rows(store: Store, of_itself: bool) -> np.ndarray:
