@@ -22,6 +22,7 @@ from kit.preprocess.settings import Preparation
 from kit.sample import (
     GENERATOR_VERSION,
     draw_participants,
+    draw_travelling,
     effect_masks,
     make_scan,
     sample_cohort,
@@ -30,7 +31,7 @@ from kit.sample import (
 from kit.sample.anatomy import deform, draw_anatomy, draw_fields
 from kit.sample.atlas import load_atlas
 from kit.sample.cohort import make_scans
-from kit.sample.scan import GRID, head_points
+from kit.sample.scan import GRID, SITES, head_points
 from kit.store.grid import Grid
 from kit.store.store import Store
 
@@ -64,8 +65,8 @@ def scan(atlas):
 
 @pytest.fixture(scope="module")
 def cohort(cache):
-    """The BIDS folder of a cohort of four participants, one of them with two sessions."""
-    return sample_cohort(4, seed=SEED, workers=1, cache_dir=cache)
+    """The BIDS folder of a cohort of four participants, one of them with two sessions, and a travelling head."""
+    return sample_cohort(4, seed=SEED, workers=1, cache_dir=cache, travelling=1)
 
 
 def _difference_inside(one, other, mask):
@@ -79,6 +80,12 @@ def _correlation_after(move, fixed, fixed_affine, moving, moving_affine):
     to_moving = np.linalg.inv(moving_affine) @ move @ fixed_affine
     back = ndimage.affine_transform(moving.astype(float), to_moving[:3, :3], to_moving[:3, 3], fixed.shape, order=1)
     return np.corrcoef(back[fixed > 0], fixed[fixed > 0])[0, 1]
+
+
+def _alike(one, another):
+    """The correlation of two scans after undoing their poses."""
+    move = np.array(another.latent["pose"]) @ np.linalg.inv(one.latent["pose"])
+    return _correlation_after(move, one.image.T, one.affine, another.image.T, another.affine)
 
 
 def _files(folder):
@@ -137,6 +144,19 @@ def test_the_table_repeats_and_the_seed_changes_it():
     assert not draw_participants(30, 0).equals(draw_participants(30, 1))
 
 
+def test_travelling_heads_are_scanned_at_every_site_and_change_nobody_else():
+    heads = draw_travelling(8, seed=0)
+    assert heads["participant"].nunique() == 8 and (heads["split"] == "travelling").all()
+    assert not set(heads["participant"]) & set(draw_participants(560, seed=0)["participant"])
+    for _, scans in heads.groupby("participant"):
+        assert list(scans["site"]) == list(SITES) and list(scans["session"]) == [f"ses-{site}" for site in SITES]
+        assert (scans[["age", "sex", "dataset", "diagnosis"]].nunique() == 1).all()
+    first = heads.drop_duplicates("participant")
+    assert first["age"].between(20, 90).all() and first["age"].max() - first["age"].min() > 50
+    assert first["sex"].value_counts().tolist() == [4, 4]
+    assert draw_travelling(0, seed=0).empty
+
+
 # --- one scan
 
 
@@ -175,7 +195,25 @@ def test_disease_acts_where_its_mask_is(scan):
     assert _difference_inside(healthy, stroke, stroke.effects["lesion"]) > 0.75
     place = healthy.effects["hippocampus"] | alzheimers.effects["hippocampus"]
     assert place.sum() < 0.06 * healthy.brain.sum()
-    assert _difference_inside(healthy, alzheimers, place) > 0.55
+    assert _difference_inside(healthy, alzheimers, place) > 0.3
+    for name in ("ventricles", "cortex"):
+        place |= healthy.effects[name] | alzheimers.effects[name]
+    # A wide horn moves what lies around it: the rest is near.
+    assert _difference_inside(healthy, alzheimers, place) > 0.65
+
+
+def test_alzheimers_takes_tissue_beside_the_hippocampus_and_widens_the_ventricles(atlas):
+    people = [f"sub-{number:04d}" for number in range(200)]
+    healthy, ill = ([draw_anatomy(0, name, 70, "F", diagnosis) for name in people] for diagnosis in ("CN", "AD"))
+    assert all(max(person.temporal_horns, person.temporal_sulci) == 0 for person in healthy)
+    atrophy = np.array([np.mean(person.hippocampus) for person in healthy + ill])
+    assert 0.9 < roc_auc_score([0] * 200 + [1] * 200, atrophy) < 0.99
+    # but its ventricles say age rather than disease
+    ventricles = np.array([[person.ventricles_mm for person in group] for group in (healthy, ill)])
+    assert (ventricles[1] >= ventricles[0]).all()
+    assert 0.6 < roc_auc_score([0] * 200 + [1] * 200, ventricles.ravel()) < 0.75
+    horns = np.array([person.temporal_horns for person in ill])
+    assert horns.max() > 10 * horns.min() > 0  # from mild to severe
 
 
 def test_age_acts_in_ventricles_and_cortex(scan):
@@ -222,12 +260,16 @@ def test_two_sessions_share_the_anatomy_alone(scan):
     assert {**first.latent, "pose": 0, "lesion_ml": 0} == {**second.latent, "pose": 0, "lesion_ml": 0}
     assert not np.array_equal(first.image, second.image)
 
-    def alike(one, another):
-        move = np.array(another.latent["pose"]) @ np.linalg.inv(one.latent["pose"])
-        return _correlation_after(move, one.image.T, one.affine, another.image.T, another.affine)
+    assert _alike(first, second) > 0.85
+    assert _alike(first, second) > _alike(first, other) + 0.2
 
-    assert alike(first, second) > 0.85
-    assert alike(first, second) > alike(first, other) + 0.2
+
+def test_a_travelling_head_is_one_anatomy_in_several_contrasts(scan):
+    here, there, other = scan(session="ses-A"), scan(session="ses-OOD", site="OOD"), scan("sub-0002", session="ses-A")
+    assert {**here.latent, "pose": 0} == {**there.latent, "pose": 0} and here.latent["pose"] != there.latent["pose"]
+    assert _alike(here, there) > _alike(here, other) + 0.1
+    dark, bright = (np.percentile(made.image[made.brain], 5) for made in (here, there))
+    assert bright > 1.15 * dark  # CSF is bright at OOD
 
 
 @pytest.mark.parametrize("wrong", [{"diagnosis": "MCI"}, {"sex": "male"}, {"site": "D"}])
@@ -243,7 +285,7 @@ def test_the_folder_is_bids_and_says_procedural(cohort):
     description = json.loads((cohort / "dataset_description.json").read_text(encoding="utf-8"))
     assert "no person was scanned" in description["Name"] and description["BIDSVersion"]
     people = pd.read_csv(cohort / "participants.tsv", sep="\t")
-    expected = draw_participants(4, seed=SEED)
+    expected = pd.concat([draw_participants(4, seed=SEED), draw_travelling(1, seed=SEED)])
     assert list(people["participant_id"]) == list(expected["participant"].unique())
     for diagnosis, alzheimers, stroke in people[["diagnosis", "alzheimers", "stroke"]].itertuples(index=False):
         wanted = {"CN": (0, 0), "AD": (1, np.nan), "stroke": (np.nan, 1)}[diagnosis]
@@ -263,6 +305,12 @@ def test_the_folder_is_bids_and_says_procedural(cohort):
         if session == "ses-02":
             ages = pd.read_csv(cohort / participant / f"{participant}_sessions.tsv", sep="\t", index_col=0)["age"]
             assert ages["ses-02"] == row["age"] > ages["ses-01"]
+
+
+def test_sessions_of_a_travelling_head_are_read_with_their_sites(cohort):
+    heads = read_cohort(cohort).query("split == 'travelling'")
+    assert dict(zip(heads["session"], heads["site"], strict=True)) == {site: site for site in SITES}
+    assert heads["participant"].unique() == ["T01"] and heads["dataset"].unique() == ["procedural-travelling"]
 
 
 def test_effects_are_written_on_the_grid_of_prepared_scans(cohort, tmp_path):
@@ -296,11 +344,11 @@ def test_an_interrupted_making_goes_on_and_a_finished_one_is_kept(cohort, cache)
     images = sorted(cohort.rglob("*_T1w.nii.gz"))
     lost, kept = images[0], images[1]
     data, written = lost.read_bytes(), kept.stat().st_mtime_ns
-    assert sample_cohort(4, seed=SEED, workers=1, cache_dir=cache) == cohort
+    assert sample_cohort(4, seed=SEED, workers=1, cache_dir=cache, travelling=1) == cohort
     assert kept.stat().st_mtime_ns == written
     (cohort / "complete.json").unlink()
     lost.unlink()
-    assert sample_cohort(4, seed=SEED, workers=1, cache_dir=cache) == cohort
+    assert sample_cohort(4, seed=SEED, workers=1, cache_dir=cache, travelling=1) == cohort
     assert lost.read_bytes() == data
     assert kept.stat().st_mtime_ns == written
     assert json.loads((cohort / "complete.json").read_text(encoding="utf-8"))["scans"] == len(images)
