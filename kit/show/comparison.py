@@ -172,8 +172,9 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
         fraction = of_mode["label_fraction"].max()
         lines += ["", f"{MODES[mode]}, {fraction:.0%} of the labels"]
         lines += _text_tables(of_mode[of_mode["label_fraction"] == fraction], METRICS)
-        chosen = differences[(differences["encoder"] == reference) & (differences["mode"] == mode)
-                             & (differences["label_fraction"] == fraction)]
+        chosen = differences if reference is None else differences[
+            (differences["encoder"] == reference) & (differences["mode"] == mode)
+            & (differences["label_fraction"] == fraction)]
         if len(chosen):
             lines += ["", f"  {reference} minus its rival [95 % interval]; * p < .05 after Holm's correction"]
             lines += _text_tables(chosen.assign(encoder=chosen["rival"], text=_difference_texts(chosen)),
@@ -204,7 +205,7 @@ def verdict(differences: pd.DataFrame) -> str:
 def _untrained(scores: pd.DataFrame) -> str:
     lacking = scores[scores["trained"].astype(str) == "False"]
     models = lacking.groupby(["encoder", "mode", "task"], sort=False)["label_fraction"].unique()
-    return "; ".join(f"{encoder} ({mode}, {readable(task)}, {', '.join(f'{each:.0%}' for each in fractions)})"
+    return "; ".join(f"{encoder} ({mode}, {readable(task)}, {', '.join(f'{each:.0%}' for each in sorted(fractions))})"
                      for (encoder, mode, task), fractions in models.items())
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 from kit.evaluate.benchmark import KEYS, models_of, run_benchmark
 from kit.params import Benchmark
 from kit.runs import Run
-from kit.show.curves import benchmark_table, summary
+from kit.show.comparison import scores_table, summary
 from tests.conftest import make_store
 
 
@@ -34,6 +34,7 @@ def test_table_is_complete_and_resumes(store, tmp_path):
     keys = [*KEYS, "distribution"]
     pd.testing.assert_frame_equal(again.sort_values(keys, ignore_index=True), tidy.sort_values(keys, ignore_index=True),
                                   check_dtype=False, rtol=1e-4)
-    text = summary(tidy, "made-up data")
-    assert "nan" not in text and "[–]" in text and (benchmark_table(again) != "").all(axis=None)
-    assert "made-up data" in text and "lesion, in " in text and "lesion, out of " in text and "ViT" in text
+    scores = tidy[tidy["seed"] == 0].assign(trained=True)
+    text = summary(scores, pd.DataFrame(), "made-up data")
+    assert "nan" not in text and "[–]" in text and (scores_table(scores) != "").all(axis=None)
+    assert "made-up data" in text and "in, n = 5 " in text and "out of, n = 24\n" in text and "ViT" in text
