@@ -201,6 +201,7 @@ Linear probe on frozen features, 100% of the labels
     MAE      +0.05 [-0.03, +0.09]    +0.05 [-0.03, +0.09]
   mean absolute error, below 0: SimCLR is better
 """ in text
+    assert summary(scores[::-1], differences).index("Linear probe") < summary(scores[::-1], differences).index("All w")
     assert "\nAll weights trained, 100% of the labels\n" in text and "nan" not in text
     assert text.count("minus its rival") == 1  # nothing is compared of what was fine-tuned
     assert f"\n[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a class)" in text
