@@ -168,12 +168,14 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
     about, cells = f" ({note})" if note else "", _cells(scores)
     lines = [f"Main result{about}: score [95 % interval over participants and seeds]"]
     reference = differences["encoder"].iloc[0] if len(differences) else None
-    for mode, of_mode in cells.groupby("mode", sort=False):
+    for mode in [each for each in MODES if each in set(cells["mode"])]:
+        of_mode = cells[cells["mode"] == mode]
         fraction = of_mode["label_fraction"].max()
         lines += ["", f"{MODES[mode]}, {fraction:.0%} of the labels"]
         lines += _text_tables(of_mode[of_mode["label_fraction"] == fraction], METRICS)
-        chosen = differences[(differences["encoder"] == reference) & (differences["mode"] == mode)
-                             & (differences["label_fraction"] == fraction)]
+        chosen = differences if reference is None else differences[
+            (differences["encoder"] == reference) & (differences["mode"] == mode)
+            & (differences["label_fraction"] == fraction)]
         if len(chosen):
             lines += ["", f"  {reference} minus its rival [95 % interval]; * p < .05 after Holm's correction"]
             lines += _text_tables(chosen.assign(encoder=chosen["rival"], text=_difference_texts(chosen)),
@@ -204,7 +206,7 @@ def verdict(differences: pd.DataFrame) -> str:
 def _untrained(scores: pd.DataFrame) -> str:
     lacking = scores[scores["trained"].astype(str) == "False"]
     models = lacking.groupby(["encoder", "mode", "task"], sort=False)["label_fraction"].unique()
-    return "; ".join(f"{encoder} ({mode}, {readable(task)}, {', '.join(f'{each:.0%}' for each in fractions)})"
+    return "; ".join(f"{encoder} ({mode}, {readable(task)}, {', '.join(f'{each:.0%}' for each in sorted(fractions))})"
                      for (encoder, mode, task), fractions in models.items())
 
 
@@ -215,7 +217,7 @@ def _difference_texts(differences: pd.DataFrame) -> list[str]:
 
 def _text_tables(cells: pd.DataFrame, metrics: dict[str, str]) -> Iterator[str]:
     """Lines: of each metric a table with a row per encoder and a column per task and test set, folded at the page."""
-    for metric, scored in cells.groupby("metric", sort=False):
+    for metric, scored in sorted(cells.groupby("metric", sort=False), key=lambda each: each[0] in ERRORS):
         yield f"  {metrics.get(metric, readable(metric))}"
         names, places = ordered(scored["encoder"]), scored.groupby(["task", "distribution"], sort=False)
         columns = {}

@@ -52,9 +52,9 @@ def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = ""
 def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
     """Draw ROC curves of two classes with the point at 90 % specificity.
 
-    A curve is the mean sensitivity of the models (seeds, folds), each on its own scale; those of a seed's folds count by
-    their pairs of classes, so that the area is that of `kit.evaluate.metrics.auc` within folds. The band is the 95 %
-    interval over participants and seeds (percentile bootstrap); none with fewer than
+    A curve is the mean sensitivity of the models (seeds, folds), each on its own scale. A seed's folds count by their
+    pairs of a 0 and a 1, so that the area is the AUC over pairs within folds. The band is the 95 % interval over
+    participants and seeds (percentile bootstrap); there is none with fewer than
     `kit.evaluate.metrics.LEAST_PARTICIPANTS` of a class.
     """
     need(table, "predictions", ["true", *_logits(table)])
