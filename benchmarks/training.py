@@ -85,7 +85,7 @@ def _loss_seconds(batch: int, calls: int, paper: bool) -> float:
 
 
 def _objective(shape: tuple[int, int, int], recipe: str = "weak") -> SimCLR:
-    return SimCLR(build_encoder("resnet18_narrow", shape), read_recipe(recipe), projection=[128, 128, 64],
+    return SimCLR(build_encoder("resnet18_narrow", Grid(shape, 4.0)), read_recipe(recipe), projection=[128, 128, 64],
                   temperature=0.1, seed=0, spacing_mm=4.0)
 
 

@@ -12,6 +12,7 @@ from kit.store.grid import Grid
 from kit.store.store import FORMAT, Store, scan_path, write_scan
 
 SHAPE = (12, 18, 24)  # unequal, so that swapped axes cannot hide
+GRID = Grid(SHAPE, 4.0)  # lies inside the template's brain, all of it
 
 
 def absent(reason: str) -> NoReturn:

@@ -20,14 +20,14 @@ from kit.train.loss import nt_xent
 from kit.train.monitor import embed
 from kit.train.objectives import MaskedReconstruction, SimCLR, Supervised
 from kit.train.pretrain import pretrain
-from tests.conftest import SHAPE
+from tests.conftest import GRID, SHAPE
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
 ARCHITECTURES = ("resnet18_narrow", "vit_narrow")
 
 
 def objective(kind="simclr"):
-    encoder = build_encoder("vit_narrow" if kind == "mae" else "resnet18_narrow", SHAPE)
+    encoder = build_encoder("vit_narrow" if kind == "mae" else "resnet18_narrow", GRID)
     torch.manual_seed(0)
     return {"simclr": lambda: SimCLR(encoder, Recipe(), projection=[16, 8], temperature=0.1, seed=0, spacing_mm=4.0),
             "mae": lambda: MaskedReconstruction(encoder, 0.75, seed=0),
@@ -46,7 +46,7 @@ def test_the_loss_is_float32_under_autocast():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_features_and_heads_are_float32_under_autocast(architecture):
     images = torch.randn(40, 1, *SHAPE)
-    predictor = Predictor(build_encoder(architecture, SHAPE)).eval()
+    predictor = Predictor(build_encoder(architecture, GRID)).eval()
     with BF16, torch.no_grad():
         features, logits = predictor.encoder(images), predictor(images)[:, 0]
     assert features.dtype == logits.dtype == torch.float32
@@ -58,7 +58,7 @@ def test_features_and_heads_are_float32_under_autocast(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_predictions_are_those_of_float32_whatever_stands_outside(store, architecture):
-    model, scans = Predictor(build_encoder(architecture, SHAPE)), PreparedScans(store, store.index)
+    model, scans = Predictor(build_encoder(architecture, GRID)), PreparedScans(store, store.index)
     plain = predict(model, scans)
     with BF16:
         assert np.array_equal(predict(model, scans), plain)

@@ -18,6 +18,7 @@ from kit.store.grid import Grid
 
 Shape = tuple[int, int, int]
 PATCH_MM = 16.0  # wanted side of a ViT's patch: 16 voxels of 1 mm, as He et al.'s 16 pixels
+DENSENET_LEAST = 29  # voxels of a side
 LEAST_BRAIN = 0.05  # share of a patch that must be brain
 
 # hidden width, layers, heads, decoder width, decoder layers; `vit` as ViT-B and its decoder in He et al. 2022
@@ -55,10 +56,17 @@ class ResNetEncoder(nn.Module):
 
 
 class DenseNetEncoder(nn.Module):
-    """MONAI's 3D DenseNet121 (Huang et al. 2017) before its class layer; `network` keeps MONAI's parameter names."""
+    """MONAI's 3D DenseNet121 (Huang et al. 2017) before its class layer; `network` keeps MONAI's parameter names.
 
-    def __init__(self) -> None:
+    Raises:
+        ValueError: a side is too short for its five halvings.
+    """
+
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
+        if min(shape) < DENSENET_LEAST:
+            raise ValueError(f"densenet121 needs sides of {DENSENET_LEAST} voxels at least, these are {shape}; take "
+                             "resnet18_narrow, or prepare the scans on a finer grid")
         self.network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1)
         self.features = self.network.class_layers.out.in_features
         self.network.class_layers.pool = AveragePool(1)
@@ -155,7 +163,7 @@ def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> nn.Module:
 
     Args:
         architecture: see `kit.params.Architecture`.
-        grid: of the scans that it is for; a ViT takes no other, the rest take any.
+        grid: of the scans that it is for; a ViT takes no other.
         seed: of the weights; the caller's random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -163,4 +171,4 @@ def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         if architecture in VIT_SIZES:
             return ViTEncoder(architecture, grid)
-        return DenseNetEncoder() if architecture == "densenet121" else ResNetEncoder(architecture)
+        return DenseNetEncoder(grid.shape) if architecture == "densenet121" else ResNetEncoder(architecture)

@@ -6,6 +6,7 @@ and filled in. Of a scan's own, those are scored that hold brain in its mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,11 +21,18 @@ from kit.seeding import rng_for
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT encoder with the decoder that fills in what was masked."""
+    """A ViT encoder with the decoder that fills in what was masked.
 
-    def __init__(self, encoder: ViTEncoder) -> None:
+    Attributes:
+        mean: (tokens, voxels of a patch), the mean of the training scans' targets; zero until it is set.
+        from_mean: whether the network predicts how a scan departs from it, or the scan itself as in He et al. 2022.
+            Registered brains share a mean, as photographs do not, and a decoder takes thousands of steps to learn it.
+    """
+
+    def __init__(self, encoder: ViTEncoder, from_mean: bool = True) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.from_mean = encoder, from_mean
+        self.register_buffer("mean", torch.zeros(len(encoder.places), math.prod(encoder.patch)))
 
     def forward(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Encode the tokens that are seen, and predict all.
@@ -52,7 +60,8 @@ class MaskedAutoencoder(nn.Module):
         every = every + network.decoder_pos_embedding.index_select(1, self.encoder.places)
         decoded = network.decoder_blocks(torch.cat([first, every], dim=1))
         with no_autocast(images.device):
-            return network.decoder_pred(at_least_float32(decoded))[:, 1:]
+            predicted = network.decoder_pred(at_least_float32(decoded))[:, 1:]
+        return self.mean + predicted if self.from_mean else predicted
 
     def targets(self, images: torch.Tensor, normalise: bool) -> torch.Tensor:
         """What is to be predicted, (batch, tokens, voxels of a patch).
@@ -100,8 +109,8 @@ def reconstruction_loss(true: torch.Tensor, predicted: torch.Tensor, scored: tor
     """Mean squared error over each scan's scored patches, mean over scans (He et al. 2022).
 
     Args:
-        true: see `MaskedAutoencoder.targets`; of one scan, it stands for all.
-        predicted: (batch, tokens, voxels of a patch); of one scan, it stands for all.
+        true: see `MaskedAutoencoder.targets`.
+        predicted: (batch, tokens, voxels of a patch), or one answer to all scans (tokens, voxels of a patch).
         scored: (batch, tokens) bool: masked, and holding brain.
     """
     wrong = (predicted.float() - true).square().mean(-1) * scored
@@ -111,11 +120,11 @@ def reconstruction_loss(true: torch.Tensor, predicted: torch.Tensor, scored: tor
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, masked: torch.Tensor,
                 normalise: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The scans, what the network sees of them, and the same with its own predictions where patches are masked.
+    """Scans, what the network sees of them, and that with its own predictions where patches are masked.
 
     All of the images' shape and on the scale of the targets: with `normalise`, each patch less its mean and over its
     standard deviation. Nothing of the true scan is lent to what is predicted. Zero where there is no token.
     """
     true, hidden = model.targets(images, normalise), masked[..., None]
-    filled = torch.where(hidden, model(images, masked).float(), true)
-    return tuple(model.images_of(values) for values in (true, true * ~hidden, filled))
+    parts = (true, true * ~hidden, torch.where(hidden, model(images, masked).float(), true))
+    return tuple(model.images_of(values) for values in parts)

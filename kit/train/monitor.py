@@ -25,15 +25,12 @@ from sklearn.preprocessing import StandardScaler
 
 from kit.cohort.identity import participant_ids
 from kit.device import device, evaluation, scans_at_a_time
-from kit.models.mae import reconstruction_loss
-from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans, load_batches
 from kit.store.sampler import in_order
 from kit.train.loss import nt_xent
 from kit.train.objectives import MaskedReconstruction, Objective
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
-MEAN_SCANS = 512  # training scans whose mean is taken
 LEAST = 20  # participants of a probe, validation scans of a verdict on the validation loss; fewer say nothing
 
 
@@ -121,29 +118,19 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
 
 
 @torch.no_grad()
-def mean_scan_loss(objective: MaskedReconstruction, learned: PreparedScans, validation: PreparedScans) -> float:
+def mean_scan_loss(objective: MaskedReconstruction, validation: PreparedScans) -> float:
     """The validation loss of always answering with the mean training scan: what an MAE must get below.
 
-    The mean is that of the targets, patch by patch over the scans whose patch holds brain; it is scored on the masked
-    patches that the MAE is scored on. Of more than `MEAN_SCANS` training scans so many are drawn, by the seed.
+    In the space of its targets, and on the masked patches that it is scored on.
     """
     objective.eval()
-    where, model, size = device(), objective.autoencoder, scans_at_a_time(learned.store.grid.shape)
-    drawn = np.sort(rng_for(objective.seed).permutation(len(learned))[:MEAN_SCANS]).tolist()
-    total = count = 0.0
-    for batch in load_batches(learned, [drawn[start:start + size] for start in range(0, len(drawn), size)]):
-        batch = batch.to(where)
-        holds = model.hold_brain(batch.masks)[..., None]
-        total = total + (model.targets(batch.images, objective.normalise) * holds).sum(0, keepdim=True)
-        count = count + holds.sum(0, keepdim=True)
     loss = 0.0
-    for batch in load_batches(validation, in_order(len(validation), size)):
-        true, scored, _ = objective.target(batch.to(where), 0)
-        loss += float(reconstruction_loss(true, total / count.clamp_min(1), scored)) * len(batch) / len(validation)
+    for batch in load_batches(validation, in_order(len(validation), scans_at_a_time(validation.store.grid.shape))):
+        loss += float(objective(batch.to(device()), 0, mean_scan=True)["loss"]) * len(batch) / len(validation)
     return loss
 
 
-def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataFrame, every: int,
+def monitor_of(validation: PreparedScans, rows: pd.DataFrame, every: int,
                epochs: int) -> Callable[[Objective, int], dict[str, float]]:
     """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last.
 
@@ -153,7 +140,7 @@ def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataF
 
     def monitor(objective: Objective, epoch: int) -> dict[str, float]:
         if isinstance(objective, MaskedReconstruction) and len(validation) > 1 and not constant:
-            constant["mean_scan_loss"] = mean_scan_loss(objective, learned, validation)
+            constant["mean_scan_loss"] = mean_scan_loss(objective, validation)
         looks = every and len(rows) > 2 and (epoch % every == 0 or epoch in (1, epochs))
         return constant | (look(objective, validation, rows) if looks else {})
 

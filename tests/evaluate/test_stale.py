@@ -20,7 +20,7 @@ from kit.runs import Run
 from kit.store.store import Store, scan_path, write_scan
 from kit.train import checkpoint, pretrain
 from kit.train.checkpoint import CheckpointError
-from tests.conftest import SHAPE, make_store
+from tests.conftest import GRID, make_store
 
 
 class Killed(Exception):
@@ -60,7 +60,7 @@ def encoder_file(store, path, seed=0, **record):
     """An encoder that saw nobody."""
     record = {"architecture": "resnet18_narrow", "objective": "simclr", "preparation": store.record,
               "participants": [], "voxels": [], "made_from": {"prepared": {}}} | record
-    save_encoder(path, build_encoder("resnet18_narrow", SHAPE, seed), record)
+    save_encoder(path, build_encoder("resnet18_narrow", GRID, seed), record)
     return str(path)
 
 

@@ -22,7 +22,7 @@ from kit.train.distributed import launch, process_group, rank
 from kit.train.loop import Settings, TrainingError, chunks_of, fit, gradients, reads
 from kit.train.objectives import MaskedReconstruction, SimCLR, Supervised
 from kit.train.optimizers import Lars, build_optimizer
-from tests.conftest import SHAPE
+from tests.conftest import GRID
 
 RECIPE = Recipe.model_validate({"gamma": {"range": [0.7, 1.4]}, "noise": {"range": [0.1, 0.3]}})
 SETTINGS = Settings(epochs=2, batch_size=8, learning_rate=1e-3, weight_decay=0.0, optimizer="adamw", schedule="cosine",
@@ -68,7 +68,7 @@ def test_chunks_give_the_gradient_and_the_loss_of_the_whole_batch(store, chunk):
 
 def test_chunks_of_a_masked_autoencoder_add_up(store):
     scans = PreparedScans(store, store.index)
-    objective = MaskedReconstruction(build_encoder("vit_narrow", SHAPE), 0.75, seed=0).train()
+    objective = MaskedReconstruction(build_encoder("vit_narrow", GRID), 0.75, seed=0).train()
     whole, one = gradient_of(objective, scans, 0, [list(range(6))])
     parts, many = gradient_of(objective, scans, 4, [list(range(6))])
     assert float(parts["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-5)
@@ -77,7 +77,7 @@ def test_chunks_of_a_masked_autoencoder_add_up(store):
 
 def test_running_statistics_count_a_chunk_once(store):
     scans = PreparedScans(store, store.index)
-    objective = simclr(build_encoder("resnet18_narrow", SHAPE))
+    objective = simclr(build_encoder("resnet18_narrow", GRID))
     gradient_of(objective, scans, 4, [list(range(8))])
     norm = objective.encoder.network.bn1
     assert int(norm.num_batches_tracked) == 2 and norm.momentum == 0.1
@@ -127,13 +127,14 @@ from torch import nn
 from kit.augment.recipe import Recipe
 from kit.store.dataset import Batch
 from kit.models.encoders import build_encoder
+from kit.store.grid import Grid
 from kit.train.objectives import SimCLR
 from kit.train.loop import chunks_of, gradients, reads
 from kit.train.distributed import set_threads
 set_threads()  # as the loop does: it also has glibc keep what a step frees
 scans, chunk, steps = map(int, sys.argv[1:])
-objective = SimCLR(build_encoder("resnet18_narrow", (64, 64, 64)), Recipe(), projection=[16, 8], temperature=0.2,
-                   seed=0, spacing_mm=4.0)
+objective = SimCLR(build_encoder("resnet18_narrow", Grid((64, 64, 64), 4.0)), Recipe(), projection=[16, 8],
+                   temperature=0.2, seed=0, spacing_mm=4.0)
 step = [chunks_of(list(range(scans)), chunk)]
 def stream():
     for part in reads(step, True):

@@ -40,7 +40,7 @@ from kit.train.loop import Settings, TrainingError, chunks_of, validate
 from kit.train.objectives import SimCLR
 from kit.train.optimizers import depths_of, learning_rate
 from kit.train.pretrain import build_objective, choose_scans, pretrain
-from tests.conftest import SHAPE, make_store
+from tests.conftest import GRID, make_store
 
 RECIPE = Recipe.model_validate({"gamma": {"range": [0.7, 1.4]}, "noise": {"range": [0.1, 0.3]}})
 SETTINGS = Settings(epochs=10, batch_size=8, learning_rate=0.1, weight_decay=0.0, optimizer="adamw", schedule="cosine",
@@ -113,7 +113,7 @@ def test_views_keep_the_stores_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "Supervised", lambda *_, **options: scales.append(options["zscored"]) or 1 / 0)
     for store in (made, whitened):
         with pytest.raises(ZeroDivisionError):
-            tuning.Job(read_tasks({"prepared": store}, "lesion")[0], build_encoder("resnet18_narrow", SHAPE), SETTINGS,
+            tuning.Job(read_tasks({"prepared": store}, "lesion")[0], build_encoder("resnet18_narrow", GRID), SETTINGS,
                        steps=1, check_steps=1, flip=False).objective()
     assert scales == [True, False]
 
@@ -219,7 +219,7 @@ def test_learning_rate_warms_up_and_falls():
 def _gradient(store, folder: str) -> None:
     """One SimCLR step in float64 on this process's share of eight scans; the first layer's gradient."""
     torch.manual_seed(0)
-    objective = SimCLR(build_encoder("resnet18_narrow", SHAPE), RECIPE, projection=[16, 8], temperature=0.2, seed=0,
+    objective = SimCLR(build_encoder("resnet18_narrow", GRID), RECIPE, projection=[16, 8], temperature=0.2, seed=0,
                        spacing_mm=4.0).double()
     with process_group() if "RANK" in os.environ else nullcontext():
         synchronise_batch_norm(objective)
@@ -284,7 +284,7 @@ def test_logs_are_tables(store, tmp_path):
 
 
 def test_validation_scans_are_compared_in_equal_groups_whatever_fits_at_a_time(store, monkeypatch):
-    objective = SimCLR(build_encoder("resnet18_narrow", store.grid.shape), RECIPE, projection=[16, 8], temperature=0.1,
+    objective = SimCLR(build_encoder("resnet18_narrow", store.grid), RECIPE, projection=[16, 8], temperature=0.1,
                        seed=0, spacing_mm=4.0)
     scans = PreparedScans(store, store.index.head(9))
     whole = validate(objective, scans, 8)  # 5 and 4 scans: a ninth by itself would find its partner

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.training import BroadcastNTXent
 from kit.augment.recipe import Recipe
 from kit.models.encoders import build_encoder
+from kit.store.grid import Grid
 from kit.train.distributed import (
     launch,
     mean_over_processes,
@@ -86,7 +87,7 @@ def _curves(folder: str, where: str = "cpu") -> None:
         each = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
         for dtype, shape, rate in ((torch.float32, (24, 24, 24), 1e-5), (torch.float64, (8, 12, 10), 1e-3)):
             torch.manual_seed(0)
-            objective = SimCLR(build_encoder("resnet18_narrow", shape), Recipe(), projection=[128, 128, 64],
+            objective = SimCLR(build_encoder("resnet18_narrow", Grid(shape, 4.0)), Recipe(), projection=[128, 128, 64],
                                temperature=0.1, seed=0, spacing_mm=4.0).to(where, dtype)
             synchronise_batch_norm(objective)
             scans = torch.randn(8, 1, *shape)
