@@ -10,9 +10,10 @@ import torch
 from kit.cohort.identity import participant_ids
 from kit.cohort.labels import LabelError
 from kit.cohort.split import LeakageError, Splitting
-from kit.evaluate.finetune import finetune, load_predictor, open_stores
-from kit.evaluate.predict import prediction_columns
+from kit.evaluate.finetune import load_predictor, open_stores
+from kit.evaluate.predict import predict_tested, prediction_columns
 from kit.evaluate.tasks import check_tested, covariates, overlap, read_tasks, tasks_of
+from kit.evaluate.tune import tune
 from kit.explain.maps import scans_to_explain
 from kit.explain.saliency import saliency
 from kit.models.encoder_file import encoder_at, read_record, save_encoder
@@ -23,14 +24,9 @@ from kit.reading import ParameterError, check
 from kit.runs import write_table
 from kit.store.leakage import seen_by
 from kit.store.store import Store
-from kit.train.loop import Settings
 from kit.train.objectives import Supervised
 from kit.train.pretrain import build_objective, check_start, choose_scans, record_of
-from tests.conftest import SHAPE, make_store
-
-SETTINGS = Settings(epochs=12, batch_size=8, learning_rate=3e-3, weight_decay=1e-4, optimizer="adamw",
-                    schedule="cosine", seed=0)
-
+from tests.conftest import GRID, make_store
 
 def changed(store, **columns):
     """A store with other columns in its index, on disk too."""
@@ -57,7 +53,7 @@ def benchmark(store, **values):
 def test_cross_entropy_is_that_of_the_class(three):
     task, = read_tasks({"prepared": three}, "group")
     assert task.labels.classes == ("lesion", "old", "young") and set(task.parts["train"].labels) == {0, 1, 2}
-    objective = Supervised(Predictor(build_encoder("resnet18_narrow", SHAPE), 3), "classification", flip=False, seed=0)
+    objective = Supervised(Predictor(build_encoder("resnet18_narrow", GRID), 3), "classification", flip=False, seed=0)
     scans = task.parts["train"].scans()
     from kit.store.dataset import collate
     batch = collate([scans[number] for number in range(4)]).to(torch.device("cpu"))
@@ -69,10 +65,10 @@ def test_cross_entropy_is_that_of_the_class(three):
 
 def test_three_classes_are_learned_saved_and_explained(three, tmp_path):
     params = Finetune.model_validate({"prepared": three.folder, "output_dir": tmp_path / "run", "task": "group",
-                                      "encoder": "random:resnet18_narrow"})
+                                      "encoder": "random:resnet18_narrow", "batch_size": 8, "steps": 40,
+                                      "check_steps": 4, "learning_rates": [3e-3]})
     task, = tasks_of(params, open_stores(params), "group")
-    from kit.evaluate.predict import predict_tested
-    predictor, log = finetune(task, build_encoder("resnet18_narrow", SHAPE), SETTINGS, flip=False)
+    predictor = tune(task, build_encoder("resnet18_narrow", GRID), params, 0, check=False).predictor
     found = predict_tested(task, predictor)
     true = task.parts["test"].labels.astype(int)
     assert list(found) == ["test"] and found["test"].shape == (len(true), 3) and predictor.outputs == 3
@@ -205,7 +201,7 @@ def test_an_encoder_of_each_fold_and_seed_must_be_there(store, tmp_path):
         for seed in (0, 4):
             if (fold, seed) != (2, 4):
                 save_encoder(tmp_path / f"fold{fold}-seed{seed}/encoder.safetensors",
-                             build_encoder("resnet18_narrow", SHAPE), {})
+                             build_encoder("resnet18_narrow", GRID), {})
     values = benchmark(store, encoders={"SimCLR": spec}, folds=3, seeds=[0, 4])
     with pytest.raises(ParameterError, match="1 thing is wrong:\n  encoders.SimCLR: no file .*fold2-seed4"):
         check(Benchmark, values)

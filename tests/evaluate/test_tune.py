@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from kit.evaluate.predict import predict
-from kit.evaluate.tasks import read_task
+from kit.evaluate.tasks import read_tasks
 from kit.evaluate.tune import TRIES, Choice, Job, finetune, score_validation, standard_error, train, tune
 from kit.models.encoders import build_encoder
 from kit.params import Finetune
 from kit.train import checkpoint
 from kit.train.stop import Stopped
-from tests.conftest import SHAPE
+from tests.conftest import GRID
 
-ENCODER = build_encoder("resnet18_narrow", SHAPE)
+ENCODER = build_encoder("resnet18_narrow", GRID)
 
 
 def params(store, **changes):
@@ -31,7 +31,7 @@ def params(store, **changes):
 
 
 def task_of(store, label="lesion", fraction=1.0):
-    return read_task(store, None, label, "auto", 0).with_labels_for(fraction, 0)
+    return read_tasks({"prepared": store}, label)[0].with_labels_for(fraction, 0)
 
 
 def same(first, second):

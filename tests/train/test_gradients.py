@@ -177,7 +177,7 @@ def test_lars_is_the_formula():
 
 
 def test_layers_near_the_head_learn_faster():
-    objective = Supervised(Predictor(build_encoder("resnet18_narrow", SHAPE)), "classification", flip=False, seed=0)
+    objective = Supervised(Predictor(build_encoder("resnet18_narrow", GRID)), "classification", flip=False, seed=0)
     optimizer = build_optimizer(objective, replace(SETTINGS, layer_decay=0.5))
     scale = {id(weight): group["scale"] for group in optimizer.param_groups for weight in group["params"]}
     network = objective.encoder.network

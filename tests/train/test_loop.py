@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
 
 
 def test_the_rate_falls_from_the_head_to_the_stem():
-    networks = {name: build_encoder(name, SHAPE) for name in ("resnet18_narrow", "vit_narrow")}
+    networks = {name: build_encoder(name, GRID) for name in ("resnet18_narrow", "vit_narrow")}
     networks["densenet"] = DenseNet121(3, 1, 1)
     expected = {
         "resnet18_narrow": {"network.conv1.weight": 0, "network.bn1.bias": 0, "network.layer1.0.conv1.weight": 1,
