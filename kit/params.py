@@ -243,7 +243,9 @@ class Tuning(Training):
     schedule: Literal["constant", "cosine"] = "constant"  # constant: more steps go on along the same path
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, from stage to stage below the head
+    select_by: Literal["loss", "score"] = "loss"  # on validation; score: AUC (of numbers the loss all the same)
     flip: bool = True  # mirror left and right at random while fine-tuning
+    standardise: bool = True  # learn numbers less their mean, over their spread; false: as they are
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
     rows_are_people: bool = False  # a cohort without a column participant has one scan of each person
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person

@@ -47,7 +47,8 @@ ROW = ["encoder", "mode", "task", "label_fraction"]
 TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # of a cell's table, whatever it looks like
 # what decides a fine-tuned model besides its inputs
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
-          "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "precision")
+          "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
+          "precision")
 RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "table.*", "summary.txt")
 
 

@@ -87,6 +87,7 @@ class Job:
     Attributes:
         settings: whose epochs are the looks at the validation scans, with `check_steps` steps between two of them.
         steps: at most.
+        by_score: the looks are compared by the AUC of the validation scans, not by their loss.
         folder: of `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
         home: the run's folder, whose stop file is heeded.
     """
@@ -97,6 +98,8 @@ class Job:
     steps: int
     check_steps: int
     flip: bool
+    standardise: bool = True
+    by_score: bool = False
     folder: Path | None = None
     home: Path | None = None
 
@@ -107,12 +110,14 @@ class Job:
         steps = times * params.steps
         settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=math.ceil(steps / params.check_steps),
                                warmup_fraction=params.warmup_steps / steps)
-        return cls(task, encoder, settings, steps, params.check_steps, params.flip, folder, home)
+        by_score = params.select_by == "score" and task.labels.kind == "classification"
+        return cls(task, encoder, settings, steps, params.check_steps, params.flip, params.standardise, by_score,
+                   folder, home)
 
     def objective(self) -> Supervised:
         """A copy of the encoder with a new head, which the seed decides."""
-        train, number = self.task.parts["train"], self.task.labels.kind == "regression"
-        mean, sd = (float(train.labels.mean()), float(train.labels.std()) or 1.0) if number else (0.0, 1.0)
+        train, scaled = self.task.parts["train"], self.task.labels.kind == "regression" and self.standardise
+        mean, sd = (float(train.labels.mean()), float(train.labels.std()) or 1.0) if scaled else (0.0, 1.0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             predictor = Predictor(copy.deepcopy(self.encoder), self.task.labels.outputs, mean, sd)
@@ -124,8 +129,8 @@ def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path
          choice: Choice | None = None, home: Path | None = None, check: bool = True) -> Tuned:
     """Fine-tune a copy of an encoder on a task's training part; all that is chosen is chosen on its validation part.
 
-    Each learning rate is tried with each weight decay, and the try of the lowest validation loss is kept, at its best
-    weights. Whether that is trained is then asked: a run that stopped early at a constant rate would stop there
+    Each learning rate is tried with each weight decay, and the try of the lowest validation loss (or the best AUC,
+    `select_by`) is kept, at its best weights. Whether that is trained is then asked: a run that stopped early at a constant rate would stop there
     whatever its budget; another is repeated with three times the steps.
 
     Args:
@@ -157,9 +162,10 @@ def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path
             predictor, log = train(job(each), params)
             row = {**each._asdict(), "steps": min(params.steps, len(log) * params.check_steps),
                    "stopped_early": _looks_since_best(log) >= params.patience > 0,
-                   "validation_loss": log["monitor"].min(), "validation_score": score_validation(task, predictor)}
+                   "validation_loss": log["validation_loss"][log["monitor"].argmin()],
+                   "validation_score": score_validation(task, predictor)}
             rows.append(row)
-            if row["validation_loss"] <= min(each["validation_loss"] for each in rows):
+            if best is None or log["monitor"].min() <= best[1]["monitor"].min():
                 best = predictor, log, each, row
         predictor, log, each, row = best
         score, error = row["validation_score"], standard_error(task, predictor, seed)
@@ -218,9 +224,12 @@ def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
     def place(look: int, number: int) -> tuple[int, int]:
         return divmod(look * job.check_steps * settings.accumulate + number, a_pass)
 
+    def by_score(objective: nn.Module, _: int) -> dict[str, float]:
+        return {"monitor": -score_validation(job.task, objective.predictor)}
+
     try:
         log = fit(objective, scans, batches, job.task.parts["validation"].scans(), settings, job.folder,
-                  stop=job.home and job.home / STOP, place=place)
+                  stop=job.home and job.home / STOP, place=place, monitor=by_score if job.by_score else None)
     except Stopped as stopped:
         if rank() == 0:
             write_table(job.home / UNFINISHED, stopped.log)

@@ -94,7 +94,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         stop: the file that asks it to stop.
         live: write `live.json` and TensorBoard's files.
         monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1; what it
-            returns joins the log's row.
+            returns joins the log's row; a `monitor` among it takes the place of the validation loss: the lowest is best.
         place: of a batch, by epoch and number: the pass over the scans and the number in it, which key its draws.
 
     Returns:
@@ -154,7 +154,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             validated = validate(state.kept, validation, settings.batch_size)
             row |= {f"validation_{name}": value for name, value in validated.items()}
             row |= monitor(state.kept, epoch + 1) if monitor else {}
-        row["monitor"] = of_first_process(row.get("validation_loss", row["loss"]))
+        row["monitor"] = of_first_process(row.get("monitor", row.get("validation_loss", row["loss"])))
         row["seconds"] = round(time.monotonic() - started, 2)
         progress.add(row, "epoch")
         state.log, state.reports = [*state.log, row], []

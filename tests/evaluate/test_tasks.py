@@ -28,6 +28,7 @@ from kit.train.objectives import Supervised
 from kit.train.pretrain import build_objective, check_start, choose_scans, record_of
 from tests.conftest import GRID, make_store
 
+
 def changed(store, **columns):
     """A store with other columns in its index, on disk too."""
     write_table(store.folder / "index.csv", store.index.assign(**columns))
