@@ -130,8 +130,8 @@ def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path
     """Fine-tune a copy of an encoder on a task's training part; all that is chosen is chosen on its validation part.
 
     Each learning rate is tried with each weight decay, and the try of the lowest validation loss (or the best AUC,
-    `select_by`) is kept, at its best weights. Whether that is trained is then asked: a run that stopped early at a constant rate would stop there
-    whatever its budget; another is repeated with three times the steps.
+    `select_by`) is kept, at its best weights. Whether that is trained is then asked: a run that stopped early at a
+    constant rate would stop there whatever its budget; another is repeated with three times the steps.
 
     Args:
         seed: of the head, the batches and the augmentation.

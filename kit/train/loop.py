@@ -94,7 +94,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         stop: the file that asks it to stop.
         live: write `live.json` and TensorBoard's files.
         monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1; what it
-            returns joins the log's row; a `monitor` among it takes the place of the validation loss: the lowest is best.
+            returns joins the log's row; `monitor` among it takes the place of the validation loss: lowest is best.
         place: of a batch, by epoch and number: the pass over the scans and the number in it, which key its draws.
 
     Returns:
