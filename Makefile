@@ -41,7 +41,10 @@ bench: $(READY)  ## ratios against the peers, into outputs/bench/bench.json
 	$(BIN)/python -m benchmarks.run
 
 notebooks: $(READY)  ## renew the committed notebooks
-	$(BIN)/python -m kit.execute --renew
+	KIT_OUTPUTS=$$(mktemp -d) KIT_PROGRESS=off $(BIN)/jupyter nbconvert --to notebook --inplace notebooks/*.ipynb \
+		--execute --ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.store_widget_state=False \
+		--ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
+		--ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
 clean:  ## remove .venv, outputs and caches
 	rm -rf .venv outputs .pytest_cache .ruff_cache .import_linter_cache kit.egg-info build

@@ -11,25 +11,21 @@ from typing import Any
 
 MARK = "# Parameters"  # papermill begins the cell that it injects with it, and the notebooks their own
 
-_counted: dict[str, list[str]] = {}  # the cells that counted last, of each notebook in this kernel
-_looked_at = 0  # cells of parameters that had been run then
-
 
 class CellError(ValueError):
     """The cells do not say what the names hold; the message says which to run again."""
 
 
-def current_values(notebook: str, shell: Any) -> dict[str, Any]:
+def current_values(shell: Any) -> dict[str, Any]:
     """The names assigned in a notebook's cells of parameters as they stand now, with their values.
 
     Args:
-        notebook: tells notebooks of one kernel apart.
         shell: IPython's.
 
     Raises:
         CellError: a name holds something else than its cell says, or papermill's cell ran before the notebook's own.
     """
-    sources, values = _counting(notebook, shell), {}
+    sources, values = _counting(shell), {}
     said = literals(sources)
     for name in assigned_names(sources):
         values[name] = shell.user_ns.get(name)
@@ -61,25 +57,18 @@ def _targets(node: ast.stmt) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _counting(notebook: str, shell: Any) -> list[str]:
-    """The notebook's own cell as it was last run, then the one that papermill injected, if it did.
-
-    Cells that were run since anyone asked last belong to the notebook that asks now.
-    """
-    global _looked_at
+def _counting(shell: Any) -> list[str]:
+    """The notebook's own cell as it was last run, then the one that papermill injected, if it did."""
     ran = [cell for cell in shell.history_manager.input_hist_raw if cell.lstrip().startswith(MARK)]
     if not ran:  # run without history, as nbval does: IPython keeps the sources for its tracebacks, too
         kept = [entry[2] for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
         ran = [cell for cell in map("".join, kept) if cell.lstrip().startswith(MARK)]
-    known = _counted.get(notebook, []) + ran[_looked_at if _looked_at <= len(ran) else 0:]
-    _looked_at = len(ran)
-    own = [place for place, cell in enumerate(known) if not _papermills(cell)][-1:]
-    injected = [place for place, cell in enumerate(known) if _papermills(cell)][-1:]
-    _counted[notebook] = [known[place] for place in sorted(own + injected)]
+    own = [place for place, cell in enumerate(ran) if not _papermills(cell)][-1:]
+    injected = [place for place, cell in enumerate(ran) if _papermills(cell)][-1:]
     if own and injected and injected < own:
         raise CellError(f"papermill's cell `{MARK}` ran before the notebook's own, whose values now stand in place of "
                         "its: run it again, then this one (is it deleted? then restart the kernel)")
-    return _counted[notebook]
+    return [ran[place] for place in own + injected]
 
 
 def _papermills(cell: str) -> bool:

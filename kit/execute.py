@@ -3,7 +3,6 @@
     python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml -p epochs 10
     python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml --check   # only say where it would write
     python -m kit.execute params/demo        # every file of a folder that its budget.yaml names, in that order
-    python -m kit.execute --renew            # the committed notebooks, at their default parameters
 
 With `--output FILE.ipynb` the executed notebook and its report, `FILE.html`, go there; else into the run's folder.
 Plain `papermill notebooks/2_pretrain.ipynb OUTPUT.ipynb -f FILE.yaml` does the same without the report.
@@ -14,9 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import os
 import sys
-import tempfile
 import time
 from itertools import product
 from pathlib import Path
@@ -27,7 +24,7 @@ import nbformat
 from kit.cells import assigned_names, literals
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError, Parameters, built, check, filled, read_options, read_yaml
-from kit.runs import ROOT, Run, RunError, resolve, shown, write_json, write_whole
+from kit.runs import ROOT, Run, RunError, resolve, shown, write_whole
 
 FOLDER = ROOT / "notebooks"
 
@@ -152,7 +149,6 @@ def run_folder(folder: Path) -> None:
     for name, _, where in lines:
         if (where / "log.csv").exists():
             print(f"  {name}: {_losses(where / 'log.csv')}")
-    write_json(lines[-1][2] / "seconds.json", {name: round(seconds, 1) for name, seconds, _ in lines})
     if (summary := lines[-1][2] / "summary.txt").exists():
         print("\n" + summary.read_text(encoding="utf-8"))
 
@@ -176,25 +172,6 @@ def notebook_of(file: Path) -> str:
     raise ParameterError(f"{shown(file)}: its name must start with a notebook's: {', '.join(NOTEBOOKS)}")
 
 
-def renew() -> None:
-    """Execute the committed notebooks in place, in order, in a fresh outputs folder."""
-    from nbclient import NotebookClient
-
-    with tempfile.TemporaryDirectory() as outputs:
-        os.environ.update(KIT_OUTPUTS=outputs, KIT_PROGRESS="off")
-        for notebook in NOTEBOOKS:
-            begun = time.monotonic()
-            path = FOLDER / f"{notebook}.ipynb"
-            book = nbformat.read(path, as_version=4)
-            NotebookClient(book, timeout=1200, kernel_name="python3", store_widget_state=False,
-                           resources={"metadata": {"path": str(FOLDER)}}).execute()
-            for cell in book.cells:
-                cell.metadata.pop("execution", None)  # times of day
-            book.metadata = {"kernelspec": book.metadata["kernelspec"], "language_info": {"name": "python"}}
-            write_whole(path, lambda aside, book=book: nbformat.write(book, aside))
-            print(f"{notebook}: {time.monotonic() - begun:.0f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True)
-
-
 def main() -> int:
     """The command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m kit.execute", description=(__doc__ or "").split("\n")[0])
@@ -204,12 +181,9 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, help="the executed notebook; its report lies beside it")
     parser.add_argument("--log", action="store_true", help="print what the cells print, for the log of a job")
     parser.add_argument("--check", action="store_true", help="check the parameters and print the run's folder")
-    parser.add_argument("--renew", action="store_true", help="execute the committed notebooks in place")
     arguments = parser.parse_args()
     try:
-        if arguments.renew:
-            renew()
-        elif arguments.what and resolve(arguments.what).is_dir():
+        if arguments.what and resolve(arguments.what).is_dir():
             run_folder(resolve(arguments.what))
         elif (notebook := Path(arguments.what or "").name.removesuffix(".ipynb")) in NOTEBOOKS:
             values = read_yaml(arguments.file) if arguments.file else {}

@@ -33,8 +33,7 @@ COLUMNS = ("store", "part", "scan", "participant", "session", "dataset", "checks
 # of the rows used: the columns that are digested together, and what they are called
 ASPECTS = {"scans": (["checksum"], "scans"), "parts": (["part"], "split"), "labels": (["label"], "labels"),
            "people": (["participant", "session", "dataset"], "participants, sessions or datasets")}
-NOTED = frozenset({"from", "name", "versions", "mask_sources", "allowed", "unchecked", "changed",
-                   "fingerprint"})  # not compared
+NOTED = frozenset({"from", "name", "versions", "mask_sources", "allowed", "changed", "fingerprint"})  # not compared
 OLDER = "of an older kit, which did not note what it was made from"
 
 
@@ -283,12 +282,11 @@ def remove_stale(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
         results: patterns of its files.
     """
     before, there = read_made_from(folder), [path for pattern in results for path in folder.glob(pattern)]
-    changed = changes(before, now) if before else [OLDER]
+    changed = changes(before, now) if before else [f"it is {OLDER}"]
     if not changed:
         return
     if there:
-        print(f"{shown(folder)} is computed anew, for what was there is of other inputs:\n  " + "\n  ".join(changed)
-              if before else f"{shown(folder)} is computed anew, for what was there is {OLDER}")
+        print(f"{shown(folder)} is computed anew, for what was there is of other inputs:\n  " + "\n  ".join(changed))
     for path in there:
         path.unlink()
     write(folder, now)
@@ -303,8 +301,6 @@ def write_stamped(path: Path, table: pd.DataFrame) -> None:
 def words(folder: Path) -> str:
     """In a line what a run was made from; then what was allowed to differ, a line each."""
     made = read_made_from(folder)
-    if made is None:
-        return f"the run is {OLDER}"
     models = list(made.record.get("models", {"": made.record}).values())
     named = {model["encoder"].get("name", ""): model["encoder"] for model in models if "encoder" in model}
     parts = [f"encoder {' '.join(filter(None, (name, each['weights'][:8])))} ({each['objective']})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -35,7 +34,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 class Parameters(BaseModel):
     """What all notebooks share: unknown names are errors, and paths mean the project's root."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
     feeds_others: ClassVar[bool] = True  # whether other notebooks read what this one leaves
 
@@ -54,12 +53,6 @@ class Parameters(BaseModel):
         """The parameters as YAML values, paths as the project's people write them."""
         return {name: _plain(value) for name, value in self}
 
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """The defaults as YAML values, of those that have one."""
-        return {name: _plain(field.get_default(call_default_factory=True)) for name, field in cls.model_fields.items()
-                if not field.is_required()}
-
 
 Model = TypeVar("Model", bound=Parameters)
 
@@ -75,7 +68,7 @@ def read(model: type[Model]) -> Model:
             something else than its cell says; papermill's cell ran before the other one.
     """
     try:
-        values = current_values(model.__name__, sys.modules["IPython"].get_ipython())
+        values = current_values(sys.modules["IPython"].get_ipython())
     except CellError as error:
         raise ParameterError(str(error)) from None
     return check(model, values)
@@ -203,7 +196,7 @@ def _is_within(value: Any, folder: Path) -> bool:
 
 
 def _odd(given: Any, read: Any = None, name: str = "") -> list[str]:
-    """Values that pydantic takes and nobody means: true for a number, numbers that are not finite.
+    """Values that pydantic takes and nobody means: true for a number.
 
     Args:
         given: the values.
@@ -220,10 +213,6 @@ def _odd(given: Any, read: Any = None, name: str = "") -> list[str]:
                 for fault in _odd(value, part, _dotted(name, str(place)))]
     if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
         return [f"{name}: got {str(given).lower()}, which would count as {read:g}; write a number"]
-    number = read if isinstance(read, float) else given
-    if isinstance(number, float) and not math.isfinite(number):
-        return [f"{name}: got {given}, understood as {'not a number' if math.isnan(number) else 'infinity'}; "
-                "write a finite number"]
     return []
 
 

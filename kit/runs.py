@@ -105,11 +105,8 @@ def _named(dist: metadata.Distribution) -> str:
         name, version = dist.metadata["Name"], dist.metadata["Version"]
     except Exception:  # what is wrong with it is not ours to say
         name = version = None
-    return f"{name}=={version}" if name and version else f"{name or _folder(dist)} (its metadata are broken)"
-
-
-def _folder(dist: metadata.Distribution) -> str:
-    return Path(getattr(dist, "_path", "a package")).name
+    folder = Path(getattr(dist, "_path", "a package")).name
+    return f"{name}=={version}" if name and version else f"{folder} (its metadata are broken)"
 
 
 def _has_begun(folder: Path) -> bool:
@@ -126,15 +123,13 @@ class Run:
         self._lock: Lock | None = lock
 
     @classmethod
-    def open(cls, folder: str | Path, params: Mapping[str, Any], may_change: frozenset[str] = frozenset(),
-             defaults: Mapping[str, Any] | None = None) -> Run:
+    def open(cls, folder: str | Path, params: Mapping[str, Any], may_change: frozenset[str] = frozenset()) -> Run:
         """Take the folder for these parameters; the same parameters resume what is there.
 
         Args:
             folder: the run's folder, made if absent.
             params: resolved parameters, plain YAML values.
             may_change: names that may differ when a run is resumed (such as ``workers``).
-            defaults: what a run of an older kit counts as having where it lacks a name.
 
         Raises:
             RunError: another process holds the folder, or it holds a run of other parameters that has begun
@@ -152,7 +147,7 @@ class Run:
             fixed = {name: value for name, value in params.items() if name not in may_change}
             before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
             before = {name: value for name, value in before.items() if name not in may_change}
-            if listed := differences(as_today(before, fixed, defaults or {}), fixed, "the folder"):
+            if listed := differences(before, fixed, "the folder"):
                 raise RunError(f"{shown(folder)} holds a run of other parameters:\n  {listed}\n"
                                "give another output_dir, or delete that folder")
         text = yaml.safe_dump(dict(params), sort_keys=False)
@@ -163,7 +158,7 @@ class Run:
     @classmethod
     def of(cls, params: Any) -> Run:
         """Take the folder that a notebook's parameters name; see `open`."""
-        return cls.open(params.run_dir, params.plain(), params.may_change, params.defaults())
+        return cls.open(params.run_dir, params.plain(), params.may_change)
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -191,16 +186,6 @@ class Run:
             known["fingerprint"] = json.loads(made_from.read_text(encoding="utf-8"))["fingerprint"]
         write_json(path, known)
         return known
-
-
-def as_today(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of an older kit as this one would write them.
-
-    A name that it lacked has its default. A name that is unknown today goes where it was switched off (None, false, 0,
-    "none", empty); otherwise it stays, a difference: that run did something that this kit does not.
-    """
-    filled = {**{name: defaults[name] for name in new if name in defaults}, **old}
-    return {name: value for name, value in filled.items() if name in new or (value and value != "none")}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str, within: str = "") -> str:

@@ -91,7 +91,7 @@ def test_a_folder_of_parameters_runs_in_order_and_ends_with_where_things_lie(tmp
     text = capsys.readouterr().out
     assert "[1/1] 1_preprocess, about 60 s" in text and "outputs/few/report.html" in text
     names = {path.name for path in (tmp_path / "outputs" / "few").iterdir()}
-    assert names >= {"1_preprocess.ipynb", "report.html", "params.yaml", "metrics.json", "index.csv", "seconds.json"}
+    assert names >= {"1_preprocess.ipynb", "report.html", "params.yaml", "metrics.json", "index.csv"}
     (params / "1_preprocess.yaml").write_text("sample_participants: 41\noutput_dir: outputs/few\n")
     with pytest.raises(RunError, match="sample_participants: the folder has 40, asked for 41"):
         run_folder(params)

@@ -25,7 +25,7 @@ class Recipe(BaseModel):
     Of scans that are not z-scored, views get back the scale that they had, see `kit.augment.views.make_views`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     strength: Annotated[float, Field(ge=0, le=4)] = 1.0  # scales all ranges about what changes nothing
     crop: kinds.Crop | None = None
     flip: Flip | None = None

@@ -26,7 +26,7 @@ class Transform(BaseModel):
         most: how far the explorer's slider reaches.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     drawn: ClassVar[str]
     neutral: ClassVar[float] = 0.0
     most: ClassVar[float] = 1.0

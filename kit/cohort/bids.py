@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kit.cohort.collections import contrast_of, pick
-from kit.cohort.identity import UNSAID, IdentityError, alike, headings, loose, read_id
+from kit.cohort.identity import UNSAID, alike, headings, loose, read_id
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say, trimmed, typed
 from kit.runs import shown
 
@@ -88,10 +88,7 @@ def _check_match(path: Path, folders: pd.Series, listed: pd.Series, prefix: str)
         if loose(name) in near:
             raise CohortError(f"{shown(path)}: has {prefix}-{near[loose(name)]}, the folder is {prefix}-{name}: if "
                               "they are one, give them one name")
-    try:
-        alike(listed, f"{shown(path)}: {prefix}")
-    except IdentityError as error:
-        raise CohortError(str(error)) from None
+    alike(listed, f"{shown(path)}: {prefix}")
 
 
 def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:

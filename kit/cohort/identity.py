@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.cohort.tabular import TableError, read_foreign, trimmed
+from kit.cohort.tabular import CohortError, TableError, read_foreign, trimmed
 from kit.runs import shown
 
 UNSAID = "?"
@@ -27,7 +27,7 @@ SPREADSHEETS_OWN = r"\d(?:\.\d+)?E\+\d+|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2})?|[A-Z][a
 Aliases = dict[str, tuple[str, ...]]  # a person's key: all keys of that person
 
 
-class IdentityError(ValueError):
+class IdentityError(CohortError):
     """It cannot be told who is who; the message asks what is needed."""
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from kit.cohort.bids import read_bids
 from kit.cohort.collections import is_collection, read_collection
-from kit.cohort.identity import UNSAID, IdentityError, check_names, headings, read_id, split_names
+from kit.cohort.identity import UNSAID, check_names, headings, read_id, split_names
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say
 from kit.runs import resolve, shown
 
@@ -51,10 +51,7 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
                                                 else "no such file or folder"))
     if table.empty:
         raise CohortError(f"{shown(path)}: no scans in it")
-    try:
-        check_names(table, shown(path))
-    except IdentityError as error:
-        raise CohortError(str(error)) from None
+    check_names(table, shown(path))
     if "split" in table:
         table["split"] = split_names(table["split"].replace("", None))
     if (doubled := table.duplicated(["dataset", "participant", "session"])).any():

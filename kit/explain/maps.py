@@ -75,27 +75,25 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
         MisfitError: the scans were prepared differently, or tested scans are gone, or their voxels or labels have
             changed.
     """
-    record, made, allowed = json.loads((folder / "task.json").read_text(encoding="utf-8")), read_made_from(folder), []
-    if "preparation" in record:
-        sources = record["made_from"]["prepared"]["mask_sources"]
-        allowed = check_fit({"model": Side(shown(folder), record["preparation"], sources), "prepared": Side.of(store)},
-                            allow)
-    else:
-        print(f"model {shown(folder)} is {OLDER}: it cannot be checked whether the scans are those it was tested on")
+    record, made = json.loads((folder / "task.json").read_text(encoding="utf-8")), read_made_from(folder)
+    if made is None or made.rows is None:
+        raise MisfitError(f"model {shown(folder)} is {OLDER}; run 3_finetune again")
+    sources = made.record["prepared"]["mask_sources"]
+    allowed = check_fit({"model": Side(shown(folder), record["preparation"], sources), "prepared": Side.of(store)},
+                        allow)
     tested = read_table(folder / "predictions.csv", text=("scan", "distribution"))
     tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
     gone = sorted(set(tested) - set(store.index["scan"]))
     lines = [f"{len(gone)} of {len(tested)} tested scans are gone: {', '.join(gone[:3])}"] * bool(gone)
-    if made and made.rows is not None:
-        then, there = made.rows[made.rows["part"] == "test"].set_index("scan"), sorted(set(tested) - set(gone))
-        codes = read_yaml(folder / "params.yaml").get("missing_codes", ())
-        labels = read_labels(store.index, record["task"], record["kind"], codes).values
-        labels = pd.Series(labels, store.index["scan"]).map(repr)
-        changed = {"labels": [scan for scan in there if then["label"].get(scan) != labels[scan]]}
-        if not allowed:  # scans that were prepared otherwise on purpose are others
-            changed["voxels"] = [scan for scan in there if then["checksum"].get(scan) != str(store.checksum(scan))]
-        lines += [f"{what} of {len(scans)} of {len(tested)} tested scans have changed: {', '.join(scans[:3])}"
-                  for what, scans in changed.items() if scans]
+    then, there = made.rows[made.rows["part"] == "test"].set_index("scan"), sorted(set(tested) - set(gone))
+    codes = read_yaml(folder / "params.yaml").get("missing_codes", ())
+    labels = read_labels(store.index, record["task"], record["kind"], codes).values
+    labels = pd.Series(labels, store.index["scan"]).map(repr)
+    changed = {"labels": [scan for scan in there if then["label"].get(scan) != labels[scan]]}
+    if not allowed:  # scans that were prepared otherwise on purpose are others
+        changed["voxels"] = [scan for scan in there if then["checksum"].get(scan) != str(store.checksum(scan))]
+    lines += [f"{what} of {len(scans)} of {len(tested)} tested scans have changed: {', '.join(scans[:3])}"
+              for what, scans in changed.items() if scans]
     if lines:
         raise MisfitError(f"model {shown(folder)} was tested on other scans than lie in {shown(store.folder)}:\n  "
                           + "\n  ".join(lines) + "\nrun 3_finetune again, or name the folder that it was run on")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
-from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
-from kit.preprocess.resample import resample
+from kit.preprocess.template import tissue_share_on
 from kit.store.grid import Grid
 
 # Boxes in MNI mm (|x|, y, z, each from, to), drawn by eye on the ICBM152 2009a maps: coarse on purpose. A
@@ -78,7 +76,7 @@ def coarse_labels(grid: Grid) -> tuple[np.ndarray, list[str]]:
     A voxel takes the likeliest tissue at its centre; fluid is what is neither grey nor white matter, so that
     every voxel has a label. Source: ICBM 152 2009a symmetric maps (Fonov et al. 2011), as shipped by nilearn.
     """
-    grey, white = (_on_grid(load(resolution=1), grid) for load in (load_mni152_gm_template, load_mni152_wm_template))
+    grey, white = (tissue_share_on(grid, tissue) for tissue in ("grey", "white"))
     tissue_of = np.argmax([grey, white, 1 - grey - white], axis=0)  # in the order of _TISSUES
     names = [*dict.fromkeys(name for name, _, _ in _BOXES), *_TISSUES.values()]
     labels = len(names) - len(_TISSUES) + tissue_of
@@ -90,11 +88,6 @@ def coarse_labels(grid: Grid) -> tuple[np.ndarray, list[str]]:
         labels[inside] = names.index(name)
     labels.flags.writeable = False  # shared by all callers
     return labels, names
-
-
-def _on_grid(image: nib.Nifti1Image, grid: Grid) -> np.ndarray:
-    """A template's map on the grid, (depth, height, width) float32; 0 where the image ends."""
-    return resample(image.get_fdata(dtype=np.float32).T, image.affine, np.eye(4), grid.shape, grid.affine)
 
 
 def _axis_mm(grid: Grid) -> list[np.ndarray]:

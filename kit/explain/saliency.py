@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from captum.attr import IntegratedGradients, Saliency
@@ -25,7 +22,7 @@ def saliency(
       times their difference (Sundararajan et al., arXiv 1703.01365). Signed: a positive voxel raises the
       output. The baseline is zero everywhere: after z-scoring, a brain of one uniform, mean intensity.
 
-    Neither draws random numbers. The model runs in evaluation mode and is left as it was found.
+    Neither draws random numbers. The model is put into evaluation mode.
 
     Args:
         model: maps (batch, 1, depth, height, width) float32 to (batch, outputs); on any device.
@@ -51,12 +48,12 @@ def saliency(
         raise ValueError("image is not zero outside its mask: multiply it by the mask first")
 
     scan = _batch_of_one(model, image).requires_grad_()
-    with _evaluating(model):
-        if method == "gradient":
-            found = Saliency(model).attribute(scan, target=target, abs=True)
-        else:
-            found = IntegratedGradients(model).attribute(
-                scan, baselines=0.0, target=target, n_steps=n_steps, internal_batch_size=internal_batch_size)
+    model.eval()
+    if method == "gradient":
+        found = Saliency(model).attribute(scan, target=target, abs=True)
+    else:
+        found = IntegratedGradients(model).attribute(
+            scan, baselines=0.0, target=target, n_steps=n_steps, internal_batch_size=internal_batch_size)
     found = found.detach()[0, 0].cpu().numpy().astype(np.float32)
     if not np.isfinite(found).all():
         raise ValueError(f"{method}: the map is not finite; look for nan in the model's weights and output")
@@ -66,15 +63,3 @@ def saliency(
 def _batch_of_one(model: nn.Module, image: np.ndarray) -> torch.Tensor:
     device = next(model.parameters()).device
     return torch.from_numpy(np.array(image, dtype=np.float32))[None, None].to(device)  # (1, 1, D, H, W)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, then each module's own mode again (a frozen BatchNorm stays as it was)."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -1,16 +1,14 @@
-"""Reading DICOM by SimpleITK (GDCM): one series of a folder, or one multi-frame file."""
+"""Reading DICOM by SimpleITK (GDCM): one series of a folder."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk
 from nibabel.affines import from_matvec
 
@@ -22,12 +20,12 @@ MOST_LISTED = 20  # series in a message
 
 
 def read_dicom(path: str | Path, series: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Read a DICOM series, or a multi-frame file, in RAS order, its slices sorted by where they lie.
+    """Read a DICOM series in RAS order, its slices sorted by where they lie.
 
     Voxels and geometry are taken, no other header field. Files that are no DICOM images are passed over.
 
     Args:
-        path: a folder, whose subfolders are searched too, or a multi-frame file.
+        path: a folder, whose subfolders are searched too; a file is refused.
         series: which series of a folder with several: its Series Number, as viewers show it. Where series share a
             number, or have none (counted as 0), a counter in the order of their UIDs follows: "3.1", "3.2".
 
@@ -36,20 +34,19 @@ def read_dicom(path: str | Path, series: str | None = None) -> tuple[np.ndarray,
 
     Raises:
         ScanError: no series, or several and none chosen (they are listed, without names or descriptions), slices
-            that are missing or of other shapes, or no grey volume.
+            that are missing or of other shapes, a multi-frame file, or no grey volume.
     """
     with quiet():
         try:
             files = _files(Path(path), series) if Path(path).is_dir() else [str(path)]
             first = _information(files[0])
-            frames = first.GetSize()[2] if first.GetDimension() > 2 else 1
-            if frames > 1 and len(files) > 1:
-                raise ScanError("several multi-frame DICOM files in one series; give the one to be read")
-            if frames == 1 and len(files) == 1:
+            if first.GetDimension() > 2 and first.GetSize()[2] > 1:
+                raise ScanError("a multi-frame DICOM file is not read; convert it to NIfTI with dcm2niix")
+            if len(files) == 1:
                 raise ScanError("expected a DICOM series of several slices, found a single file; give the folder with "
                                 "all its slices")
-            check_volume((*first.GetSize()[:2], max(frames, len(files))), voxel_kind(first), first.GetSpacing()[:2])
-            return _read_frames(files[0]) if frames > 1 else _read_slices(files)
+            check_volume((*first.GetSize()[:2], len(files)), voxel_kind(first), first.GetSpacing()[:2])
+            return _read_slices(files)
         except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
             raise ScanError("damaged DICOM series: a slice cannot be read, or has another shape than the first; export "
                             "it again") from error
@@ -70,13 +67,11 @@ def voxel_kind(reader: sitk.ImageFileReader) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep SimpleITK's and pydicom's warnings from being shown: they hold header text."""
+    """Keep SimpleITK's warnings from being shown: they hold header text."""
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
@@ -155,55 +150,6 @@ def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
     normal = np.reshape(image.GetDirection(), (3, 3))[:, 2]
     _check_steps(np.diff([np.dot(_information(file).GetOrigin(), normal) for file in files]))
     return from_itk(image)
-
-
-def _read_frames(file: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read a multi-frame file. GDCM decodes the frames; where each lies is read here.
-
-    GDCM keeps frames as they are stored, gives voxels of 1 mm where these are not evenly spaced, and scales all
-    frames like the first.
-    """
-    places, rows_columns, sizes, scales = _frame_geometry(file)
-    for each, name in ((rows_columns, "orientations"), (sizes, "voxel sizes"), (scales, "intensity scales")):
-        if not np.allclose(each, each[0], atol=1e-4):
-            raise ScanError(f"a multi-frame DICOM file whose frames have several {name}; convert it with dcm2niix")
-    across, down = rows_columns[0].reshape(2, 3)
-    order = np.argsort(places @ np.cross(across, down), kind="stable")
-    steps = np.diff(places[order] @ np.cross(across, down))
-    if steps.min() < 1e-3:
-        raise ScanError("expected one 3D volume, got a multi-frame DICOM file with several frames at one place; split "
-                        "it with dcm2niix")
-    _check_steps(steps)
-    step = (places[order[-1]] - places[order[0]]) / (len(order) - 1)
-    between_rows, between_columns = sizes[0]
-    affine = from_matvec(np.stack([across * between_columns, down * between_rows, step], 1), places[order[0]])
-    values = sitk.GetArrayFromImage(sitk.ReadImage(file, sitk.sitkFloat32))[order]
-    return upright(values.T, LPS_TO_RAS @ affine)
-
-
-def _frame_geometry(file: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return each frame's position (3), row and column directions (6), pixel spacing (2), slope and intercept (2)."""
-    groups = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
-    wanted = {"PlanePositionSequence": ["ImagePositionPatient"],
-              "PlaneOrientationSequence": ["ImageOrientationPatient"], "PixelMeasuresSequence": ["PixelSpacing"],
-              "PixelValueTransformationSequence": ["RescaleSlope", "RescaleIntercept"]}
-    try:
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=groups)
-        shared, frames = header[groups[0]].value[0], header[groups[1]].value
-        found = []
-        for sequence, names in wanted.items():
-            values = []
-            for frame in frames:
-                group = frame if sequence in frame else shared
-                if names[0] == "RescaleSlope" and sequence not in group:
-                    values.append(np.array([1.0, 0.0]))
-                else:
-                    values.append(np.hstack([np.array(group[sequence].value[0][name].value, float) for name in names]))
-            found.append(np.stack(values))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, pydicom.errors.InvalidDicomError) as error:
-        raise ScanError("a multi-frame DICOM file that does not say where its frames lie; convert it with "
-                        "dcm2niix") from error
-    return tuple(found)
 
 
 def _check_steps(steps: np.ndarray) -> None:

@@ -14,7 +14,7 @@ N4_MM = 4.0
 N4_ITERATIONS = [50, 50, 50, 50]  # at most, at each of four levels of ever finer splines; N4's own default
 
 
-def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Divide a scan by its bias field, found by N4 (Tustison et al. 2010, doi:10.1109/TMI.2010.2046908).
 
     The same scan gives the same bits: one thread is used.
@@ -22,17 +22,17 @@ def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray | None)
     Args:
         array: (z, y, x) intensities, also of what is returned, float32.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
-        mask: where the field is found; None: above Otsu's threshold, which finds the head. A brain mask is better.
+        mask: (z, y, x) bool, where the field is found: the brain.
 
     Raises:
         ScanError: N4 did not find a field.
     """
-    if mask is not None and not mask.any():
+    if not mask.any():
         raise ScanError("N4 found no bias field: the mask is empty")
     positive = np.maximum(array, 0)  # its logarithm is taken
     with one_thread():
         image = to_image(positive, affine)
-        where = sitk.OtsuThreshold(image, 0, 1) if mask is None else to_image(mask.astype(np.uint8), affine)
+        where = to_image(mask.astype(np.uint8), affine)
         shrink = [max(1, round(N4_MM / size)) for size in image.GetSpacing()]
         filter_ = sitk.N4BiasFieldCorrectionImageFilter()
         filter_.SetMaximumNumberOfIterations(N4_ITERATIONS)

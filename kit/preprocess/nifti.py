@@ -17,7 +17,7 @@ from kit.runs import write_whole
 
 # A header can claim any size: more voxels than this (4 GB as float32) is taken for a broken header.
 MOST_VOXELS = 10**9
-HALVES = {"hdr": "img", "img": "hdr", "head": "brik", "brik": "head"}  # formats that keep a scan in two files
+HALVES = {"hdr": "img", "img": "hdr"}
 _HALF = re.compile(rf"(.+\.)({'|'.join(HALVES)})(\.gz)?", re.IGNORECASE)
 TRUNCATED = "truncated: fewer voxels than the header promises; copy the file again"
 ASSUME_RAS = "if it is stored as RAS, say orientation_unknown: assume_ras"
@@ -67,7 +67,7 @@ def other_form(path: str | Path) -> np.ndarray | None:
     """
     path = Path(path)
     half = _HALF.fullmatch(path.name)
-    file = (other_half(path) or path) if half and half[2].lower() in ("img", "brik") else path
+    file = (other_half(path) or path) if half and half[2].lower() == "img" else path
     try:
         with file.open("rb") as stream:
             zipped = stream.read(2) == b"\x1f\x8b"
@@ -151,7 +151,7 @@ def file_bytes(path: Path) -> bytes:
 
 
 def other_half(path: Path) -> Path | None:
-    """Return the file beside one half of `.hdr` and `.img`, or of `.HEAD` and `.BRIK`; None where there is none."""
+    """Return the file beside one half of `.hdr` and `.img`; None where there is none."""
     name = _HALF.fullmatch(path.name)
     if name is None:
         return None
@@ -169,7 +169,7 @@ def both_halves(path: Path) -> tuple[bytes, bytes | None]:
     if other is None:
         raise ScanError(f"half of it is missing: no .{HALVES[name[2].lower()]} beside the .{name[2]}; put both into "
                         "one folder")
-    header, voxels = (path, other) if name[2].lower() in ("hdr", "head") else (other, path)
+    header, voxels = (path, other) if name[2].lower() == "hdr" else (other, path)
     return file_bytes(header), file_bytes(voxels)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import permutations, product
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from nibabel.affines import apply_affine, from_matvec
 from nibabel.eulerangles import euler2mat
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from kit.preprocess.resample import one_thread, resample, to_image
 from kit.preprocess.template import template
@@ -186,19 +187,8 @@ def rotation_angle(rotation: np.ndarray) -> float:
     return float(np.degrees(np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))))
 
 
-def _orientations() -> list[np.ndarray]:
-    """Return the 24 rotations that map axes to axes, (3, 3), the identity first."""
-    found = []
-    for order in permutations(range(3)):
-        for signs in product((1.0, -1.0), repeat=3):
-            rotation = np.zeros((3, 3))
-            rotation[range(3), order] = signs
-            if np.linalg.det(rotation) > 0:
-                found.append(rotation)
-    return sorted(found, key=lambda rotation: -np.trace(rotation))
-
-
-ORIENTATIONS = _orientations()
+# The 24 rotations that map axes to axes, (3, 3) each, the identity first.
+ORIENTATIONS = sorted(np.rint(Rotation.create_group("O").as_matrix()), key=np.trace, reverse=True)
 
 
 @lru_cache(maxsize=1)

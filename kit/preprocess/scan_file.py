@@ -1,11 +1,10 @@
-"""One reader for every kind of scan: NIfTI, MGH, NRRD, MetaImage, AFNI, and DICOM."""
+"""One reader for every kind of scan: NIfTI, MGH, NRRD, MetaImage, and DICOM."""
 
 from __future__ import annotations
 
 import re
 import struct
 import zlib
-from io import BytesIO, StringIO
 from pathlib import Path
 
 import nibabel as nib
@@ -18,7 +17,6 @@ from kit.preprocess.nifti import (
     SINGULAR,
     TRUNCATED,
     ScanError,
-    both_halves,
     check_volume,
     file_bytes,
     other_half,
@@ -32,9 +30,10 @@ REFUSED = {
     ARCHIVES: "an archive; unpack it, and give the file or the folder in it",
     # SimpleITK reads MINC's RAS+ millimetres as LPS+, so left and right would be swapped.
     (".mnc", ".mnc.gz"): "MINC is not read; convert it to NIfTI with mnc2nii",
+    (".head", ".brik", ".brik.gz"): "AFNI is not read; convert it to NIfTI with 3dAFNItoNIFTI",
     (".par", ".rec"): "Philips PAR/REC is not read; convert it to NIfTI with dcm2niix",
     (".xml", ".json", ".npy", ".npz", ".mat", ".png", ".jpg", ".jpeg", ".tif", ".tiff"):
-        "no scan with a place in space; give NIfTI, DICOM, MGH, NRRD, MetaImage or AFNI",
+        "no scan with a place in space; give NIfTI, DICOM, MGH, NRRD or MetaImage",
 }
 
 
@@ -43,9 +42,9 @@ def read_scan(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, 
 
     - NIfTI: `.nii`, `.nii.gz`, either half of `.hdr` and `.img`
     - FreeSurfer: `.mgh`, `.mgz`
-    - NRRD: `.nrrd`, `.nhdr`; MetaImage: `.mha`, `.mhd`; AFNI: either half of `.HEAD` and `.BRIK`
+    - NRRD: `.nrrd`, `.nhdr`; MetaImage: `.mha`, `.mhd`
     - DICOM: a folder with one series, in it or below it; `folder#4` is series number 4 of several (see
-      `kit.preprocess.dicom.read_dicom`); a multi-frame file
+      `kit.preprocess.dicom.read_dicom`)
 
     Args:
         path: the file or folder.
@@ -69,8 +68,6 @@ def read_scan(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, 
         return _read_mgh(path)
     if name.endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
         return _read_itk(path, no_codes_ok)
-    if name.endswith((".head", ".brik", ".brik.gz")):
-        return _read_afni(path)
     if _is_dicom(path):
         return read_dicom(path)
     return read_nifti(path, no_codes_ok)
@@ -115,26 +112,6 @@ def _read_mgh(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if struct.unpack(">h", data[28:30])[0] <= 0:  # nibabel fills in a place where this flag is not set
         raise ScanError("does not say where it lies in space (goodRASFlag is 0); convert it with mri_convert "
                         "--in_orientation")
-    return _voxels(image)
-
-
-def _read_afni(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    header, voxels = both_halves(path)
-    try:
-        files = {"header": StringIO(header.decode("latin-1")), "image": BytesIO(voxels)}
-        image = nib.brikhead.AFNIImage.from_file_map(
-            {name: nib.FileHolder(fileobj=each) for name, each in files.items()})
-        kind = image.get_data_dtype().kind
-    except (nib.spatialimages.HeaderDataError, nib.spatialimages.ImageDataError, LookupError, TypeError,
-            ValueError) as error:
-        raise ScanError("an AFNI header that is damaged, of colours, or without a place in space; convert it with "
-                        "3dAFNItoNIFTI") from error
-    check_volume(image.shape, kind, image.header.get_zooms()[:3])
-    return _voxels(image)
-
-
-def _voxels(image: nib.spatialimages.SpatialImage) -> tuple[np.ndarray, np.ndarray]:
-    """Return a checked nibabel image in RAS order."""
     try:
         values = image.get_fdata(dtype=np.float32, caching="unchanged")
     except (OSError, EOFError, ValueError) as error:

@@ -41,11 +41,16 @@ def correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
     return float(one @ other / scale) if scale > 0 else 0.0
 
 
-@lru_cache(maxsize=4)
 def tissue_on(grid: Grid, tissue: str) -> np.ndarray:
     """Return where the template surely is "grey" or "white" matter (probability above 0.9), bool (z, y, x)."""
+    return tissue_share_on(grid, tissue) > 0.9
+
+
+@lru_cache(maxsize=4)
+def tissue_share_on(grid: Grid, tissue: str) -> np.ndarray:
+    """Return the template's probability of "grey" or "white" matter, float32 (z, y, x), 0 beyond its field of view."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
     image = {"grey": load_mni152_gm_template, "white": load_mni152_wm_template}[tissue](resolution=1)
     values = np.ascontiguousarray(image.get_fdata(dtype=np.float32).T)
-    return resample(values, image.affine, np.eye(4), grid.shape, grid.affine) > 0.9
+    return resample(values, image.affine, np.eye(4), grid.shape, grid.affine)

@@ -34,8 +34,6 @@ def cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     axial: anterior up, left to right; coronal: superior up, left to right; sagittal: superior up, posterior
     to anterior. `index` counts along z, y or x.
     """
-    if plane not in PLANES:
-        raise ValueError(f"plane: {plane!r} is unknown; choose one of {', '.join(PLANES)}")
     return np.take(volume, index, axis=list(PLANES).index(plane))[::-1]
 
 

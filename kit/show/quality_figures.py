@@ -22,18 +22,12 @@ from kit.show.slices import montage
 from kit.store.grid import Grid
 from kit.store.store import Store, read_transform
 
-HIGHEST_MONTAGE = 24  # scans; more are no picture that a person looks at
 IN_A_ROW = 5  # histograms
 
 
 def quality_montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], note: str = "",
                     title: str = "") -> Figure:
-    """Draw prepared scans in three planes each, the template's brain outlined; see `kit.show.slices.montage`.
-
-    Raises:
-        ValueError: more than 24 scans.
-    """
-    _not_too_many(images)
+    """Draw prepared scans in three planes each, the template's brain outlined; see `kit.show.slices.montage`."""
     return montage(images, grid, titles, note, title, tuple(PLANES), [template_on(grid)[1]] * len(images))
 
 
@@ -45,11 +39,7 @@ def head_montage(rows: pd.DataFrame, store: Store, note: str = "", title: str = 
         rows: a row a scan: scan (its name in the store), participant, image_path, flags.
         store: of the prepared scans.
         assume_ras: see `no_codes_ok` of `kit.preprocess.scan_file.read_scan`.
-
-    Raises:
-        ValueError: more than 24 scans.
     """
-    _not_too_many(rows)
     images, masks = [], []
     for row in rows.itertuples():
         array, affine = read_scan(row.image_path, assume_ras)
@@ -66,11 +56,7 @@ def refused_montage(failed: pd.DataFrame, note: str = "", title: str = "", assum
 
     Args:
         failed: a row a scan: participant, image_path, reason.
-
-    Raises:
-        ValueError: more than 24 scans.
     """
-    _not_too_many(failed)
     images, middle = [], apply_affine(QC_GRID.affine, (np.array(QC_GRID.shape[::-1]) - 1) / 2)
     for path in failed["image_path"]:
         try:
@@ -114,8 +100,3 @@ def quality_histograms(index: pd.DataFrame, title: str = "", note: str = "") -> 
 
 def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 44)[:3])
-
-
-def _not_too_many(scans: Sequence | pd.DataFrame) -> None:
-    if len(scans) > HIGHEST_MONTAGE:
-        raise ValueError(f"a montage shows at most {HIGHEST_MONTAGE} scans, got {len(scans)}")

@@ -20,7 +20,7 @@ IN_A_ROW = 3  # scans of a montage, transforms of a sheet
 
 def three_planes(
     image: np.ndarray, grid: Grid, overlay: np.ndarray | None = None, outline: np.ndarray | None = None,
-    title: str = "", note: str = "", crosshair: Point | None = None, overlay_label: str = "",
+    title: str = "", note: str = "", crosshair: Point | None = None,
 ) -> Figure:
     """Draw one scan in an axial, a coronal and a sagittal slice, left on the left.
 
@@ -32,7 +32,6 @@ def three_planes(
         outline: (depth, height, width), a mask drawn as a contour, such as the template's brain.
         title, note: see `kit.show.figure.blank`.
         crosshair: (x, y, z) MNI mm to cut through, marked by lines; without it the grid's middle, unmarked.
-        overlay_label: what the overlay is, beside its colour bar.
 
     Raises:
         ValueError: if an array's shape is not the grid's.
@@ -60,7 +59,6 @@ def three_planes(
         bare(axes, slice_name(grid, plane, index))
     if overlay is not None:
         bar = figure.colorbar(coloured, ax=list(panels), fraction=0.02, pad=0.01)
-        bar.set_label(overlay_label, fontsize=TEXT - 1)
         bar.ax.tick_params(labelsize=TEXT - 1)
     return figure
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kit.device import keep_freed_memory
 from kit.seeding import scan_key
@@ -30,35 +29,15 @@ class Batch:
         masks: (batch, 1, depth, height, width) bool.
         keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
         labels: (batch,) float32, nan where there is none.
-        piped: whether it came from a loading process that got no shared memory for it.
     """
 
     images: torch.Tensor
     masks: torch.Tensor
     keys: list[int]
     labels: torch.Tensor
-    piped: bool = False
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What another process gets: tensors in shared memory, or arrays through the pipe where it has no room.
-
-        torch would find that out while it writes to the pipe, in a thread whose errors nobody hears.
-        """
-        tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, torch.Tensor)}
-        try:
-            for value in tensors.values():
-                value.share_memory_()
-        except (RuntimeError, OSError):  # a small /dev/shm, or too many open files
-            arrays = {name: value.numpy() for name, value in tensors.items()}
-            return {**self.__dict__, **arrays, "piped": True}
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                              for name, value in state.items()})
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, as float32; the copy does not block where memory is pinned."""
@@ -67,8 +46,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader: memory that a CUDA device can copy from without waiting."""
-        return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory(),
-                     self.piped)
+        return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory())
 
 
 class LoaderError(RuntimeError):
@@ -106,8 +84,11 @@ class PreparedScans(Dataset):
 def collate(items: Sequence[Item]) -> Batch:
     """Stack scans; they stay float16 until they reach the device."""
     images, masks, keys, labels = zip(*items, strict=True)
-    return Batch(torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]),
-                 list(keys), torch.tensor(labels, dtype=torch.float32))
+    tensors = [torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]),
+               torch.tensor(labels, dtype=torch.float32)]
+    if get_worker_info():  # in a thread of its own, later, torch would fail unheard where /dev/shm is small
+        tensors = [tensor.share_memory_() for tensor in tensors]
+    return Batch(tensors[0], tensors[1], list(keys), tensors[2])
 
 
 def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
@@ -120,7 +101,6 @@ def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers
                "worker_init_fn": keep_freed_memory} if workers else {}
     loader = DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                         pin_memory=torch.cuda.is_available(), **options)
-    piped = False
     try:
         batches = iter(loader)  # loading processes start here, and their queues take a little of /dev/shm
     except OSError as error:
@@ -128,12 +108,7 @@ def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers
             raise
         raise LoaderError("loading processes cannot be started, as /dev/shm is full. Set loader_workers: 0, which "
                           "loads in the training process, or make room there (docker: --shm-size)") from error
-    for batch in batches:
-        if batch.piped and not piped:
-            piped = True
-            warnings.warn("loading processes get no shared memory (is /dev/shm small? docker: --shm-size): batches "
-                          "come through pipes, which is slower", stacklevel=2)
-        yield batch
+    yield from batches
 
 
 @contextmanager
@@ -148,8 +123,8 @@ def loading_may_fail() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not (str(error).startswith("DataLoader worker") or "shared memory" in str(error)):
             raise
-        first = str(error).splitlines()[0]
-        raise LoaderError(f"a loading process died, for want of memory perhaps ({first}). Set loader_workers: 0, which "
-                          "loads in the training process, or give the job more memory") from error
+        raise LoaderError(f"a loading process failed, for want of memory perhaps ({str(error).splitlines()[-1]}). Set "
+                          "loader_workers: 0, which loads in the training process, or give the job more memory "
+                          "(shared memory in docker: --shm-size)") from error

@@ -74,23 +74,19 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
         return
     if not allow:
         check_datasets_known(rows, "the encoder's pretraining")
-    if record.get("salt", "") not in ("", participant_hash("salt", salt())):
+    if record.get("salt") != participant_hash("salt", salt()):
         words = "the encoder's ids are hashed with another salt: set KIT_SALT to the one that it was trained with"
         if not allow:
             raise LeakageError(f"{words}, or set allow_seen_participants: true and say so")
         print(f"{words}; whom it saw is unknown")
         return
-    people = check_unseen(ids, record.get("participants", ()), allow, aliases)
-    if record.get("voxels"):
-        found, seen = voxel_hashes(store, rows["scan"]), set(record["voxels"])
-        scans = sum(each in seen for each in found.values())
-        if scans and not allow:
-            raise LeakageError(f"{scans} of {len(found)} scans to be evaluated were seen in pretraining, under other "
-                               "names of participant or dataset: give both cohorts the same names (or a table of "
-                               "aliases), and test on others, or set allow_seen_participants: true and say so")
-    else:
-        scans = 0
-        print("the encoder's record has no voxels (it is of an older kit): a scan under another name is not found")
+    people = check_unseen(ids, record["participants"], allow, aliases)
+    found, seen = voxel_hashes(store, rows["scan"]), set(record["voxels"])
+    scans = sum(each in seen for each in found.values())
+    if scans and not allow:
+        raise LeakageError(f"{scans} of {len(found)} scans to be evaluated were seen in pretraining, under other "
+                           "names of participant or dataset: give both cohorts the same names (or a table of "
+                           "aliases), and test on others, or set allow_seen_participants: true and say so")
     if people or scans:
         print(f"SEEN IN PRETRAINING: {people} of {ids.nunique()} participants, {scans} of {len(rows)} scans tested")
 

@@ -222,14 +222,13 @@ class Store:
         return array, array.view(np.uint16) != 0  # the bits, for -0 lies inside
 
 
-def unreadable(store: Store, scans: Sequence[str], verify: bool = False, threads: int = 16) -> dict[str, str]:
+def unreadable(store: Store, scans: Sequence[str], verify: bool = False) -> dict[str, str]:
     """Look at scans' files before work starts: their headers, or with `verify` their whole arrays and checksums.
 
     Args:
         store: where they lie.
         scans: names from its index.
         verify: read everything; 45,000 full-size scans are 200 GB.
-        threads: files looked at at a time.
 
     Returns:
         What is wrong, by the names of those that are missing or damaged.
@@ -241,7 +240,7 @@ def unreadable(store: Store, scans: Sequence[str], verify: bool = False, threads
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(16) as pool:
         found = list(progress(pool.map(fault, scans), total=len(scans), desc="checking scans", unit="scan"))
     return {scan: words for scan, words in zip(scans, found, strict=True) if words}
 

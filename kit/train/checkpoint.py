@@ -8,13 +8,13 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kit.runs import as_today, differences, shown, write_whole
+from kit.runs import differences, shown, write_whole
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 AGAIN_SECONDS = 10.0  # between two tries on a full disk
@@ -138,14 +138,12 @@ def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return average or state["model"]
 
 
-def check_same(state: dict[str, Any], params: dict[str, Any], folder: Path,
-               defaults: Mapping[str, Any] | None = None) -> None:
-    """Refuse a checkpoint of other parameters; one of an older kit, that lacks a name, has its default.
+def check_same(state: dict[str, Any], params: dict[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint of other parameters.
 
     Raises:
         CheckpointError: every difference is listed.
     """
-    before = as_today(state.get("params", {}), params, defaults or {})
-    if listed := differences(before, params, "the checkpoint"):
+    if listed := differences(state.get("params", {}), params, "the checkpoint"):
         raise CheckpointError(f"{shown(folder / 'checkpoints')} are of other parameters:\n  {listed}\n"
                               "give another output_dir, or delete that folder")

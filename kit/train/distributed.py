@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.nn.functional import all_gather, all_reduce
 
 from kit.device import set_threads
 from kit.train.stop import NAME as STOP
@@ -105,25 +105,9 @@ def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
 
 
-class _Gather(torch.autograd.Function):
-    """What all processes hold, joined along the first axis in the order of their ranks; gradients are summed."""
-
-    @staticmethod
-    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(value) for _ in range(world_size())]
-        dist.all_gather(parts, value.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total.chunk(world_size())[rank()]
-
-
 def gather(value: torch.Tensor) -> torch.Tensor:
-    """(rows, ...) of each process -> (rows x processes, ...), differentiable."""
-    return _Gather.apply(value)
+    """(rows, ...) of each process -> (rows x processes, ...) in the order of their ranks; gradients are summed."""
+    return torch.cat(all_gather(value))
 
 
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:

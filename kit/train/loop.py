@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Settings:
 @loading_may_fail()
 def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], list[list[int]]],
         validation: PreparedScans, settings: Settings, folder: Path | None = None, *,
-        params: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, may_stop: bool = False,
+        params: dict[str, Any] | None = None, may_stop: bool = False,
         monitor: Callable[[nn.Module, int], dict[str, float]] | None = None) -> pd.DataFrame:
     """Train an objective; the best epoch is that of the lowest validation loss.
 
@@ -85,7 +85,6 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         settings: see `Settings`.
         folder: of the run: `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
         params: what must be the same when the run is resumed; the settings if not given.
-        defaults: of `params`, for checkpoints of an older kit.
         may_stop: heed the stop file in the folder, write `live.json` and TensorBoard's files.
         monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1; what it
             returns joins the log's row.
@@ -103,7 +102,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         LoaderError: loading processes cannot be started, or one died.
         Stopped: the stop file was there; the checkpoint is written.
     """
-    state = State(objective, settings, folder, params, defaults)
+    state = State(objective, settings, folder, params)
     state.restore()
     if state.log and rank() == 0:
         state.write_log()  # a run killed between the checkpoint and the log
@@ -192,7 +191,7 @@ class State:
     """One run of the loop: all that a checkpoint holds, and what changes it."""
 
     def __init__(self, objective: Objective, settings: Settings, folder: Path | None,
-                 params: dict[str, Any] | None, defaults: dict[str, Any] | None = None) -> None:
+                 params: dict[str, Any] | None) -> None:
         self.threads = set_threads()
         self.objective, self.settings, self.folder = on_device(objective), settings, folder
         # with `find_unused_parameters`, gradients are summed in one order from the first step on: a resumed run's bits
@@ -203,8 +202,6 @@ class State:
                         if settings.ema else None)
         self.kept: nn.Module = self.average.module if self.average else objective
         self.params = params or {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
-        self.defaults = defaults or {field.name: field.default for field in fields(Settings)
-                                     if field.default is not MISSING}  # of what a checkpoint of an older kit lacks
         self.log: list[dict[str, float]] = []  # a row an epoch
         self.reports: list[dict[str, float]] = []  # of the steps of the unfinished epoch
         self.rate = 0.0  # learning rate
@@ -262,7 +259,7 @@ class State:
         found = checkpoint.read_checkpoint(self.folder / "checkpoints") if self.folder else None
         if found is None:
             return
-        checkpoint.check_same(found, self.params, self.folder, self.defaults)
+        checkpoint.check_same(found, self.params, self.folder)
         self.objective.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         if self.average:

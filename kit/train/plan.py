@@ -36,15 +36,14 @@ class Need(NamedTuple):
         return self.fixed_bytes + scans * self.scan_bytes
 
 
-def need(params: Pretrain, store: Store, scans: int = 2) -> Need:
+def need(params: Pretrain, store: Store) -> Need:
     """Count operations and kept memory at the store's own shape, without computing or allocating either.
 
     Args:
         params: of the run.
         store: whose grid gives the shape.
-        scans: of the counted step; what one of them takes is a share of it.
     """
-    shape, mae = store.grid.shape, params.objective == "mae"
+    scans, shape, mae = 2, store.grid.shape, params.objective == "mae"
     seen = seen_places(masks_for(range(scans), shape, params.mask_ratio, seed=0, epoch=0)) if mae else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective = build_objective(params, store).train()
@@ -95,12 +94,11 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[floa
     return seconds / scans, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"
 
 
-def plan(params: Pretrain, epochs: int = 1000) -> tuple[pd.DataFrame, str]:
+def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
     """Hours of the whole run on 1, 4 and 12 devices, and what else it needs.
 
     Args:
-        params: of the run; with `epochs: 0` the plan is for the number given here.
-        epochs: see above.
+        params: of the run; with `epochs: 0` the plan is for 1000 epochs.
 
     Returns:
         a row a number of devices: devices, scans_at_a_time, memory_gb, hours, gpu_hours, scans_per_second (that the
@@ -108,7 +106,7 @@ def plan(params: Pretrain, epochs: int = 1000) -> tuple[pd.DataFrame, str]:
     """
     store = Store.open(params.prepared)
     learned = choose_scans(params, store)[0]
-    epochs, wanted = params.epochs or epochs, need(params, store)
+    epochs, wanted = params.epochs or 1000, need(params, store)
     each, source = seconds_per_scan(params, store, wanted)
     batches = batches_for(params, learned)(0)
     read = sum(map(len, batches)) * epochs

@@ -113,10 +113,8 @@ def check_files(params: Pretrain, folder: Path) -> None:
                       "Delete what is left of them and run 1_preprocess again", stacklevel=2)
 
 
-def readable_scans(params: Pretrain, store: Store, folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def readable_scans(params: Pretrain, store: Store, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What `choose_scans` chooses, without what `check_files` found damaged when the run of a folder began."""
-    if folder is None:
-        return choose_scans(params, store)
     damaged = _damaged(folder)
     learned, validation = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
     if participant_ids(learned).nunique() < 2:
@@ -136,7 +134,7 @@ def _has_checkpoint(folder: Path) -> bool:
     return any((folder / f"checkpoints/{name}.pt").exists() for name in ("last", "previous"))
 
 
-def pretrain_inputs(params: Pretrain, store: Store, folder: Path | None = None) -> MadeFrom:
+def pretrain_inputs(params: Pretrain, store: Store, folder: Path) -> MadeFrom:
     """What an encoder is made from: of the index only what decides who is learned from, and whose scans they are."""
     parts = zip(("learned from", "validation"), readable_scans(params, store, folder), strict=True)
     return made_from([Used("prepared", part, store, rows, participant_ids(rows)) for part, rows in parts],
@@ -153,20 +151,16 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
     """
     now = pretrain_inputs(params, Store.open(params.prepared), folder)
     finished = (folder / "encoder.safetensors").exists()
-    if not finished and not _has_checkpoint(folder):
+    begun = None if finished else checkpoint.read_checkpoint(folder / "checkpoints")
+    if not finished and begun is None:
         write(folder, now)
         return
+    kept = read_record(folder) if finished else begun["params"]  # what lies with the weights knows best
+    if "made_from" not in kept:
+        raise CheckpointError(f"{shown(folder)} is {OLDER}; give another output_dir, or delete that folder")
     before = read_made_from(folder)
-    if finished or before is None:  # what lies with the weights knows best
-        begun = {} if finished else checkpoint.read_checkpoint(folder / "checkpoints") or {}
-        kept = read_record(folder) if finished else begun.get("params", {})
-        if before is None or before.record != kept.get("made_from"):
-            before = MadeFrom(kept["made_from"]) if "made_from" in kept else None
-    if before is None:
-        print(f"{shown(folder)} is {OLDER}: it cannot be checked whether its scans have changed since")
-        if not finished:
-            write(folder, MadeFrom({**now.record, "unchecked": "it was begun by an older kit"}, now.rows))
-        return
+    if before is None or before.record != kept["made_from"]:
+        before = MadeFrom(kept["made_from"])
     if before.record["kit"] != kit.__version__:
         print(f"{shown(folder)} was begun by kit {before.record['kit']}; this is {kit.__version__}")
     if lines := changes(before._replace(record={**before.record, "kit": kit.__version__}), now):
@@ -301,19 +295,13 @@ def views_of(objective: nn.Module) -> dict[str, Any]:
     return {"views": objective.recipe.plain()} if isinstance(objective, SimCLR) else {}
 
 
-def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom | None = None,
-              folder: Path | None = None) -> dict[str, Any]:
-    """What an encoder's file says of itself: see `kit.models.encoder_file`.
-
-    Args:
-        made: what it was made from; if not given, what lies there now.
-        folder: of the run, whose damaged scans were left out.
-    """
+def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom, folder: Path) -> dict[str, Any]:
+    """What an encoder's file says of itself, see `kit.models.encoder_file`; the folder is the run's."""
     rows = pd.concat(readable_scans(params, store, folder))
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
             "preparation": store.record, "params": params.plain(),
             **seen_by(store, rows, participant_ids(rows), read_aliases(params.aliases)), **views_of(objective),
-            "made_from": (made or pretrain_inputs(params, store, folder)).record}
+            "made_from": made.record}
 
 
 def train(params: Pretrain, folder: Path) -> None:
@@ -324,14 +312,12 @@ def train(params: Pretrain, folder: Path) -> None:
     if world_size() > 1:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
-    # noted by the process that started this one
-    made = read_made_from(folder) or pretrain_inputs(params, store, folder)
+    made = read_made_from(folder)  # noted by the process that started this one
     same |= views_of(objective) | {"made_from": made.record}
-    defaults = params.defaults() | {"made_from": made.record}
     try:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
-            defaults=defaults, may_stop=True, monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
+            may_stop=True, monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)

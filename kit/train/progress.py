@@ -38,7 +38,6 @@ class Progress:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, not for small fits
 
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done or None)
-            self.curve = _read_curve(self.folder / "live.json", done)
 
     def note(self, epoch: int, report: dict[str, float], rate: float, scans: int, waited: float) -> None:
         """Write down one step.
@@ -86,13 +85,3 @@ class Progress:
                 self.board.close()
             except OSError:  # a full disk
                 self.board = None
-
-
-def _read_curve(path: Path, done: int) -> list[tuple[int, float, float]]:
-    """The curve of a run that is resumed, up to the step that it goes on from."""
-    if not path.exists():
-        return []
-    try:
-        return [tuple(point) for point in json.loads(path.read_text(encoding="utf-8"))["curve"] if point[0] <= done]
-    except (ValueError, KeyError):
-        return []

@@ -34,7 +34,6 @@ def test_n4_takes_most_of_a_bias_field_off() -> None:
     before = spread((scan / clean)[inside])
     corrected = correct_bias(scan, GRID.affine, mask)
     assert spread((corrected / clean)[inside]) < 0.6 * before  # noise alone is 0.2 of it
-    assert spread((correct_bias(scan, GRID.affine, None) / clean)[inside]) < 0.6 * before
     assert corrected.tobytes() == correct_bias(scan, GRID.affine, mask).tobytes()
 
 
