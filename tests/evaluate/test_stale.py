@@ -83,6 +83,7 @@ def finetuned(store, folder, **changes):
 def benchmarked(store, folder, **changes):
     return through(Benchmark, benchmark.run_benchmark, {
         "prepared": store.folder, "encoders": {"one": "random:resnet18_narrow"}, "tasks": ["lesion", "age"],
+        "baselines": [],
         "finetune_tasks": [], "label_fractions": [1.0], "output_dir": folder, **changes})
 
 
@@ -257,38 +258,38 @@ def test_one_word_for_masks_of_two_sources_is_said(store, tmp_path, capsys):
 # 5_benchmark
 
 
-def test_only_the_rows_concerned_are_computed_anew(store, tmp_path, capsys, fitted):
+def test_only_the_cells_concerned_are_computed_anew(store, tmp_path, capsys, fitted):
     encoder = encoder_file(store, tmp_path / "encoder.safetensors")
-    values = {"encoders": {"one": encoder, "two": "random:resnet18_narrow"}}
-    first = benchmarked(store, tmp_path / "run", **values)
+    values = {"encoders": {"one": encoder}, "baselines": ["random init"]}
+    first = benchmarked(store, tmp_path / "run", **values).tidy
     assert len(fitted) == 4 and first.groupby(["encoder", "task"])["fingerprint"].nunique().eq(1).all()
     assert first["fingerprint"].nunique() == 4
 
     correct_labels(store)
-    second = benchmarked(store, tmp_path / "run", **values)
+    second = benchmarked(store, tmp_path / "run", **values).tidy
     assert len(fitted) == 6
-    assert "labels of lesion of prepared changed: one on lesion (1 rows), two on lesion (1 rows)" in (
+    assert "labels of lesion of prepared changed: random init on lesion (1 cells), one on lesion (1 cells)" in (
         capsys.readouterr().out)
     ages = first["task"] == "age"
     pd.testing.assert_frame_equal(first[ages], second[ages])
     assert not set(first["fingerprint"][~ages]) & set(second["fingerprint"])
 
     encoder_file(store, tmp_path / "encoder.safetensors", seed=1)
-    third = benchmarked(store, tmp_path / "run", **values)
+    third = benchmarked(store, tmp_path / "run", **values).tidy
     said = capsys.readouterr().out
-    assert len(fitted) == 8 and "encoder weights: " in said and "one on lesion (1 rows), one on age (1 rows)" in said
-    fresh = benchmarked(store, tmp_path / "fresh", **values)
-    pd.testing.assert_frame_equal(third, fresh, check_dtype=False)
+    assert len(fitted) == 8 and "encoder weights: " in said and "one on lesion (1 cells), one on age (1 cells)" in said
+    fresh = benchmarked(store, tmp_path / "fresh", **values).tidy
+    pd.testing.assert_frame_equal(third, fresh)
     assert json.loads((tmp_path / "run/made_from.json").read_text())["fingerprint"] == (
         json.loads((tmp_path / "fresh/made_from.json").read_text())["fingerprint"])
     done = len(fitted)
-    pd.testing.assert_frame_equal(benchmarked(store, tmp_path / "run", **values), fresh, check_dtype=False)
+    pd.testing.assert_frame_equal(benchmarked(store, tmp_path / "run", **values).tidy, fresh)
     assert len(fitted) == done and "encoder one" in words(tmp_path / "run")
 
-    (tmp_path / "run/made_from.json").unlink()  # as an older kit left it
-    fresh.drop(columns="fingerprint").to_csv(tmp_path / "run/tidy.csv", index=False)
+    for record in (tmp_path / "run/cells").rglob("made_from.json"):
+        record.unlink()
     benchmarked(store, tmp_path / "run", **values)
-    assert len(fitted) == done + 4 and "it is of an older kit" in capsys.readouterr().out
+    assert len(fitted) == done + 4 and "it does not say what it was made from" in capsys.readouterr().out
 
 
 # 2_pretrain

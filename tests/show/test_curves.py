@@ -24,6 +24,9 @@ def test_training_curves_draw_what_the_log_has():
     assert figure.axes[2].get_ylim()[0] == 0
     assert figure.get_supxlabel() == NOTE
     assert len(training_curves(log[["epoch", "train_loss"]]).axes) == 1
+    lines = training_curves(log.assign(mean_scan_loss=2.0)).axes[0].lines
+    assert {line.get_label(): line.get_linestyle() for line in lines} == {
+        "train loss": "-", "validation loss": "-", "mean scan loss": "--"}
     with pytest.raises(ValueError, match="log lacks loss; its columns are epoch, seconds"):
         training_curves(log[["epoch", "seconds"]])
     with pytest.raises(ValueError, match="no rows"):

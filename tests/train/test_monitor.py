@@ -9,11 +9,22 @@ import torch
 import torch.nn.functional as F
 
 from kit import device
+from kit.augment.masking import masked_patches
 from kit.params import Pretrain
 from kit.runs import Run
+from kit.seeding import rng_for, scan_key
 from kit.store.dataset import PreparedScans
-from kit.train.monitor import alignment, effective_rank, look, quick_probe, std, uniformity, verdict
-from kit.train.objectives import SimCLR
+from kit.train.monitor import (
+    alignment,
+    effective_rank,
+    look,
+    mean_scan_loss,
+    quick_probe,
+    std,
+    uniformity,
+    verdict,
+)
+from kit.train.objectives import VALIDATION_EPOCH, SimCLR
 from kit.train.pretrain import build_objective, by_chance, pretrain
 
 
@@ -90,6 +101,77 @@ def test_scans_learned_by_heart_are_called_so(losses, scans, word):
         assert "memorising the scans" in said and "0.800 after epoch 3" in said and "40 validation scans" in said
         rose = rows.assign(loss=[3.0, 2.0, 1.5, 1.6, 1.7, 1.8])
         assert verdict(rose, 1 / 15, validation_scans=40).startswith("LEARNING")
+
+
+@pytest.mark.parametrize(("losses", "word"), [
+    ([0.9, 0.6], "LEARNING: the loss fell by 41%; on held-out scans it is 0.600, that of the mean scan 0.700"),
+    ([0.9, 0.7], "NOT LEARNING: on held-out scans the loss is 0.700, and always answering with the mean training scan"),
+    ([0.6, 0.8], "NOT LEARNING"),  # the encoder that is kept is the last epoch's
+    ([0.6, math.nan], "LEARNING"),  # stopped in an epoch
+])
+def test_an_autoencoder_that_the_mean_scan_beats_is_not_learning(losses, word):
+    rows = log(validation_loss=losses, mean_scan_loss=[0.7, 0.7]).drop(columns=["top1", "std", "uniformity"])
+    assert verdict(rows, 1 / 31).startswith(word)
+
+
+def autoencoder(store, **changes):
+    return build_objective(Pretrain.model_validate({
+        "prepared": store.folder, "output_dir": "unused", "objective": "mae", "architecture": "vit_narrow",
+        **changes}), store)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_the_mean_scans_loss_by_hand(store, monkeypatch, normalise):
+    objective = autoencoder(store, normalise_patches=normalise)
+    learned, validation = (PreparedScans(store, rows) for rows in (store.index[:20], store.index[20:]))
+    monkeypatch.setattr(device, "VOXELS", 3 * math.prod(store.grid.shape))  # three scans at a time
+    objective.take_mean(learned)
+
+    def blocks(volume):  # 4 x 3 x 4 voxels each, along z, then y, then x
+        return [volume[z:z + 4, y:y + 3, x:x + 4].ravel().astype(float)
+                for z in range(0, 12, 4) for y in range(0, 18, 3) for x in range(0, 24, 4)]
+
+    def read(scan):
+        image, mask = store.read(scan)
+        holds = np.array([block.mean() >= 0.05 for block in blocks(mask)])
+        parts = [(block - block.mean()) / math.sqrt(block.var(ddof=1) + 1e-6) if normalise else block
+                 for block in blocks(image)]
+        return np.array(parts), holds
+
+    total, count = np.zeros((108, 48)), np.zeros(108)
+    for scan in learned.scans:
+        parts, holds = read(scan)
+        total, count = total + parts * holds[:, None], count + holds
+    mean = total / np.maximum(count, 1)[:, None]
+    each = []
+    for scan in validation.scans:
+        parts, holds = read(scan)
+        masked = masked_patches(108, 0.75, rng_for(0, VALIDATION_EPOCH, scan_key(scan)))
+        each.append(np.square(parts - mean)[masked & holds].mean())
+    assert mean_scan_loss(objective, validation) == pytest.approx(np.mean(each), rel=1e-5)
+    assert 0 < holds.sum() < 108
+
+
+def test_an_autoencoders_log_has_the_mean_scan_in_every_row(store, tmp_path):
+    asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": tmp_path / "run", "objective": "mae",
+                                     "architecture": "vit_narrow", "epochs": 2, "monitor_epochs": 0,
+                                     "validation_fraction": 0.2})
+    rows = pretrain(asked, Run.of(asked))
+    assert rows["mean_scan_loss"].nunique() == 1 and rows["mean_scan_loss"].notna().all()
+    assert pd.read_csv(tmp_path / "run/log.csv")["mean_scan_loss"].notna().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_mean", [True, False])
+def test_an_autoencoder_of_structured_scans_beats_the_mean_scan(store, tmp_path, from_mean):
+    # how bright the lower half is, and whether there is a bright corner, can be seen in any patch of them
+    asked = Pretrain.model_validate({
+        "prepared": store.folder, "output_dir": tmp_path / "run", "objective": "mae", "architecture": "vit_narrow",
+        "normalise_patches": False, "from_mean": from_mean, "epochs": 40, "batch_size": 4, "learning_rate": 1e-3,
+        "beta2": 0.95, "monitor_epochs": 0, "validation_fraction": 0.3})
+    rows = pretrain(asked, Run.of(asked))
+    assert rows["validation_loss"].iloc[-1] < 0.9 * rows["mean_scan_loss"].iloc[-1]
+    assert verdict(rows, 0.0).startswith("LEARNING")
 
 
 def test_chance_follows_the_batches_that_are_really_used(store):
