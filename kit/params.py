@@ -234,9 +234,9 @@ class Tuning(Training):
     # of the participants who are not tested; without folds a column `split` says who they are
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
-    steps: Positive = 600  # at most; a step is of `accumulate` batches
+    steps: Positive = 400  # at most; a step is of `accumulate` batches
     check_steps: Positive = 20  # between two looks at the validation scans: an epoch of the log
-    patience: Annotated[int, Field(ge=0)] = 8  # looks without a lower validation loss before it stops; 0: never
+    patience: Annotated[int, Field(ge=0)] = 5  # looks without a lower validation loss before it stops; 0: never
     learning_rates: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1e-3]
     weight_decays: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-2]
     optimizer: Literal["adam", "adamw"] = "adamw"
@@ -244,6 +244,8 @@ class Tuning(Training):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, from stage to stage below the head
     select_by: Literal["loss", "score"] = "loss"  # on validation; score: AUC (of numbers the loss all the same)
+    # where it did not stop early, train once more with three times the steps, to see whether they would change it
+    check_trained: bool = True
     flip: bool = True  # mirror left and right at random while fine-tuning
     standardise: bool = True  # learn numbers less their mean, over their spread; false: as they are
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on

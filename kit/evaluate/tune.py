@@ -126,7 +126,7 @@ class Job:
 
 
 def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path | None = None,
-         choice: Choice | None = None, home: Path | None = None, check: bool = True) -> Tuned:
+         choice: Choice | None = None, home: Path | None = None, check: bool | None = None) -> Tuned:
     """Fine-tune a copy of an encoder on a task's training part; all that is chosen is chosen on its validation part.
 
     Each learning rate is tried with each weight decay, and the try of the lowest validation loss (or the best AUC,
@@ -139,7 +139,7 @@ def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path
             disk. `tries/` stays, for the caller to remove once the results are written.
         choice: known from elsewhere; then there is one try.
         home: the run's folder, whose file `stop` is heeded; `folder` if not given.
-        check: ask whether it is trained.
+        check: ask whether it is trained; if not given, as the parameters say (`check_trained`).
 
     Raises:
         Stopped: it was asked to stop; the checkpoint and `unfinished.csv` in `home` are written.
@@ -148,7 +148,7 @@ def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path
     if folder is None and params.processes() > 1:
         with tempfile.TemporaryDirectory() as place:  # of which processes take what they train
             return tune(task, encoder, params, seed, Path(place), choice, home, check)
-    home = home or folder
+    home, check = home or folder, params.check_trained if check is None else check
 
     def job(choice: Choice, times: int = 1) -> Job:
         name = f"rate {choice.learning_rate:g} decay {choice.weight_decay:g} times {times}"
