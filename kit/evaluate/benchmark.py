@@ -203,7 +203,8 @@ class _Bench:
         notes = json.loads(known.read_text(encoding="utf-8")) if known.exists() else None
         choice = Choice(notes["learning_rate"], notes["weight_decay"]) if notes else None
         encoder, _ = self.encoder(cell.encoder, cell.fold, seed)
-        tuned = tune(task, encoder, self.params, seed, place, choice, home, check=choice is None)
+        tuned = tune(task, encoder, self.params, seed, place, choice, home,
+                     check=choice is None and self.params.check_trained)
         if choice is None:
             os.replace(place / "tries.csv", folder / "tries.csv")
             write_json(known, {**tuned.choice._asdict(), "trained": tuned.trained, "validation": tuned.validation_score,
