@@ -16,16 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import softmax
-from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from kit.evaluate.metrics import bootstrap, per_participant, predicted_of, statistic
 from kit.evaluate.predict import predict
 from kit.evaluate.tasks import Task
 from kit.models.heads import Predictor
 from kit.params import Tuning
 from kit.runs import write_table, write_whole
-from kit.seeding import rng_for
 from kit.store.sampler import all_batches, stretch
 from kit.train import checkpoint
 from kit.train.distributed import (
@@ -239,38 +237,28 @@ def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
 
 def score_validation(task: Task, predictor: Predictor) -> float:
     """AUC (of K > 2 classes the mean of one against the rest) or mean absolute error; participants count the same."""
-    return _score(*_validation(task, predictor))
+    joined = _validation(task, predictor)
+    return float(statistic(joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()[None],
+                           task.labels.kind)[0])
 
 
 def standard_error(task: Task, predictor: Predictor, seed: int) -> float:
     """Of the validation score, by the bootstrap over participants; nan where each draw lacks a class."""
-    true, predicted, weights = _validation(task, predictor)
-    codes, names = pd.factorize(task.parts["validation"].participants)
-    rng, even = rng_for(seed), np.full(len(names), 1 / len(names))
-    counts = rng.multinomial(len(names), even, size=DRAWS)[:, codes]
-    classes = len(np.unique(true)) if task.labels.kind == "classification" else 0
-    drawn = [_score(true, predicted, weights * count) for count in counts
-             if not classes or len(np.unique(true[count > 0])) == classes]
+    joined = _validation(task, predictor)
+    true, predicted, weight = joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()
+    codes, names = pd.factorize(joined["participant"])
+    drawn = np.concatenate([statistic(true, predicted, counts[:, codes] * weight, task.labels.kind)
+                            for counts in bootstrap(len(names), DRAWS, seed)])
+    drawn = drawn[np.isfinite(drawn)]
     return float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
 
 
-def _validation(task: Task, predictor: Predictor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each validation scan label (scans,), prediction (scans,) or (scans, classes), and the weight that makes
-    participants count the same (scans,)."""
+def _validation(task: Task, predictor: Predictor) -> pd.DataFrame:
+    """Predictions of the validation part, a row a participant and label; see `kit.evaluate.metrics.per_participant`."""
     part = task.parts["validation"]
     predicted = predict(predictor, part.scans()) * float(predictor.sd) + float(predictor.mean)
-    true = part.labels if task.labels.kind == "regression" else part.labels.astype(int)
-    each = 1 / part.participants.groupby(part.participants).transform("size").to_numpy()
-    return true, predicted[:, 0] if predicted.shape[1] == 1 else predicted, each
-
-
-def _score(true: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> float:
-    if true.dtype.kind == "f":
-        return float(np.average(np.abs(true - predicted), weights=weights))
-    if predicted.ndim == 1:
-        return float(roc_auc_score(true, predicted, sample_weight=weights))
-    return float(roc_auc_score(true, softmax(predicted, axis=1), sample_weight=weights, multi_class="ovr",
-                               labels=range(predicted.shape[1])))
+    predicted = predicted[:, 0] if predicted.shape[1] == 1 else predicted
+    return per_participant(part.labels, predicted, part.participants)
 
 
 def _looks_since_best(log: pd.DataFrame) -> int:

@@ -26,7 +26,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import ConfusionMatrixDisplay, brier_score_loss, mean_absolute_error
 
 from kit.cohort.identity import participant_ids
-from kit.evaluate.metrics import LEAST_PARTICIPANTS, auc, per_participant
+from kit.evaluate.metrics import LEAST_PARTICIPANTS, auc, per_participant, predicted_columns
 from kit.show.figure import LEGEND, MAX_WIDTH, TEXT, blank, label
 from kit.show.planes import PLANES
 from kit.show.slices import montage
@@ -44,7 +44,7 @@ def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = ""
     """Draw predictions as fits the metric, titled by the task: ROC, confusion of several classes, or a scatter."""
     if metric != "auc":
         return scatter(table, task, note=note)
-    if len(_logits(table)) > 1:
+    if len(predicted_columns(table)) > 1:
         return confusion(table, title=task, note=note)
     return roc(table, task, note)
 
@@ -57,7 +57,7 @@ def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
     participants and seeds (percentile bootstrap); there is none with fewer than
     `kit.evaluate.metrics.LEAST_PARTICIPANTS` of a class.
     """
-    need(table, "predictions", ["true", *_logits(table)])
+    need(table, "predictions", ["true", *predicted_columns(table)])
     figure, panels = _panels(table, title, note)
     for axes, group in panels:
         for number, (name, joined) in enumerate(_by_distribution(group)):
@@ -164,8 +164,8 @@ def confusion(table: pd.DataFrame, classes: Sequence[str] | None = None, title: 
     Args:
         classes: their names, in the order of the numbers.
     """
-    need(table, "predictions", ["true", *_logits(table)])
-    count = max(2, len(_logits(table)))
+    need(table, "predictions", ["true", *predicted_columns(table)])
+    count = max(2, len(predicted_columns(table)))
     classes = [str(number) for number in range(count)] if classes is None else classes
     if len(classes) != count:
         raise ValueError(f"classes: {len(classes)} names, {', '.join(classes)}; the predictions are of {count} classes")
@@ -201,12 +201,13 @@ def worst_errors(table: pd.DataFrame, store: Store, count: int = 6, task: str = 
     Raises:
         ValueError: the table holds several cells, or a scan that the store lacks.
     """
-    need(table, "predictions", ["scan", "true", *_logits(table)])
+    need(table, "predictions", ["scan", "true", *predicted_columns(table)])
     need_one(table, "predictions", [*_ONE_CELL, "encoder", "mode", "distribution"])
     if unknown := sorted(set(table["scan"]) - set(store.index["scan"])):
         raise ValueError(f"predictions: {len(unknown)} scans are not in {store.folder}, the first is {unknown[0]}; "
                          "select the distribution that was tested on this store")
-    scans = table.assign(who=_who(table)).groupby(["who", "scan", "true"], as_index=False)[_logits(table)].mean()
+    columns = predicted_columns(table)
+    scans = table.assign(who=_who(table)).groupby(["who", "scan", "true"], as_index=False)[columns].mean()
     if classes is None:
         scans["error"] = (scans["predicted"] - scans["true"]).abs()
         scans["words"] = [f"true {row.true:.1f}, predicted {row.predicted:.1f} {UNITS.get(task, '')}".rstrip()
@@ -284,8 +285,8 @@ def _joined(rows: pd.DataFrame) -> pd.DataFrame:
     for (seed, fold), of_model in rows.groupby(["seed", "fold"]):
         who = _who(of_model)
         joined = [per_participant(of_model["true"], of_model[name], who).rename(columns={"predicted": name})
-                  for name in _logits(rows)]  # the same rows for each class
-        predicted = {name: each[name] for name, each in zip(_logits(rows), joined, strict=True)}
+                  for name in predicted_columns(rows)]  # the same rows for each class
+        predicted = {name: each[name] for name, each in zip(predicted_columns(rows), joined, strict=True)}
         parts.append(joined[0].assign(**predicted, seed=seed, fold=fold, model=len(parts)))
     whole = pd.concat(parts, ignore_index=True)
     models = whole.groupby("participant")["model"].transform("nunique")
@@ -298,15 +299,9 @@ def _who(rows: pd.DataFrame) -> pd.Series | np.ndarray:
     return rows["participant"] if "participant" in rows.columns else np.arange(len(rows))
 
 
-def _logits(table: pd.DataFrame) -> list[str]:
-    """The columns of the predictions: one, or one a class."""
-    several = [name for name in table.columns if str(name).startswith("predicted_") and table[name].notna().any()]
-    return sorted(several, key=lambda name: int(name.removeprefix("predicted_"))) or ["predicted"]
-
-
 def _probabilities(rows: pd.DataFrame) -> np.ndarray:
     """(rows, classes), from log-odds or from logits."""
-    logits = rows[_logits(rows)].to_numpy(np.float64)
+    logits = rows[predicted_columns(rows)].to_numpy(np.float64)
     return softmax(np.hstack([0 * logits, logits]) if logits.shape[1] == 1 else logits, axis=1)
 
 
