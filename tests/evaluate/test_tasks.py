@@ -25,7 +25,7 @@ from kit.runs import write_table
 from kit.store.leakage import seen_by
 from kit.store.store import Store
 from kit.train.objectives import Supervised
-from kit.train.pretrain import build_objective, check_start, choose_scans, record_of
+from kit.train.pretrain import build_objective, check_start, choose_scans, pretrain_inputs, record_of
 from tests.conftest import GRID, make_store
 
 
@@ -82,7 +82,8 @@ def test_three_classes_are_learned_saved_and_explained(three, tmp_path):
     # what 3_finetune leaves builds the same network again
     from safetensors.torch import save_file
     (tmp_path / "run").mkdir()
-    save_file(predictor.state_dict(), tmp_path / "run/model.safetensors")
+    save_file({name: value.contiguous() for name, value in predictor.state_dict().items()},
+              tmp_path / "run/model.safetensors")
     (tmp_path / "run/task.json").write_text('{"architecture": "resnet18_narrow"}')
     again, _ = load_predictor(tmp_path / "run", three.record)
     rows = task.parts["test"].rows
@@ -158,7 +159,8 @@ def test_pretraining_leaves_the_test_fold_out_and_other_folds_refuse_its_encoder
     params = Pretrain.model_validate({**values, "fold": 1})
     check_start(params)
     assert f"fold 1 of {folds.get('folds', 2)}: " in capsys.readouterr().out
-    record = record_of(params, store, build_objective(params, store))
+    made = pretrain_inputs(params, store, tmp_path)
+    record = record_of(params, store, build_objective(params, store), made, tmp_path)
     tasks = read_tasks({"prepared": store}, "age", splitting=Splitting(split_seed=2, **folds))
     learned = set(participant_ids(pd.concat(choose_scans(params, store))))
     assert learned == set(participant_ids(store.index)) - set(tasks[1].parts["test"].participants)
@@ -286,7 +288,8 @@ def test_what_a_test_set_shares_with_training_and_pretraining_is_said(store, oth
 def test_an_encoders_record_says_where_its_scans_were_from(store, tmp_path):
     params = Pretrain.model_validate({"prepared": store.folder, "output_dir": tmp_path})
     objective = build_objective(params, store)
-    save_encoder(tmp_path / "encoder.safetensors", objective.encoder, record_of(params, store, objective))
+    record = record_of(params, store, objective, pretrain_inputs(params, store, tmp_path), tmp_path)
+    save_encoder(tmp_path / "encoder.safetensors", objective.encoder, record)
     learned = pd.concat(choose_scans(params, store))
     assert read_record(tmp_path)["seen"] == {"dataset": {"made": len(learned)},
                                              "site": learned["site"].value_counts().to_dict()}
