@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kit.cohort.identity import participant_ids
 from kit.cohort.labels import LabelError
 from kit.cohort.split import LeakageError, Splitting
 from kit.evaluate.finetune import finetune, load_predictor, open_stores
-from kit.evaluate.predict import prediction_columns
+from kit.evaluate.predict import predict_tested, prediction_columns
 from kit.evaluate.tasks import check_tested, covariates, overlap, read_tasks, tasks_of
 from kit.explain.maps import scans_to_explain
 from kit.explain.saliency import saliency
@@ -21,6 +22,7 @@ from kit.models.heads import Predictor
 from kit.params import Benchmark, Finetune, Pretrain
 from kit.reading import ParameterError, check
 from kit.runs import write_table
+from kit.store.dataset import collate
 from kit.store.leakage import seen_by
 from kit.store.store import Store
 from kit.train.loop import Settings
@@ -28,7 +30,7 @@ from kit.train.objectives import Supervised
 from kit.train.pretrain import build_objective, check_start, choose_scans, record_of
 from tests.conftest import SHAPE, make_store
 
-SETTINGS = Settings(epochs=12, batch_size=8, learning_rate=3e-3, weight_decay=1e-4, optimizer="adamw",
+SETTINGS = Settings(epochs=6, batch_size=8, learning_rate=3e-3, weight_decay=1e-4, optimizer="adamw",
                     schedule="cosine", seed=0)
 
 
@@ -59,7 +61,6 @@ def test_cross_entropy_is_that_of_the_class(three):
     assert task.labels.classes == ("lesion", "old", "young") and set(task.parts["train"].labels) == {0, 1, 2}
     objective = Supervised(Predictor(build_encoder("resnet18_narrow", SHAPE), 3), "classification", flip=False, seed=0)
     scans = task.parts["train"].scans()
-    from kit.store.dataset import collate
     batch = collate([scans[number] for number in range(4)]).to(torch.device("cpu"))
     loss = objective.eval()(batch, 0)["loss"]
     chances = objective.predictor(batch.images).softmax(1)
@@ -71,7 +72,6 @@ def test_three_classes_are_learned_saved_and_explained(three, tmp_path):
     params = Finetune.model_validate({"prepared": three.folder, "output_dir": tmp_path / "run", "task": "group",
                                       "encoder": "random:resnet18_narrow"})
     task, = tasks_of(params, open_stores(params), "group")
-    from kit.evaluate.predict import predict_tested
     predictor, log = finetune(task, build_encoder("resnet18_narrow", SHAPE), SETTINGS, flip=False)
     found = predict_tested(task, predictor)
     true = task.parts["test"].labels.astype(int)
@@ -83,9 +83,9 @@ def test_three_classes_are_learned_saved_and_explained(three, tmp_path):
     assert np.array_equal(columns["predicted_2"], found["test"][:, 2])
 
     # what 3_finetune leaves builds the same network again
-    from safetensors.torch import save_file
     (tmp_path / "run").mkdir()
-    save_file(predictor.state_dict(), tmp_path / "run/model.safetensors")
+    weights = {name: value.contiguous() for name, value in predictor.state_dict().items()}
+    save_file(weights, tmp_path / "run/model.safetensors")
     (tmp_path / "run/task.json").write_text('{"architecture": "resnet18_narrow"}')
     again, _ = load_predictor(tmp_path / "run", three.record)
     rows = task.parts["test"].rows
