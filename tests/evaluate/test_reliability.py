@@ -142,7 +142,8 @@ def test_travelling_heads_are_taken_and_those_seen_in_pretraining_left_out(store
                                       store.index["participant"]])
     travelling = Store(store.folder, index, store.record)
     assert reliability_of(Mean(), travelling)["participants"].item() == 4
-    seen = {"participants": sorted(hashed_ids("made/002")), "salt": participant_hash("salt", salt())}
+    seen = {"participants": sorted(hashed_ids("made/002")), "voxels": [],
+            "salt": participant_hash("salt", salt())}
     assert reliability_of(Mean(), travelling, record=seen)["participants"].item() == 3
     with pytest.raises(ReliabilityError, match="0 participants with several usable scans"):
         reliability_of(Mean(), Store(store.folder, index.drop_duplicates("participant"), store.record))
