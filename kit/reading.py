@@ -170,10 +170,7 @@ def built(model: type[Model], values: Mapping[str, Any]) -> Model:
     try:
         params = model.model_validate(dict(values))
     except ValidationError as error:
-        faults = [_wording(model, fault) for fault in error.errors()]
-        named = {fault.partition(":")[0] for fault in faults}
-        odd = [fault for fault in _odd(values) if fault.partition(":")[0] not in named]
-        raise ParameterError(_listing(faults + odd)) from None
+        raise ParameterError(_listing([_wording(model, fault) for fault in error.errors()])) from None
     if odd := _odd(values, dict(params)):
         raise ParameterError(_listing(odd))
     return params
@@ -195,21 +192,19 @@ def _is_within(value: Any, folder: Path) -> bool:
     return isinstance(value, str | Path) and resolve(value).is_relative_to(folder)
 
 
-def _odd(given: Any, read: Any = None, name: str = "") -> list[str]:
+def _odd(given: Any, read: Any, name: str = "") -> list[str]:
     """Values that pydantic takes and nobody means: true for a number.
 
     Args:
         given: the values.
-        read: what the model made of them; None where it could not.
+        read: what the model made of them.
         name: of the part.
     """
     read = dict(read) if isinstance(read, BaseModel) else read
-    if isinstance(given, Mapping) and isinstance(read, Mapping | None):
-        return [fault for key, value in given.items() for fault in _odd(value, (read or {}).get(key),
-                                                                       _dotted(name, str(key)))]
-    if isinstance(given, list | tuple) and isinstance(read, list | tuple | None):
-        parts = read if read is not None and len(read) == len(given) else [None] * len(given)
-        return [fault for place, (value, part) in enumerate(zip(given, parts, strict=True))
+    if isinstance(given, Mapping) and isinstance(read, Mapping):
+        return [fault for key, value in given.items() for fault in _odd(value, read[key], _dotted(name, str(key)))]
+    if isinstance(given, list | tuple) and isinstance(read, list | tuple):
+        return [fault for place, (value, part) in enumerate(zip(given, read, strict=True))
                 for fault in _odd(value, part, _dotted(name, str(place)))]
     if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
         return [f"{name}: got {str(given).lower()}, which would count as {read:g}; write a number"]
