@@ -39,7 +39,8 @@ bench: $(READY)  ## ratios against the peers, into outputs/bench/bench.json
 	$(BIN)/python -m benchmarks.run
 
 notebooks: $(READY)  ## renew the committed notebooks
-	KIT_OUTPUTS=$$(mktemp -d) KIT_PROGRESS=off $(BIN)/jupyter nbconvert --to notebook --inplace notebooks/*.ipynb \
+	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && KIT_OUTPUTS=$$outputs KIT_PROGRESS=off \
+		$(BIN)/jupyter nbconvert --to notebook --inplace notebooks/*.ipynb \
 		--execute --ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.store_widget_state=False \
 		--ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
 		--ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
