@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# two files of tests at a time, one thread each; threads that wait leave the core to others
-TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup
 
 # whatever the machine's locale, and whatever a library makes of it, text is UTF-8
 export PYTHONUTF8 := 1
@@ -27,12 +25,12 @@ demo: $(READY)  ## the whole path through every notebook on the sample cohort (1
 test: $(READY)  ## all tests: unit, integration, every notebook (35 minutes on two cores)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(TESTS) --nbval --durations=30
+	$(BIN)/pytest --nbval --durations=30
 
 check: $(READY)  ## the quick loop (3 minutes)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(TESTS) tests -m "not slow and not real"
+	$(BIN)/pytest tests -m "not slow and not real"
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -41,7 +39,8 @@ bench: $(READY)  ## ratios against the peers, into outputs/bench/bench.json
 	$(BIN)/python -m benchmarks.run
 
 notebooks: $(READY)  ## renew the committed notebooks
-	KIT_OUTPUTS=$$(mktemp -d) KIT_PROGRESS=off $(BIN)/jupyter nbconvert --to notebook --inplace notebooks/*.ipynb \
+	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && KIT_OUTPUTS=$$outputs KIT_PROGRESS=off \
+		$(BIN)/jupyter nbconvert --to notebook --inplace notebooks/*.ipynb \
 		--execute --ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.store_widget_state=False \
 		--ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
 		--ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec

@@ -18,7 +18,7 @@ from benchmarks.data import template_scan
 from benchmarks.ratio import Ratio, cpu_seconds, memory_bytes, share, times_better
 from kit.augment.draws import Draw, draw
 from kit.augment.recipe import read_recipe
-from kit.augment.spatial import in_plane, view_to_scan, warp
+from kit.augment.spatial import cropped_box, in_plane, view_to_scan, warp
 from kit.augment.views import make_views
 from kit.device import keep_freed_memory
 from kit.preprocess.nifti import write_nifti
@@ -161,8 +161,9 @@ def _feed(image: np.ndarray, mask: np.ndarray) -> list[Ratio]:
         def host(repeat: int) -> None:
             store.read("scan")
             for number in (0, 1):
-                back = view_to_scan(draw(recipe, view=number, scan=repeat, **key), SHAPE)
-                in_plane(back[1:, 1:3], back[1:, 3], *SHAPE[1:])
+                drawn = draw(recipe, view=number, scan=repeat, **key)
+                back = view_to_scan(drawn, SHAPE)
+                in_plane(back[1:, 1:3], back[1:, 3], *SHAPE[1:], cropped_box(drawn, SHAPE)[:, 1:])
 
         def everything(repeat: int) -> None:
             read, read_mask = (torch.from_numpy(part)[None, None] for part in store.read("scan"))

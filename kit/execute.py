@@ -119,15 +119,17 @@ def steps_of(folder: Path) -> list[Step]:
     steps = []
     for name, entry in read_yaml(folder / "budget.yaml").items():
         entry = entry if isinstance(entry, dict) else {"seconds": entry}
-        if set(entry) - {"seconds", "each"} or not isinstance(entry.get("seconds"), int | float):
+        file, each = folder / f"{name}.yaml", entry.get("each", {})
+        lists = isinstance(each, dict) and all(isinstance(values, list) for values in each.values())
+        if set(entry) - {"seconds", "each"} or not isinstance(entry.get("seconds"), int | float) or not lists:
             raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; give seconds, or "
                                  "{seconds: ..., each: {seed: [0, 1]}}")
-        file, each = folder / f"{name}.yaml", entry.get("each", {})
+        values = read_yaml(file)
         for chosen in product(*each.values()):
             choice = dict(zip(each, chosen, strict=True))
-            values = {key: filled(value, choice) for key, value in read_yaml(file).items()}
+            own = {key: filled(value, choice) for key, value in values.items()} | choice
             words = [name, *(f"{key} {value}" for key, value in choice.items())]
-            steps.append(Step(" ".join(words), notebook_of(file), values | choice, entry["seconds"]))
+            steps.append(Step(" ".join(words), notebook_of(file), own, entry["seconds"]))
     return steps
 
 

@@ -105,9 +105,11 @@ def test_a_file_is_run_once_for_each_combination(tmp_path):
         f"outputs/fold{fold}-seed{seed}" for fold in (0, 1) for seed in (3, 4)]
     assert [step.values["seed"] for step in steps] == [3, 4, 3, 4] and steps[1].name == "2_pretrain fold 0 seed 4"
     assert {step.values["prepared"] for step in steps} == {"outputs/one"}
-    (tmp_path / "budget.yaml").write_text("2_pretrain: {minutes: 9}\n")
-    with pytest.raises(ParameterError, match="budget.yaml: 2_pretrain: got {'minutes': 9}; give seconds"):
-        steps_of(tmp_path)
+    for entry in ("{'minutes': 9}", "{'seconds': 9, 'each': {'seed': 3}}"):
+        (tmp_path / "budget.yaml").write_text(f"2_pretrain: {entry}\n")
+        with pytest.raises(ParameterError) as error:
+            steps_of(tmp_path)
+        assert f"budget.yaml: 2_pretrain: got {entry}; give seconds" in str(error.value)
 
 
 def test_the_last_files_mistakes_are_told_before_the_first_runs(tmp_path):

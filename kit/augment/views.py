@@ -85,7 +85,7 @@ def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Reci
               spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The values of the view's brain, and where they lie in the flattened view."""
     shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
-    stretched = drawn.rotation_degrees != Draw.rotation_degrees and _setting(recipe, "rotate", "padding") == "border"
+    stretched = _drawn(drawn, ["rotation_degrees"]) and _setting(recipe, "rotate", "padding") == "border"
     return warp(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
                 apart / spacing_mm, box=cropped_box(drawn, shape) if stretched else None)
 
