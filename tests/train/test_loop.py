@@ -134,7 +134,8 @@ def test_participants_seen_in_pretraining_are_refused(store, tmp_path):
 def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
     tuned = Finetune.model_validate({
         "prepared": store.folder, "output_dir": tmp_path / "run", "encoder": "random:resnet18_narrow", "task": task,
-        "mode": mode, "steps": 45, "check_steps": 3, "batch_size": 8, "flip": False, "learning_rates": [3e-3]})
+        "mode": mode, "steps": 45, "check_steps": 3, "patience": 8, "batch_size": 8, "flip": False,
+        "learning_rates": [3e-3]})
     found, predictions, metrics = run_finetune(tuned, run := Run.of(tuned))
     value, low, high = (metrics[f"in_distribution_{metric}{end}"] for end in ("", "_low", "_high"))
     assert low is None and high is None  # of a handful of participants
