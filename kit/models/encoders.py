@@ -136,7 +136,7 @@ def patch_size(grid: Grid) -> Shape:
     return tuple(nearest(side) for side in grid.shape)
 
 
-def patches(values: torch.Tensor, size: Shape) -> torch.Tensor:
+def patches(values: torch.Tensor | np.ndarray, size: Shape) -> torch.Tensor | np.ndarray:
     """(batch, 1, depth, height, width) -> (batch, patches, voxels of a patch), in the network's order."""
     a, b, c = size
     return rearrange(values, "n 1 (d a) (h b) (w c) -> n (d h w) (a b c)", a=a, b=b, c=c)
@@ -151,8 +151,8 @@ def brain_patches(grid: Grid) -> np.ndarray:
     Raises:
         ValueError: the grid lies beside the brain.
     """
-    brain = torch.from_numpy(template_on(grid)[1].astype(np.float32))[None, None]
-    places = np.flatnonzero(patches(brain, patch_size(grid))[0].mean(-1).numpy() >= LEAST_BRAIN)
+    brain = patches(template_on(grid)[1][None, None], patch_size(grid))[0]
+    places = np.flatnonzero(brain.mean(-1) >= LEAST_BRAIN)
     if len(places) < 2:
         raise ValueError(f"{grid}: the template's brain fills {len(places)} patches; a ViT needs two")
     return places
