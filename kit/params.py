@@ -182,7 +182,6 @@ class Pretrain(Training):
     projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches with brain that the MAE must fill in
     normalise_patches: bool = True  # MAE: targets are patches less their mean, over their spread
-    from_mean: bool = True  # MAE: predict how a scan departs from the mean training scan; false: all of it (He et al.)
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
     verify: bool = False  # check every scan's checksum before training, not only that it is there (minutes to hours)

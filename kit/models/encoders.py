@@ -22,7 +22,7 @@ DENSENET_LEAST = 29  # voxels of a side
 LEAST_BRAIN = 0.05  # share of a patch that must be brain
 
 # hidden width, layers, heads, decoder width, decoder layers; `vit` as ViT-B and its decoder in He et al. 2022
-VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (192, 6, 6, 96, 2)}
+VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (96, 4, 4, 96, 1)}
 
 
 class AveragePool(nn.AdaptiveAvgPool3d):
@@ -94,6 +94,9 @@ class ViTEncoder(nn.Module):
             num_layers=layers, num_heads=heads, decoder_hidden_size=decoder_width,
             decoder_mlp_dim=4 * decoder_width, decoder_num_layers=decoder_layers,
             decoder_num_heads=heads, qkv_bias=True)
+        # MONAI's sines and cosines are where positions begin: each place of registered scans has anatomy of its own
+        self.autoencoder.patch_embedding.position_embeddings.requires_grad_(True)
+        self.autoencoder.decoder_pos_embedding.requires_grad_(True)
         for block in self.autoencoder.modules():
             if isinstance(block, SABlock):
                 block.use_flash_attention = True  # the same attention without its matrix in memory
@@ -136,7 +139,7 @@ def patch_size(grid: Grid) -> Shape:
     return tuple(nearest(side) for side in grid.shape)
 
 
-def patches(values: torch.Tensor, size: Shape) -> torch.Tensor:
+def patches(values: torch.Tensor | np.ndarray, size: Shape) -> torch.Tensor | np.ndarray:
     """(batch, 1, depth, height, width) -> (batch, patches, voxels of a patch), in the network's order."""
     a, b, c = size
     return rearrange(values, "n 1 (d a) (h b) (w c) -> n (d h w) (a b c)", a=a, b=b, c=c)

@@ -6,7 +6,6 @@ and filled in. Of a scan's own, those are scored that hold brain in its mask.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,18 +20,11 @@ from kit.seeding import rng_for
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT encoder with the decoder that fills in what was masked.
+    """A ViT encoder with the decoder that fills in what was masked."""
 
-    Attributes:
-        mean: (tokens, voxels of a patch), the mean of the training scans' targets; zero until it is set.
-        from_mean: whether the network predicts how a scan departs from it, or the scan itself as in He et al. 2022.
-            Registered brains share a mean, as photographs do not, and a decoder takes thousands of steps to learn it.
-    """
-
-    def __init__(self, encoder: ViTEncoder, from_mean: bool = True) -> None:
+    def __init__(self, encoder: ViTEncoder) -> None:
         super().__init__()
-        self.encoder, self.from_mean = encoder, from_mean
-        self.register_buffer("mean", torch.zeros(len(encoder.places), math.prod(encoder.patch)))
+        self.encoder = encoder
 
     def forward(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Encode the tokens that are seen, and predict all.
@@ -60,8 +52,7 @@ class MaskedAutoencoder(nn.Module):
         every = every + network.decoder_pos_embedding.index_select(1, self.encoder.places)
         decoded = network.decoder_blocks(torch.cat([first, every], dim=1))
         with no_autocast(images.device):
-            predicted = network.decoder_pred(at_least_float32(decoded))[:, 1:]
-        return self.mean + predicted if self.from_mean else predicted
+            return network.decoder_pred(at_least_float32(decoded))[:, 1:]
 
     def targets(self, images: torch.Tensor, normalise: bool) -> torch.Tensor:
         """What is to be predicted, (batch, tokens, voxels of a patch).

@@ -25,12 +25,14 @@ from sklearn.preprocessing import StandardScaler
 
 from kit.cohort.identity import participant_ids
 from kit.device import device, evaluation, scans_at_a_time
+from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans, load_batches
 from kit.store.sampler import in_order
 from kit.train.loss import nt_xent
 from kit.train.objectives import MaskedReconstruction, Objective
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
+MEAN_SCANS = 512  # training scans whose mean is taken
 LEAST = 20  # participants of a probe, validation scans of a verdict on the validation loss; fewer say nothing
 
 
@@ -118,29 +120,43 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
 
 
 @torch.no_grad()
-def mean_scan_loss(objective: MaskedReconstruction, validation: PreparedScans) -> float:
+def mean_scan_loss(objective: MaskedReconstruction, learned: PreparedScans, validation: PreparedScans) -> float:
     """The validation loss of always answering with the mean training scan: what an MAE must get below.
 
-    In the space of its targets, and on the masked patches that it is scored on.
+    The mean is that of the targets, patch by patch over the scans whose patch holds brain; it is scored on the masked
+    patches that the MAE is scored on. Of more than `MEAN_SCANS` training scans so many are drawn, by the seed.
     """
     objective.eval()
-    loss = 0.0
-    for batch in load_batches(validation, in_order(len(validation), scans_at_a_time(validation.store.grid.shape))):
-        loss += float(objective(batch.to(device()), 0, mean_scan=True)["loss"]) * len(batch) / len(validation)
+    where, model, size = device(), objective.autoencoder, scans_at_a_time(learned.store.grid.shape)
+    drawn = rng_for(objective.seed).permutation(len(learned))[:MEAN_SCANS].tolist()
+    total = count = torch.zeros((), device=where)
+    for batch in load_batches(learned, [drawn[start:start + size] for start in range(0, len(drawn), size)]):
+        batch = batch.to(where)
+        holds = model.hold_brain(batch.masks)[..., None]
+        total = total + (model.targets(batch.images, objective.normalise) * holds).sum(0)
+        count = count + holds.sum(0)
+    mean, loss = total / count.clamp_min(1), 0.0
+    for batch in load_batches(validation, in_order(len(validation), size)):
+        batch = batch.to(where)
+        loss += float(objective.score(batch, mean, objective.masks(batch, 0))["loss"]) * len(batch) / len(validation)
     return loss
 
 
-def monitor_of(validation: PreparedScans, rows: pd.DataFrame, every: int,
+def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataFrame, every: int,
                epochs: int) -> Callable[[Objective, int], dict[str, float]]:
     """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last.
 
     An MAE's rows have `mean_scan_loss` besides, wherever they have a `validation_loss`.
+
+    Args:
+        learned, validation: scans.
+        rows: of the validation scans in the index.
     """
     constant: dict[str, float] = {}  # found at the first call, and the same all through a run
 
     def monitor(objective: Objective, epoch: int) -> dict[str, float]:
         if isinstance(objective, MaskedReconstruction) and len(validation) > 1 and not constant:
-            constant["mean_scan_loss"] = mean_scan_loss(objective, validation)
+            constant["mean_scan_loss"] = mean_scan_loss(objective, learned, validation)
         looks = every and len(rows) > 2 and (epoch % every == 0 or epoch in (1, epochs))
         return constant | (look(objective, validation, rows) if looks else {})
 

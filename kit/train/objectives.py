@@ -15,15 +15,13 @@ from torch import nn
 
 from kit.augment.recipe import Flip, Recipe
 from kit.augment.views import make_views
-from kit.device import no_autocast, scans_at_a_time
+from kit.device import no_autocast
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruction_loss
-from kit.seeding import rng_for
-from kit.store.dataset import Batch, PreparedScans, load_batches
+from kit.store.dataset import Batch
 from kit.train.loss import nt_xent
 
 VALIDATION_EPOCH = 2**31 - 1  # keys the views of validation scans, which stay the same all through a run
-MEAN_SCANS = 512  # training scans whose mean an MAE must do better than
 Report = dict[str, torch.Tensor]  # scalars: `loss`, and what else is worth logging
 
 
@@ -103,10 +101,9 @@ class MaskedReconstruction(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module, mask_ratio: float, *, seed: int, normalise: bool = True,
-                 from_mean: bool = True, recipe: Recipe | None = None, spacing_mm: float = 1.0,
-                 zscored: bool = True) -> None:
+                 recipe: Recipe | None = None, spacing_mm: float = 1.0, zscored: bool = True) -> None:
         super().__init__()
-        self.autoencoder = MaskedAutoencoder(encoder, from_mean)
+        self.autoencoder = MaskedAutoencoder(encoder)
         self.mask_ratio, self.seed, self.normalise = mask_ratio, seed, normalise
         self.recipe, self.spacing_mm, self.zscored = recipe or Recipe(), spacing_mm, zscored
         self.compares, self.scans_per_item = False, 1
@@ -116,32 +113,21 @@ class MaskedReconstruction(nn.Module):
         """What `3_finetune` takes over."""
         return self.autoencoder.encoder
 
-    @torch.no_grad()
-    def take_mean(self, scans: PreparedScans) -> None:
-        """Set the mean scan: that of the targets, patch by patch over the scans whose patch holds brain.
-
-        Of more than `MEAN_SCANS` scans so many are drawn, by the seed.
-        """
-        drawn, size = rng_for(self.seed).permutation(len(scans))[:MEAN_SCANS], scans_at_a_time(scans.store.grid.shape)
-        total, count, where = torch.zeros_like(self.autoencoder.mean), 0, self.autoencoder.mean.device
-        for batch in load_batches(scans, [drawn[start:start + size] for start in range(0, len(drawn), size)]):
-            batch = batch.to(where)
-            holds = self.autoencoder.hold_brain(batch.masks)[..., None]
-            total += (self.autoencoder.targets(batch.images, self.normalise) * holds).sum(0)
-            count = count + holds.sum(0)
-        self.autoencoder.mean.copy_(total / count.clamp_min(1))
-
     def masks(self, batch: Batch, epoch: int) -> torch.Tensor:
         """Which tokens are masked, (batch, tokens) bool; validation scans keep theirs all through a run."""
         key = epoch if self.training else VALIDATION_EPOCH
         masks = masks_for(batch.keys, len(self.encoder.places), self.mask_ratio, seed=self.seed, epoch=key)
         return masks.to(batch.images.device)
 
-    def forward(self, batch: Batch, epoch: int, mean_scan: bool = False) -> Report:
-        """Mean squared error over the masked patches that hold brain; with `mean_scan`, of answering with the mean."""
-        batch, masked = self.view(batch, epoch), self.masks(batch, epoch)
+    def forward(self, batch: Batch, epoch: int) -> Report:
+        """Mean squared error over the masked patches that hold brain."""
+        batch = self.view(batch, epoch)
+        masked = self.masks(batch, epoch)
+        return self.score(batch, self.autoencoder(batch.images, masked), masked)
+
+    def score(self, batch: Batch, predicted: torch.Tensor, masked: torch.Tensor) -> Report:
+        """Compare what is predicted (see `reconstruction_loss`) with the scans."""
         true = self.autoencoder.targets(batch.images, self.normalise)
-        predicted = self.autoencoder.mean if mean_scan else self.autoencoder(batch.images, masked)
         return {"loss": reconstruction_loss(true, predicted, masked & self.autoencoder.hold_brain(batch.masks))}
 
     def view(self, batch: Batch, epoch: int) -> Batch:

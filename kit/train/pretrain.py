@@ -246,8 +246,7 @@ def build_objective(params: Pretrain, store: Store) -> nn.Module:
     if params.objective == "mae":
         return MaskedReconstruction(
             encoder, params.mask_ratio, seed=params.seed, normalise=params.normalise_patches,
-            from_mean=params.from_mean, recipe=read_recipe(recipe_of(params)), spacing_mm=store.grid.spacing_mm,
-            zscored=store.zscored)
+            recipe=read_recipe(recipe_of(params)), spacing_mm=store.grid.spacing_mm, zscored=store.zscored)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         return SimCLR(encoder, read_recipe(recipe_of(params)), projection=params.projection,
@@ -332,11 +331,9 @@ def train(params: Pretrain, folder: Path) -> None:
     same |= views_of(objective) | {"made_from": made.record}
     try:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
-        if isinstance(objective, MaskedReconstruction):
-            objective.take_mean(scans)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
             stop=folder / STOP, live=True,
-            monitor=monitor_of(out, validation, params.monitor_epochs, params.epochs))
+            monitor=monitor_of(scans, out, validation, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)
