@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import gc
 import os
 import re
 import secrets
@@ -52,7 +53,8 @@ def process_group() -> Iterator[None]:
     """Join the processes that the launcher started: NCCL where each has a CUDA device, else gloo.
 
     An interrupt (JupyterLab's Stop button reaches the kernel's whole process group) is left to the process that
-    launched them; see `kit.train.stop`.
+    launched them; see `kit.train.stop`. What is wrapped in DistributedDataParallel must not outlive it: freed later,
+    it takes gloo's threads down while it holds the GIL that they wait for, and the process hangs (torch 2.13, seen).
     """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -63,6 +65,7 @@ def process_group() -> Iterator[None]:
     set_threads()
     try:
         yield
+        gc.collect()
         dist.barrier()  # with gloo, one that leaves early aborts the others
     finally:
         dist.destroy_process_group()

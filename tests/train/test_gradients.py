@@ -108,6 +108,7 @@ def _chunked(store, folder: str) -> None:
         stream = iter([collate([scans[number] for number in part]) for part in reads(step, True)])
         gradients(model, objective, stream, step, 0, 0, 0)
         np.save(f"{folder}/{rank()}.npy", objective.encoder.layers[0].weight.grad.numpy())
+        del model  # see `process_group`
 
 
 @pytest.mark.slow

@@ -230,6 +230,7 @@ def _gradient(store, folder: str) -> None:
         model = DistributedDataParallel(objective) if world_size() > 1 else objective
         model(batch, 0)["loss"].backward()
         np.save(f"{folder}/{world_size()}-{rank()}.npy", objective.encoder.network.conv1.weight.grad.numpy())
+        del model  # see `process_group`
 
 
 @pytest.mark.slow

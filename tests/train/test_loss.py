@@ -102,6 +102,7 @@ def _curves(folder: str, where: str = "cpu") -> None:
                 losses.append(mean_over_processes({"loss": loss})["loss"])
             gradient = objective.encoder.network.conv1.weight.grad.cpu()
             np.savez(f"{folder}/{dtype}-{world_size()}-{rank()}.npz", losses=losses, gradient=gradient)
+            del model  # see `process_group`
 
 
 class Embed(torch.nn.Module):
