@@ -342,6 +342,9 @@ class Benchmark(Tuning):
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each of other labels, heads and `{seed}` encoders
     task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
     missing_codes: dict[str, list[Code]] = {}  # of a task, as in 3_finetune
+    age_bands: list[float] = []  # edges in years, such as [20, 40, 60, 90]: scores among people of one band, besides
+    match_age_sex: bool = False  # of two classes, besides: the score of pairs of one sex and about one age
+    correct_bias: bool = False  # undo the pull of predicted numbers to the mean, as it is in validation
     shards: Positive = 1  # parts that the table is filled in, such as the tasks of a Slurm array
     shard: Annotated[int, Field(ge=0)] = 0  # this run's part, from 0
 
@@ -359,6 +362,8 @@ class Benchmark(Tuning):
                          for task in test.tasks if task not in self.tasks]
         if self.shard >= self.shards:
             problems.append(f"shard: got {self.shard}; {self.shards} shards are numbered 0 to {self.shards - 1}")
+        if self.age_bands and (len(self.age_bands) < 2 or sorted(set(self.age_bands)) != self.age_bands):
+            problems.append(f"age_bands: got {self.age_bands}; give two edges or more, ascending, such as [20, 40, 60]")
         taken = [name for name in self.encoders if name in BASELINES]
         problems += [f"encoders.{name}: a baseline has this name; give another" for name in taken]
         problems += [f"{name}: {task} is not among tasks" for name in ("task_types", "missing_codes")

@@ -11,8 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -28,7 +31,7 @@ from kit.cohort.tabular import read_table
 from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions
 from kit.evaluate.compare import differences, scores
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
-from kit.evaluate.metrics import further_metrics, join_scans, predicted_of
+from kit.evaluate.metrics import METRICS, bias_corrected, further_metrics, join_scans, matched, predicted_of, score
 from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.reliability import ReliabilityError, reliability_of
@@ -42,6 +45,7 @@ from kit.store.dataset import PreparedScans
 from kit.store.leakage import PLACES
 from kit.store.store import Store
 
+PULL = "validation, for the pull to the mean"  # a tested part
 UNTRAINED = "random init"  # probes on an encoder that has learned nothing
 ROW = ["encoder", "mode", "task", "label_fraction"]
 TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # of a cell's table, whatever it looks like
@@ -49,7 +53,8 @@ TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # of a cel
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
           "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
           "precision")
-RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "table.*", "summary.txt")
+RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "among.csv", "table.*",
+           "summary.txt")
 
 
 class Cell(NamedTuple):
@@ -75,6 +80,7 @@ class Results(NamedTuple):
     tidy: pd.DataFrame
     scores: pd.DataFrame
     differences: pd.DataFrame
+    among: pd.DataFrame
     missing: list[Cell]  # of other shards
 
 
@@ -87,6 +93,8 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
         scores.csv: over seeds; see `kit.evaluate.compare.scores`.
         differences.csv: of the pretrained encoders to all others; see `kit.evaluate.compare.differences`.
         further.csv: other metrics, a row a score; see `kit.evaluate.metrics.further_metrics`.
+        among.csv: scores among people of about one age (`age_bands`), and of cases matched with controls
+            (`match_age_sex`); `among` says whom, the other columns are those of tidy.csv.
         overlap.csv: what each test set shares with what was learned from; see `kit.evaluate.tasks.overlap`.
         made_from.json: what the models were made from, by fingerprint.
 
@@ -187,6 +195,8 @@ class _Bench:
             if self.file(cell, seed).exists():
                 continue
             task = self.tasks[cell.task, cell.fold].with_labels_for(cell.label_fraction, seed)
+            if corrects := self._corrects(cell):
+                task = replace(task, parts={**task.parts, PULL: task.parts["validation"]})
             if cell.mode == "baseline":
                 found = baseline_predictions(
                     cell.encoder, task, demographics=self.params.demographics, volumes=self.params.volumes,
@@ -195,7 +205,12 @@ class _Bench:
                 found = probe_tested(task, {part: self._features_of(cell, seed, task, part) for part in task.parts})
             else:
                 found = self._finetuned(cell, seed, task, folder, home)
-            write_table(self.file(cell, seed), _table(task, found or {}))
+            write_table(self.file(cell, seed), _table(task, _corrected(task, found) if corrects else found or {}))
+
+    def _corrects(self, cell: Cell) -> bool:
+        """Whether the pull of predictions to the mean is undone: of numbers, where the parameters say so."""
+        kind = self.tasks[cell.task, cell.fold].labels.kind
+        return self.params.correct_bias and kind == "regression" and cell.encoder != "guess"
 
     def _finetuned(self, cell: Cell, seed: int, task: Task, folder: Path, home: Path) -> dict[str, np.ndarray]:
         """Fine-tune; learning rate and weight decay are chosen at the first seed, and it is asked if it is trained."""
@@ -252,6 +267,7 @@ class _Bench:
                        _digest(one["weights"].encode() for one in each)}
             plain = self.params.plain()
             settings = {name: plain[name] for name in TUNING} if cell.mode == "finetune" else {}
+        settings |= {"correct_bias": True} if self._corrects(cell) else {}
         return model_inputs(self.tasks[cell.task, cell.fold], {**encoder, "name": cell.encoder}, self.aliases,
                             self.allowed, self._memo, settings=settings)
 
@@ -343,13 +359,14 @@ def _tables(bench: _Bench, run: Run) -> Results:
         *ROW, "metric", "distribution", "value", "low", "high", "participants", "seeds", "trained", "fingerprint"])
     pretrained = [name for name, spec in bench.params.encoders.items() if not is_random(spec)]
     compared = differences(predictions, kinds, pretrained)
+    among = _among(predictions, kinds, bench.params)
     for name, table in {"tidy": tidy, "scores": over_seeds, "differences": compared,
-                        "further": _further(predictions, kinds)}.items():
+                        "further": _further(predictions, kinds), "among": among}.items():
         write_table(run / f"{name}.csv", table)
     records = {made.fingerprint: made.record for made in bench.made.values()}
     write_json(run / MADE_FROM, {"kit": kit.__version__, "fingerprint": fingerprint({"models": sorted(records)}),
                                  "models": records})
-    return Results(predictions, tidy, over_seeds, compared, missing)
+    return Results(predictions, tidy, over_seeds, compared, among, missing)
 
 
 def _further(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFrame:
@@ -360,6 +377,48 @@ def _further(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFram
                                 kinds[key[2]])
         rows.append({**dict(zip([*ROW, "seed", "distribution"], key, strict=True)), **found})
     return pd.DataFrame(rows)
+
+
+def _among(predictions: pd.DataFrame, kinds: Mapping[str, str], params: Benchmark) -> pd.DataFrame:
+    """What is left of each score among people who are alike in age, or in age and sex."""
+    keys, rows = [*ROW, "seed", "distribution"], []
+    asked = params.age_bands or params.match_age_sex
+    for key, scans in predictions.groupby(keys, sort=False) if asked else ():
+        task, kind = key[2], kinds[key[2]]
+        for among, inside in _alike(scans, task, kind, params):
+            folds = inside["fold"].to_numpy()
+            found = score(inside["true"].to_numpy(), predicted_of(inside), kind, inside["participant"].to_numpy(),
+                          folds=folds if len(set(folds)) > 1 else None)
+            rows.append({**dict(zip(keys, key, strict=True)), "among": among, "metric": METRICS[kind], **found})
+    return pd.DataFrame(rows, columns=[*keys, "among", "metric", "value", "low", "high", "participants"])
+
+
+def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Whom of the scans, and these."""
+    for lower, upper in pairwise(params.age_bands):
+        inside = scans[(scans["age"] >= lower) & (scans["age"] < upper)]
+        if len(inside):
+            yield f"age {lower:g} to {upper:g}", inside
+    classes = sorted(set(scans["true"]))
+    if params.match_age_sex and kind == "classification" and len(classes) == 2 and task not in ("sex", "gender"):
+        people = scans.drop_duplicates("participant").reset_index(drop=True)
+        keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
+        if keep.any():
+            yield "pairs of one sex and age", scans[scans["participant"].isin(people["participant"][keep])]
+
+
+def _corrected(task: Task, found: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Predictions of the tested parts without their pull to the mean, as it was in validation.
+
+    A model whose predictions do not rise with the truth there stays as it is: it has nothing that could be undone.
+    """
+    found = dict(found or {})
+    validation = found.pop(PULL, None)
+    if validation is not None:
+        with suppress(ValueError):
+            found = {name: bias_corrected(task.parts[PULL].labels, validation, values)
+                     for name, values in found.items()}
+    return found
 
 
 def _all_trained(each: pd.Series) -> bool | None:

@@ -101,6 +101,36 @@ def test_folds_test_everybody_once(stores, tmp_path):
     assert voxels["voxels", "lesion", "in_distribution"] > 0.9, "a bright corner says lesion"
 
 
+def test_among_people_who_are_alike(stores, tmp_path):
+    params = params_for(stores, tmp_path / "run", baselines=["demographics", "voxels"], finetune_tasks=[], seeds=[0],
+                        label_fractions=[1.0], folds=3, age_bands=[20, 50, 90], match_age_sex=True)
+    results = filled(params)
+    among = results.among[results.among["distribution"] == "in_distribution"]
+    assert set(among.loc[among["task"] == "age", "among"]) == {"age 20 to 50", "age 50 to 90"}  # no classes to match
+    assert set(among.loc[among["task"] == "lesion", "among"]) == {"age 20 to 50", "age 50 to 90",
+                                                                  "pairs of one sex and age"}
+    tested = results.predictions.query("task == 'lesion' and encoder == 'voxels' and distribution == 'in_distribution'")
+    pairs = among.query("task == 'lesion' and encoder == 'voxels' and among == 'pairs of one sex and age'").iloc[0]
+    assert 0 < pairs["participants"] <= tested["participant"].nunique() and pairs["participants"] % 2 == 0
+    young = among.query("task == 'lesion' and encoder == 'voxels' and among == 'age 20 to 50'").iloc[0]
+    assert young["participants"] == tested.loc[tested["age"] < 50, "participant"].nunique()
+
+
+def test_the_pull_to_the_mean_is_undone_on_validation(stores, tmp_path):
+    def slope(results):
+        rows = results.predictions.query("distribution == 'in_distribution' and encoder == 'voxels'")
+        return np.polyfit(rows["true"], rows["predicted"], 1)[0]
+
+    values = {"baselines": ["guess", "voxels"], "finetune_tasks": [], "seeds": [0], "label_fractions": [1.0],
+              "tasks": ["age"]}
+    as_they_are = filled(params_for(stores, tmp_path / "run", **values))
+    corrected = filled(params_for(stores, tmp_path / "corrected", correct_bias=True, **values))
+    prints = [table.tidy.groupby("encoder")["fingerprint"].first() for table in (as_they_are, corrected)]
+    assert prints[0]["voxels"] != prints[1]["voxels"] and prints[0]["guess"] == prints[1]["guess"]
+    assert set(corrected.predictions["distribution"]) == {"in_distribution", "out_of_distribution"}
+    assert slope(as_they_are) != slope(corrected)
+
+
 def test_settings_decide_what_is_stale(stores, tmp_path, capsys):
     params = params_for(stores, tmp_path / "run", baselines=["guess"], seeds=[0])
     filled(params)
