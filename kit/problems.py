@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kit.reading import filled
+
 RESERVED = ("prepared", "pretrain", "train", "validation", "test", "in_distribution", "kit", "encoder", "model",
             "labels", "aliases", "allowed", "fingerprint")  # no names of test sets: records use them
 
 
 def encoder_at(spec: str, fold: int, seed: int) -> str:
     """The encoder of a fold and a seed: `{fold}` and `{seed}` in its name are replaced."""
-    return spec.replace("{fold}", str(fold)).replace("{seed}", str(seed))
+    return filled(spec, {"fold": fold, "seed": seed})
 
 
 def split_problems(prepared: Path, params: Any) -> list[str]:
