@@ -402,7 +402,8 @@ def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iter
     classes = sorted(set(scans["true"]))
     if params.match_age_sex and kind == "classification" and len(classes) == 2 and task not in ("sex", "gender"):
         people = scans.drop_duplicates("participant").reset_index(drop=True)
-        keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
+        sex = people["sex"].replace("", None)  # of a table that was read
+        keep = matched(people["participant"], people["true"] == classes[1], people["age"], sex)
         if keep.any():
             yield "pairs of one sex and age", scans[scans["participant"].isin(people["participant"][keep])]
 

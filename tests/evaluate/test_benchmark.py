@@ -17,6 +17,7 @@ from kit.params import BASELINES, Benchmark
 from kit.reading import ParameterError, check
 from kit.runs import Run
 from kit.show.comparison import scores_table, summary
+from kit.store.store import Store
 from tests.conftest import make_store
 
 
@@ -101,7 +102,13 @@ def test_folds_test_everybody_once(stores, tmp_path):
     assert voxels["voxels", "lesion", "in_distribution"] > 0.9, "a bright corner says lesion"
 
 
-def test_among_people_who_are_alike(stores, tmp_path):
+def test_among_people_who_are_alike(tmp_path):
+    stores = make_store(tmp_path / "here", 60), make_store(tmp_path / "elsewhere", seed=1, dataset="elsewhere")
+    index = stores[0].index
+    number = index["participant"].astype(int)
+    index.assign(sex=np.where(number % 5 == 0, None, np.where(number % 3 == 0, "F", "M"))).to_csv(
+        stores[0].folder / "index.csv", index=False)
+    stores = Store.open(stores[0].folder), stores[1]
     params = params_for(stores, tmp_path / "run", baselines=["demographics", "voxels"], finetune_tasks=[], seeds=[0],
                         label_fractions=[1.0], folds=3, age_bands=[20, 50, 90], match_age_sex=True)
     results = filled(params)
@@ -111,7 +118,8 @@ def test_among_people_who_are_alike(stores, tmp_path):
                                                                   "pairs of one sex and age"}
     tested = results.predictions.query("task == 'lesion' and encoder == 'voxels' and distribution == 'in_distribution'")
     pairs = among.query("task == 'lesion' and encoder == 'voxels' and among == 'pairs of one sex and age'").iloc[0]
-    assert 0 < pairs["participants"] <= tested["participant"].nunique() and pairs["participants"] % 2 == 0
+    known = tested.loc[tested["sex"].isin(["F", "M"]), "participant"].nunique()
+    assert 0 < pairs["participants"] <= known < tested["participant"].nunique() and pairs["participants"] % 2 == 0
     young = among.query("task == 'lesion' and encoder == 'voxels' and among == 'age 20 to 50'").iloc[0]
     assert young["participants"] == tested.loc[tested["age"] < 50, "participant"].nunique()
 
