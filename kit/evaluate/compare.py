@@ -240,6 +240,8 @@ def _difference(cell: _Cell, rival: _Cell, ours: _Resampled, theirs: _Resampled,
         sides = [side for side in sides if len(side[0]) > 1]
         size, freedom = variance(ours.drawn.mean(0) - theirs.drawn.mean(0), participants, sides)
         low, high = interval(value, size, freedom)
+        most = 1.0 if METRICS[cell.kind] == "auc" else np.inf  # few seeds make intervals wider than a difference can be
+        low, high = max(low, -most), min(high, most)
         p = np.nan if np.isnan(low) else 2 * student.sf(abs(value) / np.sqrt(size), freedom)
     seeds = len(cell.seeds) if rival.fixed else min(len(cell.seeds), len(rival.seeds))
     encoder, mode, task, fraction, distribution = cell.key
