@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# two files of tests at a time, one thread each; threads that wait leave the core to others
+TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup
 
 # whatever the machine's locale, and whatever a library makes of it, text is UTF-8
 export PYTHONUTF8 := 1
@@ -25,12 +27,12 @@ demo: $(READY)  ## the whole path through every notebook on the sample cohort (1
 test: $(READY)  ## all tests: unit, integration, every notebook (35 minutes on two cores)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/pytest --nbval --durations=30
+	$(TESTS) --nbval --durations=30
 
 check: $(READY)  ## the quick loop (3 minutes)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/pytest tests -m "not slow and not real"
+	$(TESTS) tests -m "not slow and not real"
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

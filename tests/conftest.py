@@ -49,3 +49,10 @@ def make_store(folder, participants=24, shape=SHAPE, seed=0, dataset="made"):
 def store(tmp_path_factory):
     """24 participants, 32 scans. Tests read it and leave it as it is."""
     return make_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`, a file's tests stay together (they share what they make), and so do all notebooks, in order."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else str(item.path)))

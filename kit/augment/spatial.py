@@ -153,21 +153,20 @@ def scatter(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int]) ->
 def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray, slab: int,
                box: np.ndarray | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Resample through a map that leaves z to itself: linearly along z, bilinearly in the plane."""
-    inside, (depth, height, width) = mask.view(torch.int8).flatten(1), image.shape
+    inside, (depth, height, width) = F.pad(mask.view(torch.int8).flatten(1), (0, 0, 1, 1)), image.shape
     grid, pixels, known = (torch.from_numpy(part).to(image.device) for part in
                            in_plane(linear[1:, 1:], offset[1:], height, width, None if box is None else box[:, 1:]))
     at = linear[0, 0] * np.arange(depth) + offset[0]
     at = at if box is None else np.clip(at, *box[:, 0])
-    below, near = np.floor(at + 1e-9).astype(int), np.rint(at).astype(int)
-    shares, nothing, nowhere = np.clip(at - below, 0, 1).tolist(), torch.zeros_like(image[0]), known * 0
+    below, padded = np.floor(at + 1e-9), F.pad(image, (0, 0, 0, 0, 1, 1))  # zero above and below the scan
+    slices = [torch.from_numpy(np.clip(index, -1, depth).astype(np.int64) + 1).to(image.device)
+              for index in (below, below + 1, np.rint(at))]
+    share = torch.from_numpy(np.clip(at - below, 0, 1)).to(image)[:, None, None]
     for start in range(0, depth, slab):
-        part = range(start, min(start + slab, depth))
-        between = torch.stack([torch.lerp(*(image[index] if 0 <= index < depth else nothing
-                                            for index in (below[number], below[number] + 1)), shares[number])
-                               for number in part])
+        lower, upper, nearest = (index[start:start + slab] for index in slices)
+        between = padded.index_select(0, lower).lerp_(padded.index_select(0, upper), share[start:start + slab])
         moved = F.grid_sample(between[None], grid[None].to(image.dtype), mode="bilinear", align_corners=False)[0]
-        yield brain(moved, torch.stack([inside[near[number]].index_select(0, pixels).mul_(known)
-                                        if 0 <= near[number] < depth else nowhere for number in part]))
+        yield brain(moved, inside.index_select(0, nearest).index_select(1, pixels).mul_(known))
 
 
 def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int,
