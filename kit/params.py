@@ -342,8 +342,8 @@ class Benchmark(Tuning):
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each of other labels, heads and `{seed}` encoders
     task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
     missing_codes: dict[str, list[Code]] = {}  # of a task, as in 3_finetune
-    age_bands: list[float] = []  # edges in years, such as [20, 40, 60, 90]: scores among people of one band, besides
-    match_age_sex: bool = False  # of two classes, besides: the score of pairs of one sex and about one age
+    age_bands: list[float] = [20, 40, 60, 90]  # edges in years: scores among people of one band, besides; []: none
+    match_age_sex: bool = True  # of two classes, besides: the score of pairs of one sex and about one age
     correct_bias: bool = False  # undo the pull of predicted numbers to the mean, as it is in validation
     shards: Positive = 1  # parts that the table is filled in, such as the tasks of a Slurm array
     shard: Annotated[int, Field(ge=0)] = 0  # this run's part, from 0
