@@ -149,7 +149,11 @@ class _Bench:
         self._features: dict[tuple[str, Path], dict[str, np.ndarray]] = {}
         self._memo: dict[Path, str] = {}
         self._check_leakage()
-        self.made = {(cell.encoder, cell.mode, cell.task, cell.fold): self._made_from(cell) for cell in self.cells}
+
+    @cached_property
+    def made(self) -> dict[tuple[str, str, str, int], MadeFrom]:
+        """What cells are made from, by encoder, mode, task and fold; `reliabilities` has no use for it."""
+        return {(cell.encoder, cell.mode, cell.task, cell.fold): self._made_from(cell) for cell in self.cells}
 
     @cached_property
     def specs(self) -> dict[str, str]:

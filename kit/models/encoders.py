@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets import DenseNet121, MaskedAutoEncoderViT, ResNet
 from torch import nn
@@ -154,10 +154,8 @@ def brain_patches(grid: Grid) -> np.ndarray:
     Raises:
         ValueError: the grid lies beside the brain.
     """
-    deep, high, wide = patch_size(grid)
-    brain = template_on(grid)[1].astype(np.float32)
-    shares = reduce(brain, "(d a) (h b) (w c) -> (d h w)", "mean", a=deep, b=high, c=wide)
-    places = np.flatnonzero(shares >= LEAST_BRAIN)
+    brain = patches(template_on(grid)[1][None, None], patch_size(grid))[0]
+    places = np.flatnonzero(brain.mean(-1) >= LEAST_BRAIN)
     if len(places) < 2:
         raise ValueError(f"{grid}: the template's brain fills {len(places)} patches; a ViT needs two")
     return places

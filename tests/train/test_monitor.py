@@ -165,10 +165,10 @@ def test_an_autoencoder_of_structured_scans_beats_the_mean_scan(store, tmp_path)
     # how bright the lower half is, and whether there is a bright corner, can be seen in any patch of them
     asked = Pretrain.model_validate({
         "prepared": store.folder, "output_dir": tmp_path / "run", "objective": "mae", "architecture": "vit_narrow",
-        "normalise_patches": False, "epochs": 40, "batch_size": 4, "learning_rate": 1e-3,
+        "normalise_patches": False, "epochs": 160, "batch_size": 4, "learning_rate": 1e-3,
         "beta2": 0.95, "monitor_epochs": 0, "validation_fraction": 0.3})
     rows = pretrain(asked, Run.of(asked))
-    assert rows["validation_loss"].iloc[-1] < 0.98 * rows["mean_scan_loss"].iloc[-1]  # 0.971 of it seen
+    assert rows["validation_loss"].iloc[-1] < 0.9 * rows["mean_scan_loss"].iloc[-1]
     assert verdict(rows, 0.0).startswith("LEARNING")
 
 
