@@ -13,15 +13,24 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from itertools import product
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, product
 from pathlib import Path
+from queue import Queue
+from threading import Event
 from typing import Any, NamedTuple
 
 import nbformat
+import yaml
 
 from kit.cells import assigned_names, literals
+from kit.machine import shares_of_cores
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError, Parameters, built, check, filled, read_options, read_yaml
 from kit.runs import ROOT, Run, RunError, resolve, shown, write_whole
@@ -52,7 +61,8 @@ def parameters(notebook: str, values: dict[str, Any]) -> Parameters:
     return check(NOTEBOOKS[notebook], {**defaults(notebook), **values})
 
 
-def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: bool = False) -> Path:
+def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: bool = False,
+        bar: dict[str, Any] | None = None) -> Path:
     """Execute a notebook with these parameters over its defaults.
 
     Args:
@@ -60,6 +70,7 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
         values: of its parameters.
         output: the executed notebook; else it lies in the run's folder.
         log: print what its cells print, for the log of a job, instead of a bar.
+        bar: tqdm's options for the bar.
 
     Returns:
         the report, beside the executed notebook.
@@ -79,7 +90,7 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         papermill.execute_notebook(FOLDER / f"{notebook}.ipynb", executed, values, cwd=ROOT, kernel_name="python3",
-                                   progress_bar=not log, log_output=log,
+                                   progress_bar=not log and (bar or True), log_output=log,
                                    extra_arguments=["--log-level=ERROR"])  # of the kernel, not its cells
     finally:
         if executed.exists():
@@ -102,13 +113,21 @@ class Step(NamedTuple):
     notebook: str
     values: dict[str, Any]
     seconds: float  # that it is meant to take
+    file: str
+    at_once: int  # runs of this file
+    shards: int
 
 
 def steps_of(folder: Path) -> list[Step]:
     """The runs that a folder's `budget.yaml` names, in its order.
 
-    A file's name stands with its seconds on two cores, or with `seconds` (each) and `each`: names and lists of values,
-    all combinations of which are run; `{name}` in the file's other values is replaced by the value.
+    A file's name stands with its seconds on two cores, or with a table of:
+        seconds: of each run.
+        each: names and lists of values, all combinations of which are run; `{name}` in the file's other values is
+            replaced by the value.
+        at_once: how many of these run side by side, each on its share of the cores: faster by a sixth than one after
+            the other on all of them, for small networks.
+        shards: of `5_benchmark`: so many processes fill the table side by side before the run that shows it.
 
     Raises:
         ParameterError: the folder has none, or an entry says something else.
@@ -121,28 +140,32 @@ def steps_of(folder: Path) -> list[Step]:
         entry = entry if isinstance(entry, dict) else {"seconds": entry}
         file, each = folder / f"{name}.yaml", entry.get("each", {})
         lists = isinstance(each, dict) and all(isinstance(values, list) for values in each.values())
-        if set(entry) - {"seconds", "each"} or not isinstance(entry.get("seconds"), int | float) or not lists:
+        counts = all(isinstance(entry.get(key, 1), int) and entry.get(key, 1) > 0 for key in ("at_once", "shards"))
+        if (set(entry) - {"seconds", "each", "at_once", "shards"} or not lists or not counts
+                or not isinstance(entry.get("seconds"), int | float)):
             raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; give seconds, or "
-                                 "{seconds: ..., each: {seed: [0, 1]}}")
+                                 "{seconds: ..., each: {seed: [0, 1]}, at_once: 2}")
         values = read_yaml(file)
         for chosen in product(*each.values()):
             choice = dict(zip(each, chosen, strict=True))
             own = {key: filled(value, choice) for key, value in values.items()} | choice
             words = [name, *(f"{key} {value}" for key, value in choice.items())]
-            steps.append(Step(" ".join(words), notebook_of(file), own, entry["seconds"]))
+            steps.append(Step(" ".join(words), notebook_of(file), own, entry["seconds"], name,
+                              entry.get("at_once", 1), entry.get("shards", 1)))
     return steps
 
 
 def run_folder(folder: Path) -> None:
-    """Execute what a folder's `budget.yaml` names, see `steps_of`, then print where things lie."""
+    """Execute what a folder's `budget.yaml` names, see `steps_of`, then print where things lie.
+
+    Raises:
+        RunError: one of several runs at once failed; those under way were let end.
+    """
     steps, lines, started = steps_of(folder), [], time.monotonic()
     for step in steps:  # the last step's mistakes are told now, not after hours; its files are not there yet
         built(NOTEBOOKS[step.notebook], {**defaults(step.notebook), **step.values})
-    for number, step in enumerate(steps, start=1):
-        print(f"\n[{number}/{len(steps)}] {step.name}, about {step.seconds:.0f} s", flush=True)
-        begun = time.monotonic()
-        where = run(step.notebook, step.values).parent
-        lines.append((step.name, time.monotonic() - begun, where))
+    for _, group in groupby(enumerate(steps, start=1), key=lambda numbered: numbered[1].file):
+        lines += _run_file(list(group), len(steps))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Reports to open in a browser, "
           "each with its executed notebook beside it:")
     for name, seconds, where in lines:
@@ -153,6 +176,65 @@ def run_folder(folder: Path) -> None:
             print(f"  {name}: {_losses(where / 'log.csv')}")
     if (summary := lines[-1][2] / "summary.txt").exists():
         print("\n" + summary.read_text(encoding="utf-8"))
+
+
+def _run_file(numbered: Sequence[tuple[int, Step]], of: int) -> list[tuple[str, float, Path]]:
+    """Run the steps of one parameter file: the name, seconds and folder of each."""
+    lines = []
+    for number, step in numbered:
+        print(f"\n[{number}/{of}] {step.name}, about {step.seconds:.0f} s", flush=True)
+        if step.at_once > 1:
+            continue
+        begun = time.monotonic()
+        shards = [step._replace(values={**step.values, "shards": step.shards, "shard": shard},
+                                name=f"{step.name} {shard + 1}/{step.shards}") for shard in range(step.shards)]
+        if step.shards > 1:
+            _side_by_side(shards, step.shards)
+        where = run(step.notebook, step.values).parent
+        lines.append((step.name, time.monotonic() - begun, where))
+    return lines or _side_by_side([step for _, step in numbered], numbered[0][1].at_once)
+
+
+def _side_by_side(steps: Sequence[Step], at_once: int) -> list[tuple[str, float, Path]]:
+    """Run steps in processes of their own, each on its share of the cores; after a failure no other is started."""
+    places: Queue[tuple[int, set[int]]] = Queue()
+    for place in enumerate(shares_of_cores(at_once)):
+        places.put(place)
+
+    failed = Event()
+
+    def one(step: Step) -> tuple[str, float, Path]:
+        (line, own), begun = places.get(), time.monotonic()
+        try:
+            if not failed.is_set():
+                _run_on(step, line, own)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            places.put((line, own))
+        return step.name, time.monotonic() - begun, parameters(step.notebook, step.values).run_dir
+
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = [pool.submit(one, step) for step in steps]
+        try:
+            return [run.result() for run in runs]
+        except BaseException:  # Ctrl-C too, which the runs have heard as well
+            failed.set()
+            raise
+
+
+def _run_on(step: Step, line: int, own: set[int]) -> None:
+    """Run a step in another process, on these cores, with its bar on this line."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "values.yaml"
+        file.write_text(yaml.safe_dump(step.values), encoding="utf-8")
+        process = subprocess.Popen([sys.executable, "-m", "kit.execute", step.notebook, "-f", str(file), "--line",
+                                    str(line), step.name], stdout=subprocess.DEVNULL)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(process.pid, own)  # it is still importing; its kernel inherits them
+        if code := process.wait():
+            raise RunError(f"{step.name}: ended with {code}; what it said stands above")
 
 
 def _losses(log: Path) -> str:
@@ -182,6 +264,7 @@ def main() -> int:
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("-o", "--output", type=Path, help="the executed notebook; its report lies beside it")
     parser.add_argument("--log", action="store_true", help="print what the cells print, for the log of a job")
+    parser.add_argument("--line", nargs=2, metavar=("NUMBER", "NAME"), help="of the bar, where several run at once")
     parser.add_argument("--check", action="store_true", help="check the parameters and print the run's folder")
     arguments = parser.parse_args()
     try:
@@ -190,8 +273,9 @@ def main() -> int:
         elif (notebook := Path(arguments.what or "").name.removesuffix(".ipynb")) in NOTEBOOKS:
             values = read_yaml(arguments.file) if arguments.file else {}
             values.update(read_options(arguments.parameter))
+            bar = {"position": int(arguments.line[0]), "desc": arguments.line[1]} if arguments.line else None
             print(parameters(notebook, values).run_dir if arguments.check
-                  else shown(run(notebook, values, arguments.output, arguments.log)))
+                  else shown(run(notebook, values, arguments.output, arguments.log, bar)))
         else:
             parser.error(f"name a notebook ({', '.join(NOTEBOOKS)}) or a folder of parameter files")
     except (ParameterError, RunError) as error:

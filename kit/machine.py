@@ -57,6 +57,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def shares_of_cores(parts: int) -> list[set[int]]:
+    """Split the cores that this process may use; a core is shared where there are fewer than parts."""
+    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return [set(own[part::parts]) or {own[part % len(own)]} for part in range(parts)]
+
+
 def slurm_nodes() -> tuple[int, list[str]]:
     """How many nodes the Slurm job has that this process runs in, 1 outside a job; and what is missing to use them."""
     told = os.environ.get("SLURM_JOB_NUM_NODES", "")

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
+from kit.cohort.tabular import read_table
 from kit.execute import FOLDER, _losses, defaults, notebook_of, run_folder, steps_of
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError
@@ -105,11 +106,32 @@ def test_a_file_is_run_once_for_each_combination(tmp_path):
         f"outputs/fold{fold}-seed{seed}" for fold in (0, 1) for seed in (3, 4)]
     assert [step.values["seed"] for step in steps] == [3, 4, 3, 4] and steps[1].name == "2_pretrain fold 0 seed 4"
     assert {step.values["prepared"] for step in steps} == {"outputs/one"}
-    for entry in ("{'minutes': 9}", "{'seconds': 9, 'each': {'seed': 3}}"):
+    for entry in ("{'minutes': 9}", "{'seconds': 9, 'each': {'seed': 3}}", "{'seconds': 9, 'at_once': 0}"):
         (tmp_path / "budget.yaml").write_text(f"2_pretrain: {entry}\n")
         with pytest.raises(ParameterError) as error:
             steps_of(tmp_path)
         assert f"budget.yaml: 2_pretrain: got {entry}; give seconds" in str(error.value)
+
+
+def test_runs_at_once_have_a_core_each_and_after_a_failure_no_other_starts(tmp_path, capfd):
+    (tmp_path / "1_preprocess.yaml").write_text("output_dir: outputs/of{sample_participants}\n")
+    entry = "1_preprocess: {{seconds: 9, each: {{sample_participants: {}}}, at_once: 2}}\n"
+    (tmp_path / "budget.yaml").write_text(entry.format([40, 41]))
+    run_folder(tmp_path)
+    said = capfd.readouterr()
+    assert "[2/2] 1_preprocess sample_participants 41" in said.out and "outputs/of41/report.html" in said.out
+    for participants in (40, 41):
+        assert f"1_preprocess sample_participants {participants}: 100%" in said.err
+        index = read_table(tmp_path / "outputs" / f"of{participants}" / "index.csv")
+        assert (~index["participant"].drop_duplicates().str.startswith("T")).sum() == participants  # T: travelling
+    (tmp_path / "outputs" / "of42").mkdir()
+    (tmp_path / "outputs" / "of42" / "params.yaml").write_text("sample_participants: 41\n")
+    (tmp_path / "outputs" / "of42" / "index.csv").write_text("of another run\n")
+    (tmp_path / "budget.yaml").write_text(entry.format([42, 41, 43]))
+    with pytest.raises(RunError, match="1_preprocess sample_participants 42: ended with 2; what it said stands above"):
+        run_folder(tmp_path)
+    assert "sample_participants: the folder has 41, asked for 42" in capfd.readouterr().err
+    assert not (tmp_path / "outputs" / "of43").exists()
 
 
 def test_the_last_files_mistakes_are_told_before_the_first_runs(tmp_path):
