@@ -380,6 +380,50 @@ class Benchmark(Tuning):
         return self.tasks
 
 
+class Apply(Parameters):
+    """6_apply: embeddings or predictions of any scans."""
+
+    feeds_others: ClassVar[bool] = False
+    may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
+
+    # a scan, a folder of scans or with a DICOM series, BIDS, a table, a prepared cohort; or `sample`: six scans of the
+    # sample cohort that nothing was learned from
+    input: str = "sample"
+    encoder: str  # as in 3_finetune, but not random; or a run of 3_finetune, which predicts besides
+    contrast: str = "T1w"  # which scans of a BIDS folder
+    registration: Registration | None = None  # null: as the encoder's; where that is none, rigid
+    mask: Mask | None = None  # null: as the encoder's; where that is given, auto
+    orientation_unknown: OrientationUnknown = "refuse"  # scans whose header does not say where they lie
+    pool: Literal["default", "mean", "class"] = "default"  # of a ViT: mean of brain tokens, or class token
+    stages: list[Positive] = []  # features of these stages, from 1 on, joined; none: the encoder's end
+    flips: bool = False  # mean of a scan's features and of its mirror image's
+    allow_differences: list[Allowed] = []  # what a prepared cohort may differ in from the encoder's
+    sample_participants: Annotated[int, Field(ge=40)] = 80
+    seed: Seed = 0
+    workers: Positive = 2  # processes that prepare, one thread each
+
+    def problems(self) -> list[str]:
+        there = self.input == "sample" or resolve(self.input).exists()
+        problems = [] if there else [f"input: no such file or folder: {shown(resolve(self.input))}"]
+        if self.encoder.partition(":")[0] == "random":
+            return [*problems, f"encoder: got {self.encoder!r}; name one that has learned something, whose record says "
+                               "how scans are prepared"]
+        problems += [] if is_model(self.encoder) else _encoder_problems("encoder", self.encoder)
+        from kit.preprocess.skullstrip import missing_tool
+
+        return problems + [missing for missing in [self.mask and missing_tool(self.mask)] if missing]
+
+
+def is_model(encoder: str) -> bool:
+    """Whether a path is a run of 3_finetune."""
+    return all((resolve(encoder) / name).is_file() for name in ("model.safetensors", "task.json"))
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder holds prepared scans."""
+    return not _prepared_problems("input", folder)
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "0_explore_augmentations": Explore,
     "1_preprocess": Preprocess,
@@ -387,6 +431,7 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "3_finetune": Finetune,
     "4_saliency": Saliency,
     "5_benchmark": Benchmark,
+    "6_apply": Apply,
 }
 
 

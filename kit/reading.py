@@ -180,7 +180,7 @@ def _of_the_sample(params: Parameters) -> list[str]:
     """The sample cohort's quick runs, named beside another cohort: a cell's defaults that nobody changed."""
     values, quick = dict(params), resolve("outputs/quick")
     source = "cohort" if values.get("prepared") is None else "prepared"
-    if values[source] == "sample" or _is_within(values[source], quick):
+    if source not in values or values[source] == "sample" or _is_within(values[source], quick):
         return []
     paths = {name: list(value.values()) if isinstance(value, dict) else [value] for name, value in values.items()}
     return [f"{name}: {shown(resolve(path))} is of the sample cohort, and {source} is not; name yours"

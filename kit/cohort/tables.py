@@ -79,7 +79,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     if "participant" in table:
         table["participant"] = [read_id(name) for name in table["participant"]]
     else:
-        table["participant"] = _named_by_file(table["image_path"])
+        table["participant"] = named_by_file(table["image_path"])
     if empty := int((table["participant"] == "").sum()):
         raise CohortError(f"{shown(path)}: participant is empty in {empty} rows")
     for name, default in (("session", "01"), ("dataset", UNSAID + path.stem), ("mask_path", "")):
@@ -94,7 +94,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
 
 
-def _named_by_file(paths: pd.Series) -> list[str]:
+def named_by_file(paths: pd.Series) -> list[str]:
     """A name for each scan of nobody knows whom, which does not depend on the order of rows."""
     names = paths.map(lambda path: re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name))
     digests = paths.map(lambda path: "-" + hashlib.blake2b(path.encode(), digest_size=4).hexdigest())

@@ -19,24 +19,28 @@ from kit.cohort.identity import (
 )
 from kit.cohort.tabular import read_table
 from kit.evaluate.metrics import METRICS
-from kit.evaluate.predict import predict, predict_tested, prediction_columns
+from kit.evaluate.predict import predict, predict_parts, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import Task, check_tested, score_tested, tasks_of
 from kit.evaluate.tune import TRIES, tune
 from kit.models.encoder_file import encoder_at, load_encoder, noted, side_of
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
+from kit.models.reference import FILE, SCANS, fit_reference, save_reference
 from kit.params import Finetune, Tuning
 from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, remove_stale
 from kit.runs import Run, write_json, write_table, write_whole
+from kit.seeding import rng_for
+from kit.store.dataset import PreparedScans
 from kit.store.grid import Grid
 from kit.store.leakage import LEARNED
 from kit.store.store import Store
 
 # of a table of predictions: text, whatever it looks like
 NAMES = ("scan", "participant", "dataset", "alias_of", "fingerprint")
-RESULTS = ("predictions.csv", "metrics.json", "log.csv", "tries.csv", "task.json", "model.safetensors",
-           f"{TRIES}/*/log.csv", f"{TRIES}/*/checkpoints/*.pt", "figures/*.png")  # that go with other inputs
+VALIDATION = "validation.csv"  # the model's predictions of scans that chose it, but that no weight was learned from
+RESULTS = ("predictions.csv", VALIDATION, "metrics.json", "log.csv", "tries.csv", "task.json", "model.safetensors",
+           FILE, f"{TRIES}/*/log.csv", f"{TRIES}/*/checkpoints/*.pt", "figures/*.png")  # that go with other inputs
 
 
 def sides_of(stores: dict[str, Store]) -> dict[str, Side]:
@@ -63,8 +67,8 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     """3_finetune: train, predict, score; a finished run is only read, if it was made from what is there now.
 
     Leaves `made_from.json`, `predictions.csv`, `metrics.json` and, where all weights are trained, `task.json`,
-    `model.safetensors`, `tries.csv` and the best try's `log.csv`. Those of other inputs go first, with a line that
-    says what changed. An unfinished run has `tries/`, and goes on from there.
+    `model.safetensors`, `validation.csv`, `reference.safetensors`, `tries.csv` and the best try's `log.csv`. Those of
+    other inputs go first, with a line that says what changed. An unfinished run has `tries/`, and goes on from there.
 
     Returns:
         the task, the predictions (one scan a row), the metrics (an interval that there is not is None).
@@ -129,8 +133,14 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Modul
                                    "architecture": record["architecture"],
                                    "preparation": task.parts["train"].store.record,
                                    "made_from": made.record})
+    found = predict_parts(task, predictor, ["validation", *task.tested])
+    write_table(run / VALIDATION, _table(task, "validation", found.pop("validation")))
+    drawn = rng_for(params.seed).permutation(len(task.parts["train"].rows))[:SCANS]
+    seen = PreparedScans(task.parts["train"].store, task.parts["train"].rows.iloc[drawn])
+    features = [predict(predictor.encoder, scans) for scans in (seen, task.parts["validation"].scans())]
+    save_reference(run.folder, fit_reference(*features))
     write_whole(run / "model.safetensors", lambda aside: save_file(weights, aside))
-    return predict_tested(task, predictor)
+    return found
 
 
 def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor, dict[str, Any]]:
@@ -146,5 +156,5 @@ def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor
 def _table(task: Task, part: str, values: np.ndarray) -> pd.DataFrame:
     rows = task.parts[part].rows
     return pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"], "dataset": rows["dataset"],
-                         "distribution": task.tested[part], "true": task.parts[part].labels,
+                         "distribution": task.tested.get(part, part), "true": task.parts[part].labels,
                          **prediction_columns(values)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import nn
@@ -31,9 +33,18 @@ def predict(model: nn.Module, scans: PreparedScans, batch_size: int | None = Non
 
 def predict_tested(task: Task, predictor: Predictor) -> dict[str, np.ndarray]:
     """What a predictor says of each tested part: (scans,) log-odds or numbers, (scans, K) logits of K > 2 classes."""
-    raw = {name: predict(predictor, task.parts[name].scans()) for name in task.tested}
-    found = {name: values * float(predictor.sd) + float(predictor.mean) for name, values in raw.items()}
-    return found if predictor.outputs > 1 else {name: values[:, 0] for name, values in found.items()}
+    return predict_parts(task, predictor, task.tested)
+
+
+def predict_parts(task: Task, predictor: Predictor, parts: Iterable[str]) -> dict[str, np.ndarray]:
+    """As `predict_tested`, of these parts."""
+    return {name: in_label_units(predictor, predict(predictor, task.parts[name].scans())) for name in parts}
+
+
+def in_label_units(predictor: Predictor, raw: np.ndarray) -> np.ndarray:
+    """(scans, outputs) of a predictor -> (scans,) log-odds or numbers in the label's unit, or (scans, K) logits."""
+    values = raw * float(predictor.sd) + float(predictor.mean)
+    return values if predictor.outputs > 1 else values[:, 0]
 
 
 def prediction_columns(predictions: np.ndarray) -> dict[str, np.ndarray]:

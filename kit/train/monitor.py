@@ -63,17 +63,17 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
 
 
 @torch.no_grad()
-def embed(objective: Objective, scans: PreparedScans) -> tuple[torch.Tensor, torch.Tensor | None]:
+def embed(objective: Objective, scans: PreparedScans, views: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features of the scans as they are (scans, width), and for SimCLR the views' embeddings (2, scans, width)."""
     objective.eval()
-    features, views = [], []
+    features, embeddings = [], []
     for batch in load_batches(scans, in_order(len(scans), scans_at_a_time(scans.store.grid.shape))):
         batch = batch.to(device())
         with evaluation(device()):
             features.append(objective.encoder(batch.images).float().cpu())
-            if objective.compares:
-                views.append(objective(batch, 0, embed=True).float().cpu())
-    return torch.cat(features), torch.cat(views, 1) if views else None
+            if objective.compares and views:
+                embeddings.append(objective(batch, 0, embed=True).float().cpu())
+    return torch.cat(features), torch.cat(embeddings, 1) if embeddings else None
 
 
 def alignment(first: torch.Tensor, second: torch.Tensor) -> float:

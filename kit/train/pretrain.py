@@ -22,11 +22,13 @@ from kit.machine import why_alone
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.mae import reconstruct
+from kit.models.reference import SCANS, Reference, fit_reference, save_reference
 from kit.params import Pretrain
 from kit.preprocess.quality import usable
 from kit.provenance import OLDER, MadeFrom, Used, changes, made_from, read_made_from, write
 from kit.reading import ParameterError, read_yaml
 from kit.runs import Run, shown, write_table
+from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans, collate
 from kit.store.leakage import check_apart, seen_by
 from kit.store.sampler import batches_of, session_batches
@@ -43,7 +45,7 @@ from kit.train.distributed import (
     world_size,
 )
 from kit.train.loop import Settings, fit
-from kit.train.monitor import monitor_of
+from kit.train.monitor import embed, monitor_of
 from kit.train.objectives import MaskedReconstruction, SimCLR
 from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
@@ -54,10 +56,10 @@ DAMAGED = "damaged.csv"  # scans that cannot be read
 def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
     """Pretrain an encoder, or go on where the run stopped; a finished run is only read.
 
-    Leaves `made_from.json`, `checkpoints/`, `log.csv`, `tensorboard/` and `encoder.safetensors`, the last epoch's
-    encoder with its record. Asked to stop (a file `stop` in the run's folder, or one interrupt), it writes a
-    checkpoint and `unfinished.csv` and returns; the same parameters go on from there. With `epochs: 0` it trains
-    nothing.
+    Leaves `made_from.json`, `checkpoints/`, `log.csv`, `tensorboard/`, `reference.safetensors` (what it has seen, see
+    `kit.models.reference`) and `encoder.safetensors`, the last epoch's encoder with its record. Asked to stop (a file
+    `stop` in the run's folder, or one interrupt), it writes a checkpoint and `unfinished.csv` and returns; the same
+    parameters go on from there. With `epochs: 0` it trains nothing.
 
     Returns:
         one row an epoch, see `kit.train.loop.fit`; of an unfinished epoch the means so far.
@@ -343,7 +345,16 @@ def train(params: Pretrain, folder: Path) -> None:
             print("CHANGED WHILE IT WAS TRAINED: " + "; ".join(lines))
             made.record["changed"] = lines
         record = record_of(params, store, objective, made, folder)
+        save_reference(folder, _seen(objective, store, learned, validation))
         save_encoder(folder / "encoder.safetensors", objective.encoder, record)
+
+
+def _seen(objective: nn.Module, store: Store, learned: pd.DataFrame, validation: pd.DataFrame) -> Reference:
+    """What the encoder has seen; of many training scans some, drawn by the seed."""
+    drawn = rng_for(objective.seed).permutation(len(learned))[:SCANS]
+    features = [embed(objective, PreparedScans(store, rows), views=False)[0].numpy() if len(rows) else None
+                for rows in (learned.iloc[drawn], validation)]
+    return fit_reference(features[0], features[0][:0] if features[1] is None else features[1])
 
 
 def _worker(plain: dict[str, Any], folder: str) -> None:

@@ -1,0 +1,288 @@
+"""6_apply: from scans as they are to embeddings, or to the predictions of a fine-tuned model.
+
+    python -m kit.apply --input scan.nii.gz --encoder outputs/demo/2_pretrain/seed0 --output embedding.npy
+    python -m kit.apply --input bids/ --encoder outputs/demo/3_finetune --output predictions.csv
+
+The encoder's own record says how scans are prepared. `.npy` holds one scan's features (features,) float32; `.csv` and
+`.parquet` hold a scan a row. Without `--encoder`, `$KIT_ENCODER` is taken, as in a container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from nibabel.affines import voxel_sizes
+
+from kit.cohort.identity import participant_ids
+from kit.cohort.tables import named_by_file, read_cohort
+from kit.cohort.tabular import COLUMNS, CohortError, read_table
+from kit.evaluate.finetune import VALIDATION, load_predictor
+from kit.evaluate.predict import in_label_units, predict
+from kit.evaluate.predicted import class_columns, number_columns
+from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, weights_digest
+from kit.models.features import FeatureError, FeatureReader
+from kit.models.reference import LEAST, OUTSIDE, read_reference
+from kit.params import Apply, is_model, is_prepared
+from kit.preprocess.index import PreparationError
+from kit.preprocess.nifti import ScanError
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.quality import QC_METRICS
+from kit.preprocess.scan_file import read_scan
+from kit.preprocess.settings import Preparation
+from kit.provenance import MadeFrom, MisfitError, Side, Used, check_fit, made_from
+from kit.reading import ParameterError, check, read_options
+from kit.runs import resolve, shown, write_table, write_whole
+from kit.store.dataset import PreparedScans
+from kit.store.grid import Grid
+from kit.store.store import Store, StoreError
+
+SCANS = (".nii", ".nii.gz", ".mgh", ".mgz", ".nrrd", ".nhdr", ".mha", ".mhd")
+THICK_MM = 3.0  # longest side of a voxel beyond which a scan is called coarse: half of what is asked of it is made up
+SAID = {  # of a flag, in words for people who do not know the metric
+    "contrast low": "grey matter is not darker than white: not T1-weighted, or no brain",
+    "template_similarity low": "unlike the template: not registered well, not T1-weighted, or no brain",
+    "outside_share high": "part of the brain lies outside the scan",
+    "brain_ml low": "the brain is smaller than an adult's: cut off, a child's, or badly stripped",
+    "brain_ml high": "the brain is larger than an adult's: badly stripped",
+    "grey_levels low": "hardly any grey levels: a label map, or badly scaled",
+    "mask_overlap low": "the brain mask is unlike a brain",
+    "bright_edge high": "the brain mask cuts brain off",
+    "snr low": "noisy",
+    "orientation_deg high": "its header's orientation was wrong; it was turned upright",
+}
+TABLE = ("scan", "participant", "session", "dataset", "warnings", "unusable", "as_far", "outside", "fingerprint")
+
+
+class Applied(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        store: the prepared scans.
+        table: a row a scan: scan, participant, session, dataset; warnings (in words), unusable (QC metrics, as in the
+            index); as_far (share of validation scans at least as far from the training scans), outside (whether that
+            is less than 5 %; empty where it cannot be told); fingerprint; of a fine-tuned model its predictions.
+        features: (scans, features) float32.
+        failed: scans that could not be prepared, with reasons.
+        seconds: what took how long.
+    """
+
+    store: Store
+    table: pd.DataFrame
+    features: np.ndarray
+    failed: pd.DataFrame
+    seconds: dict[str, float]
+    made: MadeFrom
+
+    @property
+    def embeddings(self) -> pd.DataFrame:
+        """participant, session, fingerprint, scan, and a column a feature, f0 …"""
+        names = [f"f{number}" for number in range(self.features.shape[1])]
+        rows = self.table[["participant", "session", "fingerprint", "scan"]]
+        return pd.concat([rows, pd.DataFrame(self.features, rows.index, names)], axis=1)
+
+
+def apply(params: Apply, folder: Path, scans: pd.DataFrame | None = None) -> Applied:
+    """Prepare scans as the encoder's were, embed them, and predict if it is a fine-tuned model.
+
+    Args:
+        params: see there.
+        folder: prepared scans lie in its `prepared/`, and are not prepared again.
+        scans: a cohort, in place of `params.input`.
+
+    Raises:
+        CohortError, PreparationError: nothing could be read; a single scan that fails stands in `failed`.
+        EncoderError, MisfitError, FeatureError: the encoder, or scans that were prepared before, do not fit.
+    """
+    started, spec = perf_counter(), params.encoder
+    model = resolve(spec) if is_model(spec) else None
+    record = model_record(model) if model else read_record(spec)
+    coarse, failed, allow = pd.Series(dtype=str), pd.DataFrame(), list(params.allow_differences)
+    if scans is None and is_prepared(resolve(params.input)):
+        store = Store.open(resolve(params.input))
+    else:
+        cohort = scans_at(resolve(params.input), params.contrast) if scans is None else scans
+        settings = settings_for(record["preparation"], params)
+        allow += [field for field in ("registration", "mask", "bias_correction")
+                  if settings.record()[field] != record["preparation"][field]]
+        index, failed = prepare(cohort, folder / "prepared", settings, params.workers)
+        store, coarse = Store.open(folder / "prepared"), coarse_scans(cohort, index)
+    check_fit({"model" if model else "encoder": Side(spec, record["preparation"]), "scans": Side.of(store)}, allow)
+    prepared = perf_counter()
+    predictor = load_predictor(model, store.record)[0] if model else None
+    encoder = predictor.encoder if predictor else load_encoder(spec, store.record, allow=allow)[0]
+    reader = FeatureReader(encoder, params.pool, params.stages, params.flips)
+    loaded, data = perf_counter(), PreparedScans(store, store.index)
+    plain = predict(encoder, data)
+    features = plain if reader.plain else predict(reader, data)
+    what = ({"model": {"from": shown(model), "weights": weights_digest(predictor)}} if predictor
+            else {"encoder": noted(spec, encoder, record)})
+    made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
+                     settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
+    table = _table(store, plain, resolve(spec), coarse).assign(fingerprint=made.fingerprint)
+    if predictor:
+        with torch.no_grad():
+            raw = predictor.cpu().head(torch.from_numpy(plain)).numpy()
+        table = pd.concat([table, _predictions(in_label_units(predictor, raw), record, model)], axis=1)
+    seconds = {"prepare": prepared - started, "read weights": loaded - prepared, "embed": perf_counter() - loaded}
+    return Applied(store, table, features, failed, {name: round(value, 1) for name, value in seconds.items()}, made)
+
+
+def model_record(model: Path) -> dict[str, Any]:
+    """What a run of 3_finetune says of its model."""
+    return json.loads((model / "task.json").read_text(encoding="utf-8"))
+
+
+def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
+    """A cohort from whatever lies at a path: a scan, a folder of scans, a DICOM series, BIDS, a table.
+
+    Raises:
+        CohortError: nothing is there.
+    """
+    if path.suffix in (".csv", ".tsv"):
+        return read_cohort(path, contrast)
+    if not path.exists():
+        raise CohortError(f"{shown(path)}: no such file or folder")
+    files = [path]
+    if path.is_dir():
+        try:
+            return read_cohort(path, contrast)
+        except CohortError:
+            if (path / "dataset_description.json").exists():
+                raise
+        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SCANS)) or [path]
+    paths = pd.Series([str(file) for file in files])
+    cohort = pd.DataFrame({"participant": named_by_file(paths), "session": "01", "dataset": "?", "image_path": paths,
+                           "mask_path": ""})
+    return cohort[list(COLUMNS)]
+
+
+def settings_for(record: Mapping[str, Any], params: Apply) -> Preparation:
+    """How scans are prepared for an encoder of this preparation.
+
+    Where its own scans were not registered, for they lay in MNI space already, others are moved there rigidly; where
+    masks were given, or may be any tool's, deepbet makes them.
+    """
+    known = {field: record[field] for field in ("registration", "mask", "bias_correction", "intensity")
+             if record.get(field) not in (None, "any")}
+    registration = known.get("registration", "none")
+    mask = known.get("mask", "given")
+    return Preparation(
+        Grid(tuple(record["shape"]), record["spacing_mm"]),
+        params.registration or (registration if registration != "none" else "rigid"),
+        params.mask or (mask if mask != "given" else "auto"), known.get("bias_correction", "none"),
+        known.get("intensity", "zscore"), params.orientation_unknown)
+
+
+def coarse_scans(cohort: pd.DataFrame, index: pd.DataFrame) -> pd.Series:
+    """Warnings of scans whose voxels are longer than `THICK_MM`, by the scan's name."""
+    found, keys = {}, ["participant", "session", "dataset"]
+    paths = cohort.set_index(keys)["image_path"].to_dict()
+    for row in index.itertuples():
+        sides = voxel_sizes(read_scan(paths[row.participant, row.session, row.dataset], no_codes_ok=True)[1])
+        if sides.max() > THICK_MM:
+            found[row.scan] = f"voxels of {' x '.join(f'{side:.3g}' for side in sides)} mm: too coarse to trust"
+    return pd.Series(found, dtype=str)
+
+
+def _table(store: Store, features: np.ndarray, encoder: Path, coarse: pd.Series) -> pd.DataFrame:
+    table = store.index[["scan", "participant", "session", "dataset"]].reset_index(drop=True)
+    words = [[coarse[scan]] if scan in coarse else [] for scan in table["scan"]]
+    for column in ("flags", "unusable"):
+        table[column] = store.index[column].fillna("").to_numpy() if column in store.index else ""
+    for row, flags in enumerate(table.pop("flags")):
+        words[row] += [SAID.get(flag, said_of(flag)) for flag in flags.split("; ") if flag]
+    reference = read_reference(encoder)
+    known = reference is not None and len(reference.mean) == features.shape[1]
+    table["as_far"] = reference.at_least_as_far(features).round(4) if known else np.nan
+    enough = known and len(reference.validation) >= LEAST
+    outside = table["as_far"] <= OUTSIDE
+    table["outside"] = outside.map({True: "yes", False: "no"}) if enough else ""
+    for row in np.flatnonzero(outside & enough):
+        words[row].append(f"unlike the scans that the model has seen (as_far {table['as_far'][row]:.3f})")
+    return table.assign(warnings=["; ".join(each) for each in words])
+
+
+def said_of(flag: str) -> str:
+    """A flag of `kit.preprocess.quality.flagged`, with what its metric is."""
+    metric, _, side = flag.rpartition(" ")
+    return f"{flag} ({QC_METRICS[metric].what})" if metric in QC_METRICS and side in ("low", "high") else flag
+
+
+def _predictions(values: np.ndarray, record: Mapping[str, Any], model: Path) -> pd.DataFrame:
+    if not (model / VALIDATION).exists():
+        raise EncoderError(f"{shown(model)} has no {VALIDATION}, of an older kit: run 3_finetune again, for intervals")
+    validation = read_table(model / VALIDATION, text=("scan", "participant", "dataset"))
+    if record["kind"] == "regression":
+        return number_columns(values, validation)
+    return class_columns(values, record["classes"], validation)
+
+
+def write_output(applied: Applied, path: Path) -> None:
+    """Write features, or a fine-tuned model's predictions as a table, by the file's ending."""
+    if path.suffix == ".npy":
+        def save(aside: Path) -> None:
+            with aside.open("wb") as file:
+                np.save(file, applied.features[0].astype(np.float32))
+
+        write_whole(path, save)
+        return
+    table = applied.table if "predicted" in applied.table else applied.embeddings
+    if path.suffix == ".parquet":
+        write_whole(path, lambda aside: table.to_parquet(aside, index=False))
+    else:
+        write_table(path, table)
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m kit.apply", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--input", required=True, help="a scan, a folder of scans or of a DICOM series, BIDS, a table, "
+                                                       "or a prepared cohort")
+    parser.add_argument("--encoder", default=os.environ.get("KIT_ENCODER"),
+                        help="encoder.safetensors, a run of 2_pretrain or 3_finetune, or FORMAT:FILE")
+    parser.add_argument("--output", required=True, type=Path, help="embedding.npy (one scan), or a .csv or .parquet")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="of 6_apply, such as -p flips true")
+    arguments = parser.parse_args()
+    if not arguments.encoder:
+        parser.error("name an encoder: --encoder FILE, or the environment's KIT_ENCODER")
+    if arguments.output.suffix not in (".npy", ".csv", ".parquet"):
+        parser.error(f"--output: got {arguments.output}; its ending must be .npy, .csv or .parquet")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            values = {"input": str(Path(arguments.input).absolute()), "encoder": arguments.encoder,
+                      "output_dir": folder, **read_options(arguments.parameter)}
+            params = check(Apply, values)
+            prepared = is_prepared(resolve(params.input))
+            scans = None if prepared else scans_at(resolve(params.input), params.contrast)
+            count = len(Store.open(resolve(params.input)).index) if prepared else len(scans)
+            if arguments.output.suffix == ".npy" and count != 1:
+                raise ParameterError(f"--output: {arguments.output} is for one scan, and {shown(params.input)} has "
+                                     f"{count}; name a .csv or .parquet")
+            applied = apply(params, Path(folder), scans)
+            write_output(applied, arguments.output)
+        except (ParameterError, CohortError, PreparationError, EncoderError, MisfitError, FeatureError, ScanError,
+                StoreError) as error:
+            print(f"kit.apply: {error}", file=sys.stderr)
+            return 2
+    for row in applied.table.itertuples():
+        print(f"{row.scan}: {row.warnings or 'nothing to remark'}", file=sys.stderr)
+    for row in applied.failed.itertuples():
+        print(f"{row.scan}: FAILED: {row.reason}", file=sys.stderr)
+    print(", ".join(f"{name} {value:.1f} s" for name, value in applied.seconds.items()), file=sys.stderr)
+    return 1 if len(applied.failed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
