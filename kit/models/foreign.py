@@ -68,7 +68,7 @@ def _described(kind: str, path: Path, _time: int, _size: int) -> dict[str, Any]:
     architecture = known.architecture or _medicalnet(weights, path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _say(kind, known, architecture, path, digest, [*outside, *_groups(aside)])
+    _say(kind, known, architecture, path, digest, [*outside, *aside])
     return {"format": kind, "architecture": architecture, "objective": known.objective,
             "preparation": known.preparation, "participants": [], "datasets": list(known.datasets),
             "licence": known.licence, "source": known.source, "differences": known.differences,
@@ -185,23 +185,21 @@ def _no_weights(path: Path) -> str:
 
 
 def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any], list[str]]:
-    """The encoder's part of a file, without its prefix, and the names that are expected besides and left aside."""
+    """The encoder's part of a file, without its prefix; and what is expected besides and left aside, in words."""
     prefix = known.prefix if any(name.startswith(known.prefix) for name in state) else ""
-    weights, aside = {}, []
+    weights, aside = {}, Counter()
     for name, value in state.items():
         own = name.removeprefix(prefix)
-        beside = own == name and bool(prefix or not known.prefix)
-        if re.match(known.heads if beside else known.unused, own):
-            aside.append(name)
+        if own == name and (prefix or not known.prefix):  # it may lie beside the encoder
+            part = name.partition(".")[0] if re.match(known.heads, name) else None
         else:
+            found = re.match(known.unused, own)
+            part = found[0].strip(".").rpartition(".")[2] if found else None
+        if part is None:
             weights[own] = value
-    return weights, aside
-
-
-def _groups(names: list[str]) -> list[str]:
-    """Names by their first part, such as `projector (6)`."""
-    counts = Counter(name.partition(".")[0] for name in names)
-    return [f"{first} ({count})" for first, count in counts.items()]
+        else:
+            aside[part] += 1
+    return weights, [f"{part} ({count})" for part, count in aside.items()]
 
 
 def _format_of(shapes: Shapes, path: Path) -> str:
@@ -245,5 +243,5 @@ def _medicalnet(weights: Mapping[str, Any], path: Path) -> str:
     for name, (block, layers, *_) in resnet_params.items():
         if (block, layers) == (kind, blocks):
             return f"medicalnet_{name}"
-    raise EncoderError(f"{shown(path)}, read as medicalnet: {blocks} {kind} blocks in its four stages, as no ResNet has; "
+    raise EncoderError(f"{shown(path)}, read as medicalnet: {blocks} {kind} blocks in four stages, as no ResNet has; "
                        f"its names: {_some(list(weights))}")
