@@ -100,7 +100,8 @@ def check_fit(sides: Mapping[str, Side], allow: Sequence[str] = ()) -> list[str]
 def _remarks(sides: Mapping[str, Side]) -> list[str]:
     """What differs and is no reason to refuse: libraries, and sources of masks that one word stands for."""
     remarks = []
-    versions = {name: side.preparation["versions"] for name, side in sides.items() if "versions" in side.preparation}
+    versions = {name: side.preparation.get("versions", {}) for name, side in sides.items()}
+    versions = {name: each for name, each in versions.items() if each != "any"}
     libraries = sorted({library for each in versions.values() for library in each})
     differ = [f"{library} " + ", ".join(f"{name} {each.get(library)}" for name, each in versions.items())
               for library in libraries if len({each.get(library) for each in versions.values()}) > 1]

@@ -34,7 +34,7 @@ class Format(NamedTuple):
 
 
 _BOX = {"axes": "zyx", "shape": list(PAPER_GRID.shape), "spacing_mm": PAPER_GRID.spacing_mm,
-        "origin_mm": list(PAPER_GRID.origin_mm), "template": TEMPLATE_NAME}
+        "origin_mm": list(PAPER_GRID.origin_mm), "template": TEMPLATE_NAME, "versions": ANY}
 _RIGID = {**_BOX, "registration": "rigid", "bias_correction": "n4", "mask": ANY, "intensity": "zscore"}
 _BRAINIAC = Format(
     architecture="brainiac", objective="simclr", preparation=_RIGID,
