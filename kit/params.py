@@ -25,13 +25,14 @@ from kit.preprocess.settings import (
 from kit.problems import (
     alias_problems,
     encoder_at,
+    encoder_problems,
     fold_total,
     label_problems,
     split_problems,
     test_set_problems,
 )
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
-from kit.runs import resolve, shown
+from kit.runs import shown
 
 TaskType = Literal["auto", "classification", "regression"]
 Code = int | float | str
@@ -65,7 +66,7 @@ class Explore(Parameters):
     workers: Positive = 2  # processes
 
     def problems(self) -> list[str]:
-        problems = _encoder_problems("encoder", self.encoder)
+        problems = encoder_problems("encoder", self.encoder, ARCHITECTURES)
         if self.prepared is not None:
             return problems + _prepared_problems("prepared", self.prepared)
         return problems + _cohort_problems(self.cohort)
@@ -278,14 +279,14 @@ class Tuning(Training):
         """What is wrong with an encoder, or with those of each fold and seed that `{fold}` and `{seed}` stand for."""
         folds = range(fold_total(self.prepared, self)) if "{fold}" in spec else [0]
         every = dict.fromkeys(encoder_at(spec, fold, seed) for fold in folds for seed in seeds)
-        return [problem for encoder in every for problem in _encoder_problems(name, encoder)]
+        return [problem for encoder in every for problem in encoder_problems(name, encoder, ARCHITECTURES)]
 
 
 class Finetune(Tuning):
     """3_finetune: a label predicted from an encoder."""
 
-    # `random`, `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2_pretrain; `{fold}` and `{seed}` in it
-    # stand for this run's
+    # `random`, `random:ARCHITECTURE`, an encoder.safetensors, a run of 2_pretrain, or others' weights as PATH or
+    # FORMAT:PATH (docs/weights.md); `{fold}` and `{seed}` in it stand for this run's
     encoder: str
     fold: Annotated[int, Field(ge=0)] = 0  # that is tested, from 0, where there are folds
     task: str = "stroke"  # a label column
@@ -296,7 +297,8 @@ class Finetune(Tuning):
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        return problems + _encoder_problems("encoder", encoder_at(self.encoder, self.fold, self.seed)) + (
+        spec = encoder_at(self.encoder, self.fold, self.seed)
+        return problems + encoder_problems("encoder", spec, ARCHITECTURES) + (
             [] if problems else label_problems("task", self.prepared, self.task, self.task_type, self.missing_codes))
 
     def task_names(self) -> list[str]:
@@ -328,8 +330,8 @@ class Benchmark(Tuning):
 
     may_change: ClassVar[frozenset[str]] = Tuning.may_change | {"shards", "shard"}
 
-    # a family's name: `random:ARCHITECTURE` (fine-tuned, it is a supervised baseline), an encoder.safetensors, or a run
-    # of 2; of each fold and seed another where `{fold}` and `{seed}` stand in it
+    # a family's name: as `encoder` of 3_finetune; `random:ARCHITECTURE`, fine-tuned, is a supervised baseline; of each
+    # fold and seed another where `{fold}` and `{seed}` stand in it
     encoders: dict[str, str]
     baselines: list[Baseline] = list(BASELINES)  # rows that need no training of networks
     demographics: list[str] | None = None  # columns of the baseline; null: age, sex and gender, if there
@@ -452,14 +454,3 @@ def _cohort_problems(cohort: str, contrast: str = "T1w") -> list[str]:
 def _prepared_problems(name: str, folder: Path) -> list[str]:
     missing = [file for file in ("index.csv", "preparation.json") if not (folder / file).is_file()]
     return [f"{name}: {shown(folder)} holds no {' and no '.join(missing)}; run 1_preprocess first"] if missing else []
-
-
-def _encoder_problems(name: str, encoder: str) -> list[str]:
-    if encoder.partition(":")[0] == "random":
-        architecture = encoder.partition(":")[2]
-        if architecture and architecture not in ARCHITECTURES:
-            return [f"{name}: got {encoder!r}; the architectures are {', '.join(ARCHITECTURES)}"]
-        return []
-    path = resolve(encoder)
-    path = path / "encoder.safetensors" if path.is_dir() else path
-    return [] if path.is_file() else [f"{name}: no file {shown(path)}; run 2_pretrain first, or say `random`"]

@@ -6,14 +6,41 @@ from pathlib import Path
 from typing import Any
 
 from kit.reading import filled
+from kit.runs import resolve, shown
 
 RESERVED = ("prepared", "pretrain", "train", "validation", "test", "in_distribution", "kit", "encoder", "model",
             "labels", "aliases", "allowed", "fingerprint")  # no names of test sets: records use them
+WEIGHTS = ("neuro_simclr", "brainiac", "brainiac_resnet50", "medicalnet")  # published ones; see `kit.models.formats`
 
 
 def encoder_at(spec: str, fold: int, seed: int) -> str:
     """The encoder of a fold and a seed: `{fold}` and `{seed}` in its name are replaced."""
     return filled(spec, {"fold": fold, "seed": seed})
+
+
+def encoder_parts(encoder: str | Path) -> tuple[str, str]:
+    """What an encoder's words mean: (`random`, architecture or nothing), (format, path), or (`auto`, path)."""
+    kind, colon, rest = str(encoder).partition(":")
+    if kind == "random" or (colon and len(kind) > 1 and not {"/", "\\"} & set(kind)  # C: is a drive
+                            and not resolve(encoder).exists()):
+        return kind, rest
+    return "auto", str(encoder)
+
+
+def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...]) -> list[str]:
+    """What is wrong with an encoder's words, or that its file is not there."""
+    kind, rest = encoder_parts(encoder)
+    if kind == "random":
+        known = not rest or rest in architectures
+        return [] if known else [f"{name}: got {encoder!r}; the architectures are {', '.join(architectures)}"]
+    if kind not in ("auto", *WEIGHTS, *architectures):
+        return [f"{name}: got {encoder!r}; before the colon stands the format of a file of weights: auto, "
+                f"{', '.join((*WEIGHTS, *architectures))}, or `random` before an architecture"]
+    path = resolve(rest)
+    if kind == "auto":
+        path = path / "encoder.safetensors" if path.is_dir() else path
+    cure = "run 2_pretrain first, or say `random`" if kind == "auto" else "docs/weights.md says where to get it"
+    return [] if path.is_file() else [f"{name}: no file {shown(path)}; {cure}"]
 
 
 def split_problems(prepared: Path, params: Any) -> list[str]:

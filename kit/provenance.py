@@ -53,9 +53,13 @@ class Side(NamedTuple):
 
 
 def compare(records: Mapping[str, Mapping[str, Any]], fields: Iterable[str] = FIELDS) -> dict[str, str]:
-    """What differs between preparations: by field a line with the value of each, such as `mask: encoder auto, ...`."""
+    """What differs between preparations: by field a line with the value of each, such as `mask: encoder auto, ...`.
+
+    `any`, which stands in the records of published weights (`kit.models.formats`), is like everything.
+    """
     return {field: f"{field}: " + ", ".join(f"{name} {record.get(field)}" for name, record in records.items())
-            for field in fields if len({json.dumps(record.get(field)) for record in records.values()}) > 1}
+            for field in fields
+            if len({json.dumps(record.get(field)) for record in records.values() if record.get(field) != "any"}) > 1}
 
 
 def misfit(sides: Mapping[str, Side], allow: Sequence[str] = ()) -> str:
@@ -97,6 +101,7 @@ def _remarks(sides: Mapping[str, Side]) -> list[str]:
     """What differs and is no reason to refuse: libraries, and sources of masks that one word stands for."""
     remarks = []
     versions = {name: side.preparation.get("versions", {}) for name, side in sides.items()}
+    versions = {name: each for name, each in versions.items() if each != "any"}
     libraries = sorted({library for each in versions.values() for library in each})
     differ = [f"{library} " + ", ".join(f"{name} {each.get(library)}" for name, each in versions.items())
               for library in libraries if len({each.get(library) for each in versions.values()}) > 1]

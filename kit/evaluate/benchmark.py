@@ -292,11 +292,15 @@ class _Bench:
         return sides
 
     def _check_leakage(self) -> None:
+        warnings: dict[str, None] = {}  # each once, in their order
         for name in self.specs:
             for (_, fold), task in self.tasks.items():
                 for record in {id(each): each for each in (self._noted_of(name, fold, seed)[1]
                                                            for seed in self.params.seeds)}.values():
-                    check_tested(task, record, self.params.allow_seen_participants, self.aliases)
+                    found = check_tested(task, record, self.params.allow_seen_participants, self.aliases)
+                    warnings |= dict.fromkeys(f"{name}: {warning}" for warning in found)
+        for warning in warnings:
+            print(warning)
 
     def overlap(self) -> pd.DataFrame:
         """A row a task, encoder and test set; see `kit.evaluate.tasks.overlap`."""

@@ -84,7 +84,8 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     allowed = check_fit(side_of(spec) | sides_of(stores), params.allow_differences)
     encoder, record = load_encoder(spec, stores["prepared"].record, params.seed, params.allow_differences)
     task, = tasks_of(params, stores, params.task, params.task_type, params.missing_codes, aliases, [params.fold])
-    check_tested(task, record, params.allow_seen_participants, aliases)
+    for warning in check_tested(task, record, params.allow_seen_participants, aliases):
+        print(warning)
     task = task.with_labels_for(params.label_fraction, params.seed)
     made = model_inputs(task, noted(spec, encoder, record), aliases, allowed)
     remove_stale(run.folder, made, RESULTS)

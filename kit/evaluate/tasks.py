@@ -17,7 +17,7 @@ from kit.params import Tuning
 from kit.preprocess.quality import usable
 from kit.runs import shown
 from kit.store.dataset import PreparedScans
-from kit.store.leakage import LEARNED, PLACES, check_apart, check_encoder, places_of
+from kit.store.leakage import LEARNED, PLACES, check_apart, check_encoder, datasets_seen, places_of, plain_name
 from kit.store.store import Store
 
 
@@ -180,14 +180,24 @@ def _check_part(task: Task, name: str, crossed: bool) -> None:
         f"{' and two participants' * (name == 'train')}. In {shown(part.store.folder)} {part.store.contents()}")
 
 
-def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Aliases) -> None:
+def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Aliases) -> list[str]:
     """Check that an encoder, by its record, saw nobody and no scan that it is tested on.
+
+    Returns:
+        what cannot be checked, a line each: published weights that were trained on a tested part's dataset.
 
     Raises:
         LeakageError, IdentityError: see `kit.store.leakage.check_encoder`.
     """
-    for part in (task.parts[name] for name in task.tested):
+    warnings = []
+    for name, distribution in task.tested.items():
+        part = task.parts[name]
         check_encoder(record, part.store, part.rows, part.participants, allow, aliases)
+        if seen := datasets_seen(record, part.rows):
+            warnings.append(f"MAYBE SEEN IN PRETRAINING: {record['format']} was trained on {' and '.join(seen)}, on "
+                            f"which it is tested ({distribution}); no list of its participants was published, so that "
+                            "nobody can say who of those tested was among them")
+    return warnings
 
 
 def score_tested(task: Task, predictions: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, float]]:
@@ -199,7 +209,7 @@ def score_tested(task: Task, predictions: dict[str, np.ndarray], seed: int) -> d
 def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
     """Where each test set is from, and what it shares with what trained the head and the encoder.
 
-    Names are compared without case and leading zeros (`kit.cohort.identity.loose`).
+    Names are compared without case and leading zeros (`kit.cohort.identity.loose`), datasets' without punctuation.
 
     Args:
         record: the encoder's; that of random weights saw nothing.
@@ -210,16 +220,18 @@ def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
         could not be compared, such as "site (pretraining)".
     """
     learned = {"train": {column: set(names) for column, names in places_of(task.parts["train"].rows).items()}}
-    if record.get("participants") or "seen" in record:
-        learned["pretraining"] = {column: set(names) for column, names in record.get("seen", {}).items()}
+    if record.get("participants") or {"seen", "datasets"} & set(record):
+        learned["pretraining"] = {column: set(names) for column, names in record.get("seen", {}).items()} | (
+            {"dataset": set(record["datasets"])} if record.get("datasets") else {})
     rows = []
     for name, distribution in task.tested.items():
         here = {column: sorted(set(names)) for column, names in places_of(task.parts[name].rows).items()}
         shared, unknown = [], []
         for column in PLACES:
+            alike = plain_name if column == "dataset" else loose
             for where, there in learned.items():
-                known = set(map(loose, there.get(column, ())))
-                both = [each for each in here.get(column, ()) if loose(each) in known]
+                known = set(map(alike, there.get(column, ())))
+                both = [each for each in here.get(column, ()) if alike(each) in known]
                 shared += [f"{column} {' and '.join(both)} ({where})"] * bool(both)
                 if column in ("dataset", "site") and not (here.get(column) and known):
                     unknown.append(f"{column} ({where})")

@@ -2,7 +2,7 @@
 
 The record says the architecture, the preparation of the scans that it was trained on, and hashed ids of the
 participants and scans that it saw (`kit.store.leakage`). It is read without the weights, so that a misfit is refused
-before work starts.
+before work starts. Weights of others (`kit.models.foreign`) are read by the same functions.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kit.models.encoders import build_encoder
+from kit.models.foreign import EncoderError as EncoderError
+from kit.models.foreign import fill, foreign_record
 from kit.problems import encoder_at as encoder_at  # which needs no torch
+from kit.problems import encoder_parts
 from kit.provenance import OLDER, Side, misfit
 from kit.runs import resolve, shown, write_whole
 from kit.store.grid import Grid
-
-
-class EncoderError(ValueError):
-    """An encoder does not fit; the message says what it has and what was asked for."""
 
 
 def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -> Path:
@@ -41,29 +40,48 @@ def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -
 
 
 def read_record(encoder: str | Path) -> dict[str, Any]:
-    """The record in an encoder's file, without its weights.
+    """The record of an encoder, without its weights; of others' weights what is known of them.
+
+    Args:
+        encoder: an encoder.safetensors, a run of 2, or others' weights: PATH or FORMAT:PATH.
 
     Raises:
-        EncoderError: the file is no encoder of this kit.
+        EncoderError: the file is no encoder of this kit, nor of a format that it knows.
     """
-    path = resolve(encoder)
-    path = path / "encoder.safetensors" if path.is_dir() else path
-    try:
-        with safe_open(path, framework="np") as file:
-            return json.loads(file.metadata()["record"])
-    except Exception as error:  # of the system, of safetensors, or of a record that is not ours
-        raise EncoderError(f"{shown(path)} is no encoder of this kit ({type(error).__name__}: {error})") from None
+    kind, rest = encoder_parts(encoder)
+    path = _file(rest)
+    if kind == "auto" and (path.suffix == ".safetensors" or not path.is_file()):
+        try:
+            with safe_open(path, framework="np") as file:
+                held = file.metadata() or {}
+                if "record" in held:
+                    return json.loads(held["record"])
+        except Exception as error:  # of the system, of safetensors, or of a record that is not ours
+            raise EncoderError(f"{shown(path)} is no encoder of this kit ({type(error).__name__}: {error})") from None
+    return foreign_record(kind, path)
+
+
+def _file(rest: str) -> Path:
+    """The file that an encoder's words mean, after those before a colon."""
+    path = resolve(rest)
+    return path / "encoder.safetensors" if path.is_dir() else path
 
 
 def side_of(encoder: str | Path) -> dict[str, Side]:
-    """What an encoder brings to `kit.provenance.check_fit`, as `encoder`: nothing if its weights are random."""
-    if str(encoder).partition(":")[0] == "random":
+    """What an encoder brings to `kit.provenance.check_fit`, as `encoder`.
+
+    Nothing if its weights are random, or if it is not known how their scans were prepared.
+    """
+    kind, rest = encoder_parts(encoder)
+    if kind == "random":
         return {}
     record = read_record(encoder)
-    if "made_from" not in record:
-        print(f"encoder {shown(resolve(encoder))} is {OLDER}: only its preparation can be compared")
+    if record["preparation"] is None:
+        return {}
+    if "made_from" not in record and "format" not in record:
+        print(f"encoder {shown(resolve(rest))} is {OLDER}: only its preparation can be compared")
     sources = record.get("made_from", {}).get("prepared", {}).get("mask_sources", ())
-    return {"encoder": Side(shown(resolve(encoder)), record["preparation"], sources)}
+    return {"encoder": Side(shown(resolve(rest)), record["preparation"], sources)}
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -77,7 +95,7 @@ def weights_digest(network: nn.Module) -> str:
 
 def noted(encoder: str | Path, network: nn.Module, record: dict[str, Any]) -> dict[str, str]:
     """What stands of an encoder in what a run was made from."""
-    path = str(encoder) if record["objective"] == "random" else shown(resolve(encoder))
+    path = str(encoder) if record["objective"] == "random" else shown(resolve(encoder_parts(encoder)[1]))
     return {"from": path, "weights": weights_digest(network), "objective": record["objective"]}
 
 
@@ -86,25 +104,29 @@ def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0
     """An encoder with its record, checked against the scans that it is to read.
 
     Args:
-        encoder: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, or a run of 2.
+        encoder: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, a run of 2, or others'
+            weights: PATH or FORMAT:PATH (`kit.models.formats.FORMATS`).
         preparation: the record of the prepared scans.
         seed: of random weights.
         allow: in what the preparation may differ; see `kit.provenance.check_fit`.
 
     Raises:
-        EncoderError: the file is none, or the scans were prepared otherwise (every difference is listed).
+        EncoderError: the file is none, its weights do not fit its architecture, or the scans were prepared otherwise
+            (every difference is listed).
     """
     grid = Grid(preparation["shape"], preparation["spacing_mm"])
-    kind, _, architecture = str(encoder).partition(":")
+    kind, rest = encoder_parts(encoder)
     if kind == "random":
-        architecture = architecture or "resnet18"
+        architecture = rest or "resnet18"
         return build_encoder(architecture, grid, seed), {"architecture": architecture, "objective": "random",
                                                           "participants": []}
     record = read_record(encoder)
-    sides = {"encoder": Side(shown(resolve(encoder)), record["preparation"]), "these": Side("scans", preparation)}
-    if message := misfit(sides, allow):
+    known = {} if record["preparation"] is None else {"encoder": Side(shown(resolve(rest)), record["preparation"])}
+    if message := misfit({**known, "these": Side("scans", preparation)}, allow):
         raise EncoderError(message)
     network = build_encoder(record["architecture"], grid)
-    path = resolve(encoder)
-    network.load_state_dict(load_file(path / "encoder.safetensors" if path.is_dir() else path), strict=True)
+    if "format" in record:
+        fill(network, _file(rest), record)
+    else:
+        network.load_state_dict(load_file(_file(rest)), strict=True)
     return network, record

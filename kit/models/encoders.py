@@ -13,6 +13,8 @@ from monai.networks.nets import DenseNet121, MaskedAutoEncoderViT, ResNet
 from torch import nn
 
 from kit.device import at_least_float32
+from kit.models.pooling import AveragePool
+from kit.models.rivals import RIVALS, build_rival
 from kit.preprocess.template import template_on
 from kit.store.grid import Grid
 
@@ -23,14 +25,6 @@ LEAST_BRAIN = 0.05  # share of a patch that must be brain
 
 # hidden width, layers, heads, decoder width, decoder layers; `vit` as ViT-B and its decoder in He et al. 2022
 VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (96, 4, 4, 96, 1)}
-
-
-class AveragePool(nn.AdaptiveAvgPool3d):
-    """The mean over all places, in float32 at least."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(batch, channel, depth, height, width) -> (batch, channel, 1, 1, 1)."""
-        return super().forward(at_least_float32(images))
 
 
 class ResNetEncoder(nn.Module):
@@ -165,13 +159,15 @@ def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> nn.Module:
     """An encoder with random weights that the seed decides.
 
     Args:
-        architecture: see `kit.params.Architecture`.
+        architecture: see `kit.params.Architecture` and `kit.models.rivals.RIVALS`.
         grid: of the scans that it is for; a ViT takes no other.
         seed: of the weights; the caller's random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 calls it in the way that torch will change
         torch.manual_seed(seed)
+        if architecture in RIVALS:
+            return build_rival(architecture, grid)
         if architecture in VIT_SIZES:
             return ViTEncoder(architecture, grid)
         return DenseNetEncoder(grid.shape) if architecture == "densenet121" else ResNetEncoder(architecture)

@@ -14,13 +14,14 @@ another preparation, too, and on coarse grids take two people for one.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import Aliases, check_datasets_known, known_as
+from kit.cohort.identity import Aliases, check_datasets_known, known_as, loose
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
 from kit.store.store import Store, StoreError, scan_path
 
@@ -113,6 +114,21 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
                            "aliases), and test on others, or set allow_seen_participants: true and say so")
     if people or scans:
         print(f"SEEN IN PRETRAINING: {people} of {ids.nunique()} participants, {scans} of {len(rows)} scans tested")
+
+
+def plain_name(name: object) -> str:
+    """A dataset's name without case, leading zeros and punctuation: HABS-HD and habs_hd are one."""
+    return re.sub(r"[\W_]+", "", loose(name))
+
+
+def datasets_seen(record: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
+    """The datasets of tested rows that published weights were trained on, of whom nobody listed the participants.
+
+    Args:
+        record: the encoder's; only that of published weights has `datasets`.
+    """
+    known = set(map(plain_name, record.get("datasets", ())))
+    return sorted({name for name in places_of(rows).get("dataset", ()) if plain_name(name) in known})
 
 
 def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], aliases: Aliases | None = None) -> None:

@@ -1,0 +1,247 @@
+"""Weights of others: a foreign file becomes an encoder with a record, as the kit's own encoder.safetensors does.
+
+Files of `torch.save` and safetensors are read, tensors only; every name in them is accounted for. What is known of a
+file's format stands in `kit.models.formats`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.networks.nets.resnet import resnet_params
+from safetensors.torch import load_file
+from torch import nn
+
+from kit.models.encoders import VIT_SIZES
+from kit.models.formats import FORMATS, Format
+from kit.runs import shown
+
+Shapes = dict[str, tuple[int, ...]]
+
+NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
+MOST_NAMES = 20  # of each kind in an error
+
+
+class EncoderError(ValueError):
+    """An encoder does not fit; the message says what it has and what was asked for."""
+
+
+def foreign_record(kind: str, path: Path) -> dict[str, Any]:
+    """What is known of a foreign file, with the fields that an encoder's record has.
+
+    Once for each file it prints what it is, whether its hash is known, its licence, and what of it is left aside.
+
+    Args:
+        kind: one of `kit.models.formats.FORMATS`, or `auto`: found by the names in it.
+        path: of the file.
+
+    Returns:
+        format, architecture, objective, preparation (None: not known), participants (none listed), datasets, licence,
+        source, differences, unverified, sha256.
+
+    Raises:
+        EncoderError: it cannot be read, or is of no known format.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise EncoderError(f"no file {shown(path)} ({error.strerror})") from None
+    return dict(_described(kind, path, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=32)
+def _described(kind: str, path: Path, _time: int, _size: int) -> dict[str, Any]:
+    state, outside = _read(path)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    kind = _format_of(shapes, path) if kind == "auto" else kind
+    known = FORMATS[kind]
+    weights, aside = _sorted_out(shapes, known)
+    architecture = known.architecture or _medicalnet(weights, path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _say(kind, known, architecture, path, digest, [*outside, *aside])
+    return {"format": kind, "architecture": architecture, "objective": known.objective,
+            "preparation": known.preparation, "participants": [], "datasets": list(known.datasets),
+            "licence": known.licence, "source": known.source, "differences": known.differences,
+            "unverified": known.unverified, "sha256": digest}
+
+
+def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, aside: list[str]) -> None:
+    lines = [f"{shown(path)}: {architecture}, read as {kind}" + (f" of {known.source}" if known.source else "")]
+    if path.suffix == ".tar":
+        lines.append("a file of torch.save and no tar archive, whatever its name says: there is nothing to unpack")
+    if digest in known.hashes:
+        lines.append(f"sha256 {digest[:12]}... is the released file's")
+    else:
+        meant = ": what the kit knows of its preparation, data and licence is of the released weights"
+        lines.append(f"sha256 {digest} is not known here{meant * bool(known.source)}")
+    if known.preparation is None:
+        lines.append("how its scans were prepared is not known: nothing is compared; give it scans like those that it "
+                     "was trained on")
+    else:
+        lines.append(f"licence: {known.licence}")
+        if not known.datasets:
+            lines.append("the kit does not know which datasets it was trained on: whether those tested are among them "
+                         "is yours to find out")
+    lines += [f"left aside: {', '.join(aside)}"] if aside else []
+    print("\n  ".join(lines))
+
+
+def fill(network: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
+    """Load a foreign file into its network; nothing may be missing, left over or of another shape.
+
+    Args:
+        network: `build_encoder` of the record's architecture.
+        record: see `foreign_record`.
+
+    Raises:
+        EncoderError: all names that do not fit, by kind.
+    """
+    weights, _ = _sorted_out(_read(path)[0], FORMATS[record["format"]])
+    inner = "autoencoder." if record["architecture"] in VIT_SIZES else "network."
+    weights = {name if name.startswith(inner) else inner + name: value for name, value in weights.items()}
+    wanted = network.state_dict()
+    # BatchNorm's counters, which old files lack, are never read
+    missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
+    left = [name for name in weights if name not in wanted]
+    bent = [f"{name.removeprefix(inner)} {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
+            for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
+    problems = {"missing": missing, "left over": left, "misshapen": bent}
+    if any(problems.values()):
+        lines = [f"{kind}: {len(names)}: {_some([name.removeprefix(inner) for name in names])}"
+                 for kind, names in problems.items() if names]
+        raise EncoderError(f"{shown(path)} does not fit {record['architecture']}, read as {record['format']}:\n  "
+                           + "\n  ".join(lines) + f"\nif it is of another format, say so: FORMAT:PATH, where FORMAT is "
+                           f"{', '.join(FORMATS)}")
+    network.load_state_dict({**wanted, **weights}, strict=True)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + f", and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of a file by name, without DataParallel's `module.`, and the names of what lies beside them."""
+    held = _unpickled(path) if path.suffix != ".safetensors" else _safe(path)
+    if not isinstance(held, Mapping):
+        raise EncoderError(f"{shown(path)} holds a {type(held).__name__}, not weights by name: save the network's "
+                           "state_dict()")
+    nested = next((name for name in NESTED if isinstance(held.get(name), Mapping)), None)
+    state = {str(name): value for name, value in (held[nested] if nested else held).items()}
+    outside = [str(name) for name in held if name != nested] if nested else [
+        name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    state = {name: value for name, value in state.items() if nested or name not in outside}
+    if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise EncoderError(f"{shown(path)}: {_some(strange)} in its {nested} are no tensors")
+    if not state:
+        raise EncoderError(f"{shown(path)} holds no weights by name, but {_some(outside) or 'nothing'}; they are "
+                           f"looked for at its top, or in {', '.join(NESTED)}")
+    parallel = "module." if all(name.startswith("module.") for name in state) else ""
+    return {name.removeprefix(parallel): value for name, value in state.items()}, outside
+
+
+def _safe(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # of the system or of safetensors
+        raise EncoderError(f"{shown(path)} is no encoder of this kit, nor weights of others "
+                           f"({type(error).__name__}: {error})") from None
+
+
+def _unpickled(path: Path) -> Any:
+    """What `torch.save` left in a file, if these are tensors, numbers, text, lists and dicts only."""
+    if tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            inside = [archive.next() for _ in range(3)]
+        raise EncoderError(f"{shown(path)} is a tar archive (in it: {_some([each.name for each in inside if each])}); "
+                           "unpack it, and give the file of weights that is in it")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL:? (\S+)", str(error)):
+            raise EncoderError(f"{shown(path)} is no plain file of tensors: to unpickle it means to run "
+                               f"{found[1].rstrip('.')}, and such code may do anything. It is not read. If you trust "
+                               "where it is from, save its state_dict alone in a place where nothing can be harmed, "
+                               "and give that file") from None
+        raise EncoderError(_no_weights(path)) from None
+    except Exception as error:  # of the system, of a zip that was cut off, of an empty file
+        raise EncoderError(f"{_no_weights(path)} ({type(error).__name__}: {str(error).partition('. ')[0]})") from None
+
+
+def _no_weights(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(12)
+    return (f"{shown(path)} is no encoder of this kit, nor a file of torch.save or safetensors: it begins with "
+            f"{start!r}; is it whole, and no web page that was saved in its place?")
+
+
+def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any], list[str]]:
+    """The encoder's part of a file, without its prefix; and what is expected besides and left aside, in words."""
+    prefix = known.prefix if any(name.startswith(known.prefix) for name in state) else ""
+    weights, aside = {}, Counter()
+    for name, value in state.items():
+        own = name.removeprefix(prefix)
+        if own == name and (prefix or not known.prefix):  # it may lie beside the encoder
+            part = name.partition(".")[0] if re.match(known.heads, name) else None
+        else:
+            found = re.match(known.unused, own)
+            part = found[0].strip(".").rpartition(".")[2] if found else None
+        if part is None:
+            weights[own] = value
+        else:
+            aside[part] += 1
+    return weights, [f"{part} ({count})" for part, count in aside.items()]
+
+
+def _format_of(shapes: Shapes, path: Path) -> str:
+    """The format that the names in a file show.
+
+    Raises:
+        EncoderError: none that the kit knows.
+    """
+    if "encoder.conv1.weight" in shapes and any(name.startswith("projector.") for name in shapes):
+        return "neuro_simclr"
+    for name, kind in (("backbone.patch_embedding.position_embeddings", "brainiac"),
+                       ("backbone.conv1.weight", "brainiac_resnet50")):
+        if name in shapes:
+            return kind
+    plain = {re.sub(r"^(network|autoencoder)\.", "", name): shape for name, shape in shapes.items()}
+    if "features.conv0.weight" in plain:
+        return "densenet121"
+    if "cls_token" in plain:
+        width = plain["cls_token"][-1]
+        return next((name for name, sizes in VIT_SIZES.items() if sizes[0] == width), "vit")
+    if "patch_embedding.position_embeddings" in plain:
+        return "brainiac"
+    if {"conv1.weight", "layer4.0.conv1.weight"} <= set(plain):
+        if plain["conv1.weight"][0] == 16:
+            return "resnet18_narrow"
+        return "resnet18" if "layer2.0.downsample.0.bias" in plain else "medicalnet"
+    raise EncoderError(f"{shown(path)} is no encoder of this kit, and its names are those of no format that the kit "
+                       f"knows: {_some(list(shapes))}; if it is of one, say so: FORMAT:PATH, where FORMAT is "
+                       f"{', '.join(FORMATS)}")
+
+
+def _medicalnet(weights: Mapping[str, Any], path: Path) -> str:
+    """The architecture of MedicalNet's that has as many blocks.
+
+    Raises:
+        EncoderError: none has.
+    """
+    blocks = [len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})
+              for stage in (1, 2, 3, 4)]
+    kind = "bottleneck" if "layer1.0.conv3.weight" in weights else "basic"
+    for name, (block, layers, *_) in resnet_params.items():
+        if (block, layers) == (kind, blocks):
+            return f"medicalnet_{name}"
+    raise EncoderError(f"{shown(path)}, read as medicalnet: {blocks} {kind} blocks in four stages, as no ResNet has; "
+                       f"its names: {_some(list(weights))}")

@@ -1,0 +1,78 @@
+"""Published encoders: of each format what its files look like, and the record of how to use them.
+
+Read in the public repositories of each (`source`) and their copies in November 2026. No released file was at hand but
+for the hash and the names of neuro_simclr's; `unverified` says what follows from code alone, or from less.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from kit.params import ARCHITECTURES
+from kit.preprocess.settings import TEMPLATE_NAME
+from kit.store.grid import PAPER_GRID
+
+ANY = "any"  # in a preparation: whatever the scans have; see `kit.provenance.compare`
+PLAIN_HEADS = r"(fc|class_layers\.out)\."  # MONAI's classifiers
+
+
+class Format(NamedTuple):
+    """One kind of file, and what is known of the encoder in it."""
+
+    architecture: str  # see `kit.models.encoders.build_encoder`; "" where the file decides
+    objective: str
+    preparation: dict[str, Any] | None  # fields of `kit.provenance.FIELDS`; None: not known
+    differences: str = ""  # between that and the published preparation
+    unverified: str = ""
+    datasets: tuple[str, ...] = ()  # that it was trained on; none: not known here
+    licence: str = "not known"
+    source: str = ""
+    hashes: tuple[str, ...] = ()  # sha256 of released files
+    prefix: str = ""  # of the encoder's names, after DataParallel's `module.`
+    heads: str = "(?!)"  # how names begin that are expected besides, and left aside; a regular expression
+    unused: str = "(?!)"  # how names in the encoder begin that nothing reads; likewise
+
+
+_BOX = {"axes": "zyx", "shape": list(PAPER_GRID.shape), "spacing_mm": PAPER_GRID.spacing_mm,
+        "origin_mm": list(PAPER_GRID.origin_mm), "template": TEMPLATE_NAME, "versions": ANY}
+_RIGID = {**_BOX, "registration": "rigid", "bias_correction": "n4", "mask": ANY, "intensity": "zscore"}
+_BRAINIAC = Format(
+    architecture="brainiac", objective="simclr", preparation=_RIGID,
+    differences="published: masks by HD-BET; the scan is resized before it is z-scored, so that the brain's edge mixes "
+                "with zero instead of the mean",
+    unverified="that the file loads; the box (its size is that of the repository's sample scan); axes and orientation; "
+               "the projection head's names; the datasets",
+    licence="non-commercial academic research only (Mass General Brigham; earlier versions of the repository: "
+            "CC BY-NC 4.0)",
+    source="https://github.com/AIM-KannLab/BrainIAC", prefix="backbone.", heads="",  # their loader takes nothing else
+    unused=r"blocks\.\d+\.(norm_)?cross_attn\.")
+
+PUBLISHED: dict[str, Format] = {
+    "neuro_simclr": Format(
+        architecture="resnet18", objective="simclr", preparation=_RIGID,
+        differences="published: TurboPrep, that is N4, SynthStrip, rigid registration to ICBM152 2009c (symmetric) and "
+                    "WhiteStripe, which a z-score undoes; the kit's template is 2009a in the same millimetres",
+        unverified="nothing but what other masks and the other template change",
+        datasets=("ADNI", "AOMIC", "CoRR", "DLBS", "GSP", "HABS-HD", "MCSA", "NIFD", "PPMI", "SALD", "SOOP"),
+        licence="none is stated in its repository",
+        source="https://github.com/emilykaczmarek/3D-Neuro-SimCLR (release v1.0.0)",
+        hashes=("f046dafe009de0cfa113a022c1ef9603d123834f217074eb86d26037e72b98f5",),
+        prefix="encoder.", heads=r"projector\."),
+    "brainiac": _BRAINIAC,
+    "brainiac_resnet50": _BRAINIAC._replace(
+        architecture="brainiac_resnet50",
+        differences="published: masks by HD-BET; intensities from 0 to 1 of the raw scan with its background as 0: "
+                    "here the brain's darkest voxel is 0",
+        unused="(?!)"),
+    "medicalnet": Format(
+        architecture="", objective="segmentation",
+        preparation={**dict.fromkeys((*_BOX, "registration", "bias_correction", "mask"), ANY), "axes": "zyx",
+                     "intensity": "zscore"},
+        differences="published: scans of many organs, MR and CT, neither registered nor stripped; resized to "
+                    "56x448x448 by nearest neighbours, z-scored where above zero, and noise of mean 0 and SD 1 "
+                    "elsewhere, which is 0 here",
+        unverified="that the files load; the orientation within slices; the input size, which is that of the "
+                   "repository's example; the datasets (3DSeg-8, later 23)",
+        licence="MIT", source="https://github.com/Tencent/MedicalNet", heads=r"(conv_seg|fc)\."),
+}
+FORMATS = {**PUBLISHED, **{name: Format(name, "not known", None, heads=PLAIN_HEADS) for name in ARCHITECTURES}}

@@ -1,0 +1,162 @@
+"""Networks of others whose weights are published: they take the kit's scans and make their own input of them.
+
+BrainIAC (Tak et al., Nature Neuroscience 2026) and MedicalNet (Chen et al. 2019, arXiv 1904.00625) were trained on
+other axes, sizes and scales. What their public code does to a scan that lies on their grid is done here to a z-scored
+one of the kit: axes in their order, their size, their intensities, then their features. `kit.models.formats` says what
+could not be checked.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from monai.networks.nets import ResNet, ViT
+from monai.networks.nets.resnet import ResNetBlock, get_inplanes, get_medicalnet_pretrained_resnet_args, resnet_params
+from torch import nn
+from torch.nn import functional as F
+
+from kit.device import at_least_float32
+from kit.models.pooling import AveragePool
+from kit.store.grid import Grid
+
+Shape = tuple[int, int, int]
+
+DEPTHS = tuple(int(name.removeprefix("resnet")) for name in resnet_params)  # 10 to 200
+RIVALS = ("brainiac", "brainiac_resnet50", *(f"medicalnet_resnet{depth}" for depth in DEPTHS))
+# ICBM152 2009a, whose size BrainIAC's sample scans have: the first voxel (x, y, z) in mm, and the shape (z, y, x)
+WHOLE_HEAD = ((-98.0, -134.0, -72.0), (189, 233, 197))
+SLAB: Shape = (56, 448, 448)  # MedicalNet's input (depth, height, width)
+
+
+class BrainIACViT(nn.Module):
+    """BrainIAC's ViT-B/16 at 96x96x96, without class token: features are the first patch's token after the norm.
+
+    `network` keeps MONAI's parameter names, without the norms of a cross-attention that does not run.
+    """
+
+    features = 768
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.network = ViT(in_channels=1, img_size=(96, 96, 96), patch_size=(16, 16, 16))
+        for block in self.network.blocks:
+            block.norm_cross_attn = nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, depth, height, width) -> (batch, 768)."""
+        images = F.interpolate(whole_head(images, self.grid), (96, 96, 96), mode="trilinear")
+        return at_least_float32(self.network(brain_zscored(images))[0][:, 0])
+
+
+class BrainIACResNet(nn.Module):
+    """BrainIAC's ResNet-50 of 2024 at 128x128x128 on intensities from 0 to 1; features are the mean over places.
+
+    `network` keeps MONAI's parameter names.
+    """
+
+    features = 2048
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.network = ResNet("bottleneck", [3, 4, 6, 3], get_inplanes(), n_input_channels=1, conv1_t_stride=2,
+                              feed_forward=False)
+        self.network.avgpool = AveragePool(1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, depth, height, width) -> (batch, 2048)."""
+        return self.network(zero_to_one(F.interpolate(whole_head(images, self.grid), (128, 128, 128), mode="area")))
+
+
+class MedicalNet(nn.Module):
+    """MedicalNet's ResNet without its segmentation head; features are the mean over places.
+
+    As published, and unlike MONAI's, the last two stages keep their size and are dilated by 2 and 4. `network` keeps
+    MONAI's parameter names.
+
+    Args:
+        depth: one of `DEPTHS`.
+        shape: voxels (depth, height, width) that scans are resized to.
+    """
+
+    def __init__(self, depth: int, shape: Shape = SLAB) -> None:
+        super().__init__()
+        block, layers, *_ = resnet_params[f"resnet{depth}"]
+        bias, shortcut = get_medicalnet_pretrained_resnet_args(depth)
+        self.shape = shape
+        self.network = ResNet(block, layers, get_inplanes(), n_input_channels=1, conv1_t_stride=2, feed_forward=False,
+                              shortcut_type=shortcut, bias_downsample=bias)
+        _dilate(self.network.layer3, 2)
+        _dilate(self.network.layer4, 4)
+        self.network.avgpool = AveragePool(1)
+        self.features = get_inplanes()[-1] * (ResNetBlock.expansion if block == "basic" else 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, depth, height, width) -> (batch, features)."""
+        return self.network(brain_zscored(nearest(images, self.shape)))
+
+
+def _dilate(stage: nn.Sequential, rate: int) -> None:
+    """Let a ResNet's stage keep its input's size and look `rate` voxels apart."""
+    for block in stage:
+        for layer in block.modules():
+            if isinstance(layer, nn.Conv3d):
+                layer.stride = (1, 1, 1)
+                if layer.kernel_size == (3, 3, 3):
+                    layer.dilation = layer.padding = (rate, rate, rate)
+        if isinstance(block.downsample, partial):  # shortcuts of type A have no weights
+            block.downsample.keywords["stride"] = 1
+
+
+def whole_head(images: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Put scans into `WHOLE_HEAD` by whole voxels, zero where there is nothing, with the axes of a NIfTI file.
+
+    (batch, 1, depth, height, width) on `grid` -> (batch, 1, width, height, depth): x, y, z.
+    """
+    origin, shape = WHOLE_HEAD
+    pads = []
+    for axis in (2, 1, 0):  # x, y, z: `pad` begins with the last axis
+        before = round((grid.origin_mm[2 - axis] - origin[2 - axis]) / grid.spacing_mm)
+        pads += [before, round(shape[axis] / grid.spacing_mm) - before - grid.shape[axis]]
+    return F.pad(images, pads).permute(0, 1, 4, 3, 2)
+
+
+def nearest(images: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Resize the last three axes by nearest neighbours, first and last voxels onto each other (scipy's `zoom`)."""
+    for axis, size in enumerate(shape, start=2):
+        places = torch.linspace(0, images.shape[axis] - 1, size, dtype=torch.float64).add(0.5).floor().long()
+        images = images.index_select(axis, places.to(images.device))
+    return images
+
+
+def brain_zscored(images: torch.Tensor) -> torch.Tensor:
+    """Z-score each scan (batch, 1, depth, height, width) over its voxels that are not zero; the others stay zero."""
+    brain, every = images != 0, (1, 2, 3, 4)
+    count = brain.sum(every, keepdim=True).clamp(min=1)
+    centred = (images - images.sum(every, keepdim=True) / count) * brain
+    deviation = (centred.square().sum(every, keepdim=True) / count).sqrt()
+    return centred / torch.where(deviation > 0, deviation, 1)
+
+
+def zero_to_one(images: torch.Tensor) -> torch.Tensor:
+    """Scale each scan's voxels that are not zero from 0, the darkest, to 1; the others stay zero."""
+    brain, every = images != 0, (1, 2, 3, 4)
+    low = torch.where(brain, images, torch.inf).amin(every, keepdim=True)
+    high = torch.where(brain, images, -torch.inf).amax(every, keepdim=True)
+    return torch.where(brain, (images - low) / torch.where(high > low, high - low, 1), 0)
+
+
+def build_rival(architecture: str, grid: Grid) -> nn.Module:
+    """One of `RIVALS`, with random weights.
+
+    Args:
+        architecture: its name.
+        grid: of the scans that it is to read.
+    """
+    if architecture == "brainiac":
+        return BrainIACViT(grid)
+    if architecture == "brainiac_resnet50":
+        return BrainIACResNet(grid)
+    return MedicalNet(int(architecture.removeprefix("medicalnet_resnet")))

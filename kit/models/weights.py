@@ -1,0 +1,83 @@
+"""Released files of weights, downloaded when somebody asks, and checked.
+
+    python -m kit.models.weights neuro_simclr weights/
+
+Nothing else in the kit downloads weights. What is read of a file, and how, stands in `kit.models.foreign`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import urllib.request
+from pathlib import Path
+from typing import BinaryIO
+
+from kit.models.foreign import EncoderError
+from kit.models.formats import FORMATS
+from kit.runs import resolve, shown, write_whole
+
+_MEDICALNET = "https://huggingface.co/TencentMedicalNet/MedicalNet-Resnet{0}/resolve/main/resnet_{0}{1}.pth"
+# what `fetch` knows, by name: where it lies, and its sha256, "" where nobody has said it
+DOWNLOADS = {
+    "neuro_simclr": ("https://github.com/emilykaczmarek/3D-Neuro-SimCLR/releases/download/v1.0.0/"
+                     "simclr_3d_brain_foundation.tar", FORMATS["neuro_simclr"].hashes[0]),
+    **{f"medicalnet_resnet{depth}": (_MEDICALNET.format(depth, "_23dataset" if depth < 101 else ""), "")
+       for depth in (10, 18, 34, 50, 101, 152, 200)},
+}
+
+
+def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
+    """Download a released file of weights into a folder; it appears there only if its hash is right.
+
+    Args:
+        name: one of `DOWNLOADS`.
+        to: the folder.
+        sha256: of the file, for those whose hash the kit does not know.
+
+    Returns:
+        its path.
+
+    Raises:
+        EncoderError: no such name, no hash to check it by, another hash, or no network; the last says how to do it by
+            hand.
+    """
+    if name not in DOWNLOADS:
+        raise EncoderError(f"got {name!r}; what can be downloaded is {', '.join(DOWNLOADS)}; for others see "
+                           "docs/weights.md")
+    url, known = DOWNLOADS[name]
+    wanted, path = known or sha256, resolve(to) / url.rpartition("/")[2]
+    if not wanted:
+        raise EncoderError(f"{name}: the kit does not know the sha256 of {url}: give it as sha256=..., or download it "
+                           "by hand and name the file")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as source:
+            return keep(source, path, wanted)
+    except OSError as error:
+        raise EncoderError(f"{name} could not be downloaded ({error}). By hand: get {url} where there is a network, "
+                           f"put it at {shown(path)}, and see that `sha256sum` says {wanted}") from None
+
+
+def keep(source: BinaryIO, path: Path, sha256: str) -> Path:
+    """Write what a source gives to a file, which appears only if it has this sha256 (hexadecimal).
+
+    Raises:
+        EncoderError: it has another.
+    """
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+        with open(aside, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != sha256.lower():
+            raise EncoderError(f"what came for {path.name} has the sha256 {digest}, not {sha256}: it is not kept")
+
+    return write_whole(path, write)
+
+
+if __name__ == "__main__":
+    try:
+        print(fetch(*sys.argv[1:]))
+    except EncoderError as problem:
+        sys.exit(str(problem))
