@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     values: dict[str, Any] = vars(parser.parse_args(arguments))
     try:
         print(shown(export(values["encoder"], values["output"], values["benchmark"], values["licence"])))
-    except (EncoderError, ExportError) as error:
+    except (EncoderError, ExportError, OSError) as error:
         print(f"kit.export: {error}", file=sys.stderr)
         return 2
     return 0

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from kit.train.pretrain import pretrain
 from tests.conftest import GRID, make_store
 
 DENSE = Grid((29, 36, 30), 4.0)  # the least that DenseNet121 takes
+pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI warns of configs, ours too
 ARCHITECTURES = ["resnet18", "resnet18_narrow", "densenet121", "vit_narrow"]
 # what MONAI's meta_schema_20240725.json requires of metadata.json, and of a tensor that goes in or comes out
 REQUIRED = {"schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version",
@@ -220,6 +222,16 @@ def test_a_hubs_clone_takes_it_by_the_command_line(runs, tmp_path, capsys):
         ".git", "README.md", "config.json", "model.safetensors", "encoder.safetensors", "program.pt2", "configs",
         "models"}
     assert [path.name for path in tmp_path.iterdir()] == ["clone"]
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing_half_done(runs, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))  # the weights have 8 MB
+    try:
+        code = main([str(runs[0] / "pre0"), "--output", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "File too large" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def _another(folder):

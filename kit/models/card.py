@@ -143,7 +143,8 @@ features = {features}
 ```
 
 With torch alone: `torch.export.load("program.pt2").module()(scans)`. As a MONAI bundle, on prepared scans as NIfTI in
-`scans/`: `python -m monai.bundle run --config_file configs/inference.json`, which writes `features/features.csv`.
+`scans/`: `python -m monai.bundle run --config_file configs/inference.json` (which needs `pip install fire`) writes
+`features/features.csv`. It looks at a scan's shape, not at how it was prepared.
 With the kit this folder is an `encoder`."""
 
 
