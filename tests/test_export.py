@@ -31,7 +31,7 @@ from tests.conftest import GRID, make_store
 
 DENSE = Grid((29, 36, 30), 4.0)  # the least that DenseNet121 takes
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI warns of configs, ours too
-ARCHITECTURES = ["resnet18", "resnet18_narrow", "densenet121", "vit_narrow"]
+ARCHITECTURES = [pytest.param("resnet18", marks=pytest.mark.slow), "resnet18_narrow", "densenet121", "vit_narrow"]
 # what MONAI's meta_schema_20240725.json requires of metadata.json, and of a tensor that goes in or comes out
 REQUIRED = {"schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version",
             "task", "description", "authors", "copyright", "network_data_format"}
