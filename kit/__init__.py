@@ -16,11 +16,13 @@ In the order in which the data flow:
 - ``kit.params``      every parameter of every notebook: name, unit, default, bounds
 - ``kit.sample``      the procedural sample cohort; only notebooks import it
 - ``kit.augment``     random views, made in batches on the training device
-- ``kit.models``      encoders, heads, the masked autoencoder, encoder files
+- ``kit.models``      encoders, heads, the masked autoencoder, encoder files, weights for others and their card
 - ``kit.train``       one loop, its objectives, distributed launch, the monitor
 - ``kit.evaluate``    tasks, predictions, metrics, probes, fine-tuning, the benchmark
 - ``kit.explain``     saliency maps, their sanity checks, regions
 - ``kit.show``        slices, montages, curves, tables, the augmentation explorer
+- ``kit.export``      writes an encoder for model hubs, MONAI and plain torch
+- ``kit.apply``       any scan to an embedding or a prediction
 - ``kit.execute``     runs a notebook headless and leaves its HTML report
 
 Imports point one way: a module may use what stands above it in this list.

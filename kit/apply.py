@@ -30,8 +30,9 @@ from kit.cohort.tabular import COLUMNS, CohortError, read_table
 from kit.evaluate.finetune import VALIDATION, load_predictor
 from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.predicted import class_columns, number_columns
-from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, weights_digest
+from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of, weights_digest
 from kit.models.features import FeatureError, FeatureReader
+from kit.models.formats import ANY
 from kit.models.reference import LEAST, OUTSIDE, read_reference
 from kit.params import Apply, is_model, is_prepared
 from kit.preprocess.index import PreparationError
@@ -40,11 +41,12 @@ from kit.preprocess.preprocess import prepare
 from kit.preprocess.quality import QC_METRICS
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.settings import Preparation
+from kit.problems import encoder_parts
 from kit.provenance import MadeFrom, MisfitError, Side, Used, check_fit, made_from
 from kit.reading import ParameterError, check, read_options
 from kit.runs import resolve, shown, write_table, write_whole
 from kit.store.dataset import PreparedScans
-from kit.store.grid import Grid
+from kit.store.grid import PAPER_GRID, Grid
 from kit.store.store import Store, StoreError
 
 SCANS = (".nii", ".nii.gz", ".mgh", ".mgz", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -114,10 +116,11 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | None = None) -> App
         cohort = scans_at(resolve(params.input), params.contrast) if scans is None else scans
         settings = settings_for(record["preparation"], params)
         allow += [field for field in ("registration", "mask", "bias_correction")
-                  if settings.record()[field] != record["preparation"][field]]
+                  if record["preparation"][field] not in (settings.record()[field], ANY)]
         index, failed = prepare(cohort, folder / "prepared", settings, params.workers)
         store, coarse = Store.open(folder / "prepared"), coarse_scans(cohort, index)
-    check_fit({"model" if model else "encoder": Side(spec, record["preparation"]), "scans": Side.of(store)}, allow)
+    sides = {"model": Side(shown(model), record["preparation"])} if model else side_of(spec)
+    check_fit(sides | {"scans": Side.of(store)}, allow)
     prepared = perf_counter()
     predictor = load_predictor(model, store.record)[0] if model else None
     encoder = predictor.encoder if predictor else load_encoder(spec, store.record, allow=allow)[0]
@@ -129,7 +132,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | None = None) -> App
             else {"encoder": noted(spec, encoder, record)})
     made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
                      settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
-    table = _table(store, plain, resolve(spec), coarse).assign(fingerprint=made.fingerprint)
+    table = _table(store, plain, resolve(encoder_parts(spec)[1]), coarse).assign(fingerprint=made.fingerprint)
     if predictor:
         with torch.no_grad():
             raw = predictor.cpu().head(torch.from_numpy(plain)).numpy()
@@ -167,18 +170,22 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     return cohort[list(COLUMNS)]
 
 
-def settings_for(record: Mapping[str, Any], params: Apply) -> Preparation:
+def settings_for(record: Mapping[str, Any] | None, params: Apply) -> Preparation:
     """How scans are prepared for an encoder of this preparation.
 
     Where its own scans were not registered, for they lay in MNI space already, others are moved there rigidly; where
     masks were given, or may be any tool's, deepbet makes them.
+
+    Raises:
+        EncoderError: it is not known how they were.
     """
-    known = {field: record[field] for field in ("registration", "mask", "bias_correction", "intensity")
-             if record.get(field) not in (None, "any")}
-    registration = known.get("registration", "none")
-    mask = known.get("mask", "given")
+    if record is None:
+        raise EncoderError(f"{params.encoder}: how its scans were prepared is not known; prepare yours likewise with "
+                           "1_preprocess, and give that folder as input")
+    known = {field: value for field, value in record.items() if value != ANY}
+    registration, mask = known.get("registration", "none"), known.get("mask", "given")
     return Preparation(
-        Grid(tuple(record["shape"]), record["spacing_mm"]),
+        Grid(known.get("shape", PAPER_GRID.shape), known.get("spacing_mm", PAPER_GRID.spacing_mm)),
         params.registration or (registration if registration != "none" else "rigid"),
         params.mask or (mask if mask != "given" else "auto"), known.get("bias_correction", "none"),
         known.get("intensity", "zscore"), params.orientation_unknown)

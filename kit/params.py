@@ -32,7 +32,7 @@ from kit.problems import (
     test_set_problems,
 )
 from kit.reading import Fraction, Parameters, Positive, ProjectPath, Seed, Shape
-from kit.runs import shown
+from kit.runs import resolve, shown
 
 TaskType = Literal["auto", "classification", "regression"]
 Code = int | float | str
@@ -410,7 +410,7 @@ class Apply(Parameters):
         if self.encoder.partition(":")[0] == "random":
             return [*problems, f"encoder: got {self.encoder!r}; name one that has learned something, whose record says "
                                "how scans are prepared"]
-        problems += [] if is_model(self.encoder) else _encoder_problems("encoder", self.encoder)
+        problems += [] if is_model(self.encoder) else encoder_problems("encoder", self.encoder, ARCHITECTURES)
         from kit.preprocess.skullstrip import missing_tool
 
         return problems + [missing for missing in [self.mask and missing_tool(self.mask)] if missing]

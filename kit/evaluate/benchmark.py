@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -267,8 +267,7 @@ class _Bench:
             settings = {"columns": self._columns_of(cell)} if cell.encoder in ("demographics", "site") else {}
         else:
             each = [self._noted_of(cell.encoder, cell.fold, seed)[0] for seed in self.seeds_of(cell)]
-            encoder = {**each[0], "weights": each[0]["weights"] if len({one["weights"] for one in each}) == 1 else
-                       _digest(one["weights"].encode() for one in each)}
+            encoder = {**each[0], "weights": weights_together([one["weights"] for one in each])}
             plain = self.params.plain()
             settings = {name: plain[name] for name in TUNING} if cell.mode == "finetune" else {}
         settings |= {"correct_bias": True} if self._corrects(cell) else {}
@@ -446,6 +445,11 @@ def _table(task: Task, predictions: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[
         [*columns, *(name for name in tables[0] if name.startswith("predicted"))]] if tables else pd.DataFrame(
         columns=[*columns, "predicted"])
+
+
+def weights_together(digests: Sequence[str]) -> str:
+    """What is noted of the weights of several seeds' encoders: their own digest where all are the same."""
+    return digests[0] if len(set(digests)) == 1 else _digest(each.encode() for each in digests)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -40,7 +40,9 @@ class ResNetEncoder(nn.Module):
         narrow = architecture == "resnet18_narrow"
         widths = [16, 32, 64, 128] if narrow else [64, 128, 256, 512]
         stem = {"conv1_t_size": 3, "conv1_t_stride": 2, "no_max_pool": True} if narrow else {}
-        self.network = ResNet("basic", [2, 2, 2, 2], widths, n_input_channels=1, feed_forward=False, **stem)
+        self.arguments = {"block": "basic", "layers": [2, 2, 2, 2], "block_inplanes": widths, "n_input_channels": 1,
+                          "feed_forward": False, **stem}  # of MONAI's class, which weights that are exported name
+        self.network = ResNet(**self.arguments)
         self.network.avgpool = AveragePool(1)
         self.features = widths[-1]
 
@@ -83,11 +85,12 @@ class ViTEncoder(nn.Module):
         super().__init__()
         width, layers, heads, decoder_width, decoder_layers = VIT_SIZES[architecture]
         self.patch = patch_size(grid)
-        self.autoencoder = MaskedAutoEncoderViT(
-            in_channels=1, img_size=grid.shape, patch_size=self.patch, hidden_size=width, mlp_dim=4 * width,
-            num_layers=layers, num_heads=heads, decoder_hidden_size=decoder_width,
-            decoder_mlp_dim=4 * decoder_width, decoder_num_layers=decoder_layers,
-            decoder_num_heads=heads, qkv_bias=True)
+        self.arguments = {
+            "in_channels": 1, "img_size": grid.shape, "patch_size": self.patch, "hidden_size": width,
+            "mlp_dim": 4 * width, "num_layers": layers, "num_heads": heads, "decoder_hidden_size": decoder_width,
+            "decoder_mlp_dim": 4 * decoder_width, "decoder_num_layers": decoder_layers, "decoder_num_heads": heads,
+            "qkv_bias": True}
+        self.autoencoder = MaskedAutoEncoderViT(**self.arguments)
         # MONAI's sines and cosines are where positions begin: each place of registered scans has anatomy of its own
         self.autoencoder.patch_embedding.position_embeddings.requires_grad_(True)
         self.autoencoder.decoder_pos_embedding.requires_grad_(True)
@@ -103,7 +106,7 @@ class ViTEncoder(nn.Module):
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Some of a scan's tokens (batch, some, features) -> class token and theirs (batch, 1 + some, features)."""
-        first = self.autoencoder.cls_token.expand(len(tokens), -1, -1)
+        first = self.autoencoder.cls_token.expand(tokens.shape[0], -1, -1)  # len would fix the batch in an export
         return self.autoencoder.blocks(torch.cat([first, tokens], dim=1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

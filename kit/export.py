@@ -1,0 +1,159 @@
+"""Write an encoder for others: one folder that model hubs, MONAI, plain torch and this kit read; without network.
+
+    python -m kit.export outputs/2_pretrain --output outputs/export/simclr --benchmark outputs/5_benchmark
+
+The folder holds
+
+    README.md             the model card
+    config.json           MONAI's class and its arguments, what it takes, the whole preparation, fingerprint
+    model.safetensors     weights under MONAI's names
+    program.pt2           the encoder as `torch.export` has it, for any batch
+    configs/, models/     a MONAI bundle: metadata.json, inference.json, model.pt
+    encoder.safetensors   a copy, by which the kit takes the folder as `encoder`
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kit.cohort.tabular import read_table
+from kit.evaluate.benchmark import weights_together
+from kit.models.card import card, description
+from kit.models.encoder_file import EncoderError, encoder_at, load_encoder, read_record, weights_digest
+from kit.models.export import PROGRAM, config_of, write_bundle, write_program, write_weights
+from kit.reading import read_yaml
+from kit.runs import MADE_FROM, resolve, shown, write_json, write_whole
+
+
+class ExportError(ValueError):
+    """An export that cannot be made; the message says why and what to do."""
+
+
+def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None = None, licence: str = "") -> Path:
+    """Write an encoder's folder for others, see the module's text: whole or not at all.
+
+    Args:
+        encoder: an encoder.safetensors, or a run of 2_pretrain; from the run the card takes data and losses.
+        output: the folder, new or empty (hidden files aside, such as a hub's `.git`).
+        benchmark: a run of 5_benchmark; its scores of this encoder join the card.
+        licence: of the weights, as hubs name it (`cc-by-4.0`); empty: the card says that it is to be filled in.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ExportError: the encoder is not there, the folder holds something, or the benchmark has no score of it.
+        EncoderError: the file is no encoder of this kit.
+    """
+    path, folder = _file_of(encoder), resolve(output)
+    _check_empty(folder)
+    record = read_record(path)
+    network, _ = load_encoder(path, record["preparation"])
+    config = config_of(network, record)
+    scores = scores_of(benchmark, config["weights"]) if benchmark else None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
+        made = Path(aside)
+        write_json(made / "config.json", config)
+        write_weights(made / "model.safetensors", network)
+        write_program(made / PROGRAM, network, config)
+        write_bundle(made, network, config, description(record, config), licence or "to be filled in")
+        write_whole(made / "encoder.safetensors", lambda file: shutil.copyfile(path, file))
+        text = card(record, config, path.parent, licence, scores)
+        write_whole(made / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
+        folder.mkdir(exist_ok=True)
+        for each in sorted(made.iterdir()):
+            os.replace(each, folder / each.name)
+    return folder
+
+
+def _file_of(encoder: str | Path) -> Path:
+    if str(encoder).partition(":")[0] == "random":
+        raise ExportError(f"{encoder}: random weights have nothing to export; give an encoder.safetensors or a run of "
+                          "2_pretrain")
+    path = resolve(encoder)
+    path = path / "encoder.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise ExportError(f"{shown(path)}: no such file; give an encoder.safetensors or a run of 2_pretrain that is "
+                          "finished")
+    return path
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{shown(folder)} is a file; give a folder as --output")
+    there = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.exists() else []
+    if there:
+        raise ExportError(f"{shown(folder)} holds {', '.join(there[:5])}{', ...' * (len(there) > 5)}; give another "
+                          "folder as --output, or empty it")
+
+
+def scores_of(benchmark: str | Path, weights: str) -> pd.DataFrame:
+    """The rows of a benchmark's `scores.csv` that are of an encoder with these weights (or, of several seeds, with it
+    among them).
+
+    Raises:
+        ExportError: the benchmark is not finished, or none of its rows are of this encoder.
+    """
+    run = resolve(benchmark)
+    try:
+        models = json.loads((run / MADE_FROM).read_text(encoding="utf-8"))["models"].values()
+        table, params = read_table(run / "scores.csv", text=("encoder", "mode", "task")), read_yaml(run / "params.yaml")
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{shown(run)} is no finished run of 5_benchmark ({type(error).__name__}: {error})") from None
+    noted = {(model["encoder"]["name"], model["encoder"]["weights"]) for model in models}
+    names = {name for name, found in noted if found == weights}
+    names |= {name for name, spec in params["encoders"].items() if "{seed}" in spec
+              if any(weights in each and (name, weights_together(each)) in noted
+                     for each in _weights_by_fold(spec, params["seeds"]))}
+    rows = table[table["encoder"].isin(names)]
+    if rows.empty:
+        listed = ", ".join(f"{name} ({spec})" for name, spec in params["encoders"].items())
+        raise ExportError(f"{shown(run)} has no score of this encoder (weights {weights}); it has {listed}. Give the "
+                          "benchmark that tested it, or leave --benchmark out")
+    return rows
+
+
+def _weights_by_fold(spec: str, seeds: list[int]) -> list[list[str]]:
+    """The digests of each fold's encoders, a seed each; up to the first fold that is not there."""
+    found: list[list[str]] = []
+    for fold in itertools.count() if "{fold}" in spec else (0,):
+        try:
+            found.append([_digest(encoder_at(spec, fold, seed)) for seed in seeds])
+        except EncoderError:
+            break
+    return found
+
+
+def _digest(encoder: str) -> str:
+    return weights_digest(load_encoder(encoder, read_record(encoder)["preparation"])[0])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m kit.export", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("encoder", help="an encoder.safetensors, or a run of 2_pretrain")
+    parser.add_argument("--output", required=True, help="a new or empty folder")
+    parser.add_argument("--benchmark", help="a run of 5_benchmark, whose scores of this encoder join the card")
+    parser.add_argument("--licence", default="", help="of the weights, as hubs name it, such as cc-by-4.0")
+    values: dict[str, Any] = vars(parser.parse_args(arguments))
+    try:
+        print(shown(export(values["encoder"], values["output"], values["benchmark"], values["licence"])))
+    except (EncoderError, ExportError, OSError) as error:
+        print(f"kit.export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The model card of an encoder: README.md as model hubs read it, from its record and its run. No participant's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from kit.provenance import read_made_from
+
+PROCEDURAL = "procedural"  # how the sample cohort's datasets begin: no person was scanned
+# what decides an encoder besides its scans, by objective
+SETTINGS = ("epochs", "batch_size", "optimizer", "learning_rate", "schedule", "warmup_fraction", "weight_decay", "ema",
+            "sampling", "precision", "seed")
+OWN = {"simclr": ("recipe", "temperature", "projection", "session_pairs"),
+       "mae": ("mask_ratio", "normalise_patches", "mae_recipe")}
+PREPARED = {"shape": "voxels (z, y, x)", "spacing_mm": "spacing, mm", "origin_mm": "first voxel (x, y, z), MNI mm",
+            "axes": "order of the axes", "intensity": "intensity", "mask": "mask", "registration": "registration",
+            "bias_correction": "bias correction", "template": "template"}
+SCORED = ("task", "mode", "label_fraction", "distribution", "metric", "value", "low", "high", "participants", "seeds")
+NO_RESULT = ("epoch", "learning_rate", "seconds")  # of a log's columns
+TO_FILL = "TO BE FILLED IN"
+
+
+def card(record: Mapping[str, Any], config: Mapping[str, Any], run: Path, licence: str = "",
+         scores: pd.DataFrame | None = None) -> str:
+    """The card's text.
+
+    Args:
+        record: the encoder's.
+        config: see `kit.models.export.config_of`.
+        run: the folder that its file lies in; `made_from.csv` and `log.csv` are read there where they are this run's.
+        licence: of the weights, as hubs name it; empty: to be filled in.
+        scores: rows of a benchmark's `scores.csv`, all of this encoder.
+    """
+    tags = ["brain", "mri", "3d", "self-supervised-learning", *filter(None, [config["objective"]])]
+    front = {"license": licence or "unknown", "library_name": "monai", "pipeline_tag": "image-feature-extraction",
+             "tags": tags}
+    title = f"# {config['architecture']} by {config['objective']}"
+    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", title,
+             description(record, config), *_data(record, run), "## Preparation of scans", *_preparation(config),
+             "## Training", *_training(record, run), "## Scores", *_scores(scores), "## How to use it", _use(config),
+             "## What it must not be used for", _limits(record),
+             "## Licence", f"`{licence}`" if licence else
+             f"{TO_FILL}: the weights' licence, and whether the licences of the data above allow it (`license` at the "
+             "top of this file, too)."]
+    return "\n\n".join(parts) + "\n"
+
+
+def description(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What the encoder is, in two sentences; a third where its data are procedural."""
+    side = "×".join(map(str, config["shape"]))
+    text = (f"An encoder of 3D brain MRI: a scan of {side} voxels of {config['spacing_mm']:g} mm becomes "
+            f"{config['features']} features. Made by kit {config['kit']}, fingerprint {config['fingerprint']}, weights "
+            f"{config['weights']}.")
+    return text + _procedural(record)
+
+
+def _procedural(record: Mapping[str, Any]) -> str:
+    datasets = record.get("seen", {}).get("dataset", {})
+    made_up = sum(count for name, count in datasets.items() if name.startswith(PROCEDURAL))
+    if not made_up:
+        return ""
+    share = "all" if made_up == sum(datasets.values()) else f"{made_up} of {sum(datasets.values())}"
+    return (f" **Procedural data: {share} scans that it was trained on were drawn by a program, and no person was "
+            "scanned for them; neither features nor scores say anything of people.**")
+
+
+def _data(record: Mapping[str, Any], run: Path) -> list[str]:
+    """Who was learned from, by dataset and number; participants only where the run's own table is there."""
+    made, known = read_made_from(run), record.get("made_from", {})
+    head = ["## Data"]
+    if made and made.rows is not None and made.fingerprint == known.get("fingerprint"):
+        rows = made.rows.assign(dataset=made.rows["dataset"].replace("", "(no name)"))
+        counts = rows.groupby(["dataset", "part"], sort=True).agg(participants=("participant", "nunique"),
+                                                                  scans=("scan", "size")).reset_index()
+        return [*head, _table(counts), f"Together {rows['participant'].nunique()} participants, {len(rows)} scans. "
+                "Only \"learned from\" moved the weights."]
+    if seen := record.get("seen", {}).get("dataset"):
+        people = known.get("prepared", {}).get("participants", "an unknown number of")
+        return [*head, _table(pd.DataFrame({"dataset": list(seen), "scans": list(seen.values())})),
+                f"Together {people} participants."]
+    return [*head, "The encoder's file does not say."]
+
+
+def _preparation(config: Mapping[str, Any]) -> list[str]:
+    rows = [(words, config["preparation"][name]) for name, words in PREPARED.items() if name in config["preparation"]]
+    return ["Scans prepared otherwise give other features. The whole record is `preparation` in `config.json`.",
+            _table(pd.DataFrame(rows, columns=["what", "value"]))]
+
+
+def _training(record: Mapping[str, Any], run: Path) -> list[str]:
+    params = record.get("params", {})
+    names = [name for name in (*OWN.get(record.get("objective", ""), ()), *SETTINGS) if name in params]
+    settings = _table(pd.DataFrame([(name, params[name]) for name in names], columns=["setting", "value"]))
+    made = read_made_from(run)
+    same = made is not None and made.fingerprint == record.get("made_from", {}).get("fingerprint")
+    if not same or not (run / "log.csv").exists():
+        return [settings, "Its log does not lie beside the file that was exported."]
+    log = pd.read_csv(run / "log.csv")
+    last = [(name, float(log[name].dropna().iloc[-1])) for name in log.columns if name not in NO_RESULT
+            if pd.api.types.is_numeric_dtype(log[name]) and log[name].notna().any()]
+    return [settings, f"Last values of its log, after {len(log)} epochs (some are measured every few epochs):",
+            _table(pd.DataFrame([(name, f"{value:.4g}") for name, value in last], columns=["of", "value"]))]
+
+
+def _scores(scores: pd.DataFrame | None) -> list[str]:
+    if scores is None:
+        return ["None were given. Without scores nobody knows what its features are worth."]
+    table = scores[[name for name in SCORED if name in scores]].copy()
+    interval = [f"{low:.3f} to {high:.3f}" if pd.notna(low) and pd.notna(high) else "none"
+                for low, high in zip(table["low"], table["high"], strict=True)]
+    table["value"] = [f"{value:.3f}" for value in table["value"]]
+    table.insert(table.columns.get_loc("value") + 1, "95 % interval", interval)
+    return ["Of a benchmark with this encoder: means over `seeds` (where each seed or fold has an encoder of its own, "
+            "over these), with their intervals over participants and seeds. Rivals and baselines, without which a "
+            "score says little, stand in the benchmark's report.",
+            _table(table.drop(columns=["low", "high"]))]
+
+
+def _use(config: Mapping[str, Any]) -> str:
+    build = f"network = {config['class'].rpartition('.')[2]}(**config[\"arguments\"])"
+    features = "network.eval()(scans)"
+    if "tokens" in config:
+        features = ("network.patch_embedding(scans)[:, config[\"tokens\"]]\n"
+                    "first = network.cls_token.expand(len(scans), -1, -1)\n"
+                    "features = network.eval().blocks(torch.cat([first, features], 1))[:, 1:].mean(1)")
+    return f"""Scans are float32 (batch, 1, z, y, x), prepared as above. With MONAI:
+
+```python
+import json
+import torch
+from monai.networks.nets import {config['class'].rpartition('.')[2]}
+from safetensors.torch import load_file
+
+config = json.load(open("config.json"))
+{build}
+network.load_state_dict(load_file("model.safetensors"), strict=True)
+features = {features}
+```
+
+With torch alone: `torch.export.load("program.pt2").module()(scans)`. As a MONAI bundle, on prepared scans as NIfTI in
+`scans/`: `python -m monai.bundle run --config_file configs/inference.json` (which needs `pip install fire`) writes
+`features/features.csv`. It looks at a scan's shape, not at how it was prepared.
+With the kit this folder is an `encoder`."""
+
+
+def _limits(record: Mapping[str, Any]) -> str:
+    lines = ["Clinical use: diagnosis, treatment or any decision about a person. It is not a medical device.",
+             "Scans that were not prepared as above, or of another contrast, body part or species.",
+             "People unlike those it was trained on, in age, disease, scanner or origin, without testing it on them "
+             "first.",
+             "Finding out who somebody is, or whether somebody took part in a study."]
+    if _procedural(record):
+        lines.insert(0, "Any claim about people: it has learned from procedural data.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(table: pd.DataFrame) -> str:
+    rows: list[Sequence[Any]] = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy(object).tolist()]
+    return "\n".join("| " + " | ".join(str(value).replace("|", "\\|").replace("\n", " ") for value in row) + " |"
+                     for row in rows)
