@@ -28,6 +28,7 @@ from kit.cohort.identity import participant_ids
 from kit.cohort.tables import named_by_file, read_cohort
 from kit.cohort.tabular import COLUMNS, CohortError, read_table
 from kit.evaluate.finetune import VALIDATION, load_predictor
+from kit.evaluate.metrics import join_scans
 from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.predicted import class_columns, number_columns
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of, weights_digest
@@ -55,8 +56,8 @@ SAID = {  # of a flag, in words for people who do not know the metric
     "contrast low": "grey matter is not darker than white: not T1-weighted, or no brain",
     "template_similarity low": "unlike the template: not registered well, not T1-weighted, or no brain",
     "outside_share high": "part of the brain lies outside the scan",
-    "brain_ml low": "the brain is smaller than an adult's: cut off, a child's, or badly stripped",
-    "brain_ml high": "the brain is larger than an adult's: badly stripped",
+    "brain_ml low": "the brain is smaller than nearly all adults': cut off, a child's, or badly stripped",
+    "brain_ml high": "the brain is larger than nearly all adults': perhaps badly stripped",
     "grey_levels low": "hardly any grey levels: a label map, or badly scaled",
     "mask_overlap low": "the brain mask is unlike a brain",
     "bright_edge high": "the brain mask cuts brain off",
@@ -229,7 +230,7 @@ def said_of(flag: str) -> str:
 def _predictions(values: np.ndarray, record: Mapping[str, Any], model: Path) -> pd.DataFrame:
     if not (model / VALIDATION).exists():
         raise EncoderError(f"{shown(model)} has no {VALIDATION}, of an older kit: run 3_finetune again, for intervals")
-    validation = read_table(model / VALIDATION, text=("scan", "participant", "dataset"))
+    validation = join_scans(read_table(model / VALIDATION, text=("scan", "participant", "dataset")), ["dataset"])
     if record["kind"] == "regression":
         return number_columns(values, validation)
     return class_columns(values, record["classes"], validation)

@@ -31,6 +31,7 @@ from kit.evaluate.benchmark import weights_together
 from kit.models.card import card, description
 from kit.models.encoder_file import EncoderError, encoder_at, load_encoder, read_record, weights_digest
 from kit.models.export import PROGRAM, config_of, write_bundle, write_program, write_weights
+from kit.models.reference import FILE as REFERENCE
 from kit.reading import read_yaml
 from kit.runs import MADE_FROM, resolve, shown, write_json, write_whole
 
@@ -68,7 +69,8 @@ def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None
         write_weights(made / "model.safetensors", network)
         write_program(made / PROGRAM, network, config)
         write_bundle(made, network, config, description(record, config), licence or "to be filled in")
-        write_whole(made / "encoder.safetensors", lambda file: shutil.copyfile(path, file))
+        for each in filter(Path.is_file, (path, path.with_name(REFERENCE))):
+            write_whole(made / each.name, lambda file, each=each: shutil.copyfile(each, file))
         text = card(record, config, path.parent, licence, scores)
         write_whole(made / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
         folder.mkdir(exist_ok=True)

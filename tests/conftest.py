@@ -56,9 +56,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n`, a file's tests stay together (they share what they make), and so do all notebooks, in order."""
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False  # files in the order below, not those of many tests first
+
     class Together(LoadScopeScheduling):  # xdist 3.8's own `loadgroup` finds no groups under pytest 9.2
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
             return "notebooks" if file.endswith(".ipynb") else file
 
     return Together(config, log)
+
+
+LONGEST_FIRST = ("slurm", "real", "notebooks", "train", "models", "preprocess", "browser", "evaluate")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first, or one of two processes would wait for the other at the end."""
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)

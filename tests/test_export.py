@@ -102,6 +102,18 @@ def test_the_bundle_gives_the_features_where_there_is_no_kit(exported):
     np.testing.assert_allclose(table.to_numpy(np.float32), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_kit_reads_back_what_it_wrote_for_others(exported):
+    folder, grid, scans, features = exported
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
+    files = [path for path in (folder / "models/model.pt", folder / "model.safetensors") if path.exists()]
+    assert len(files) == (1 if "vit" in architecture else 2)  # a ViT's bundle runs the program
+    for file in files:
+        record = {"shape": list(grid.shape), "spacing_mm": grid.spacing_mm}
+        network, _ = load_encoder(f"{architecture}:{file}", record)
+        with torch.no_grad():
+            torch.testing.assert_close(network.eval()(scans), features, atol=1e-5, rtol=1e-5)
+
+
 def test_the_bundle_refuses_a_scan_of_another_shape(exported, tmp_path):
     folder, grid, scans, _ = exported
     write_nifti(tmp_path / "small.nii", scans[0, 0, 1:].numpy(), grid.affine)
