@@ -90,4 +90,4 @@ def test_what_agrees_is_said_by_no_word(capsys):
 def test_the_same_name_and_default_wherever_preparations_meet():
     having = {name: model.model_fields["allow_differences"].default for name, model in NOTEBOOKS.items()
               if "allow_differences" in model.model_fields}
-    assert having == {"3_finetune": [], "4_saliency": [], "5_benchmark": []}
+    assert having == {"3_finetune": [], "4_saliency": [], "5_benchmark": [], "6_apply": []}
