@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import nibabel as nib
@@ -18,6 +19,7 @@ from scipy import ndimage
 
 from kit.preprocess.resample import resample
 from kit.preprocess.template import template_on
+from kit.runs import write_whole
 from kit.show.figure import MAX_WIDTH, TEXT, bare, blank, label
 from kit.show.planes import PLANES, Point, cut, focus, footer, slice_mm, slice_name, voxel_at, window
 from kit.show.slices import draw_grey, letters, same_shape
@@ -224,7 +226,7 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
 def viewer(saliency_map: np.ndarray, grid: Grid, template: np.ndarray | None = None, title: str = "",
            smooth: bool = True) -> StatMapView:
     """Make nilearn's viewer of a map, to scroll through by clicking and dragging: the last value of a notebook's cell,
-    which the HTML report keeps, or a page of its own (`save_as_html`). It loads nothing from the network.
+    which the HTML report keeps, or a page of its own (`save_viewer`). It loads nothing from the network.
 
     Args:
         saliency_map: (depth, height, width) on the grid, in MNI millimetres.
@@ -250,6 +252,11 @@ def viewer(saliency_map: np.ndarray, grid: Grid, template: np.ndarray | None = N
                             for each in (values, template))
         view = _view(values, template, coarse.affine, title)
     return view
+
+
+def save_viewer(path: str | Path, view: StatMapView) -> Path:
+    """Write a viewer as a page of its own, whole or not at all."""
+    return write_whole(path, lambda aside: aside.write_text(view.html, encoding="utf-8"))
 
 
 def _view(values: np.ndarray, template: np.ndarray, affine: np.ndarray, title: str) -> StatMapView:
