@@ -216,7 +216,8 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
         names = [f"{_short(row.region)}, {row.side}" if row.side in ("left", "right") else _short(row.region)
                  for row in some.itertuples()]
         axes.set_yticks(places, names)
-        people = f", {int(some['participants'].iloc[0])} participants" if "participants" in some else ""
+        count = int(some["participants"].iloc[0]) if "participants" in some else 0
+        people = f", {count} participant{'s' * (count > 1)}" if count else ""
         label(axes, "share of the map (%)", "", readable(method) + people)
         axes.set_xlim(0)
     panels[0].legend(fontsize=TEXT - 1, frameon=False, loc="lower right")

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import TableError
 from kit.explain.atlas import (
     LICENCES,
@@ -23,11 +24,14 @@ from kit.explain.atlas import (
     placement,
 )
 from kit.preprocess.nifti import write_nifti
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template_on
+from kit.runs import ROOT
 from kit.store.grid import Grid
-from kit.store.store import scan_path, write_scan
+from kit.store.store import Store, scan_path, write_scan
 from tests.conftest import GRID as SMALL
-from tests.conftest import make_store
+from tests.conftest import absent, make_store
 
 GRID = Grid((36, 48, 40), 4.0)
 # Of ICBM152's brain: (x, y, z) mm inside the left one of a pair; its mirror image lies in the right one.
@@ -84,7 +88,7 @@ def test_the_hippocampus_is_where_it_is(deepmriprep, name):
     fine = Grid((75, 96, 96), 2.0)
     atlas = load_atlas(f"deepmriprep:{name}", fine)
     for side, x in (("left", -26), ("right", 26)):
-        label = atlas.table.query("region == @HIPPOCAMPUS[@name] and side == @side")["label"].item()
+        label = atlas.table.set_index(["region", "side"])["label"][HIPPOCAMPUS[name], side]
         z, y, x_middle = fine.spacing_mm * np.argwhere(atlas.labels == label).mean(0)
         middle = np.array([x_middle, y, z]) + fine.origin_mm
         assert np.linalg.norm(middle - [x, -21, -15]) < 10, (name, side, middle)
@@ -220,3 +224,29 @@ def test_harvard_oxford_says_how_to_get_it(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(AtlasError, match="go online once, or put FSL's atlases"):
         load_atlas("harvard-oxford", GRID)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_ixis_own_label_maps_lie_on_the_prepared_scan(tmp_path):
+    from tests.real.conftest import FOLDER
+
+    cohort = FOLDER / "ixi_2mm/cohort.csv"
+    if not cohort.is_file():
+        absent(f"no {cohort} (KIT_REAL_SCANS names its folder)")
+    one = read_cohort(cohort).iloc[[0]]
+    labels = [str(cohort.parent / one["dlmuse_path"].item())]
+    index, failed = prepare(one.assign(mask_path=labels), tmp_path / "store",
+                            Preparation(grid=GRID, registration="rigid", mask="given"), workers=0)
+    assert failed.empty
+    store, scan = Store.open(tmp_path / "store"), index["scan"].item()
+    atlas = own_atlases(store, [scan], cohort, "dlmuse_path", ROOT / "params/ixi/dlmuse.csv")[scan]
+    labelled, mask = atlas.labels > 0, store.read(scan)[1]
+    assert 2 * (labelled & mask).sum() / (labelled.sum() + mask.sum()) > 0.97  # the labels are the mask
+    assert placement(atlas, GRID).sides > 0.97
+    assert atlas.table["region"].str.startswith("label ").sum() == 1  # label 1 alone has no name
+    label_of = atlas.table.set_index(["region", "side"])["label"]
+    for side, x in (("left", -26), ("right", 26)):
+        label = label_of["Hippocampus", side]
+        middle = GRID.affine @ [*np.argwhere(atlas.labels == label).mean(0)[::-1], 1]
+        assert np.linalg.norm(middle[:3] - [x, -21, -12]) < 10, middle

@@ -121,7 +121,7 @@ def test_region_bars_show_intervals_and_an_even_map():
     np.testing.assert_allclose([bar.get_width() for bar in first.patches], [10, 30])
     np.testing.assert_allclose([segment[:, 0] for segment in first.collections[0].get_segments()], [[8, 12], [20, 40]])
     np.testing.assert_allclose(first.lines[0].get_xdata(), [1, 2])
-    assert first.get_title() == "gradient, 7 participants" and second.get_title() == "occlusion, 1 participants"
+    assert first.get_title() == "gradient, 7 participants" and second.get_title() == "occlusion, 1 participant"
     assert "procedural data" in figure.get_supxlabel()
     with pytest.raises(ValueError, match="lacks low, high"):
         region_bars(table.drop(columns=["low", "high"]))
