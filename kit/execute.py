@@ -94,15 +94,18 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
                                    extra_arguments=["--log-level=ERROR"])  # of the kernel, not its cells
     finally:
         if executed.exists():
-            _report(executed, page)
+            report(executed, page)
     return page
 
 
-def _report(executed: Path, page: Path) -> None:
-    """An executed notebook as a web page that needs no other file."""
+def report(executed: Path, page: Path) -> None:
+    """Write an executed notebook as a web page that needs no other file and no network: without MathJax and RequireJS,
+    which nbconvert's own pages fetch, and which nothing in ours needs."""
     from nbconvert import HTMLExporter
 
-    html = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))[0]
+    nothing = "data:text/javascript,"
+    html = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url=nothing,
+                        require_js_url=nothing).from_filename(str(executed))[0]
     write_whole(page, lambda aside: aside.write_text(html, encoding="utf-8"))
 
 

@@ -1,26 +1,20 @@
-"""How much of a saliency map falls into which part of the brain."""
+"""How much of a saliency map falls into which region of the brain, of one scan and over participants."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from kit.preprocess.template import tissue_share_on
+from kit.evaluate.metrics import bootstrap
+from kit.explain.atlas import BOTH, Atlas, load_atlas
+from kit.explain.saliency import Maps
 from kit.store.grid import Grid
+from kit.store.store import Store
 
-# Boxes in MNI mm (|x|, y, z, each from, to), drawn by eye on the ICBM152 2009a maps: coarse on purpose. A
-# voxel belongs to the first that holds it. None takes every tissue in the box.
-_BOXES = (
-    ("medial temporal", None, ((14, 38), (-42, 4), (-34, -4))),  # hippocampus, amygdala, temporal horn
-    ("cerebellum and brain stem", None, ((0, 50), (-92, -36), (-72, -22))),
-    ("cerebellum and brain stem", None, ((0, 14), (-42, -8), (-72, -10))),
-    ("ventricles", "fluid", ((0, 26), (-50, 34), (-8, 30))),  # bodies, frontal horns, third ventricle
-    ("ventricles", "fluid", ((18, 36), (-56, -22), (-6, 26))),  # atria
-    ("deep grey matter", "grey", ((0, 34), (-32, 24), (-10, 20))),  # thalamus, striatum, pallidum
-)
-_TISSUES = {"grey": "cortical and other grey matter", "white": "white matter", "fluid": "outer fluid"}
+ELSEWHERE = "in no region"  # brain that the atlas leaves out
+COLUMNS = ["method", "region", "side", "share_of_saliency", "low", "high", "share_of_brain", "ratio", "participants"]
 
 
 def inside_share(saliency_map: np.ndarray, known_mask: np.ndarray, brain_mask: np.ndarray) -> dict[str, float]:
@@ -40,60 +34,84 @@ def inside_share(saliency_map: np.ndarray, known_mask: np.ndarray, brain_mask: n
             "ratio": saliency / voxels if voxels else float("nan")}
 
 
-def region_table(saliency_map: np.ndarray, mask: np.ndarray, grid: Grid) -> pd.DataFrame:
-    """Share an absolute map out over coarse regions, left (x < 0 in MNI at a voxel's centre) and right apart.
+def region_table(saliency_map: np.ndarray, mask: np.ndarray, grid: Grid, atlas: Atlas | None = None) -> pd.DataFrame:
+    """Share one scan's absolute map out over an atlas's regions, left and right apart.
 
     Args:
         saliency_map, mask: (depth, height, width) on the grid; voxels outside the mask count nowhere.
+        atlas: on the same grid; None: the one that `load_atlas` takes without a name.
 
     Returns:
         A row per region and side that has voxels inside the mask: `region, side, voxels, volume_ml,
-        share_of_saliency, share_of_brain, ratio` (shares 0-1, each summing to 1; ratio 1 is an even map).
+        share_of_saliency, share_of_brain, ratio` (shares 0-1, each summing to 1; ratio 1 is an even map). `in no
+        region` is brain that the atlas leaves out.
 
     Raises:
         ValueError: if shapes differ, or the map is zero inside the mask.
     """
-    weight, brain = _inside(saliency_map, mask, grid.shape)
-    labels, names = coarse_labels(grid)
-    left = np.broadcast_to(_axis_mm(grid)[0] < 0, brain.shape)
-    rows = []
-    for label in np.unique(labels[brain]):
-        for side, on_side in (("left", left), ("right", ~left)):
-            here = brain & on_side & (labels == label)
-            if voxels := int(here.sum()):
-                shares = weight[here].sum() / weight.sum(), voxels / brain.sum()
-                rows.append((names[label], side, voxels, voxels * grid.spacing_mm**3 / 1000, *shares))
-    columns = ["region", "side", "voxels", "volume_ml", "share_of_saliency", "share_of_brain"]
-    table = pd.DataFrame(rows, columns=columns)
-    table["ratio"] = table["share_of_saliency"] / table["share_of_brain"]
-    return table
+    table = _shares(saliency_map, mask, load_atlas(None, grid) if atlas is None else atlas)
+    table = table[table["share_of_brain"] > 0].reset_index()
+    voxels = (table["share_of_brain"] * np.count_nonzero(mask)).round().astype(int)
+    table.insert(2, "voxels", voxels)
+    table.insert(3, "volume_ml", voxels * grid.spacing_mm**3 / 1000)
+    return table.assign(ratio=table["share_of_saliency"] / table["share_of_brain"])
 
 
-@lru_cache(maxsize=4)
-def coarse_labels(grid: Grid) -> tuple[np.ndarray, list[str]]:
-    """Make the coarse atlas on a grid: labels (depth, height, width) int64, read-only, and their names.
+def region_intervals(maps: Maps, store: Store, atlas: Atlas | Mapping[str, Atlas], participants: Mapping[str, str],
+                     seed: int = 0) -> pd.DataFrame:
+    """Share maps out over regions, as means over participants with intervals from the bootstrap over participants.
 
-    A voxel takes the likeliest tissue at its centre; fluid is what is neither grey nor white matter, so that
-    every voxel has a label. Source: ICBM 152 2009a symmetric maps (Fonov et al. 2011), as shipped by nilearn.
+    A participant with several scans counts once, by their mean. Intervals are about the participants alone: the model
+    is one and the same.
+
+    Args:
+        maps: by (scan, method), (depth, height, width) on the store's grid.
+        store: of the scans, whose masks count.
+        atlas: on the store's grid; or one for each scan, as `kit.explain.atlas.own_atlases` gives: regions are then
+            matched by name and side.
+        participants: each scan's participant; see `kit.cohort.identity.participant_ids`.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns method, region, side, share_of_saliency (mean share of the absolute map, 0-1), low and high (95 %
+        percentiles of its bootstrap; nan with one participant), share_of_brain, ratio (of the two means; 1 is what an
+        even map gives), participants. A method's regions are in the order of their share.
+
+    Raises:
+        ValueError: shapes differ, or a map is zero inside its mask.
     """
-    grey, white = (tissue_share_on(grid, tissue) for tissue in ("grey", "white"))
-    tissue_of = np.argmax([grey, white, 1 - grey - white], axis=0)  # in the order of _TISSUES
-    names = [*dict.fromkeys(name for name, _, _ in _BOXES), *_TISSUES.values()]
-    labels = len(names) - len(_TISSUES) + tissue_of
-    x, y, z = _axis_mm(grid)
-    for name, tissue, bounds in reversed(_BOXES):  # the first is written last, so that it wins
-        inside = tissue_of == list(_TISSUES).index(tissue) if tissue else np.ones(labels.shape, dtype=bool)
-        for along, (low, high) in zip((abs(x), y, z), bounds, strict=True):
-            inside = inside & (along >= low) & (along <= high)
-        labels[inside] = names.index(name)
-    labels.flags.writeable = False  # shared by all callers
-    return labels, names
+    shares = {(method, scan): _shares(values, store.read(scan)[1], atlas if isinstance(atlas, Atlas) else atlas[scan])
+              for (scan, method), values in maps.items()}
+    table = pd.concat(shares, names=["method", "scan"]).unstack(["region", "side"]).fillna(0.0)
+    who = [table.index.get_level_values("method"), table.index.get_level_values("scan").map(participants)]
+    table = table.groupby(who, sort=False).mean()  # (method, participant) x (share, region, side)
+    methods = dict.fromkeys(method for _, method in maps)
+    return pd.concat([_with_intervals(table.loc[each], each, seed) for each in methods], ignore_index=True)[COLUMNS]
 
 
-def _axis_mm(grid: Grid) -> list[np.ndarray]:
-    """MNI mm of the voxel centres along x, y and z, shaped to broadcast over (depth, height, width)."""
-    return [(start + grid.spacing_mm * np.arange(length)).reshape(shape) for start, length, shape
-            in zip(grid.origin_mm, grid.shape[::-1], ((1, 1, -1), (1, -1, 1), (-1, 1, 1)), strict=True)]
+def _with_intervals(shares: pd.DataFrame, method: str, seed: int) -> pd.DataFrame:
+    """One method's regions, the strongest first: means over the rows, which are participants, and their bootstrap."""
+    saliency, count = shares["share_of_saliency"], len(shares)
+    drawn = np.concatenate([weights @ saliency.to_numpy() / count for weights in bootstrap(count, seed=seed)])
+    low, high = np.percentile(drawn, (2.5, 97.5), axis=0) if count > 1 else np.full((2, drawn.shape[1]), np.nan)
+    table = pd.DataFrame({"method": method, "share_of_saliency": saliency.mean(), "low": low, "high": high,
+                          "share_of_brain": shares["share_of_brain"].mean(), "participants": count})
+    table = table[table["share_of_brain"] > 0].reset_index()
+    return table.assign(ratio=table["share_of_saliency"] / table["share_of_brain"]).sort_values(
+        "share_of_saliency", ascending=False, kind="stable")
+
+
+def _shares(saliency_map: np.ndarray, mask: np.ndarray, atlas: Atlas) -> pd.DataFrame:
+    """By region and side, share_of_saliency and share_of_brain; labels of one name and side count together."""
+    weight, brain = _inside(saliency_map, mask, atlas.labels.shape)
+    table = pd.concat([pd.DataFrame({"label": [0], "region": ELSEWHERE, "side": BOTH}), atlas.table], ignore_index=True)
+    labels = atlas.labels[brain]
+    row_of = np.zeros(max(labels.max(), table["label"].max()) + 1, int)  # row 0 for what the table lacks
+    row_of[table["label"]] = np.arange(len(table))
+    row, rows = row_of[labels], len(table)
+    shares = pd.DataFrame({"share_of_saliency": np.bincount(row, weight[brain], rows) / weight.sum(),
+                           "share_of_brain": np.bincount(row, minlength=rows) / len(row)})
+    return shares.groupby([table["region"], table["side"]], sort=False).sum()
 
 
 def _inside(saliency_map: np.ndarray, mask: np.ndarray, shape: tuple) -> tuple[np.ndarray, np.ndarray]:

@@ -13,5 +13,6 @@ pyplot.
 - `live`: a figure that follows a run while it trains
 - `explorer`: the interactive explorer of augmentations
 - `recipe_controls`: its list of transforms, to be switched and dragged
+- `saliency_figures`: maps over scans, as mosaics, of groups, by region, and in a viewer to scroll through
 - `similarity`: how alike an encoder finds two views; the figure of it, beside the grey levels
 """

@@ -36,7 +36,7 @@ def three_planes(
     Raises:
         ValueError: if an array's shape is not the grid's.
     """
-    _same_shape(grid, image=image, overlay=overlay, outline=outline)
+    same_shape(grid, image=image, overlay=overlay, outline=outline)
     depth, height, width = grid.shape
     voxel, limits = voxel_at(grid, crosshair), window(image)
     page = MAX_WIDTH if overlay is not None else MAX_WIDTH - 60
@@ -44,7 +44,7 @@ def three_planes(
     figure = blank(page, tall + 30, title, footer(note))
     panels = figure.subplots(1, 3, width_ratios=(width, width, height))
     for axes, plane, index in zip(panels, PLANES, voxel, strict=True):
-        _draw_grey(axes, cut(image, plane, index), limits)
+        draw_grey(axes, cut(image, plane, index), limits)
         if overlay is not None:
             coloured = _draw_overlay(axes, overlay, plane, index)
         if outline is not None and cut(outline, plane, index).any():
@@ -55,7 +55,7 @@ def three_planes(
             line = {"color": "#4fc3f7", "linewidth": 0.6}
             axes.axvline(y if plane == "sagittal" else x, **line)
             axes.axhline(height - 1 - y if plane == "axial" else depth - 1 - z, **line)  # rows run down
-        _letters(axes, plane)
+        letters(axes, plane)
         bare(axes, slice_name(grid, plane, index))
     if overlay is not None:
         bar = figure.colorbar(coloured, ax=list(panels), fraction=0.02, pad=0.01)
@@ -80,13 +80,13 @@ def montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], not
     for axes in panels:
         bare(axes)
     for axes, image, text, outline in zip(panels, images, titles, outlines or [None] * len(images), strict=False):
-        _same_shape(grid, image=image, outline=outline)
-        _draw_grey(axes, _beside(image, grid, planes), window(image))
+        same_shape(grid, image=image, outline=outline)
+        draw_grey(axes, _beside(image, grid, planes), window(image))
         if outline is not None and (edge := _beside(outline, grid, planes)).any():
             axes.contour(edge, levels=[0.5], colors="#ffd54a", linewidths=0.7)
         axes.set_title(text, fontsize=TEXT - 1)
     if len(planes) == 1:
-        _letters(panels[0], planes[0])
+        letters(panels[0], planes[0])
     return figure
 
 
@@ -106,17 +106,17 @@ def views_sheet(
     figure = blank(height * 29 / 7, len(pairs) * (height * rows / columns + 6) + 20, note=footer(note))
     panels = figure.subplots(len(pairs), 4, squeeze=False)
     for number, (row, pair) in enumerate(zip(panels, pairs, strict=True)):
-        _same_shape(grid, original=pair.original, view_1=pair.view_1, view_2=pair.view_2)
+        same_shape(grid, original=pair.original, view_1=pair.view_1, view_2=pair.view_2)
         low, high = window(pair.original)
         pictures = [cut(volume, "axial", index) for volume in (pair.original, pair.view_1, pair.view_2)]
         for axes, picture in zip(row, pictures, strict=False):
-            _draw_grey(axes, picture, (low, high))
+            draw_grey(axes, picture, (low, high))
         change = pictures[1].astype(np.float32) - pictures[2]
         row[3].imshow(change, cmap="RdBu_r", vmin=low - high, vmax=high - low)
         for axes, name in zip(row, ("original", "view 1", "view 2", "view 1 − view 2"), strict=True):
             bare(axes, name if number == 0 else "")
         row[0].set_ylabel(titles[number] if titles is not None else "", fontsize=TEXT)
-        _letters(row[0], "axial")
+        letters(row[0], "axial")
     return figure
 
 
@@ -130,7 +130,7 @@ def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndar
     """
     index, limits, count = voxel_at(grid)[0], window(original), len(next(iter(views.values())))
     for name, volumes in views.items():
-        _same_shape(grid, **{f"{name} {number}": volume for number, volume in enumerate(volumes, start=1)})
+        same_shape(grid, **{f"{name} {number}": volume for number, volume in enumerate(volumes, start=1)})
     rows = math.ceil(len(views) / IN_A_ROW)
     tile = 600 / (IN_A_ROW * count) * grid.shape[1] / grid.shape[2] + 22
     figure = blank(600, rows * tile, note=footer(note))
@@ -138,7 +138,7 @@ def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndar
     for axes in panels:
         bare(axes)
     for axes, (name, volumes) in zip(panels, views.items(), strict=False):
-        _draw_grey(axes, np.hstack([cut(volume, "axial", index) for volume in volumes]), limits)
+        draw_grey(axes, np.hstack([cut(volume, "axial", index) for volume in volumes]), limits)
         bare(axes, name.replace("_", " "))
     return figure
 
@@ -154,7 +154,7 @@ def _beside(volume: np.ndarray, grid: Grid, planes: Sequence[str]) -> np.ndarray
     return np.hstack(padded)
 
 
-def _draw_grey(axes: Axes, picture: np.ndarray, limits: tuple[float, float]) -> None:
+def draw_grey(axes: Axes, picture: np.ndarray, limits: tuple[float, float]) -> None:
     axes.imshow(grey(picture, limits), cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
 
 
@@ -167,14 +167,14 @@ def _draw_overlay(axes: Axes, overlay: np.ndarray, plane: str, index: int) -> Ax
                        alpha=opacity, interpolation="nearest")
 
 
-def _letters(axes: Axes, plane: str) -> None:
+def letters(axes: Axes, plane: str) -> None:
     places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"))
     for letter, (x, y, ha, va) in zip(EDGES[plane], places, strict=True):
         axes.text(x, y, letter, transform=axes.transAxes, ha=ha, va=va, color="white", fontsize=TEXT,
                   fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="black")])
 
 
-def _same_shape(grid: Grid, **volumes: np.ndarray | None) -> None:
+def same_shape(grid: Grid, **volumes: np.ndarray | None) -> None:
     for name, volume in volumes.items():
         if volume is not None and volume.shape != grid.shape:
             raise ValueError(f"{name} has shape {volume.shape}; the grid's is {grid.shape}, as (z, y, x)")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +30,6 @@ from kit.runs import ROOT, Run, outputs_dir
 from kit.store.grid import Grid
 from kit.store.store import FORMAT, scan_path, write_scan
 from kit.train.pretrain import pretrain
-from tests.conftest import absent
 
 pytestmark = pytest.mark.slow
 
@@ -96,29 +94,6 @@ def lab(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     finally:
         server.terminate()
         server.wait(20)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    """Headless Chromium of 1500 x 1300 pixels."""
-    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    try:
-        from selenium import webdriver
-    except ImportError:
-        missing.append("selenium")
-    if missing:
-        absent(f"no {', '.join(missing)}: apt-get install chromium chromium-driver; pip install selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                     "--disable-dev-shm-usage", "--window-size=1500,1300",
-                     f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object, prepared: Path, tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
-"""Shares of a map by region and side."""
+"""Shares of a map by region and side, of one scan and over participants."""
+
+from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from kit.explain.regions import coarse_labels, inside_share, region_table
+from kit.explain.atlas import Atlas, load_atlas
+from kit.explain.regions import COLUMNS, inside_share, region_intervals, region_table
 from kit.preprocess.template import template_on
 from kit.store.grid import Grid
+from tests.conftest import GRID as SMALL
+from tests.conftest import make_store
 
 GRID = Grid((36, 48, 40), 4.0)
 
@@ -15,14 +21,16 @@ def brain() -> np.ndarray:
     return template_on(GRID)[1]
 
 
-def voxel(x: float, y: float, z: float) -> tuple[int, int, int]:
-    """The (z, y, x) index of a point in MNI millimetres, found through the affine alone."""
-    at = np.linalg.solve(GRID.affine, [x, y, z, 1])[:3]
-    return tuple(np.rint(at).astype(int)[::-1])
+def halves(grid: Grid = SMALL, names: tuple[str, str] = ("lower", "upper")) -> Atlas:
+    """The lower and the upper half of a grid, left and right; the frontmost slices are no region."""
+    z, y, x = np.indices(grid.shape)
+    labels = 1 + (z >= grid.shape[0] // 2) + 2 * (x >= grid.shape[2] // 2)
+    table = pd.DataFrame({"label": [1, 2, 3, 4], "region": [*names] * 2, "side": ["left"] * 2 + ["right"] * 2})
+    return Atlas(np.where(y >= grid.shape[1] - 3, 0, labels).astype(np.int32), grid.affine, table, "halves", "", "")
 
 
 def test_shares_sum_to_one_and_an_even_map_has_ratio_one(brain):
-    table = region_table(np.full(GRID.shape, -2, np.float32), brain, GRID)
+    table = region_table(np.full(GRID.shape, -2, np.float32), brain, GRID, load_atlas("tissues", GRID))
     assert list(table.columns) == ["region", "side", "voxels", "volume_ml", "share_of_saliency", "share_of_brain",
                                    "ratio"]
     assert table["share_of_saliency"].sum() == pytest.approx(1)
@@ -30,45 +38,104 @@ def test_shares_sum_to_one_and_an_even_map_has_ratio_one(brain):
     np.testing.assert_allclose(table["ratio"], 1)
     assert table["voxels"].sum() == brain.sum()
     assert table["volume_ml"].sum() == pytest.approx(brain.sum() * 0.064)
-    assert set(table["side"]) == {"left", "right"} and table["region"].nunique() == 7
+    assert set(table["side"]) == {"left", "right"} and len(table) == 6
+
+
+def test_without_a_name_the_best_atlas_there_is(brain, deepmriprep):
+    table = region_table(np.ones(GRID.shape), brain, GRID)
+    assert {"Hippocampus", "Precuneus", "in no region"} <= set(table["region"]) and len(table) > 150
 
 
 def test_a_marked_left_hemisphere_is_left_and_unequal_sides_stay_unequal(brain):
     x = GRID.affine[0, 0] * np.arange(GRID.shape[2]) + GRID.affine[0, 3]
     marked = np.where(x < 0, 3.0, 1.0) * np.ones(GRID.shape)
-    shares = region_table(marked, brain, GRID).groupby("side")["share_of_saliency"].sum()
+    table = region_table(marked, brain, GRID, load_atlas("tissues", GRID))
+    shares = table.groupby("side")["share_of_saliency"].sum()
     left, right = (brain & (x < 0)).sum(), (brain & (x >= 0)).sum()
     assert shares["left"] == pytest.approx(3 * left / (3 * left + right))
     assert shares["left"] > 0.7
 
 
 @pytest.mark.parametrize(("point", "region", "side"), [
-    ((-26, -20, -16), "medial temporal", "left"),  # hippocampus
-    ((26, -20, -16), "medial temporal", "right"),
-    ((26, -40, -26), "medial temporal", "right"),  # also in the cerebellum's box: the first box wins
-    ((-10, -6, 22), "ventricles", "left"),
-    ((12, -18, 8), "deep grey matter", "right"),  # thalamus
-    ((-26, -30, 30), "white matter", "left"),  # corona radiata
-    ((40, -64, -40), "cerebellum and brain stem", "right"),
-    ((-2, -30, -40), "cerebellum and brain stem", "left"),  # pons
-    ((-50, -62, 42), "cortical and other grey matter", "left"),  # angular gyrus
+    ((-26, -20, -16), "Hippocampus", "left"),
+    ((26, -20, -16), "Hippocampus", "right"),
+    ((-12, 10, 12), "Caudate", "left"),
+    ((12, -18, 8), "Thalamus Proper", "right"),
+    ((-26, -30, 30), "Cerebral White Matter", "left"),
+    ((42, -64, -40), "Cerebellum Exterior", "right"),
+    ((-2, -30, -40), "Brain Stem", "both"),
+    ((-46, -72, 38), "AnG angular gyrus", "left"),
 ])
-def test_known_places_fall_into_their_regions(brain, point, region, side):
+def test_known_places_fall_into_their_regions(brain, deepmriprep, point, region, side):
     found = np.zeros(GRID.shape, dtype=np.float32)
-    found[voxel(*point)] = -5
-    table = region_table(found, brain, GRID)
+    found[tuple(np.rint(np.linalg.solve(GRID.affine, [*point, 1])[:3]).astype(int)[::-1])] = -5
+    table = region_table(found, brain, GRID, load_atlas("deepmriprep:neuromorphometrics", GRID))
     winner = table.loc[table["share_of_saliency"].idxmax()]
     assert (winner["region"], winner["side"], winner["share_of_saliency"]) == (region, side, 1)
 
 
-def test_coarse_volumes_are_plausible(brain):
-    table = region_table(np.ones(GRID.shape, np.float32), brain, GRID)
-    volume = table.groupby("region")["volume_ml"].sum()
-    assert 10 < volume["ventricles"] < 50
-    assert 500 < volume["white matter"] < 700
-    assert 120 < volume["cerebellum and brain stem"] < 260
-    labels, names = coarse_labels(GRID)
-    assert labels.shape == GRID.shape and set(np.unique(labels)) == set(range(len(names)))
+def test_region_table_by_a_slow_loop(brain):
+    rng = np.random.default_rng(0)
+    mask, values = rng.random(SMALL.shape) < 0.6, rng.normal(size=SMALL.shape)
+    atlas = halves()
+    table = region_table(values, mask, SMALL, atlas).set_index(["region", "side"])
+    for row in atlas.table.itertuples():
+        voxels = [at for at in np.ndindex(*SMALL.shape) if mask[at] and atlas.labels[at] == row.label]
+        share = sum(abs(values[at]) for at in voxels) / np.abs(values[mask]).sum()
+        assert table.loc[(row.region, row.side), "share_of_saliency"] == pytest.approx(share)
+        assert table.loc[(row.region, row.side), "voxels"] == len(voxels)
+    rest = mask & (atlas.labels == 0)
+    assert table.loc[("in no region", "both"), "voxels"] == rest.sum()
+
+
+def test_intervals_are_over_participants_and_a_participant_counts_once(tmp_path):
+    store = make_store(tmp_path / "store", participants=9)
+    atlas, rng = halves(), np.random.default_rng(1)
+    scans = store.index["scan"].tolist()
+    participants = dict(zip(scans, store.index["participant"], strict=True))
+    assert len(scans) > len(set(participants.values()))  # some have two
+    upper_left = atlas.labels == 2
+    maps = {(scan, method): rng.random(SMALL.shape) * np.where(upper_left, weight * (1 + (scan > "made_004")), 1)
+            for scan in scans for method, weight in (("strong", 4), ("even", 1))}
+    table = region_intervals(maps, store, atlas, participants)
+    assert list(table.columns) == COLUMNS and table["method"].unique().tolist() == ["strong", "even"]
+    assert (table["participants"] == 9).all()
+    sums = table.groupby("method")[["share_of_saliency", "share_of_brain"]].sum()
+    np.testing.assert_allclose(sums, 1)
+    assert ((table["low"] <= table["share_of_saliency"]) & (table["share_of_saliency"] <= table["high"])).all()
+
+    first = table.iloc[0]
+    assert (first["region"], first["side"]) == ("upper", "left") and first["ratio"] > 2
+    alone = {scan: region_table(maps[scan, "strong"], store.read(scan)[1], SMALL, atlas).set_index(["region", "side"])
+             .loc[("upper", "left"), "share_of_saliency"] for scan in scans}
+    by_person = pd.Series(alone).groupby(pd.Series(participants)).mean()
+    assert first["share_of_saliency"] == pytest.approx(by_person.mean())
+    # The bootstrap's spread is that of the mean over nine people, near enough for 2,000 draws.
+    spread = by_person.std(ddof=0) / 3
+    assert first["high"] - first["low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
+
+    again = region_intervals(maps, store, atlas, participants)
+    pd.testing.assert_frame_equal(table, again)
+    of_one = {key: values for key, values in maps.items() if key[0] == scans[0]}
+    one = region_intervals(of_one, store, atlas, participants)
+    assert one[["low", "high"]].isna().all().all() and (one["participants"] == 1).all()
+
+
+def test_own_atlases_are_matched_by_name(tmp_path):
+    store = make_store(tmp_path / "store", participants=2)
+    scans = store.index["scan"].tolist()
+    participants = dict(zip(scans, store.index["participant"], strict=True))
+    maps = {(scan, "gradient"): np.ones(SMALL.shape) for scan in scans}
+    other = halves(names=("lower", "only here"))
+    own = {scans[0]: halves(), **dict.fromkeys(scans[1:], other._replace(
+        labels=np.where(other.labels > 0, other.labels + 10, 0),
+        table=other.table.assign(label=other.table["label"] + 10)))}
+    table = region_intervals(maps, store, own, participants).set_index(["region", "side"])
+    shared = region_intervals(maps, store, halves(), participants).set_index(["region", "side"])
+    same = [("lower", "left"), ("lower", "right"), ("in no region", "both")]
+    pd.testing.assert_frame_equal(table.loc[same], shared.loc[same])
+    assert table.loc[("only here", "left"), "share_of_brain"] == pytest.approx(
+        shared.loc[("upper", "left"), "share_of_brain"] / 2)
 
 
 def test_inside_share_by_hand():

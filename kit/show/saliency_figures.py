@@ -1,0 +1,329 @@
+"""Saliency maps as pictures: over the scan, as a mosaic, of groups, by region, and to scroll through."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from scipy import ndimage
+
+from kit.preprocess.resample import resample
+from kit.preprocess.template import template_on
+from kit.runs import write_whole
+from kit.show.figure import MAX_WIDTH, TEXT, bare, blank, label
+from kit.show.planes import PLANES, Point, cut, focus, footer, slice_mm, slice_name, voxel_at, window
+from kit.show.slices import draw_grey, letters, same_shape
+from kit.show.wording import need, readable
+from kit.store.grid import Grid
+
+if TYPE_CHECKING:
+    from nilearn.plotting.html_stat_map import StatMapView
+
+FWHM_MM = 8.0  # of the smoothed copies
+TOP_PERCENTILE = 99.5  # of a map's absolute values that are not 0: full colour
+SHOWN_FROM = 0.2  # of full colour: weaker values are not drawn
+VIEWER_MB = 3.0  # a page beyond this is made on 2 mm
+OUTLINE, CROSS, REFUSED = "#ffd54a", "#4fc3f7", "#b03a2e"
+
+
+class Scale(NamedTuple):
+    """The colours of a map: full colour at `top`, both signs where it is signed."""
+
+    top: float
+    signed: bool
+
+    @classmethod
+    def of(cls, *maps: np.ndarray) -> Scale:
+        """One scale for several maps."""
+        values = np.concatenate([values[values != 0] for values in maps])
+        top = float(np.percentile(np.abs(values), TOP_PERCENTILE)) if values.size else 1.0
+        return cls(top, bool((values < 0).any()))
+
+    def colours(self) -> ScalarMappable:
+        """Red above 0 and blue below, or dark to bright."""
+        norm = Normalize(-self.top if self.signed else 0, self.top)
+        return ScalarMappable(norm, "RdBu_r" if self.signed else "inferno")
+
+
+def caption(who: str, true: object, predicted: object, method: str, supported: bool | None = None,
+            why: str = "") -> str:
+    """One line that says what a map is of: who, the truth, the prediction, the method, and whether to believe it.
+
+    Args:
+        who: the scan or the participant.
+        true, predicted: a class or a number, shown to 3 digits.
+        method: of the map.
+        supported: whether it passed the checks; None: they were not made, and the line says so.
+        why: the reason, in a few words.
+    """
+    words = {True: "supported by the checks", False: "not supported", None: "not checked"}[supported]
+    true, predicted = (f"{value:.3g}" if isinstance(value, float | np.floating) else str(value)
+                       for value in (true, predicted))
+    return f"{who} · true {true}, predicted {predicted} · {readable(method)} · {words}{f': {why}' if why else ''}"
+
+
+def smoothed(saliency_map: np.ndarray, grid: Grid, mask: np.ndarray | None = None) -> np.ndarray:
+    """A map smoothed by a Gaussian of 8 mm full width at half maximum, float32, 0 outside the mask."""
+    smooth = ndimage.gaussian_filter(saliency_map.astype(np.float32), FWHM_MM / 2.355 / grid.spacing_mm)
+    return smooth if mask is None else np.where(mask, smooth, np.float32(0))
+
+
+def scan_figure(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: str = "", unit: str = "",
+                outline: np.ndarray | None = None, note: str = "", at: Point | None = None) -> Figure:
+    """Draw a scan in three planes: plain, with the smoothed map over it, and with the map as it is.
+
+    Weak values let the scan through. Both maps have one colour bar, on which 1 is the 99.5th percentile of each one's
+    absolute values; what that is in the map's unit stands beside it.
+
+    Args:
+        image, saliency_map: (depth, height, width) on the grid; zeros of the image are drawn black.
+        title: see `caption`; drawn in red where it says "not supported".
+        unit: of the map, such as "output / SD".
+        outline: (depth, height, width), a mask drawn as a contour: what is known of the effect's place.
+        note: see `kit.show.figure.blank`.
+        at: (x, y, z) MNI mm to cut through; None: where the smoothed map is strongest.
+
+    Raises:
+        ValueError: an array's shape is not the grid's.
+    """
+    same_shape(grid, image=image, saliency_map=saliency_map, outline=outline)
+    smooth = smoothed(saliency_map, grid, image != 0)
+    at = focus(smooth, grid) if at is None else at
+    rows = {"scan": None, f"map, smoothed {FWHM_MM:g} mm": smooth, "map as it is": saliency_map}
+    scales = {name: Scale.of(values) for name, values in rows.items() if values is not None}
+    figure, panels = _planes(grid, len(rows), title, note)
+    for row, (name, values) in zip(panels, rows.items(), strict=True):
+        if values is None:
+            _draw_planes(row, image, None, None, grid, at, outline, name)
+        else:
+            _draw_planes(row, image, values / scales[name].top, scales[name]._replace(top=1.0), grid, at, outline, name,
+                         smooth=values is smooth)
+    tops = ", ".join(f"{scale.top:.2g}{' smoothed' if 'smoothed' in name else ' as it is'}"
+                     for name, scale in scales.items())
+    signed = any(scale.signed for scale in scales.values())
+    _bar(figure, panels[1:], Scale(1.0, signed), f"1 = {tops}" + (f" ({unit})" if unit else ""))
+    return figure
+
+
+def mosaic(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: str = "", unit: str = "",
+           outline: np.ndarray | None = None, note: str = "", slices: int = 12, smooth: bool = True) -> Figure:
+    """Draw a map over axial slices from the brain's lowest to its highest, in rows of six.
+
+    Args:
+        smooth: draw the smoothed map; see `scan_figure` for the rest.
+
+    Raises:
+        ValueError: an array's shape is not the grid's, or the image is empty.
+    """
+    same_shape(grid, image=image, saliency_map=saliency_map, outline=outline)
+    values = smoothed(saliency_map, grid, image != 0) if smooth else saliency_map
+    found = np.flatnonzero((image != 0).any(axis=(1, 2)))
+    if not found.size:
+        raise ValueError("the image is empty: it has no slice to draw")
+    margin = len(found) // (2 * slices)
+    indices = np.unique(np.linspace(found[0] + margin, found[-1] - margin, slices).round().astype(int))
+    scale, limits, in_a_row = Scale.of(values), window(image), 6
+    rows = math.ceil(len(indices) / in_a_row)
+    figure = blank(MAX_WIDTH, rows * ((MAX_WIDTH - 70) / in_a_row * grid.shape[1] / grid.shape[2] + 20) + 10, title,
+                   footer(note))
+    _redden(figure)
+    panels = figure.subplots(rows, in_a_row, squeeze=False)
+    for axes in panels.flat:
+        bare(axes)
+    for axes, index in zip(panels.flat, indices, strict=False):
+        _draw(axes, image, values, scale, limits, "axial", index, outline, smooth)
+        axes.set_title(f"z = {slice_mm(grid, 'axial', index):g} mm", fontsize=TEXT - 1)
+    letters(panels[0, 0], "axial")
+    _bar(figure, panels, scale, unit)
+    return figure
+
+
+def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
+                 unit: str = "times an even map's mean", outline: np.ndarray | None = None, note: str = "",
+                 background: np.ndarray | None = None, at: Point | None = None) -> Figure:
+    """Draw groups' mean maps over the template, smoothed, all in one place and in one colour scale; of two groups also
+    their difference, first minus second, in a scale of its own.
+
+    Args:
+        means: (depth, height, width) on the grid, by group; see `kit.explain.groups.group_means`.
+        background: (depth, height, width); None: the template's brain.
+        at: (x, y, z) MNI mm to cut through; None: where the difference, or the first mean, is strongest.
+
+    Raises:
+        ValueError: an array's shape is not the grid's.
+    """
+    template, brain = template_on(grid)
+    background = np.where(brain, template, 0) if background is None else background
+    same_shape(grid, background=background, outline=outline, **{str(name): values for name, values in means.items()})
+    rows = {str(name): smoothed(values, grid, background != 0) for name, values in means.items()}
+    shared, scales = Scale.of(*rows.values()), []
+    if len(rows) == 2:
+        one, other = rows
+        rows[f"{one} − {other}"] = rows[one] - rows[other]
+    differs = len(rows) - len(means)
+    at = focus(list(rows.values())[-1 if differs else 0], grid) if at is None else at
+    scales = [shared] * len(means) + [Scale.of(list(rows.values())[-1])] * differs
+    figure, panels = _planes(grid, len(rows), title, note)
+    for row, (name, values), scale in zip(panels, rows.items(), scales, strict=True):
+        _draw_planes(row, background, values, scale, grid, at, outline, name)
+    _bar(figure, panels[:len(means)], shared, unit)
+    if differs:
+        _bar(figure, panels[len(means):], scales[-1], unit)
+    return figure
+
+
+def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str = "") -> Figure:
+    """Draw the regions with the most attribution, a panel a method, with their intervals.
+
+    A bar is a region's share of the map, the black line its 95 % interval over participants, the diamond its share of
+    the brain: what an even map would give it.
+
+    Args:
+        table: of `kit.explain.regions.region_intervals`.
+        top: regions a method.
+
+    Raises:
+        ValueError: the table lacks a column, or has no rows.
+    """
+    need(table, "regions", ("method", "region", "side", "share_of_saliency", "low", "high", "share_of_brain"))
+    methods = list(dict.fromkeys(table["method"]))
+    columns = min(2, len(methods))
+    rows = math.ceil(len(methods) / columns)
+    count = min(top, table.groupby("method").size().max())
+    figure = blank(MAX_WIDTH if columns > 1 else 620, rows * (count * 22 + 75), title, note)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(methods):]:
+        axes.set_visible(False)
+    for axes, method in zip(panels, methods, strict=False):
+        some = table[table["method"] == method].nlargest(top, "share_of_saliency")[::-1]
+        shares = 100 * some[["share_of_saliency", "low", "high", "share_of_brain"]].to_numpy(float)
+        places = np.arange(len(some))
+        colours = some["side"].map({"left": "#3b6ea5", "right": "#c1666b"}).fillna("#8a8a8a")
+        axes.barh(places, shares[:, 0], color=colours, height=0.7)
+        axes.hlines(places, shares[:, 1], shares[:, 2], color="black", linewidth=1.2)
+        axes.plot(shares[:, 3], places, "D", color="white", markeredgecolor="black", markersize=4.5,
+                  label="share of the brain: an even map")
+        names = [f"{_short(row.region)}, {row.side}" if row.side in ("left", "right") else _short(row.region)
+                 for row in some.itertuples()]
+        axes.set_yticks(places, names)
+        count = int(some["participants"].iloc[0]) if "participants" in some else 0
+        people = f", {count} participant{'s' * (count > 1)}" if count else ""
+        label(axes, "share of the map (%)", "", readable(method) + people)
+        axes.set_xlim(0)
+    panels[0].legend(fontsize=TEXT - 1, frameon=False, loc="lower right")
+    return figure
+
+
+def viewer(saliency_map: np.ndarray, grid: Grid, template: np.ndarray | None = None, title: str = "",
+           smooth: bool = True) -> StatMapView:
+    """Make nilearn's viewer of a map, to scroll through by clicking and dragging: the last value of a notebook's cell,
+    which the HTML report keeps, or a page of its own (`save_viewer`). It loads nothing from the network.
+
+    Args:
+        saliency_map: (depth, height, width) on the grid, in MNI millimetres.
+        template: (depth, height, width) to draw it on; None: the template's brain.
+        title: short; of a map that failed its checks it must say so.
+        smooth: show the smoothed map.
+
+    Returns:
+        nilearn's view, a page of at most about 3 MB: finer maps are shown on 2 mm.
+
+    Raises:
+        ValueError: an array's shape is not the grid's.
+    """
+    if template is None:
+        values, brain = template_on(grid)
+        template = np.where(brain, values, 0)
+    same_shape(grid, saliency_map=saliency_map, template=template)
+    values = smoothed(saliency_map, grid, template != 0) if smooth else saliency_map
+    view = _view(values, template, grid.affine, title)
+    if len(view.html) > VIEWER_MB * 1e6 and grid.spacing_mm < 2:
+        coarse = Grid(tuple(math.ceil(side * grid.spacing_mm / 2) for side in grid.shape), 2.0)
+        values, template = (resample(each, grid.affine, np.eye(4), coarse.shape, coarse.affine)
+                            for each in (values, template))
+        view = _view(values, template, coarse.affine, title)
+    return view
+
+
+def save_viewer(path: str | Path, view: StatMapView) -> Path:
+    """Write a viewer as a page of its own, whole or not at all."""
+    return write_whole(path, lambda aside: aside.write_text(view.html, encoding="utf-8"))
+
+
+def _view(values: np.ndarray, template: np.ndarray, affine: np.ndarray, title: str) -> StatMapView:
+    from nilearn.plotting import view_img
+
+    scale = Scale.of(values)
+    images = [nib.Nifti1Image(np.ascontiguousarray(each.T, dtype=np.float32), affine) for each in (values, template)]
+    colours = {"cmap": "RdBu_r", "symmetric_cmap": True} if scale.signed else {"cmap": "inferno", "vmin": 0,
+                                                                               "symmetric_cmap": False}
+    view = view_img(images[0], bg_img=images[1], threshold=SHOWN_FROM * scale.top, vmax=scale.top, title=title or None,
+                    dim=0, black_bg=True, opacity=0.85, width_view=680, **colours)
+    # The page's icon is the one thing that nilearn's page would load from the network.
+    view.html = re.sub(r"<link[^>]*rel=.?icon[^>]*>", "", view.html)
+    return view
+
+
+def _planes(grid: Grid, rows: int, title: str, note: str) -> tuple[Figure, np.ndarray]:
+    """A page of three planes a row."""
+    depth, height, width = grid.shape
+    tall = max(depth, height) / (2 * width + height) * (MAX_WIDTH - 90)
+    figure = blank(MAX_WIDTH, rows * (tall + 8) + 20, title, footer(note))
+    _redden(figure)
+    return figure, figure.subplots(rows, 3, squeeze=False, width_ratios=(width, width, height))
+
+
+def _redden(figure: Figure) -> None:
+    if "not supported" in figure.get_suptitle():
+        figure._suptitle.set_color(REFUSED)
+
+
+def _draw_planes(row: np.ndarray, image: np.ndarray, values: np.ndarray | None, scale: Scale | None, grid: Grid,
+                 at: Point, outline: np.ndarray | None, name: str, smooth: bool = True) -> None:
+    """One row of a page: three planes through a point, with the row's name at its left."""
+    z, y, x = voxel_at(grid, at)
+    depth, height, _ = grid.shape
+    for axes, plane, index in zip(row, PLANES, (z, y, x), strict=True):
+        _draw(axes, image, values, scale, window(image), plane, index, outline, smooth)
+        if values is None:
+            line = {"color": CROSS, "linewidth": 0.6}
+            axes.axvline(y if plane == "sagittal" else x, **line)
+            axes.axhline(height - 1 - y if plane == "axial" else depth - 1 - z, **line)  # rows run down
+        bare(axes, slice_name(grid, plane, index))
+        letters(axes, plane)
+    row[0].set_ylabel(name, fontsize=TEXT)
+
+
+def _draw(axes: Axes, image: np.ndarray, values: np.ndarray | None, scale: Scale | None, limits: tuple[float, float],
+          plane: str, index: int, outline: np.ndarray | None, smooth: bool = True) -> None:
+    """One slice: the scan, the map over it (the weaker the more transparent), the outline."""
+    draw_grey(axes, cut(image, plane, index), limits)
+    if values is not None:
+        picture = cut(values, plane, index).astype(np.float32)
+        strength = np.clip(np.abs(picture) / scale.top, 0, 1)
+        opacity = 0.85 * np.clip((strength - SHOWN_FROM) / (0.6 - SHOWN_FROM), 0, 1)
+        colours = scale.colours()
+        axes.imshow(picture, cmap=colours.cmap, norm=colours.norm, alpha=opacity,
+                    interpolation="bilinear" if smooth else "nearest")
+    if outline is not None and (edge := cut(outline, plane, index)).any():
+        axes.contour(edge.astype(float), levels=[0.5], colors=OUTLINE, linewidths=0.9)
+
+
+def _bar(figure: Figure, panels: np.ndarray, scale: Scale, unit: str) -> None:
+    bar = figure.colorbar(scale.colours(), ax=list(np.ravel(panels)), fraction=0.02, pad=0.01)
+    bar.ax.tick_params(labelsize=TEXT - 1)
+    bar.set_label(unit, fontsize=TEXT - 1)
+
+
+def _short(name: str, most: int = 34) -> str:
+    return name if len(name) <= most else name[:most - 1] + "…"
