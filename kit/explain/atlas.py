@@ -7,12 +7,7 @@ nilearn, a NIfTI of labels with a table of their names, a cohort's own label map
 from __future__ import annotations
 
 import gzip
-import importlib.util
-import io
-import os
 import re
-import zipfile
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +18,8 @@ import pandas as pd
 from scipy import ndimage
 
 from kit.cohort.tables import read_cohort
-from kit.cohort.tabular import TableError, read_foreign
+from kit.explain.atlas_files import LICENCES, AtlasError, templates, wheel_file
+from kit.explain.label_names import BOTH, label_names, split_side
 from kit.preprocess.index import scan_names
 from kit.preprocess.nifti import upright
 from kit.preprocess.place import affine_of
@@ -33,35 +29,8 @@ from kit.runs import resolve, shown
 from kit.store.grid import Grid
 from kit.store.store import Store, read_transform
 
-WHEEL = "KIT_DEEPMRIPREP"  # environment variable: deepmriprep's wheel, or a folder that it was unpacked into
-TEMPLATES = "deepmriprep/data/templates/"
 DEFAULT = "deepmriprep:aal3"
 LEAST_INSIDE = 0.5  # of an atlas in MNI millimetres, this share of its voxels lies in the template's brain
-BOTH = "both"  # the side of what lies on the midline, and of labels whose names say none
-LOOK = "not stated there"
-
-# The wheel's own licence, MIT, is that of its code. Its atlases have the names and tables of CAT12's, and this is what
-# CAT12 says of each (github.com/ChristianGaser/cat12, templates_MNI152NLin2009cAsym/*.txt), or who is named.
-LICENCES = {
-    "Schaefer2018": "MIT (nilearn's description of the atlas)",
-    "aal3": f"{LOOK}; nilearn says of AAL: unknown; cite Rolls et al. 2020",
-    "anatomy3": f"{LOOK}; cite Eickhoff et al. 2005",
-    "cobra": f"{LOOK}; of its parts, the hippocampus is for academic, non-commercial research (TIGRLab)",
-    "hammers": "academic, non-commercial research and teaching, after filling out its agreement; not for patient care",
-    "ibsr": "research on segmentation; anatomical studies and published images need the holder's permission",
-    "julichbrain": f"{LOOK}; cite Amunts et al. 2020",
-    "lpba40": "LONI Research License: no commercial use",
-    "mori": f"{LOOK}; cite Oishi et al. 2009",
-    "neuromorphometrics": "CC BY-NC; credit OASIS, and Neuromorphometrics, Inc., under academic subscription",
-    "suit": "CC BY-NC 3.0; cite Diedrichsen et al. 2009",
-    "thalamic_nuclei": "CC BY 4.0; cite Saranathan et al. 2021",
-    "thalamus": "all rights reserved, University of Lausanne 2018; cite Najdenovska et al. 2018",
-}
-SIDES = {"left": "left", "lh": "left", "L": "left", "right": "right", "rh": "right", "R": "right", "bothside": BOTH}
-
-
-class AtlasError(ValueError):
-    """An atlas cannot be used; the message names it, what is wrong and what to do."""
 
 
 class Atlas(NamedTuple):
@@ -100,7 +69,7 @@ def load_atlas(source: str | Path | None, grid: Grid, names: str | Path | None =
         ScanError, TableError: a file cannot be read.
     """
     if source is None:
-        source = DEFAULT if _templates() is not None else "tissues"
+        source = DEFAULT if templates() is not None else "tissues"
     return _load(str(source), grid, None if names is None else str(names))
 
 
@@ -160,54 +129,6 @@ def own_atlases(store: Store, scans: list[str], cohort: str | Path, column: str,
     return {scan: own_atlas(store, scan, folder / paths[scan], names) for scan in scans}
 
 
-def label_names(source: str | Path) -> pd.DataFrame:
-    """Read what labels are called.
-
-    Args:
-        source: a CSV or TSV with the numbers in the first of the columns index, id, ROIid, value, label that it has,
-            the names in the first of name, ROIname, region, label, and perhaps `hemisphere` or `side`; or
-            `deepmriprep:NAME`, the table of one of its atlases.
-
-    Returns:
-        label (int), region (the name without its side), side: left, right or both. The name says it by Left, Right, lh
-        or rh, or by L or R as its first or last word; where it does not, the column of sides. (That of deepmriprep
-        0.3.0's neuromorphometrics has the basal forebrain's sides swapped; the names are right.)
-
-    Raises:
-        TableError: no such columns, or a label twice.
-    """
-    if str(source).startswith("deepmriprep:"):
-        data = _wheel_file(str(source).partition(":")[2], ".csv")
-        table = pd.read_csv(io.BytesIO(data), sep=";", dtype=str, keep_default_na=False)
-    else:
-        table = read_foreign(Path(source), list, text=None)
-    folded = {str(name).casefold(): name for name in table}
-    number = next((folded[name] for name in ("index", "id", "roiid", "value", "label") if name in folded), None)
-    name = next((folded[name] for name in ("name", "roiname", "region", "label") if name in folded), None)
-    if number is None or name in (None, number):
-        raise TableError(f"{source}: needs columns index and label, or id and name; found {', '.join(table.columns)}")
-    try:
-        labels = table[number].astype(float).astype(int)
-    except ValueError:
-        raise TableError(f"{source}: column {number} must hold whole numbers") from None
-    if labels.duplicated().any():
-        raise TableError(f"{source}: label {labels[labels.duplicated()].iloc[0]} stands in several rows; keep one")
-    named = pd.DataFrame([_split_side(each) for each in table[name]], columns=["region", "side"])
-    given = next((folded[each] for each in ("hemisphere", "side") if each in folded), None)
-    if given is not None:
-        letter = table[given].str.strip().str.casefold().str[:1].map({"l": "left", "r": "right"}).fillna(BOTH)
-        named["side"] = np.where(named["side"] == BOTH, letter, named["side"])
-    named.insert(0, "label", labels.to_numpy())
-    return named[named["label"] != 0].reset_index(drop=True)
-
-
-def atlas_names() -> list[str]:
-    """Names of deepmriprep's atlases, none where it is not there."""
-    templates = _templates()
-    return [] if templates is None else sorted(path.name.removesuffix(".csv") for path in templates.iterdir()
-                                               if path.name.endswith(".csv"))
-
-
 @lru_cache(maxsize=4)
 def _load(source: str, grid: Grid, names: str | None) -> Atlas:
     if source == "tissues":
@@ -244,33 +165,10 @@ def _checked(atlas: Atlas, grid: Grid) -> Atlas:
 
 def _of_deepmriprep(source: str, grid: Grid) -> Atlas:
     name = source.partition(":")[2]
-    image = nib.Nifti1Image.from_bytes(gzip.decompress(_wheel_file(name, ".nii.gz")))
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(wheel_file(name, ".nii.gz")))
     values, affine = upright(image.get_fdata(dtype=np.float32), affine_of(image.header))
     licence = next((words for start, words in LICENCES.items() if name.startswith(start)), "not verified")
     return Atlas(_on(values, affine, np.eye(4), grid), grid.affine, label_names(source), name, licence, source)
-
-
-def _wheel_file(name: str, ending: str) -> bytes:
-    templates = _templates()
-    if templates is None:
-        raise AtlasError(f"atlas deepmriprep:{name}: deepmriprep is not here; pip install deepmriprep==0.3.0, or "
-                         f"pip download --no-deps deepmriprep==0.3.0 and name the wheel in ${WHEEL}")
-    if name not in (known := atlas_names()):
-        near = "".join(f"; did you mean {each}?" for each in get_close_matches(name, known, 1))
-        raise AtlasError(f"atlas deepmriprep:{name}: deepmriprep has {', '.join(known)}{near}")
-    return (templates / f"{name}{ending}").read_bytes()
-
-
-def _templates() -> Path | zipfile.Path | None:
-    """Where deepmriprep's data lie; the package, which needs others, is not imported."""
-    if named := os.environ.get(WHEEL):
-        if Path(named).is_dir():
-            return Path(named) / TEMPLATES
-        if not zipfile.is_zipfile(named):
-            raise AtlasError(f"${WHEEL} names {named}, which is neither deepmriprep's wheel nor a folder")
-        return zipfile.Path(named, TEMPLATES)
-    spec = importlib.util.find_spec("deepmriprep")
-    return None if spec is None or spec.origin is None else Path(spec.origin).parents[1] / TEMPLATES
 
 
 def _harvard_oxford(grid: Grid) -> Atlas:
@@ -286,7 +184,7 @@ def _harvard_oxford(grid: Grid) -> Atlas:
     labels, tables = np.zeros(grid.shape, np.int32), []
     for part in parts:
         values, affine = upright(part.maps.get_fdata(dtype=np.float32), part.maps.affine)
-        names = [(1000 * len(tables) + number, *_split_side(name)) for number, name in enumerate(part.labels) if number]
+        names = [(1000 * len(tables) + number, *split_side(name)) for number, name in enumerate(part.labels) if number]
         names = [row for row in names if not re.search("Cerebral (Cortex|White Matter)|Background", row[1])]
         on = _on(values, affine, np.eye(4), grid) + 1000 * len(tables)
         tables.append(pd.DataFrame(names, columns=["label", "region", "side"]))
@@ -321,19 +219,6 @@ def _complete(named: pd.DataFrame | None, found: np.ndarray) -> pd.DataFrame:
     missing = sorted(set(found.tolist()) - set(named["label"]))
     rest = pd.DataFrame({"label": missing, "region": [f"label {each}" for each in missing], "side": BOTH})
     return pd.concat([each for each in (named, rest) if len(each)], ignore_index=True).astype({"label": int})
-
-
-def _split_side(name: str) -> tuple[str, str]:
-    """A region's name without its side, and the side."""
-    plain = re.sub(r"[\s_]+", " ", str(name)).strip()
-    if found := re.search(r"(?:^|(?<=[ -]))(left|lh|right|rh|bothside)(?:[ -]|$)", plain, re.IGNORECASE):
-        return (plain[:found.start()] + plain[found.end():]).strip(" -"), SIDES[found[1].casefold()]
-    words = plain.split(" ")
-    for place in (0, -1):
-        if len(words) > 1 and words[place] in SIDES:
-            side = SIDES[words.pop(place)]
-            return " ".join(words), side
-    return plain, BOTH
 
 
 def _on(values: np.ndarray, affine: np.ndarray, matrix: np.ndarray, grid: Grid) -> np.ndarray:

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from kit.evaluate.metrics import bootstrap
-from kit.explain.atlas import BOTH, Atlas, load_atlas
+from kit.explain.atlas import Atlas, load_atlas
+from kit.explain.label_names import BOTH
 from kit.explain.saliency import Maps
 from kit.store.grid import Grid
 from kit.store.store import Store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kit.explain.atlas import atlas_names
+from kit.explain.atlas_files import atlas_names
 from tests.conftest import absent
 
 

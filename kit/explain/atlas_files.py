@@ -1,0 +1,70 @@
+"""The atlases in deepmriprep's wheel: its data files alone, for the package needs others to be imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import zipfile
+from difflib import get_close_matches
+from pathlib import Path
+
+WHEEL = "KIT_DEEPMRIPREP"  # environment variable: deepmriprep's wheel, or a folder that it was unpacked into
+TEMPLATES = "deepmriprep/data/templates/"
+UNSTATED = "not stated there"
+
+# The wheel's own licence, MIT, is that of its code. Its atlases have the names and tables of CAT12's, and this is what
+# CAT12 says of each (github.com/ChristianGaser/cat12, templates_MNI152NLin2009cAsym/*.txt), or who is named.
+LICENCES = {
+    "Schaefer2018": "MIT (nilearn's description of the atlas)",
+    "aal3": f"{UNSTATED}; nilearn says of AAL: unknown; cite Rolls et al. 2020",
+    "anatomy3": f"{UNSTATED}; cite Eickhoff et al. 2005",
+    "cobra": f"{UNSTATED}; of its parts, the hippocampus is for academic, non-commercial research (TIGRLab)",
+    "hammers": "academic, non-commercial research and teaching, after filling out its agreement; not for patient care",
+    "ibsr": "research on segmentation; anatomical studies and published images need the holder's permission",
+    "julichbrain": f"{UNSTATED}; cite Amunts et al. 2020",
+    "lpba40": "LONI Research License: no commercial use",
+    "mori": f"{UNSTATED}; cite Oishi et al. 2009",
+    "neuromorphometrics": "CC BY-NC; credit OASIS, and Neuromorphometrics, Inc., under academic subscription",
+    "suit": "CC BY-NC 3.0; cite Diedrichsen et al. 2009",
+    "thalamic_nuclei": "CC BY 4.0; cite Saranathan et al. 2021",
+    "thalamus": "all rights reserved, University of Lausanne 2018; cite Najdenovska et al. 2018",
+}
+
+
+class AtlasError(ValueError):
+    """An atlas cannot be used; the message names it, what is wrong and what to do."""
+
+
+def atlas_names() -> list[str]:
+    """Names of deepmriprep's atlases, none where it is not there."""
+    folder = templates()
+    return [] if folder is None else sorted(path.name.removesuffix(".csv") for path in folder.iterdir()
+                                            if path.name.endswith(".csv"))
+
+
+def wheel_file(name: str, ending: str) -> bytes:
+    """Read the file of an atlas: `.nii.gz`, its labels, or `.csv`, their names.
+
+    Raises:
+        AtlasError: deepmriprep is not there, or has no such atlas.
+    """
+    folder = templates()
+    if folder is None:
+        raise AtlasError(f"atlas deepmriprep:{name}: deepmriprep is not here; pip install deepmriprep==0.3.0, or "
+                         f"pip download --no-deps deepmriprep==0.3.0 and name the wheel in ${WHEEL}")
+    if name not in (known := atlas_names()):
+        near = "".join(f"; did you mean {each}?" for each in get_close_matches(name, known, 1))
+        raise AtlasError(f"atlas deepmriprep:{name}: deepmriprep has {', '.join(known)}{near}")
+    return (folder / f"{name}{ending}").read_bytes()
+
+
+def templates() -> Path | zipfile.Path | None:
+    """Where deepmriprep's data lie; the package, which needs others, is not imported."""
+    if named := os.environ.get(WHEEL):
+        if Path(named).is_dir():
+            return Path(named) / TEMPLATES
+        if not zipfile.is_zipfile(named):
+            raise AtlasError(f"${WHEEL} names {named}, which is neither deepmriprep's wheel nor a folder")
+        return zipfile.Path(named, TEMPLATES)
+    spec = importlib.util.find_spec("deepmriprep")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parents[1] / TEMPLATES
