@@ -10,7 +10,11 @@
 - completeness: do integrated gradients sum to what they should?
 - agreement: how like is it to the other methods' maps? Told, not judged: all may be wrong together.
 
-A rank correlation is Spearman's, of absolute values inside the brain.
+A rank correlation is Spearman's, of absolute values inside the brain. Methods that multiply by the scan have that
+factor in common whatever the weights are: for the first two checks theirs is the partial correlation, given the scan.
+
+A map may be true to a model of random weights, and pass all of these: that the model itself predicts better than chance
+is asked, too.
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import nn
 
 from kit.device import evaluation, scans_at_a_time
 from kit.explain.asked import Asked
-from kit.explain.saliency import SIGNED, baseline_of, cubes, frozen
+from kit.explain.saliency import CONTRIBUTIONS, TIMES_IMAGE, baseline_of, cubes, frozen
 from kit.explain.targets import encoder_of
 from kit.models.features import stages_of
 from kit.provenance import write_stamped
@@ -112,16 +116,30 @@ def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
     return [*groups, ("what is before them", rest)]
 
 
-def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray) -> float:
+def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, given: np.ndarray | None = None) -> float:
     """Spearman's rank correlation, -1 to 1, of two maps' absolute values inside a mask.
 
     All are (depth, height, width). nan where a map is constant inside the mask: it then has no ranks.
+
+    Args:
+        given: a third such array: the partial correlation, of what its absolute values do not explain.
     """
     inside = np.asarray(mask, dtype=bool)
-    first, second = np.abs(first[inside]), np.abs(second[inside])
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    ranked = [rankdata(np.abs(each[inside])) for each in (first, second, given) if each is not None]
+    if np.ptp(ranked[0]) == 0 or np.ptp(ranked[1]) == 0:
         return float("nan")
-    return float(spearmanr(first, second).statistic)
+    of = np.corrcoef(ranked)
+    if given is None or np.ptp(ranked[2]) == 0:
+        return float(of[0, 1])
+    left = np.sqrt((1 - of[0, 2] ** 2) * (1 - of[1, 2] ** 2))
+    return float((of[0, 1] - of[0, 2] * of[1, 2]) / left) if left > 1e-9 else float("nan")
+
+
+def _likeness(asked: Asked, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
+    """Of two models' maps of one scan: see the module's text."""
+    image, mask = asked.read(scan)
+    given = image - baseline_of(image, mask, asked.options) if method in TIMES_IMAGE else None
+    return rank_correlation(found, other, mask, given)
 
 
 def randomisation(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
@@ -141,7 +159,7 @@ def randomisation(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: in
     plan = [("cascading", groups[: number + 1]) for number in range(len(groups))]
     plan += [("independent", [group]) for group in groups[1:]]
     sizes = {name: parameter.numel() for name, parameter in asked.model.named_parameters()}
-    mask, rows = asked.store.read(scan)[1], []
+    rows = []
     for how, drawn in progress(plan, desc="randomised copies"):
         names = [name for _, members in drawn for name in members]
         fresh = reinitialised(asked.model, seed, names)
@@ -149,8 +167,8 @@ def randomisation(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: in
         share = sum(size for name, size in sizes.items()
                     if any(name.startswith(f"{each}.") for each in names)) / sum(sizes.values())
         for method, found in maps.items():
-            other = asked.map(scan, method, model=fresh)
-            rows.append((method, scan, how, layers, share, rank_correlation(found, other, mask)))
+            likeness = _likeness(asked, scan, method, found, asked.map(scan, method, model=fresh))
+            rows.append((method, scan, how, layers, share, likeness))
     return pd.DataFrame(rows, columns=["method", "scan", "how", "layers", "share", "rank_correlation"])
 
 
@@ -171,7 +189,7 @@ def curves(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) 
     ends = _outputs(score, [image, empty], asked)
     orders = {}
     for method, found in maps.items():
-        weight = found * (np.sign(ends[0] - ends[1]) or 1.0) if method in SIGNED else np.abs(found)
+        weight = found * (np.sign(ends[0] - ends[1]) or 1.0) if method in CONTRIBUTIONS else np.abs(found)
         held = np.bincount(number[mask], weights=weight[mask], minlength=count)
         orders[method] = np.argsort(-held, kind="stable")
     rng = np.random.default_rng([seed, 1806])
@@ -325,8 +343,8 @@ def _numbers(asked: Asked, scan: str, maps: dict[str, np.ndarray], copies: pd.Da
     cascade = copies[copies["how"] == "cascading"].groupby("method", sort=False)["rank_correlation"]
     table = pd.DataFrame({"randomised": cascade.nth(-1).to_numpy(), "head": cascade.nth(0).to_numpy()},
                          index=list(maps))
-    table["shuffled"] = [np.nan if shuffled is None else rank_correlation(
-        found, asked.map(scan, method, model=shuffled), mask) for method, found in maps.items()]
+    table["shuffled"] = [np.nan if shuffled is None else _likeness(
+        asked, scan, method, found, asked.map(scan, method, model=shuffled)) for method, found in maps.items()]
     table = table.join(areas(curves(asked, scan, maps, seed))).join(stability(asked, scan, maps, seed))
     table["outside"] = [outside_share(found, mask) for found in maps.values()]
     table["incomplete"] = [incompleteness(asked, scan, found) if method == "integrated_gradients" else np.nan
@@ -351,9 +369,10 @@ def verdicts(table: pd.DataFrame, learned: str = "", least: Thresholds = THRESHO
     rows = []
     for method, row in means.iterrows():
         faults = [learned] * bool(learned) + _faults(row, least)
+        anew = "none" if np.isnan(row["randomised"]) else f"another ({row['randomised']:.2f})"
         words = "not supported: " + "; ".join(faults) if faults else (
-            f"passes: another map with random weights ({row['randomised']:.2f}), beats random order by "
-            f"{row[['deletion', 'insertion']].mean():.2f}, stable ({min(row['noise'], row['shift']):.2f})")
+            f"passes: {anew} with random weights, beats random order by {row[['deletion', 'insertion']].mean():.2f}, "
+            f"stable ({min(row['noise'], row['shift']):.2f})")
         rows.append((method, not faults, words))
     return pd.DataFrame(rows, columns=["method", "supported", "verdict"])
 

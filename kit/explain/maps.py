@@ -163,7 +163,7 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
       of whose class it is surest; of a number those with the highest prediction.
     - `worst`: the errors of which it is surest; of a number the largest.
     - `random`: drawn.
-    - `controls`: drawn of the first class.
+    - `controls`: drawn of the first class; a number has none, which is printed.
 
     Args:
         model: a run of 3_finetune.
@@ -177,7 +177,7 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
         true and what the model says, in words.
 
     Raises:
-        ValueError: controls of a number, or nobody there is.
+        ValueError: nobody there is.
     """
     task = json.loads((model / "task.json").read_text(encoding="utf-8")) if (model / "task.json").exists() else {}
     known = _predicted(model, list(task.get("classes") or ()))
@@ -186,7 +186,8 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
     groups = {}
     for name in whom:
         if name == "controls" and known["chance"].isna().all():
-            raise ValueError(f"whom: {task.get('task', 'this')} is a number, which has no controls; leave them out")
+            print(f"whom: {task.get('task', 'this')} is a number, which has no controls")
+            continue
         groups[name] = _group(known, name, rows, first, count, seed)
     listed = list(dict.fromkeys(scan for scans in groups.values() for scan in scans))
     if not listed:
@@ -230,7 +231,7 @@ def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, first: np.ndarray
         return _drawn(rows[keep], count, seed)["scan"].tolist()
     if name == "worst":
         error = (known["predicted"] - known["true"]).abs() if number else 1 - known["chance"]
-        ranked = known.assign(rank=error)[(error > 0.5) | number]
+        ranked = known.assign(rank=error)[~known["right"] | number]
     else:
         two = not number and "predicted_0" not in known
         ranked = known.assign(rank=known["predicted"])[(known["true"] == 1) if two else known["right"]]
@@ -252,9 +253,10 @@ def no_better_than_chance(model: Path) -> str:
     metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
     record = json.loads((model / "task.json").read_text(encoding="utf-8"))
     if record["kind"] == "classification":
-        low = metrics.get("in_distribution_auc_low")
-        words = f"the model itself predicts no better than chance (AUC {metrics['in_distribution_auc']:.2f}"
-        return "" if low is None or low > 0.5 else f"{words}, interval from {low:.2f})"
+        auc, low = metrics["in_distribution_auc"], metrics.get("in_distribution_auc_low")
+        low = auc if low is None or np.isnan(low) else low  # of too few participants there is no interval
+        return "" if low > 0.5 else ("the model itself predicts no better than chance "
+                                     f"(AUC {auc:.2f}, interval from {low:.2f})")
     known = _predicted(model, [])
     true, error = known["true"].to_numpy(), (known["predicted"] - known["true"]).abs().to_numpy()
     guess = np.abs(true - np.median(true)).mean()
@@ -333,9 +335,12 @@ def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]
 
 
 def region_means(maps: Maps, store: Store, run: Run) -> pd.DataFrame:
-    """Regions' shares of each method's maps, as means over scans; also written to `regions.csv`."""
+    """Regions' shares of each method's maps, as means over scans; also written to `regions.csv`.
+
+    Maps that are zero, such as Grad-CAM's where nothing raises the output, say nothing and are left out.
+    """
     tables = [region_table(values, store.read(scan)[1], store.grid).assign(scan=scan, method=method)
-              for (scan, method), values in maps.items()]
+              for (scan, method), values in maps.items() if values.any()]
     table = pd.concat(tables, ignore_index=True)
     means = table.groupby(["method", "region", "side"], sort=False).mean(numeric_only=True).reset_index()
     write_stamped(run / "regions.csv", means)

@@ -45,6 +45,8 @@ from kit.models.features import stages_of
 from kit.params import METHODS
 
 SIGNED = frozenset({"gradient_x_input", "integrated_gradients", "guided_backpropagation", "occlusion"})
+CONTRIBUTIONS = SIGNED - {"guided_backpropagation"}  # which say how much a voxel adds to the output
+TIMES_IMAGE = frozenset({"gradient_x_input", "integrated_gradients"})  # which multiply by the scan less a baseline
 CAMS = ("grad_cam", "grad_cam_pp")
 GRADIENT_VOXELS = 2**22  # run at a time with gradients: one scan of 150x192x192, 32 of the demo's
 Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, width) float32
