@@ -321,7 +321,7 @@ class Saliency(Parameters):
     whom: Annotated[list[Literal["surest", "worst", "random", "controls"]], Field(min_length=1)] = ["surest",
                                                                                                     "controls"]
     participants: Positive = 2  # test participants of each of these
-    steps: Positive = 16  # of integrated gradients
+    steps: Positive = 32  # of integrated gradients
     samples: Positive = 8  # of SmoothGrad
     noise: Annotated[float, Field(gt=0, le=5)] = 0.5  # of SmoothGrad, in SD of the brain's voxels
     baseline: Literal["zero", "mean_brain", "blurred"] = "zero"  # of integrated gradients and occlusion

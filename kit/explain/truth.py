@@ -108,7 +108,7 @@ def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> p
             rows = pd.DataFrame({"scan": []})
             question_of = question("prediction", on_device(model), record, asked.store, rows)
             here, of_task = Asked(model, question_of.of, question_of.words, asked.store, asked.options), record["task"]
-        scans = tested_with_place(folder, asked.store, of_task, params.truth_participants, params.seed)
+        scans = scans_with_place(folder, asked.store, of_task, params.truth_participants, params.seed)
         found = summary(measure(here, scans, params.methods, of_task), asked.store, params.seed)
         found.insert(0, "task", of_task)
         found.insert(0, "model", name)
@@ -118,7 +118,7 @@ def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> p
     return table
 
 
-def tested_with_place(model: Path, store: Store, task: str, count: int, seed: int) -> list[str]:
+def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int) -> list[str]:
     """Scans of tested participants, in distribution, in whom the place of the task's effect is known, one of each."""
     tested = read_table(model / "predictions.csv", text=("scan", "participant"))
     tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]

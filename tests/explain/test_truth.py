@@ -3,12 +3,26 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from kit.explain.truth import against_place, implant_lesion, inside_known_places, summary
+from kit.evaluate.finetune import load_predictor, run_finetune
+from kit.explain.maps import ask, open_model
+from kit.explain.shuffled import shuffled_model
+from kit.explain.truth import (
+    against_place,
+    implant_lesion,
+    inside_known_places,
+    scans_with_place,
+    summary,
+    truth_table,
+)
+from kit.params import Finetune, Saliency
 from kit.preprocess.nifti import write_nifti
 from kit.preprocess.template import template_on
+from kit.reading import check
 from kit.runs import Run
 from kit.store.grid import Grid
+from kit.store.store import Store
 from tests.conftest import make_store
 
 GRID = Grid((36, 48, 40), 4.0)
@@ -98,3 +112,36 @@ def test_a_lesion_is_dark_and_where_it_was_put():
     assert not np.array_equal(implant_lesion(image, brain, GRID, at, 12.0, seed=4)[1], lesion)
     with pytest.raises(ValueError, match="no voxel within 5 mm"):
         implant_lesion(image, brain, GRID, (-77.0, -110.0, -63.0), 5.0, seed=0)
+
+
+def test_models_are_held_against_the_same_people(tmp_path):
+    """Through the notebook's functions: two models that hardly learned, and one more of shuffled labels."""
+    folder = tmp_path / "store"
+    made = make_store(folder)
+    corner = np.indices(made.grid.shape)
+    corner = (corner[1] >= 11) & (corner[2] >= 15)  # where `make_store` puts what it calls a lesion
+    for scan in made.index.loc[made.index["lesion"] == 1, "scan"]:
+        write_nifti(folder / f"effects/{scan}_lesion.nii.gz", corner.astype(np.float32), made.grid.affine)
+    made.index.rename(columns={"lesion": "stroke"}).to_csv(folder / "index.csv", index=False)
+    store = Store.open(folder)
+    for name, seed in (("one", 0), ("other", 1)):
+        params = check(Finetune, {"prepared": folder, "output_dir": tmp_path / name, "task": "stroke", "steps": 4,
+                                  "check_steps": 2, "encoder": "random:resnet18_narrow", "batch_size": 8,
+                                  "check_trained": False, "seed": seed})
+        run_finetune(params, Run.of(params))
+    params = check(Saliency, {"prepared": folder, "model": tmp_path / "one", "compare": {"other": tmp_path / "other"},
+                              "methods": ["gradient", "grad_cam_pp"], "truth_participants": 3, "whom": ["random"],
+                              "output_dir": tmp_path / "run"})
+    run = Run.of(params)
+    opened = open_model(params, store, run)
+    table = truth_table(params, ask(params, opened, store), "stroke", run)
+    assert list(zip(table["model"], table["method"], strict=True)) == [
+        (model, method) for model in ("model", "other") for method in ("gradient", "grad_cam_pp")]
+    assert table["task"].eq("stroke").all() and (table["participants"] + table["silent"]).eq(3).all()
+    scans = [scans_with_place(tmp_path / name, store, "stroke", 3, 0) for name in ("one", "other")]
+    assert scans[0] == scans[1] and store.index.set_index("scan").loc[scans[0], "stroke"].eq(1).all()
+    assert len(pd.read_csv(run / "truth.csv")) == 4
+
+    shuffled = shuffled_model(tmp_path / "one", steps=2)
+    learned, _ = load_predictor(tmp_path / "one", store.record)
+    assert not torch.equal(shuffled.head.weight.cpu(), learned.head.weight)
