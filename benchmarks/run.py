@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from benchmarks.ratio import Ratio
 from kit.runs import outputs_dir, shown, write_json
 
-MODULES = ("data", "views", "training", "evaluation", "learning")
+MODULES = ("data", "views", "training", "evaluation", "explaining", "learning")
 
 
 def measure(module: str) -> list[Ratio]:

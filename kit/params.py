@@ -41,6 +41,9 @@ Precision = Literal["fp32", "bf16"]
 ARCHITECTURES: tuple[str, ...] = Architecture.__args__
 Baseline = Literal["guess", "demographics", "site", "volumes", "voxels", "random init"]
 BASELINES: tuple[str, ...] = Baseline.__args__
+Method = Literal["gradient", "gradient_x_input", "smoothgrad", "integrated_gradients", "grad_cam", "grad_cam_pp",
+                 "guided_backpropagation", "occlusion", "attention_rollout"]
+METHODS: tuple[str, ...] = Method.__args__
 
 
 def _unusable_flag(name: str) -> str:
@@ -306,23 +309,56 @@ class Finetune(Tuning):
 
 
 class Saliency(Parameters):
-    """4_saliency: where a fine-tuned model looks."""
+    """4_saliency: where a model looks, and whether the picture is to be believed."""
 
     prepared: ProjectPath
-    model: ProjectPath  # a run of 3_finetune in mode finetune
-    methods: list[Literal["gradient", "integrated_gradients"]] = ["gradient", "integrated_gradients"]
-    participants: Positive = 2  # test participants to draw
-    steps: Positive = 16  # of integrated gradients
+    model: ProjectPath  # a run of 3_finetune in mode finetune, or an encoder's: a run of 2_pretrain
+    # besides: gradient_x_input, grad_cam_pp, guided_backpropagation, occlusion, attention_rollout (ViTs)
+    methods: Annotated[list[Method], Field(min_length=1)] = ["gradient", "smoothgrad", "integrated_gradients",
+                                                             "grad_cam"]
+    target: str = "prediction"  # or a class; of an encoder similarity, views, component
+    like: str | None = None  # target similarity: like which scan; null: the first shown
+    whom: Annotated[list[Literal["surest", "worst", "random", "controls"]], Field(min_length=1)] = ["surest",
+                                                                                                    "controls"]
+    participants: Positive = 2  # test participants of each of these
+    steps: Positive = 32  # of integrated gradients
+    samples: Positive = 8  # of SmoothGrad
+    noise: Annotated[float, Field(gt=0, le=5)] = 0.5  # of SmoothGrad, in SD of the brain's voxels
+    baseline: Literal["zero", "mean_brain", "blurred"] = "zero"  # of integrated gradients and occlusion
+    layer: int | str | None = None  # of Grad-CAM: a stage from 1, or a module's name; null: the last stage
+    patch_mm: Annotated[float, Field(gt=0, le=100)] = 24.0  # side of occlusion's cubes
+    check_scans: Positive = 1  # scans that the checks are made on
+    label_randomised: bool = False  # check against a model that is fine-tuned once on shuffled labels
+    label_steps: Positive = 100  # of it, at most
+    truth_participants: Annotated[int, Field(ge=0)] = 6  # tested, whose effect's place is known; 0: none
+    compare: dict[str, ProjectPath] = {}  # more runs of 3_finetune for the table of known places, by name
+    # of the regions: deepmriprep:NAME, harvard-oxford, tissues, or a NIfTI; null: deepmriprep's AAL3 if it is installed
+    atlas: str | None = None
+    atlas_names: ProjectPath | None = None  # a table of a NIfTI's labels: index, label
+    cohort: str | None = None  # that was prepared: maps are then written in the scans' own space, too
     allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
     seed: Seed = 0
 
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared)
-        needed = ("model.safetensors", "task.json", "predictions.csv")
-        if missing := [name for name in needed if not (self.model / name).exists()]:
-            problems.append(f"model: {shown(self.model)} holds no {' and no '.join(missing)}; "
-                            "run 3_finetune (mode finetune) to its end first")
-        return problems
+        problems += [line for name, folder in self.compare.items() for line in _model_problems(f"compare.{name}",
+                                                                                             folder)]
+        if not (self.model / "task.json").exists() and (self.model / "encoder.safetensors").is_file():
+            if self.target not in (of := ("similarity", "views", "component")):
+                problems.append(f"target: got {self.target!r}; an encoder without a head has {', '.join(of)}")
+            if self.whom != ["random"]:
+                problems.append("whom: of an encoder without a head nobody can be surest, worst or a control; give "
+                                "[random]")
+            if self.label_randomised:
+                problems.append("label_randomised: an encoder has no labels; set it to false")
+            return problems
+        return problems + _model_problems("model", self.model)
+
+
+def _model_problems(name: str, folder: Path) -> list[str]:
+    missing = [file for file in ("model.safetensors", "task.json", "predictions.csv") if not (folder / file).exists()]
+    return [f"{name}: {shown(folder)} holds no {' and no '.join(missing)}; run 3_finetune (mode finetune) to its end "
+            "first"] if missing else []
 
 
 class Benchmark(Tuning):

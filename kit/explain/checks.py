@@ -1,42 +1,92 @@
-"""Does a saliency map depend on what the model has learnt? The model parameter randomisation check.
+"""Can a map be believed? Its method's checks, in numbers and in words.
 
-Adebayo et al., Sanity Checks for Saliency Maps, arXiv 1810.03292: draw the map again from a model whose
-weights are random, and compare. A rank correlation near 0 means that the map comes from the learnt weights.
-Near 1 means that the picture would look the same had the model learnt nothing: it shows the scan (its edges)
-or the network's layout, and must not be read as what the model uses. Integrated gradients multiply by
-the image, so that part of any agreement is the image itself.
+- randomisation: is the map another one once the weights are drawn anew, from the head down (cascading) and a layer at
+  a time (independent)? Adebayo et al., Sanity Checks for Saliency Maps, arXiv 1810.03292.
+- label randomisation: is it another one where the same network learned shuffled labels? (the same paper)
+- deletion, insertion: does the output go where the map says, faster than in random order? Petsiuk et al., RISE,
+  arXiv 1806.07421; here by cubes of brain, whose replacement is less of a texture than that of single voxels.
+- noise, shift: is it the same map after a little noise, and after a shift by one voxel?
+- outside: how much of it lies where there is no brain?
+- completeness: do integrated gradients sum to what they should?
+- agreement: how like is it to the other methods' maps? Told, not judged: all may be wrong together.
+
+A rank correlation is Spearman's, of absolute values inside the brain. Methods that multiply by the scan have that
+factor in common whatever the weights are: for the first two checks theirs is the partial correlation, given the scan.
+
+A map may be true to a model of random weights, and pass all of these: that the model itself predicts better than chance
+is asked, too.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import nn
 
-from kit.explain.saliency import Maps, saliency
+from kit.device import evaluation, scans_at_a_time
+from kit.explain.asked import Asked
+from kit.explain.saliency import CONTRIBUTIONS, TIMES_IMAGE, baseline_of, cubes, frozen
+from kit.explain.targets import encoder_of
+from kit.models.features import stages_of
 from kit.provenance import write_stamped
-from kit.runs import Run
-from kit.store.store import Store
+from kit.runs import Run, progress
+
+FRACTIONS = np.linspace(0, 1, 9)  # of the brain that is deleted or inserted
+ORDERS = 3  # random ones
+NOISE_SD = 0.05  # of the brain's standard deviation: less than what a scanner adds between two scans
 
 
-def reinitialised(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy of a model with the weights of all layers drawn anew; the model itself is left alone.
+class Thresholds(NamedTuple):
+    """What a map must keep to be called supported. They are judgement, not theory; each says why.
+
+    Attributes:
+        randomised: largest rank correlation with the map of random weights. Half: the maps that Adebayo et al. call
+            unchanged stay far above it, those they accept fall to 0.2 and below; smooth maps agree by chance up to it.
+        shuffled: the same for a model of shuffled labels.
+        faithful: smallest mean area by which deletion and insertion beat random order, as a share of the range of all
+            curves; random orders differ from each other by about that much.
+        stable: smallest rank correlation after noise and shift. Half: below it most of the map is not about this brain.
+        outside: largest share outside the brain over that of an even map: above 1 the map prefers the empty box.
+        incomplete: largest relative error of integrated gradients' sum; 5 % is what their authors ask for.
+    """
+
+    randomised: float = 0.5
+    shuffled: float = 0.5
+    faithful: float = 0.05
+    stable: float = 0.5
+    outside: float = 1.0
+    incomplete: float = 0.05
+
+
+THRESHOLDS = Thresholds()
+
+
+def reinitialised(model: nn.Module, seed: int, only: Sequence[str] | None = None) -> nn.Module:
+    """Return a copy of a model with the weights of layers drawn anew; the model itself is left alone.
 
     Layers draw by their own `reset_parameters`; BatchNorm forgets its running statistics too. Parameters that
     no such layer owns (class tokens, position embeddings) are drawn from a normal distribution of the mean
     and standard deviation they had. Drawn on the CPU, so that a seed gives the same copy on every device.
+
+    Args:
+        model: any.
+        seed: of the weights.
+        only: names of modules, which stand for all within them; None: all.
     """
     device = next(model.parameters()).device
     fresh = copy.deepcopy(model).cpu()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         # A stream of its own: the plain seed could draw the very weights that training started from.
         torch.manual_seed(int(np.random.SeedSequence([1810, 3292, seed]).generate_state(1)[0]))
-        for module in fresh.modules():
+        for name, module in fresh.named_modules():
+            if only is not None and not any(name == each or name.startswith(f"{each}.") for each in only):
+                continue
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
                 continue
@@ -45,39 +95,311 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
     return fresh.to(device)
 
 
-def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray) -> float:
+def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """The layers with weights from the head down, in groups: (what they are called, their modules' names).
+
+    Of the kit's networks head, four stages (a ViT's blocks in four) and what is before them; of others their children.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    encoder = encoder_of(model)
+    if encoder is None:
+        return [(name, [name]) for name, child in model.named_children()
+                if next(child.parameters(), None) is not None][::-1]
+    stages = stages_of(encoder)
+    parts = np.array_split(np.arange(len(stages)), min(4, len(stages)))[::-1]
+    groups = [("head", ["head"])] if "head" in dict(model.named_children()) else []
+    groups += [(f"stage {part[0] + 1}" + (f" to {part[-1] + 1}" if len(part) > 1 else ""),
+                [names[stages[number]] for number in part]) for part in parts]
+    taken = [name for _, members in groups for name in members]
+    rest = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+            and not any(name == each or name.startswith(f"{each}.") for each in taken)]
+    return [*groups, ("what is before them", rest)]
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, given: np.ndarray | None = None) -> float:
     """Spearman's rank correlation, -1 to 1, of two maps' absolute values inside a mask.
 
     All are (depth, height, width). nan where a map is constant inside the mask: it then has no ranks.
-    """
-    inside = np.asarray(mask, dtype=bool)
-    first, second = np.abs(first[inside]), np.abs(second[inside])
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return float("nan")
-    return float(spearmanr(first, second).statistic)
-
-
-def randomisation_check(model: nn.Module, store: Store, maps: Maps, n_steps: int, seeds: Sequence[int],
-                        run: Run) -> pd.DataFrame:
-    """Compare the first scan's maps with those that randomly initialised copies of the model give for it.
 
     Args:
-        model, maps, n_steps: the trained model, its maps, and how these were made; see `saliency`.
-        store: of the scans.
-        seeds: one randomised copy each.
+        given: a third such array: the partial correlation, of what its absolute values do not explain.
+    """
+    inside = np.asarray(mask, dtype=bool)
+    ranked = [rankdata(np.abs(each[inside])) for each in (first, second, given) if each is not None]
+    if np.ptp(ranked[0]) == 0 or np.ptp(ranked[1]) == 0:
+        return float("nan")
+    of = np.corrcoef(ranked)
+    if given is None or np.ptp(ranked[2]) == 0:
+        return float(of[0, 1])
+    left = np.sqrt((1 - of[0, 2] ** 2) * (1 - of[1, 2] ** 2))
+    return float((of[0, 1] - of[0, 2] * of[1, 2]) / left) if left > 1e-9 else float("nan")
+
+
+def _likeness(asked: Asked, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
+    """Of two models' maps of one scan: see the module's text."""
+    image, mask = asked.read(scan)
+    given = image - baseline_of(image, mask, asked.options) if method in TIMES_IMAGE else None
+    return rank_correlation(found, other, mask, given)
+
+
+def randomisation(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
+    """Maps of one scan beside those of copies whose layers are drawn anew.
+
+    Args:
+        asked: the model and what is asked of it.
+        scan: whose.
+        maps: by method.
+        seed: of the weights.
 
     Returns:
-        A row per seed and method: `method`, `seed`, `rank_correlation` (what it means: the module's text); also
-        written to `randomisation.csv`.
+        A row per method and copy: `method`, `scan`, `how` (cascading or independent), `layers` (drawn anew), `share`
+        of the model's weights that these are, `rank_correlation`.
     """
-    first = next(iter(maps))[0]
-    image, mask = store.read(first)
+    groups = layer_groups(asked.model)
+    plan = [("cascading", groups[: number + 1]) for number in range(len(groups))]
+    plan += [("independent", [group]) for group in groups[1:]]
+    sizes = {name: parameter.numel() for name, parameter in asked.model.named_parameters()}
     rows = []
-    for seed in seeds:
-        fresh = reinitialised(model, seed)
-        for method, found in ((method, found) for (scan, method), found in maps.items() if scan == first):
-            random_map = saliency(fresh, image, mask, method, n_steps=n_steps)
-            rows.append((method, seed, rank_correlation(found, random_map, mask)))
-    table = pd.DataFrame(rows, columns=["method", "seed", "rank_correlation"])
-    write_stamped(run / "randomisation.csv", table)
-    return table
+    for how, drawn in progress(plan, desc="randomised copies"):
+        names = [name for _, members in drawn for name in members]
+        fresh = reinitialised(asked.model, seed, names)
+        layers = drawn[0][0] if len(drawn) == 1 else f"{drawn[0][0]} to {drawn[-1][0]}"
+        share = sum(size for name, size in sizes.items()
+                    if any(name.startswith(f"{each}.") for each in names)) / sum(sizes.values())
+        for method, found in maps.items():
+            likeness = _likeness(asked, scan, method, found, asked.map(scan, method, model=fresh))
+            rows.append((method, scan, how, layers, share, likeness))
+    return pd.DataFrame(rows, columns=["method", "scan", "how", "layers", "share", "rank_correlation"])
+
+
+def curves(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
+    """The output while cubes of brain are deleted from a scan or inserted into the baseline, the strongest first.
+
+    Cubes have half the side of occlusion's, two voxels at least, and are replaced by the baseline. Those that a signed
+    map says to push the output away from the baseline's come first.
+
+    Returns:
+        A row per order, kind and fraction: `method` (or `random 0`, ...), `kind` (deletion or insertion), `fraction` of
+        the cubes, `output`.
+    """
+    image, mask = asked.read(scan)
+    score, side = asked.of(asked.model, scan), max(2, asked.options.patch // 2)
+    number = cubes(mask, side)
+    count, empty = int(number[mask].max()) + 1, baseline_of(image, mask, asked.options)
+    ends = _outputs(score, [image, empty], asked)
+    orders = {}
+    for method, found in maps.items():
+        weight = found * (np.sign(ends[0] - ends[1]) or 1.0) if method in CONTRIBUTIONS else np.abs(found)
+        held = np.bincount(number[mask], weights=weight[mask], minlength=count)
+        orders[method] = np.argsort(-held, kind="stable")
+    rng = np.random.default_rng([seed, 1806])
+    orders |= {f"random {turn}": rng.permutation(count) for turn in range(ORDERS)}
+    jobs = [(name, kind, fraction) for name in orders for fraction in FRACTIONS for kind in ("deletion", "insertion")]
+    place = {name: np.append(np.argsort(order), count) for name, order in orders.items()}  # outside is the same in both
+
+    def changed(name: str, kind: str, fraction: float) -> np.ndarray:
+        first = place[name][number] < round(fraction * count)
+        return np.where(first == (kind == "insertion"), image, empty)
+
+    outputs = _outputs(score, (changed(*job) for job in jobs), asked, len(jobs))
+    return pd.DataFrame(jobs, columns=["method", "kind", "fraction"]).assign(output=outputs)
+
+
+def areas(table: pd.DataFrame) -> pd.DataFrame:
+    """Areas between a method's curves and random order's, from `curves`.
+
+    Returns:
+        A row a method: `deletion`, `insertion`: how much sooner the output falls, or rises, than in random order, as
+        a share of the range of all curves; 0 is random order's, below 0 is worse.
+    """
+    wide = table.pivot_table(index=["method", "kind"], columns="fraction", values="output")
+    span = float(np.ptp(wide.to_numpy()))
+    ends = wide.xs("deletion", level="kind")
+    rises = np.sign(ends[0.0].mean() - ends[1.0].mean())  # whether the scan's output is above the baseline's
+    area = pd.Series(np.trapezoid(wide.to_numpy(), FRACTIONS, axis=1), wide.index).unstack("kind")
+    chance = area[area.index.str.startswith("random ")].mean()
+    own = area[~area.index.str.startswith("random ")]
+    if span == 0:
+        return own * float("nan")
+    return pd.DataFrame({"deletion": (chance["deletion"] - own["deletion"]) * rises / span,
+                         "insertion": (own["insertion"] - chance["insertion"]) * rises / span})
+
+
+@torch.no_grad()
+def _outputs(score: nn.Module, images: object, asked: Asked, count: int | None = None) -> np.ndarray:
+    """(images,) what a module gives, some at a time."""
+    where, size = next(score.parameters()).device, scans_at_a_time(asked.store.grid.shape)
+    found, waiting = [], []
+    with frozen(score), evaluation(where), progress(total=count, desc="deletion and insertion",
+                                                    disable=count is None) as bar:
+        def run() -> None:
+            batch = torch.from_numpy(np.stack(waiting)[:, None]).to(where)
+            found.append(score(batch).float().cpu().numpy())
+            bar.update(len(waiting))
+            waiting.clear()
+
+        for image in images:
+            waiting.append(np.asarray(image, np.float32))
+            if len(waiting) == size:
+                run()
+        if waiting:
+            run()
+    return np.concatenate(found)
+
+
+def stability(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
+    """Rank correlations of a scan's maps with those after a little noise, and after a shift by one voxel along x.
+
+    Returns:
+        A row a method: `noise`, `shift`.
+    """
+    image, mask = asked.read(scan)
+    noise = np.random.default_rng([seed, 5]).normal(0, NOISE_SD * image[mask].std(), image.shape)
+    noisy = np.where(mask, image + noise, 0).astype(np.float32)
+    shifted = [np.concatenate([np.zeros_like(values[..., :1]), values[..., :-1]], -1) for values in (image, mask)]
+    rows = {}
+    for method, found in maps.items():
+        after = asked.map(scan, method, image=shifted[0], mask=shifted[1])
+        back = np.concatenate([after[..., 1:], np.zeros_like(after[..., :1])], -1)
+        rows[method] = {"noise": rank_correlation(found, asked.map(scan, method, image=noisy, mask=mask), mask),
+                        "shift": rank_correlation(found, back, mask)}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def outside_share(found: np.ndarray, mask: np.ndarray) -> float:
+    """Share of an uncut absolute map outside the brain, over that of an even map; nan where a map is zero."""
+    weight, out = np.abs(found.astype(np.float64)), ~np.asarray(mask, bool)
+    if not (weight.sum() > 0 and out.any()):
+        return float("nan")
+    return float(weight[out].sum() / weight.sum() / out.mean())
+
+
+def incompleteness(asked: Asked, scan: str, found: np.ndarray) -> float:
+    """How far integrated gradients' sum is from what the scan's output has over the baseline's, as a share of that."""
+    image, mask = asked.read(scan)
+    ends = _outputs(asked.of(asked.model, scan), [image, baseline_of(image, mask, asked.options)], asked)
+    difference = float(ends[0] - ends[1])
+    return abs(float(found.sum(dtype=np.float64)) - difference) / abs(difference) if difference else float("nan")
+
+
+def agreement(maps: dict[str, np.ndarray], mask: np.ndarray) -> pd.DataFrame:
+    """Rank correlations of all methods' maps with each other: (methods, methods)."""
+    names = list(maps)
+    return pd.DataFrame([[rank_correlation(maps[one], maps[other], mask) for other in names] for one in names],
+                        index=names, columns=names)
+
+
+class Checked(NamedTuple):
+    """All checks.
+
+    Attributes:
+        table: a row per method and scan: `randomised` and `head` (rank correlation with all layers drawn anew, and with
+            the head alone), `shuffled` (nan where no such model was given), `deletion`, `insertion`, `noise`, `shift`,
+            `outside`, `incomplete` (nan but for integrated gradients), `agreement` (mean with the other methods).
+        randomised: see `randomisation`.
+        agreement: see there, mean over scans.
+        verdicts: see `verdicts`.
+    """
+
+    table: pd.DataFrame
+    randomised: pd.DataFrame
+    agreement: pd.DataFrame
+    verdicts: pd.DataFrame
+
+
+def check_maps(asked: Asked, scans: Sequence[str], methods: Sequence[str], run: Run, *, learned: str = "",
+               shuffled: nn.Module | None = None, seed: int = 0) -> Checked:
+    """Make all checks on some scans; leaves `checks.csv`, `randomisation.csv`, `agreement.csv` and `verdicts.csv`.
+
+    Args:
+        asked: the model and what is asked of it.
+        scans: names; the more, the longer.
+        methods: of the maps.
+        run: that gets the tables.
+        learned: why the model itself is not to be believed, such as that it predicts no better than chance; see
+            `kit.explain.maps.no_better_than_chance`. Then no map of it is supported.
+        shuffled: a model of the same kind that learned shuffled labels.
+        seed: of weights, orders and noise.
+    """
+    tables, copies, alike = [], [], []
+    for scan in scans:
+        mask = asked.read(scan)[1]
+        maps = {method: asked.map(scan, method) for method in methods}
+        copies.append(randomisation(asked, scan, maps, seed))
+        alike.append(agreement(maps, mask))
+        tables.append(_numbers(asked, scan, maps, copies[-1], alike[-1], shuffled, seed))
+    checked = Checked(pd.concat(tables, ignore_index=True), pd.concat(copies, ignore_index=True),
+                      sum(alike) / len(alike), verdicts(pd.concat(tables), learned))
+    for name, table in (("checks", checked.table), ("randomisation", checked.randomised),
+                        ("agreement", checked.agreement.rename_axis("method").reset_index()),
+                        ("verdicts", checked.verdicts)):
+        write_stamped(run / f"{name}.csv", table)
+    return checked
+
+
+def _numbers(asked: Asked, scan: str, maps: dict[str, np.ndarray], copies: pd.DataFrame, alike: pd.DataFrame,
+             shuffled: nn.Module | None, seed: int) -> pd.DataFrame:
+    mask = asked.read(scan)[1]
+    cascade = copies[copies["how"] == "cascading"].groupby("method", sort=False)["rank_correlation"]
+    table = pd.DataFrame({"randomised": cascade.nth(-1).to_numpy(), "head": cascade.nth(0).to_numpy()},
+                         index=list(maps))
+    table["shuffled"] = [np.nan if shuffled is None else _likeness(
+        asked, scan, method, found, asked.map(scan, method, model=shuffled)) for method, found in maps.items()]
+    table = table.join(areas(curves(asked, scan, maps, seed))).join(stability(asked, scan, maps, seed))
+    table["outside"] = [outside_share(found, mask) for found in maps.values()]
+    table["incomplete"] = [incompleteness(asked, scan, found) if method == "integrated_gradients" else np.nan
+                           for method, found in maps.items()]
+    others = alike.where(~np.eye(len(alike), dtype=bool))
+    table["agreement"] = others.mean(axis=1)
+    return table.rename_axis("method").reset_index().assign(scan=scan)
+
+
+def verdicts(table: pd.DataFrame, learned: str = "", least: Thresholds = THRESHOLDS) -> pd.DataFrame:
+    """Judge each method by its means over scans.
+
+    Args:
+        table: see `Checked`.
+        learned: see `check_maps`.
+        least: what must be kept.
+
+    Returns:
+        A row a method: `method`, `supported` (bool), `verdict` (plain words: what fails, or that nothing does).
+    """
+    means = table.groupby("method", sort=False).mean(numeric_only=True)
+    rows = []
+    for method, row in means.iterrows():
+        faults = [learned] * bool(learned) + _faults(row, least)
+        anew = "none" if np.isnan(row["randomised"]) else f"another ({row['randomised']:.2f})"
+        words = "not supported: " + "; ".join(faults) if faults else (
+            f"passes: {anew} with random weights, beats random order by {row[['deletion', 'insertion']].mean():.2f}, "
+            f"stable ({min(row['noise'], row['shift']):.2f})")
+        rows.append((method, not faults, words))
+    return pd.DataFrame(rows, columns=["method", "supported", "verdict"])
+
+
+def _faults(row: pd.Series, least: Thresholds) -> list[str]:
+    if np.isnan(row["randomised"]) and np.isnan(row["noise"]):
+        return ["the map is the same everywhere"]
+    faithful, faults = row[["deletion", "insertion"]].mean(), []
+    if row["randomised"] > least.randomised:
+        faults.append(f"random weights give much the same map (rank correlation {row['randomised']:.2f})")
+    if row["shuffled"] > least.shuffled:
+        faults.append(f"so do shuffled labels ({row['shuffled']:.2f})" if faults else
+                      f"shuffled labels give much the same map ({row['shuffled']:.2f})")
+    if not faithful >= least.faithful:
+        faults.append("removing what it marks changes the output no more than removing brain at random "
+                      f"({faithful:.2f})")
+    faults += [f"it is another map after {what} ({row[name]:.2f})"
+               for name, what in (("noise", "a little noise"), ("shift", "a shift by one voxel"))
+               if not row[name] >= least.stable]
+    if row["outside"] > least.outside:
+        faults.append(f"it prefers what is outside the brain ({row['outside']:.1f} times an even map)")
+    if row["incomplete"] > least.incomplete:
+        faults.append(f"it sums to something else than it should (by {100 * row['incomplete']:.0f} %; take more steps)")
+    return faults
+
+
+def caption(method: str, table: pd.DataFrame) -> str:
+    """What stands beside a method's map: its name, and "not supported" where `verdicts` says so."""
+    found = table.loc[table["method"] == method, "supported"]
+    return method if found.all() else f"{method}: not supported"

@@ -1,26 +1,35 @@
-"""4_saliency: whom to look at, their maps, and what the maps hold against regions and known places."""
+"""4_saliency: the model, whom to look at, and their maps."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from torch import nn
 
 from kit.cohort.identity import participant_ids
 from kit.cohort.labels import read_labels
+from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import read_table
+from kit.device import on_device
 from kit.evaluate.finetune import load_predictor
-from kit.explain.regions import inside_share, region_table
-from kit.explain.saliency import Maps, saliency
-from kit.models.encoder_file import weights_digest
+from kit.explain.asked import Asked
+from kit.explain.atlas import Atlas
+from kit.explain.native import write_native
+from kit.explain.regions import region_intervals
+from kit.explain.saliency import Maps, Options, check_methods, passes_of
+from kit.explain.targets import question
+from kit.models.encoder_file import load_encoder, side_of, weights_digest
 from kit.params import Saliency
+from kit.preprocess.index import scan_names
 from kit.preprocess.nifti import read_nifti, write_nifti
+from kit.preprocess.quality import usable
 from kit.provenance import (
     OLDER,
     MisfitError,
@@ -33,32 +42,81 @@ from kit.provenance import (
     write_stamped,
 )
 from kit.reading import read_yaml
-from kit.runs import Run, shown
+from kit.runs import Run, progress, shown
+from kit.seeding import rng_for
 from kit.store.store import Store
 
-RESULTS = ("maps/*.nii.gz", "figures/*.png", "regions.csv", "known_places.csv", "randomisation.csv")  # of one model
+RESULTS = ("maps/*.nii.gz", "native/*.nii.gz", "figures/*.png", "viewer.html", "regions.csv", "truth.csv", "checks.csv",
+           "randomisation.csv", "agreement.csv", "verdicts.csv")  # of one model
 EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
+BLUR_MM = 12.0  # standard deviation of the blurred baseline: no gyrus or ventricle is left, but left and right are
 
 
-def open_model(params: Saliency, store: Store, run: Run) -> tuple[nn.Module, dict[str, Any], pd.DataFrame]:
+class Opened(NamedTuple):
+    """What is explained.
+
+    Attributes:
+        model: on the device, in evaluation mode.
+        record: its `task.json`; of an encoder its record, with `task` None and `kind` "encoder".
+        chosen: rows of the index to look at; see `scans_to_explain`.
+    """
+
+    model: nn.Module
+    record: dict[str, Any]
+    chosen: pd.DataFrame
+
+
+def open_model(params: Saliency, store: Store, run: Run) -> Opened:
     """The model, its record, and the scans to look at; notes what the run is made from.
 
     Results of another model or of other scans go first, with a line that says what changed.
 
     Args:
-        params: whose `model` is a run of 3_finetune.
+        params: whose `model` is a run of 3_finetune, or of 2_pretrain.
         store: the scans that it was tested on.
 
     Raises:
         MisfitError: the scans were prepared differently, or are not those that the model was tested on.
+        MethodError: a method cannot work with this network.
+        EncoderError: see `kit.models.encoder_file.load_encoder`.
+        ValueError: there are no such people to look at.
     """
-    allowed = check_model(params.model, store, params.allow_differences)
-    predictor, record = load_predictor(params.model, store.record)
-    chosen = scans_to_explain(params.model, store, params.participants)
-    model = {"from": shown(params.model), "weights": weights_digest(predictor)}
+    if (params.model / "task.json").exists():
+        allowed = check_model(params.model, store, params.allow_differences)
+        model, record = load_predictor(params.model, store.record)
+        chosen = scans_to_explain(params.model, store, params.participants, params.whom, params.seed)
+    else:
+        allowed = check_fit(side_of(params.model) | {"prepared": Side.of(store)}, params.allow_differences)
+        model, record = load_encoder(params.model, store.record, params.seed, params.allow_differences)
+        record = {**record, "task": None, "kind": "encoder"}
+        chosen = _drawn(store.index[usable(store.index)], params.participants, params.seed).assign(
+            whom="random", said="")
+    check_methods(model, params.methods, params.layer)
+    noted = {"from": shown(params.model), "weights": weights_digest(model)}
     drawn = Used("prepared", "drawn", store, chosen, participant_ids(chosen))
-    remove_stale(run.folder, made_from([drawn], model=model, allowed=allowed), RESULTS)
-    return predictor, record, chosen
+    remove_stale(run.folder, made_from([drawn], model=noted, allowed=allowed), RESULTS)
+    return Opened(on_device(model).eval(), record, chosen)
+
+
+def ask(params: Saliency, opened: Opened, store: Store) -> Asked:
+    """What the parameters ask of a model, and how.
+
+    Raises:
+        TargetError: it has no such output.
+    """
+    asked = question(params.target, opened.model, opened.record, store, opened.chosen, params.like, params.seed)
+    return Asked(opened.model, asked.of, asked.words, store, options_of(params, store))
+
+
+def options_of(params: Saliency, store: Store) -> Options:
+    """The methods' options as the parameters give them, in the store's voxels; the mean brain is that of 32 scans."""
+    voxels = max(1, round(params.patch_mm / store.grid.spacing_mm))
+    mean = None
+    if params.baseline == "mean_brain":
+        scans = _drawn(store.index[usable(store.index)], 32, params.seed)["scan"]
+        mean = np.mean([store.read(scan)[0].astype(np.float32) for scan in scans], axis=0)
+    return Options(params.steps, params.samples, params.noise, params.baseline, params.layer, voxels,
+                   BLUR_MM / store.grid.spacing_mm, mean, params.seed)
 
 
 def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[str]:
@@ -101,50 +159,208 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
     return allowed
 
 
-def scans_to_explain(model: Path, store: Store, count: int) -> pd.DataFrame:
-    """Rows of the index: test participants of whom a model rightly predicts the most.
+def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] = ("surest",),
+                     seed: int = 0) -> pd.DataFrame:
+    """Rows of the index: test participants to look at, one scan each, in distribution only.
 
-    Of two classes the positive with the highest score; of more those of whose class it is surest; of a number those
-    with the highest prediction. One scan a participant, in distribution only.
+    - `surest`: the hits of which the model is surest. Of two classes the positive with the highest score; of more those
+      of whose class it is surest; of a number those with the highest prediction.
+    - `worst`: the errors of which it is surest; of a number the largest.
+    - `random`: drawn.
+    - `controls`: drawn of the first class; a number has none, which is printed.
 
     Args:
         model: a run of 3_finetune.
         store: the scans that it was tested on.
-        count: participants.
+        count: participants of each.
+        whom: of these.
+        seed: of those drawn.
+
+    Returns:
+        Rows with two more columns: `whom`, such as "surest, random" (nobody is twice in the table), and `said`, what is
+        true and what the model says, in words.
+
+    Raises:
+        ValueError: nobody there is.
     """
-    predictions = read_table(model / "predictions.csv", text=("scan", "participant"))
-    known = predictions[predictions["distribution"] == "in_distribution"]
+    task = json.loads((model / "task.json").read_text(encoding="utf-8")) if (model / "task.json").exists() else {}
+    known = _predicted(model, list(task.get("classes") or ()))
+    rows = store.index.set_index("scan", drop=False).loc[known["scan"]]
+    first = ~participant_ids(rows).duplicated().to_numpy()
+    groups = {}
+    for name in whom:
+        if name == "controls" and known["chance"].isna().all():
+            print(f"whom: {task.get('task', 'this')} is a number, which has no controls")
+            continue
+        groups[name] = _group(known, name, rows, first, count, seed)
+    listed = list(dict.fromkeys(scan for scans in groups.values() for scan in scans))
+    if not listed:
+        raise ValueError(f"whom: no test participant is among {', '.join(whom)}; choose others")
+    said = known.set_index("scan")["said"]
+    chosen = rows.loc[listed].reset_index(drop=True)
+    return chosen.assign(whom=[", ".join(name for name, scans in groups.items() if scan in scans) for scan in listed],
+                         said=said.loc[listed].to_numpy())
+
+
+def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
+    """A run's predictions in distribution: scan, participant, true, predicted, chance (of the true class), right, said.
+
+    Of numbers `chance` is nan and `right` true; `predicted` is the surest class's chance of several classes.
+    """
+    known = read_table(model / "predictions.csv", text=("scan", "participant"))
+    known = known[known["distribution"] == "in_distribution"].reset_index(drop=True)
+    true = known["true"].to_numpy()
     if "predicted_0" in known:
         chances = softmax(known.filter(regex=r"^predicted_\d+$").to_numpy(), axis=1)  # (scans, classes)
-        right = chances.argmax(1) == known["true"].to_numpy()
-        known = known.assign(predicted=chances.max(1))[right]
-    elif set(known["true"]) == {0.0, 1.0}:
-        known = known[known["true"] == 1]
-    best = known.sort_values("predicted", ascending=False, kind="stable")["scan"]
-    rows = store.index.set_index("scan", drop=False).loc[best]
-    return rows[~participant_ids(rows).duplicated()].head(count).reset_index(drop=True)
+    elif set(true) <= {0.0, 1.0} and (classes or set(true) == {0.0, 1.0}):
+        chances = expit(np.stack([-known["predicted"], known["predicted"]], axis=1))
+    else:
+        said = [f"true {one:.1f}, predicted {other:.1f}" for one, other in zip(true, known["predicted"], strict=True)]
+        return known.assign(chance=np.nan, right=True, said=said)
+    number = true.astype(int)
+    classes = classes or [str(each) for each in range(chances.shape[1])]
+    chance = chances[np.arange(len(known)), number]
+    if "predicted_0" in known:
+        known = known.assign(predicted=chances.max(1))
+    said = [f"true {classes[one]}, predicted {classes[row.argmax()]} ({row.max():.2f})"
+            for one, row in zip(number, chances, strict=True)]
+    return known.assign(chance=chance, right=chances.argmax(1) == number, said=said)
 
 
-def saliency_maps(model: nn.Module, store: Store, rows: pd.DataFrame, methods: list[str], steps: int, run: Run) -> Maps:
+def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, first: np.ndarray, count: int, seed: int) -> list[str]:
+    """Names of scans of one group, at most `count` participants."""
+    number = known["chance"].isna().all()
+    if name in ("random", "controls"):
+        keep = first & (np.ones(len(known), bool) if name == "random" else (known["true"] == 0).to_numpy())
+        return _drawn(rows[keep], count, seed)["scan"].tolist()
+    if name == "worst":
+        error = (known["predicted"] - known["true"]).abs() if number else 1 - known["chance"]
+        ranked = known.assign(rank=error)[~known["right"] | number]
+    else:
+        two = not number and "predicted_0" not in known
+        ranked = known.assign(rank=known["predicted"])[(known["true"] == 1) if two else known["right"]]
+    best = rows.loc[ranked.sort_values("rank", ascending=False, kind="stable")["scan"]]
+    return best[~participant_ids(best).duplicated()].head(count)["scan"].tolist()
+
+
+def _drawn(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """Some rows, one of a participant, in the order that they were drawn in."""
+    rows = rows[~participant_ids(rows).duplicated().to_numpy()]
+    return rows.iloc[rng_for(seed).permutation(len(rows))[:count]]
+
+
+def no_better_than_chance(model: Path) -> str:
+    """Why a model's maps are not to be believed, by its own predictions of tested participants; "" where it predicts.
+
+    A map of a model that has learned nothing may be true to that model and still means nothing.
+    """
+    metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
+    record = json.loads((model / "task.json").read_text(encoding="utf-8"))
+    if record["kind"] == "classification":
+        auc, low = metrics["in_distribution_auc"], metrics.get("in_distribution_auc_low")
+        low = auc if low is None or np.isnan(low) else low  # of too few participants there is no interval
+        return "" if low > 0.5 else ("the model itself predicts no better than chance "
+                                     f"(AUC {auc:.2f}, interval from {low:.2f})")
+    known = _predicted(model, [])
+    true, error = known["true"].to_numpy(), (known["predicted"] - known["true"]).abs().to_numpy()
+    guess = np.abs(true - np.median(true)).mean()
+    return "" if error.mean() < guess else (
+        f"the model itself predicts no better than the median does (mean absolute error {error.mean():.1f}, "
+        f"median's {guess:.1f})")
+
+
+def saliency_maps(asked: Asked, rows: pd.DataFrame, methods: Sequence[str], run: Run) -> Maps:
     """Maps of each scan by each method, written as `maps/<scan>_<method>.nii.gz` in MNI152 millimetres."""
     maps: Maps = {}
-    for scan in rows["scan"]:
-        image, mask = store.read(scan)
-        for method in methods:
-            values = saliency(model, image.astype(np.float32), mask, method, n_steps=steps)
-            maps[scan, method] = values
-            write_nifti(run / "maps" / f"{scan}_{method}.nii.gz", values, store.grid.affine)
+    masks = {scan: asked.store.read(scan)[1] for scan in rows["scan"]}
+    total = sum(passes_of(method, mask, asked.options) for mask in masks.values() for method in methods)
+    with progress(total=total, desc="maps", unit="pass") as bar:
+        hook = asked.model.register_forward_hook(lambda _, inputs, __: bar.update(len(inputs[0])))
+        try:
+            for scan, mask in masks.items():
+                for method in methods:
+                    bar.set_postfix_str(f"{scan} {method}", refresh=False)
+                    values = np.where(mask, asked.map(scan, method), np.float32(0))
+                    maps[scan, method] = values
+                    write_nifti(run / "maps" / f"{scan}_{method}.nii.gz", values, asked.store.grid.affine)
+        finally:
+            hook.remove()
     return maps
 
 
-def region_means(maps: Maps, store: Store, run: Run) -> pd.DataFrame:
-    """Regions' shares of each method's maps, as means over scans; also written to `regions.csv`."""
-    tables = [region_table(values, store.read(scan)[1], store.grid).assign(scan=scan, method=method)
-              for (scan, method), values in maps.items()]
-    table = pd.concat(tables, ignore_index=True)
-    means = table.groupby(["method", "region", "side"], sort=False).mean(numeric_only=True).reset_index()
-    write_stamped(run / "regions.csv", means)
+def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: Store, run: Run) -> Maps:
+    """Each method's mean map of each class and, of two, their difference, in MNI152; written to `maps/` too.
+
+    Each scan's map is divided by the mean of its absolute values in the brain first, so that no scan outweighs the
+    others: the unit is times an even map. Numbers are in two halves, up to their median and above.
+
+    Args:
+        maps: of `saliency_maps`.
+        rows: the scans that they are of, with the label's column.
+        record: of the model; an encoder has no classes, and gets no means but that of `all`.
+
+    Returns:
+        (what, method): (depth, height, width) float32; what is `mean <class> (n=<scans>)` or `<class> less <class>`.
+    """
+    of_class = _classes(rows, record)
+    means: Maps = {}
+    for method in dict.fromkeys(method for _, method in maps):
+        found = {}
+        for name, scans in of_class.items():
+            there = [maps[scan, method] / scale for scan in scans
+                     if (scale := np.abs(maps[scan, method][store.read(scan)[1]]).mean()) > 0]
+            if there:
+                found[name] = np.mean(there, axis=0, dtype=np.float32)
+                means[f"mean {name} (n={len(there)})", method] = found[name]
+        if len(found) == len(of_class) == 2:
+            low, high = of_class
+            means[f"{high} less {low}", method] = found[high] - found[low]
+    for (what, method), values in means.items():
+        write_nifti(run / "maps" / f"{re.sub(r'[^0-9A-Za-z=.-]+', '_', what).strip('_')}_{method}.nii.gz", values,
+                    store.grid.affine)
     return means
+
+
+def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]:
+    """The scans of each class that has any, the classes in order."""
+    if record.get("task") is None:
+        return {"all": rows["scan"].tolist()}
+    label, classes = rows[record["task"]], record.get("classes")
+    if record["kind"] == "regression":
+        values = pd.to_numeric(label)
+        middle = float(values.median())
+        name = np.where(values > middle, f"{record['task']} above {middle:g}", f"{record['task']} to {middle:g}")
+        classes = [f"{record['task']} to {middle:g}", f"{record['task']} above {middle:g}"]
+    else:
+        numbers = read_labels(rows, record["task"], record["kind"], (), classes).values
+        name = np.array([f"{record['task']}={each}" for each in classes])[numbers.astype(int)]
+        classes = [f"{record['task']}={each}" for each in classes]
+    return {each: rows["scan"][name == each].tolist() for each in classes if (name == each).any()}
+
+
+def region_shares(maps: Maps, rows: pd.DataFrame, store: Store, atlas: Atlas, run: Run) -> pd.DataFrame:
+    """Regions' shares of each method's maps over participants, see `region_intervals`; written to `regions.csv` too.
+
+    Maps that are zero, such as Grad-CAM's where nothing raises the output, say nothing and are left out.
+    """
+    there = {key: values for key, values in maps.items() if values[store.read(key[0])[1]].any()}
+    table = region_intervals(there, store, atlas, dict(zip(rows["scan"], participant_ids(rows), strict=True)))
+    write_stamped(run / "regions.csv", table)
+    return table
+
+
+def native_maps(maps: Maps, store: Store, cohort: str | None, run: Run) -> list[Path]:
+    """Maps on the voxels of the scans' own files, in `native/`, for a viewer in which these are open.
+
+    Args:
+        cohort: the table or folder that the scans were prepared from; None: nothing is written.
+    """
+    if cohort is None:
+        return []
+    table = read_cohort(cohort)
+    paths = dict(zip(scan_names(table), table["image_path"], strict=True))
+    return [write_native(run / "native" / f"{scan}_{method}.nii.gz", store, scan, values, paths[scan])
+            for (scan, method), values in maps.items() if scan in paths]
 
 
 def known_place(store: Store, scan: str, task: str) -> np.ndarray | None:
@@ -160,16 +376,3 @@ def known_place(store: Store, scan: str, task: str) -> np.ndarray | None:
     """
     path = store.folder / "effects" / f"{scan}_{EFFECTS.get(task)}.nii.gz"
     return read_nifti(path)[0] > 0 if path.exists() else None
-
-
-def inside_known_places(maps: Maps, store: Store, task: str, run: Run) -> pd.DataFrame:
-    """How much of each map lies in the known place, beside the place's share of the brain; `known_places.csv`."""
-    rows = []
-    for (scan, method), values in maps.items():
-        place = known_place(store, scan, task)
-        if place is not None and (place & store.read(scan)[1]).any():
-            share = inside_share(values, place, store.read(scan)[1])
-            rows.append({"scan": scan, "method": method, "place": EFFECTS[task], **share})
-    table = pd.DataFrame(rows, columns=["scan", "method", "place", "share_of_saliency", "share_of_brain", "ratio"])
-    write_stamped(run / "known_places.csv", table)
-    return table

@@ -1,68 +1,335 @@
-"""Saliency maps of one scan: gradient and integrated gradients, both by captum."""
+"""Saliency maps of one scan, by nine methods; captum does the attribution where it can.
+
+- `gradient`: |d output / d voxel| (Simonyan et al., arXiv 1312.6034); never negative.
+- `gradient_x_input`: the gradient times the voxel (Shrikumar et al., arXiv 1605.01713); signed.
+- `smoothgrad`: the mean gradient over noisy copies of the scan, absolute (Smilkov et al., arXiv 1706.03825).
+- `integrated_gradients`: the mean gradient on the straight path from a baseline to the scan, times their difference
+  (Sundararajan et al., arXiv 1703.01365); signed, and sums to what the output has over the baseline's.
+- `grad_cam`, `grad_cam_pp`: a stage's channels, weighted by their gradients (Selvaraju et al., arXiv 1610.02391;
+  Chattopadhay et al., arXiv 1710.11063); only what raises the output; as coarse as the stage.
+- `guided_backpropagation`: the gradient without what lowers the output on its way through the ReLUs (Springenberg et
+  al., arXiv 1412.6806); signed. Adebayo et al. (arXiv 1810.03292) found it to show edges whatever the weights are.
+- `occlusion`: what the output loses where a cube of brain is replaced by the baseline (Zeiler & Fergus, arXiv
+  1311.2901); signed, as coarse as the cubes.
+- `attention_rollout`: which patches a ViT's brain tokens attend to, through all layers (Abnar & Zuidema, arXiv
+  2005.00928); it knows nothing of the head, so all outputs have the same map.
+"""
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from captum.attr import IntegratedGradients, Saliency
+import torch.nn.functional as F
+from captum.attr import (
+    FeatureAblation,
+    GuidedBackprop,
+    InputXGradient,
+    IntegratedGradients,
+    LayerGradCam,
+    NoiseTunnel,
+    Saliency,
+)
+from scipy.ndimage import gaussian_filter
 from torch import nn
 
-METHODS = ("gradient", "integrated_gradients")
+from kit.device import evaluation, scans_at_a_time
+from kit.explain.targets import Along, Cosine, Output, encoder_of
+from kit.models.encoders import ViTEncoder
+from kit.models.features import stages_of
+from kit.params import METHODS
+
+SIGNED = frozenset({"gradient_x_input", "integrated_gradients", "guided_backpropagation", "occlusion"})
+CONTRIBUTIONS = SIGNED - {"guided_backpropagation"}  # which say how much a voxel adds to the output
+TIMES_IMAGE = frozenset({"gradient_x_input", "integrated_gradients"})  # which multiply by the scan less a baseline
+CAMS = ("grad_cam", "grad_cam_pp")
+GRADIENT_VOXELS = 2**22  # run at a time with gradients: one scan of 150x192x192, 32 of the demo's
 Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, width) float32
 
 
-def saliency(
-    model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str, target: int | None = None,
-    n_steps: int = 32, internal_batch_size: int = 4,
-) -> np.ndarray:
-    """Map how one output of a model depends on each voxel of one scan.
+class MethodError(ValueError):
+    """A method cannot work with a network; the message says why, and which can."""
 
-    - `gradient`: |d output / d voxel| (Simonyan et al., arXiv 1312.6034); never negative.
-    - `integrated_gradients`: the gradient averaged along the straight path from the baseline to the scan,
-      times their difference (Sundararajan et al., arXiv 1703.01365). Signed: a positive voxel raises the
-      output. The baseline is zero everywhere: after z-scoring, a brain of one uniform, mean intensity.
 
-    Neither draws random numbers. The model is put into evaluation mode.
+class Options(NamedTuple):
+    """How the methods work.
+
+    Attributes:
+        steps: points on the path of integrated gradients (Gauss-Legendre quadrature).
+        samples: noisy copies of SmoothGrad.
+        noise: its standard deviation, in standard deviations of the brain's voxels. A z-scored brain spans about five:
+            0.5 is a tenth of its range, the lower end of what Smilkov et al. recommend.
+        baseline: what integrated gradients start from and occlusion fills in: `zero` (of a z-scored scan a brain of
+            one uniform, mean intensity), `mean_brain` (the cohort's), `blurred` (the scan itself without detail).
+        layer: of Grad-CAM: a stage's number from 1, or a module's name; None: the last stage.
+        patch: voxels of a side of occlusion's cubes.
+        blur: standard deviation of the blurred baseline, voxels.
+        mean_brain: (depth, height, width), where the baseline is that.
+        seed: of SmoothGrad's noise.
+        batch: points, copies or cubes that run at a time; None: as many as the scan's size allows.
+    """
+
+    steps: int = 16
+    samples: int = 8
+    noise: float = 0.5
+    baseline: str = "zero"
+    layer: int | str | None = None
+    patch: int = 6
+    blur: float = 3.0
+    mean_brain: np.ndarray | None = None
+    seed: int = 0
+    batch: int | None = None
+
+
+DEFAULTS = Options()
+
+
+def saliency(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str, target: int | None = None,
+             options: Options = DEFAULTS) -> np.ndarray:
+    """Map how one output of a model depends on each voxel of one scan, inside the brain.
+
+    The model is put into evaluation mode and otherwise left alone, as is the caller's random state.
 
     Args:
-        model: maps (batch, 1, depth, height, width) float32 to (batch, outputs); on any device.
-        image: (depth, height, width), z-scored inside the mask and 0 outside, as prepared scans are.
+        model: maps (batch, 1, depth, height, width) float32 to (batch, outputs) or (batch,); on any device.
+        image: (depth, height, width), 0 outside the mask, as prepared scans are.
         mask: (depth, height, width), true inside the brain.
+        method: one of `kit.params.METHODS`.
         target: which output is explained; None: of several the highest for this scan, so the class that is predicted.
-        n_steps: points on the path of integrated gradients (Gauss-Legendre quadrature).
-        internal_batch_size: points at a time; bounds memory.
+        options: see there.
 
     Returns:
-        (depth, height, width) float32, zero outside the mask.
+        (depth, height, width) float32, zero outside the mask; the module's text says of which methods it is signed.
 
     Raises:
-        ValueError: the method, shapes, an image that is not zero outside its mask, or a map that is not finite.
+        MethodError: the method is unknown or cannot work with this network.
+        ValueError: shapes, an image that is not zero outside its mask, or a map that is not finite.
     """
+    found = attribution(model, image, mask, method, target, options)
+    return np.where(np.asarray(mask, dtype=bool), found, np.float32(0))
+
+
+def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str, target: int | None = None,
+                options: Options = DEFAULTS) -> np.ndarray:
+    """As `saliency`, outside the brain too: how much of a map lies there is one of its checks."""
     mask = np.asarray(mask, dtype=bool)
-    if method not in METHODS:
-        raise ValueError(f"method: {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    check_methods(model, [method], options.layer)
     if image.ndim != 3 or image.shape != mask.shape:
         raise ValueError(f"image has shape {image.shape}, mask {mask.shape}: both must be the same (D, H, W)")
     if np.any(image[~mask]):
         # What such voxels contribute would be lost when the map is cut to the mask.
         raise ValueError("image is not zero outside its mask: multiply it by the mask first")
-
-    scan = _batch_of_one(model, image).requires_grad_()
-    model.eval()
-    if target is None:
-        with torch.no_grad():
-            target = int(model(scan)[0].argmax())
-    if method == "gradient":
-        found = Saliency(model).attribute(scan, target=target, abs=True)
-    else:
-        found = IntegratedGradients(model).attribute(
-            scan, baselines=0.0, target=target, n_steps=n_steps, internal_batch_size=internal_batch_size)
+    where = next(model.parameters()).device
+    scan = _batch_of_one(image, where).requires_grad_()
+    with frozen(model), evaluation(where):
+        if target is None and not isinstance(model, (Output, Cosine, Along)):  # these give one number already
+            with torch.no_grad():
+                answer = model(scan)
+            target = int(answer[0].argmax()) if answer.ndim > 1 else 0
+        found = _attribute(Output(model, target or 0), scan, mask, method, options)
     found = found.detach()[0, 0].cpu().numpy().astype(np.float32)
     if not np.isfinite(found).all():
         raise ValueError(f"{method}: the map is not finite; look for nan in the model's weights and output")
-    return np.where(mask, found, np.float32(0))
+    return found
 
 
-def _batch_of_one(model: nn.Module, image: np.ndarray) -> torch.Tensor:
-    device = next(model.parameters()).device
-    return torch.from_numpy(np.array(image, dtype=np.float32))[None, None].to(device)  # (1, 1, D, H, W)
+def check_methods(model: nn.Module, methods: Sequence[str], layer: int | str | None = None) -> None:
+    """Check, before any work, that methods can work with a network.
+
+    Raises:
+        MethodError: the first that is unknown or cannot; it says why, and which can.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise MethodError(f"method: {method!r} is unknown; choose one of {', '.join(METHODS)}")
+        if reason := _unfit(model, method, layer):
+            able = [each for each in METHODS if not _unfit(model, each, layer)]
+            raise MethodError(f"methods: {method} cannot explain this network: {reason}; these can: {', '.join(able)}")
+
+
+def _unfit(model: nn.Module, method: str, layer: int | str | None) -> str:
+    encoder = encoder_of(model)
+    vit = isinstance(encoder, ViTEncoder)
+    if method == "attention_rollout" and not vit:
+        return f"{type(encoder or model).__name__} has no attention that the kit knows"
+    if method == "guided_backpropagation" and not any(isinstance(module, nn.ReLU) for module in model.modules()):
+        return "it has no ReLU layers"
+    if method in CAMS and vit:
+        return "a ViT's stages are tokens, not maps"
+    return _layer(model, layer)[1] if method in CAMS else ""
+
+
+def _layer(model: nn.Module, layer: int | str | None) -> tuple[nn.Module | None, str]:
+    """The module that Grad-CAM reads, or what is wrong."""
+    if isinstance(layer, str):
+        named = dict(model.named_modules())
+        found = next((module for name, module in named.items()
+                      if name == layer or name.endswith(f".{layer}")), None)
+        return found, "" if found is not None else f"layer: it has no module {layer!r}"
+    encoder = encoder_of(model)
+    stages = stages_of(encoder) if encoder is not None else []
+    if not stages:
+        return None, "its stages are not known; name a module in layer"
+    number = len(stages) if layer is None else layer
+    if not 1 <= number <= len(stages):
+        return None, f"layer: it has stages 1 to {len(stages)}, not {number}"
+    return stages[number - 1], ""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode, and no gradients of its weights are kept: a third less time."""
+    model.eval()
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+def _attribute(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, method: str, options: Options) -> torch.Tensor:
+    """(1, 1, depth, height, width) of a score (batch,), by one method."""
+    shape = tuple(scan.shape[2:])
+    with_gradients = options.batch or max(1, min(32, GRADIENT_VOXELS // scan[0].numel()))
+    if method == "gradient":
+        return Saliency(score).attribute(scan, abs=True)
+    if method == "gradient_x_input":
+        return InputXGradient(score).attribute(scan)
+    if method == "smoothgrad":
+        return _smoothgrad(score, scan, mask, options, with_gradients)
+    if method == "integrated_gradients":
+        return IntegratedGradients(score).attribute(scan, _baseline(scan, mask, options), n_steps=options.steps,
+                                                    internal_batch_size=with_gradients)
+    if method in CAMS:
+        layer, _ = _layer(score, options.layer)
+        coarse = (LayerGradCam(score, layer).attribute(scan, relu_attributions=True) if method == "grad_cam"
+                  else _grad_cam_pp(score, scan, layer))
+        return F.interpolate(coarse, shape, mode="trilinear", align_corners=False)
+    if method == "guided_backpropagation":
+        return _guided(score, scan)
+    if method == "occlusion":
+        numbers = torch.from_numpy(cubes(mask, options.patch))[None, None].to(scan.device)
+        with torch.no_grad():
+            return FeatureAblation(score).attribute(
+                scan.detach(), _baseline(scan, mask, options), feature_mask=numbers,
+                perturbations_per_eval=options.batch or scans_at_a_time(shape))
+    return _rollout(encoder_of(score), scan.detach())
+
+
+def _smoothgrad(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, options: Options, batch: int) -> torch.Tensor:
+    inside = torch.from_numpy(mask).to(scan.device)
+    spread = float(scan.detach()[0, 0][inside].std(correction=0))
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        found = NoiseTunnel(Saliency(lambda noisy: score(noisy * inside))).attribute(  # no noise outside the brain
+            scan.detach(), nt_samples=options.samples, nt_samples_batch_size=min(batch, options.samples),
+            stdevs=options.noise * spread, abs=False)
+    return found.abs()
+
+
+def _grad_cam_pp(score: nn.Module, scan: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """Grad-CAM++ before it is enlarged, (1, 1, ...).
+
+    MONAI's leaves its hooks on the network, and adds 1e-7 to a denominator that is smaller than that at 150x192x192.
+    """
+    kept: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda _, __, output: kept.append(output))
+    try:
+        answer = score(scan)
+    finally:
+        hook.remove()
+    gradient, = torch.autograd.grad(answer.sum(), kept[0])
+    activation, every = kept[0].detach(), tuple(range(2, kept[0].ndim))
+    below = 2 * gradient**2 + (activation * gradient**3).sum(every, keepdim=True)
+    share = torch.where(below != 0, gradient**2 / torch.where(below != 0, below, 1), 0)
+    weight = (share * gradient.relu()).sum(every, keepdim=True)
+    return (weight * activation).sum(1, keepdim=True).relu()
+
+
+def _guided(score: nn.Module, scan: torch.Tensor) -> torch.Tensor:
+    """On a copy: captum's hooks want ReLUs that do not write into their input."""
+    network = copy.deepcopy(score)
+    for module in network.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting backward hooks")
+        return GuidedBackprop(network).attribute(scan)
+
+
+@torch.no_grad()
+def _rollout(encoder: ViTEncoder, scan: torch.Tensor) -> torch.Tensor:
+    """Attention to each patch, mean over the brain tokens that the features are the mean of."""
+    attending = [block.attn for block in stages_of(encoder)]
+    for block in attending:
+        block.use_flash_attention, block.save_attn = False, True
+    try:
+        encoder(scan)
+        joint = None
+        for block in attending:
+            attention = block.att_mat.mean(1)  # over heads: (1, tokens, tokens)
+            own = torch.eye(attention.shape[-1], device=scan.device)
+            step = (attention + own) / 2  # the residual connection; rows sum to 1 as before
+            joint = step if joint is None else step @ joint
+    finally:
+        for block in attending:
+            block.use_flash_attention, block.save_attn, block.att_mat = True, False, torch.Tensor()
+    tokens = joint[0, 1:, 1:].mean(0)
+    sides = [side // patch for side, patch in zip(scan.shape[2:], encoder.patch, strict=True)]
+    flat = torch.zeros(int(np.prod(sides)), device=scan.device).index_copy(0, encoder.places, tokens)
+    volume = flat.reshape(sides)
+    for axis, patch in enumerate(encoder.patch):
+        volume = volume.repeat_interleave(patch, axis)
+    return volume[None, None]
+
+
+def baseline_of(image: np.ndarray, mask: np.ndarray, options: Options) -> np.ndarray:
+    """(depth, height, width) float32, zero outside the mask: what stands for a scan that says nothing."""
+    if options.baseline == "zero":
+        return np.zeros(image.shape, np.float32)
+    if options.baseline == "mean_brain":
+        if options.mean_brain is None:
+            raise ValueError("baseline: mean_brain needs the cohort's mean, options.mean_brain")
+        return np.where(mask, options.mean_brain, 0).astype(np.float32)
+    if options.baseline != "blurred":
+        raise ValueError(f"baseline: got {options.baseline!r}; choose zero, mean_brain or blurred")
+    weight = gaussian_filter(mask.astype(np.float32), options.blur)  # the brain's edge does not bleed into it
+    blurred = gaussian_filter(np.where(mask, image, 0).astype(np.float32), options.blur) / np.maximum(weight, 1e-6)
+    return np.where(mask, blurred, 0).astype(np.float32)
+
+
+def _baseline(scan: torch.Tensor, mask: np.ndarray, options: Options) -> torch.Tensor:
+    return _batch_of_one(baseline_of(scan.detach()[0, 0].cpu().numpy(), mask, options), scan.device)
+
+
+def cubes(mask: np.ndarray, side: int) -> np.ndarray:
+    """Number the cubes of `side` voxels that hold brain: (depth, height, width) int64; others are one, the last.
+
+    The numbers are whole and without gaps.
+    """
+    along = [np.arange(length) // side for length in mask.shape]
+    counts = [int(each[-1]) + 1 for each in along]
+    number = np.ravel_multi_index(np.meshgrid(*along, indexing="ij"), counts)
+    held = np.unique(number[mask])
+    new = np.full(int(np.prod(counts)), len(held))
+    new[held] = np.arange(len(held))
+    return new[number]
+
+
+def passes_of(method: str, mask: np.ndarray, options: Options) -> int:
+    """About how many scans go through the network for one map."""
+    if method == "occlusion":
+        return int(cubes(mask, options.patch).max()) + 3
+    return 1 + {"smoothgrad": options.samples, "integrated_gradients": options.steps}.get(method, 1)
+
+
+def _batch_of_one(image: np.ndarray, where: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.array(image, dtype=np.float32))[None, None].to(where)  # (1, 1, D, H, W)

@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from scipy import ndimage
 
+from kit.explain.regions import ELSEWHERE
 from kit.preprocess.resample import resample
 from kit.preprocess.template import template_on
 from kit.runs import write_whole
@@ -55,23 +56,6 @@ class Scale(NamedTuple):
         return ScalarMappable(norm, "RdBu_r" if self.signed else "inferno")
 
 
-def caption(who: str, true: object, predicted: object, method: str, supported: bool | None = None,
-            why: str = "") -> str:
-    """One line that says what a map is of: who, the truth, the prediction, the method, and whether to believe it.
-
-    Args:
-        who: the scan or the participant.
-        true, predicted: a class or a number, shown to 3 digits.
-        method: of the map.
-        supported: whether it passed the checks; None: they were not made, and the line says so.
-        why: the reason, in a few words.
-    """
-    words = {True: "supported by the checks", False: "not supported", None: "not checked"}[supported]
-    true, predicted = (f"{value:.3g}" if isinstance(value, float | np.floating) else str(value)
-                       for value in (true, predicted))
-    return f"{who} · true {true}, predicted {predicted} · {readable(method)} · {words}{f': {why}' if why else ''}"
-
-
 def smoothed(saliency_map: np.ndarray, grid: Grid, mask: np.ndarray | None = None) -> np.ndarray:
     """A map smoothed by a Gaussian of 8 mm full width at half maximum, float32, 0 outside the mask."""
     smooth = ndimage.gaussian_filter(saliency_map.astype(np.float32), FWHM_MM / 2.355 / grid.spacing_mm)
@@ -87,7 +71,7 @@ def scan_figure(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: 
 
     Args:
         image, saliency_map: (depth, height, width) on the grid; zeros of the image are drawn black.
-        title: see `caption`; drawn in red where it says "not supported".
+        title: see `kit.explain.checks.caption`; drawn in red where it says "not supported".
         unit: of the map, such as "output / SD".
         outline: (depth, height, width), a mask drawn as a contour: what is known of the effect's place.
         note: see `kit.show.figure.blank`.
@@ -155,7 +139,7 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
     their difference, first minus second, in a scale of its own.
 
     Args:
-        means: (depth, height, width) on the grid, by group; see `kit.explain.groups.group_means`.
+        means: (depth, height, width) on the grid, by group; see `kit.explain.maps.class_means`.
         background: (depth, height, width); None: the template's brain.
         at: (x, y, z) MNI mm to cut through; None: where the difference, or the first mean, is strongest.
 
@@ -205,7 +189,8 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
     for axes in panels[len(methods):]:
         axes.set_visible(False)
     for axes, method in zip(panels, methods, strict=False):
-        some = table[table["method"] == method].nlargest(top, "share_of_saliency")[::-1]
+        some = table[(table["method"] == method) & (table["region"] != ELSEWHERE)]
+        some = some.nlargest(top, "share_of_saliency")[::-1]
         shares = 100 * some[["share_of_saliency", "low", "high", "share_of_brain"]].to_numpy(float)
         places = np.arange(len(some))
         colours = some["side"].map({"left": "#3b6ea5", "right": "#c1666b"}).fillna("#8a8a8a")

@@ -10,7 +10,8 @@ import torch
 
 from kit.evaluate import benchmark
 from kit.evaluate import finetune as finetuning
-from kit.explain.maps import open_model, region_means, saliency_maps
+from kit.explain.atlas import load_atlas
+from kit.explain.maps import ask, open_model, region_shares, saliency_maps
 from kit.models.encoder_file import read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.params import Benchmark, Finetune, Pretrain, Saliency
@@ -359,9 +360,9 @@ def test_a_pretraining_of_an_older_kit_is_refused(store, tmp_path):
 def explained(store, model, folder, **changes):
     def look(params, run):
         opened = Store.open(params.prepared)
-        predictor, record, chosen = open_model(params, opened, run)
-        maps = saliency_maps(predictor, opened, chosen, ["gradient"], 1, run)
-        return record, region_means(maps, opened, run)
+        found = open_model(params, opened, run)
+        maps = saliency_maps(ask(params, found, opened), found.chosen, ["gradient"], run)
+        return found.record, region_shares(maps, found.chosen, opened, load_atlas("tissues", opened.grid), run)
 
     return through(Saliency, look, {"prepared": store.folder, "model": model, "participants": 1, "output_dir": folder,
                                     **changes})

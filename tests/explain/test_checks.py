@@ -1,6 +1,6 @@
-"""The randomisation check: 1 for the same weights, lower for new ones."""
+"""The checks: by hand where there is an answer, and a model that has learned nothing fails them."""
 
-from types import SimpleNamespace
+from __future__ import annotations
 
 import numpy as np
 import pandas as pd
@@ -8,10 +8,37 @@ import pytest
 import torch
 from torch import nn
 
-from kit.explain.checks import randomisation_check, rank_correlation, reinitialised
-from kit.explain.saliency import METHODS, saliency
+from kit.evaluate.predict import predict
+from kit.evaluate.tasks import read_tasks, score_tested
+from kit.evaluate.tune import Choice, tune
+from kit.explain.asked import Asked
+from kit.explain.checks import (
+    agreement,
+    areas,
+    caption,
+    check_maps,
+    curves,
+    incompleteness,
+    layer_groups,
+    outside_share,
+    randomisation,
+    rank_correlation,
+    reinitialised,
+    stability,
+    verdicts,
+)
+from kit.explain.maps import no_better_than_chance
+from kit.explain.saliency import Options
+from kit.explain.shuffled import with_shuffled_labels
+from kit.explain.targets import Output
+from kit.models.encoders import build_encoder
+from kit.models.heads import Predictor
+from kit.params import Finetune
+from kit.runs import Run, write_json, write_table
+from kit.store.grid import Grid
+from tests.conftest import GRID, SHAPE
 
-SHAPE = (7, 8, 9)
+METHODS = ("gradient", "integrated_gradients")
 
 
 class WithToken(nn.Module):
@@ -22,19 +49,21 @@ class WithToken(nn.Module):
         self.token = nn.Parameter(3 + 0.5 * torch.randn(1000))
 
 
-@pytest.fixture
-def scan() -> tuple[np.ndarray, np.ndarray]:
-    mask = np.zeros(SHAPE, dtype=bool)
-    mask[1:6, 2:7, 1:8] = True
-    return np.where(mask, np.random.default_rng(0).normal(size=SHAPE), 0).astype(np.float32), mask
+def asked_of(model, store, **options) -> Asked:
+    return Asked(model, lambda model, _: Output(model), "output", store, Options(**options))
+
+
+@pytest.fixture(scope="module")
+def scan(store) -> str:
+    return store.index["scan"][1]  # of somebody with the bright corner
 
 
 @pytest.fixture
-def left_reader() -> nn.Module:
-    """A model that has learnt to look at the left side only (x is the last axis)."""
+def right_reader() -> nn.Module:
+    """A model that has learned to look at the right side only (x is the last axis)."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(np.prod(SHAPE), 4), nn.Softplus(), nn.Linear(4, 1))
-    net[1].weight.data.view(4, *SHAPE)[..., 4:] *= 1e-3
+    net = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), 4), nn.Softplus(), nn.Linear(4, 1))
+    net[1].weight.data.view(4, *SHAPE)[..., :12] *= 1e-3
     return net
 
 
@@ -45,25 +74,51 @@ def test_rank_correlation_by_hand():
     assert np.isnan(rank_correlation(np.ones(5), np.arange(5), mask))
 
 
-def test_same_weights_give_one_and_new_weights_less(left_reader, scan, tmp_path):
-    image, mask = scan
-    store = SimpleNamespace(read={"first": scan, "second": None}.get)
-    maps = {("first", method): saliency(left_reader, image, mask, method) for method in METHODS}
-    others = {("second", method): values for (_, method), values in maps.items()}  # one scan is enough
-    table = randomisation_check(left_reader, store, maps | others, 32, (0, 1), tmp_path)
-    assert len(pd.read_csv(tmp_path / "randomisation.csv")) == len(table)
-    assert list(zip(table["method"], table["seed"], strict=True)) == [(m, s) for s in (0, 1) for m in METHODS]
-    gradient = table[table["method"] == "gradient"]["rank_correlation"]
-    integrated = table[table["method"] == "integrated_gradients"]["rank_correlation"]
-    assert gradient.abs().max() < 0.3
-    assert integrated.max() < 0.8
-    assert integrated.mean() > gradient.mean()  # the image is in both of its maps
+def test_a_partial_correlation_takes_out_what_the_scan_explains():
+    rng = np.random.default_rng(0)
+    scan, one, other = rng.normal(size=(3, 20, 20, 20))
+    mask = np.ones(scan.shape, bool)
+    assert rank_correlation(one * scan, other * scan, mask) > 0.3
+    assert abs(rank_correlation(one * scan, other * scan, mask, scan)) < 0.05
+    assert rank_correlation(one * scan, one * scan, mask, scan) == pytest.approx(1)
 
-    # Maps of the randomised copy itself are what a model that has learnt nothing gives: 1.
-    fresh = reinitialised(left_reader, seed=1)
-    own = {("first", method): saliency(fresh, image, mask, method) for method in METHODS}
-    again = randomisation_check(left_reader, store, own, 32, (1,), tmp_path)
-    np.testing.assert_allclose(again["rank_correlation"], 1)
+
+def test_layers_from_the_head_down():
+    resnet = Predictor(build_encoder("resnet18_narrow", GRID))
+    groups = layer_groups(resnet)
+    assert [name for name, _ in groups] == ["head", "stage 4", "stage 3", "stage 2", "stage 1", "what is before them"]
+    covered = [name for name, _ in resnet.named_parameters()
+               if any(name.startswith(f"{member}.") for _, members in groups for member in members)]
+    assert covered == [name for name, _ in resnet.named_parameters()]
+    vit = layer_groups(build_encoder("vit_narrow", Grid((36, 48, 40), 4.0)))
+    assert [name for name, _ in vit] == ["stage 4", "stage 3", "stage 2", "stage 1", "what is before them"]
+    assert [name for name, _ in layer_groups(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))] == ["2", "0"]
+
+
+def test_drawing_layers_anew_leaves_the_others():
+    resnet = Predictor(build_encoder("resnet18_narrow", GRID))
+    fresh = reinitialised(resnet, 0, ["head", "encoder.network.layer4"])
+    same = {name: torch.equal(value, fresh.state_dict()[name]) for name, value in resnet.state_dict().items()
+            if name.endswith("conv1.weight") or name == "head.weight"}
+    assert {name for name, kept in same.items() if not kept} == {
+        "head.weight", "encoder.network.layer4.0.conv1.weight", "encoder.network.layer4.1.conv1.weight"}
+
+
+def test_a_map_of_learned_weights_changes_with_them(right_reader, store, scan):
+    asked = asked_of(right_reader, store)
+    maps = {method: asked.map(scan, method) for method in METHODS}
+    table = randomisation(asked, scan, maps, seed=1)
+    assert table.groupby("how", sort=False).size().to_dict() == {"cascading": 4, "independent": 2}
+    whole = table[(table["how"] == "cascading") & (table["share"] == 1)].set_index("method")["rank_correlation"]
+    assert (whole.abs() < 0.3).all()  # of integrated gradients beyond the image, which is in both of its maps
+    head = table[(table["how"] == "cascading") & (table["share"] < 1)].set_index("method")["rank_correlation"]
+    assert (head > whole).all()  # the head only weights four readers of the right side
+
+    # maps of the copy itself are what a model that has learned nothing gives: 1
+    copy = asked_of(reinitialised(right_reader, 1, ["1", "3"]), store)
+    own = {method: copy.map(scan, method) for method in METHODS}
+    again = randomisation(copy, scan, own, seed=1)
+    np.testing.assert_allclose(again.loc[again["share"] == 1, "rank_correlation"], 1)
 
 
 def test_reinitialised_is_not_what_training_started_from():
@@ -88,3 +143,129 @@ def test_reinitialised_draws_every_weight_by_its_seed():
     assert first["2.token"].mean() == pytest.approx(3, abs=0.1)
     assert first["2.token"].std() == pytest.approx(0.5, abs=0.1)
     assert first["1.running_mean"].abs().max() == 0 and torch.equal(first["1.weight"], torch.ones(4))
+
+
+def test_deletion_and_insertion_of_a_sum(store, scan):
+    """The output is the sum of one side's brightness: cubes in their true order win, in the reverse order they lose."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), 1))
+    net[1].weight.data.view(SHAPE).copy_(torch.from_numpy(np.indices(SHAPE)[2] >= 18))
+    asked = asked_of(net, store, patch=4)
+    true = asked.map(scan, "gradient_x_input")
+    table = curves(asked, scan, {"gradient_x_input": true, "occlusion": -true, "gradient": np.abs(true)})
+    image, mask = asked.read(scan)
+    ends = table[(table["kind"] == "deletion") & (table["method"] == "random 0")].set_index("fraction")["output"]
+    with torch.no_grad():
+        assert ends[0] == pytest.approx(float(net(torch.from_numpy(image)[None, None])), rel=1e-4)
+    assert ends[1] == pytest.approx(net[1].bias.item(), abs=1e-4)
+    found = areas(table)
+    assert list(found.index) == ["gradient", "gradient_x_input", "occlusion"]
+    assert (found.loc["gradient_x_input"] > 0.2).all() and (found.loc["occlusion"] < -0.2).all()
+
+
+def test_stability_falls_where_a_map_does_not_move_with_the_brain(store, scan):
+    smooth = nn.Sequential(nn.AvgPool3d(6, 6), nn.Flatten(), nn.Linear(24, 4), nn.Softplus(), nn.Linear(4, 1))
+    still = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), 1))  # the same gradient for any scan
+    fixed = asked_of(still, store)
+    rough = stability(fixed, scan, {"gradient": fixed.map(scan, "gradient")}).loc["gradient"]
+    same = asked_of(smooth, store)
+    even = stability(same, scan, {"gradient": same.map(scan, "gradient")}).loc["gradient"]
+    assert rough["noise"] == pytest.approx(1) and abs(rough["shift"]) < 0.1  # its weights do not move with the brain
+    assert even["noise"] > 0.9 and even["shift"] > 0.5
+
+
+def test_outside_completeness_and_agreement_by_hand(store, scan, right_reader):
+    mask = np.zeros((2, 2, 2), bool)
+    mask[0] = True
+    assert outside_share(np.where(mask, 3.0, -1.0), mask) == pytest.approx(0.25 / 0.5)
+    assert np.isnan(outside_share(np.zeros((2, 2, 2)), mask))
+    asked = asked_of(right_reader, store, steps=32)
+    found = asked.map(scan, "integrated_gradients")
+    assert incompleteness(asked, scan, found) < 0.02
+    assert incompleteness(asked, scan, 1.5 * found) == pytest.approx(0.5, abs=0.03)
+    alike = agreement({"a": np.arange(8).reshape(2, 2, 2), "b": -np.arange(8).reshape(2, 2, 2)}, np.ones((2, 2, 2)))
+    np.testing.assert_allclose(alike, 1)
+
+
+GOOD = {"method": "gradient", "randomised": 0.1, "head": 0.9, "shuffled": 0.2, "deletion": 0.3, "insertion": 0.2,
+        "noise": 0.95, "shift": 0.8, "outside": 0.4, "incomplete": 0.01, "agreement": 0.5}
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"randomised": 0.8}, "random weights give much the same map"), ({"shuffled": 0.7}, "shuffled labels"),
+    ({"deletion": -0.2}, "no more than removing brain at random"), ({"noise": 0.1}, "another map after a little noise"),
+    ({"shift": 0.1}, "after a shift by one voxel"), ({"outside": 1.4}, "prefers what is outside the brain"),
+    ({"incomplete": 0.2}, "by 20 %; take more steps"),
+    ({"randomised": np.nan, "noise": np.nan}, "the same everywhere"),
+    ({"insertion": np.nan, "deletion": np.nan}, "no more"),
+])
+def test_each_check_can_fail_a_map(changed, words):
+    good, bad = verdicts(pd.DataFrame([GOOD])), verdicts(pd.DataFrame([GOOD | changed]))
+    assert good["supported"].all() and good["verdict"][0].startswith("passes: ")
+    assert not bad["supported"].any() and words in bad["verdict"][0]
+    assert caption("gradient", good) == "gradient" and caption("gradient", bad) == "gradient: not supported"
+    without = verdicts(pd.DataFrame([GOOD | {"shuffled": np.nan, "incomplete": np.nan}]))
+    assert without["supported"].all()  # what was not looked at is no fault
+
+
+def trained(store, task, steps=60):
+    params = Finetune.model_validate({"prepared": store.folder, "output_dir": "unused", "task": "lesion",
+                                      "encoder": "random:resnet18_narrow", "batch_size": 8, "steps": steps,
+                                      "check_steps": 10, "patience": 0, "learning_rates": [3e-3]})
+    encoder = build_encoder("resnet18_narrow", GRID)
+    return tune(task, encoder, params, 0, choice=Choice(3e-3, 1e-2), check=False).predictor.eval()
+
+
+@pytest.fixture(scope="module")
+def task(store):
+    return read_tasks({"prepared": store}, "lesion")[0]
+
+
+def run_of(folder, model, task):
+    """What 3_finetune leaves of a model's score."""
+    found = predict(model, task.parts["test"].scans())[:, 0]
+    folder.mkdir()
+    scores = score_tested(task, {"test": found}, 0)["test"]
+    write_json(folder / "metrics.json", {f"in_distribution_auc{'' if name == 'value' else f'_{name}'}": value
+                                         for name, value in scores.items()})
+    write_json(folder / "task.json", {"task": "lesion", "kind": "classification", "classes": ["0", "1"]})
+    rows = task.parts["test"].rows
+    write_table(folder / "predictions.csv", pd.DataFrame({"scan": rows["scan"], "participant": rows["participant"],
+                                                          "distribution": "in_distribution", "predicted": found,
+                                                          "true": task.parts["test"].labels}))
+    return folder
+
+
+def test_a_trained_model_passes_and_a_randomised_one_fails(store, task, tmp_path):
+    model = trained(store, task, steps=30)
+    rows = task.parts["test"].rows[task.parts["test"].labels == 1]
+    scans = rows["scan"].head(2).tolist()
+    for name, network in (("learned", model), ("random", reinitialised(model, 1))):  # some seeds are right by chance
+        run = Run.open(tmp_path / f"{name} saliency", {})
+        checked = check_maps(asked_of(network, store, patch=4, steps=32), scans, ["gradient", "integrated_gradients"],
+                             run, learned=no_better_than_chance(run_of(tmp_path / name, network, task)))
+        assert {"checks.csv", "randomisation.csv", "agreement.csv", "verdicts.csv"} <= {
+            path.name for path in run.folder.iterdir()}
+        if name == "learned":
+            assert checked.verdicts["supported"].tolist() == [False, True], checked.verdicts["verdict"].tolist()
+        else:
+            assert not checked.verdicts["supported"].any(), checked.verdicts["verdict"].tolist()
+
+
+def test_shuffled_labels_stay_what_they_are_and_tested_ones_stay_where(task):
+    shuffled = with_shuffled_labels(task, 3)
+    for name in ("train", "validation"):
+        before, after = task.parts[name].labels, shuffled.parts[name].labels
+        assert sorted(before) == sorted(after)
+    assert not np.array_equal(task.parts["train"].labels, shuffled.parts["train"].labels)
+    assert np.array_equal(task.parts["test"].labels, shuffled.parts["test"].labels)
+
+
+def test_a_map_of_shuffled_labels_is_another(store, task, tmp_path):
+    model, other = trained(store, task, steps=20), trained(store, with_shuffled_labels(task), steps=20)
+    rows = task.parts["test"].rows[task.parts["test"].labels == 1]
+    checked = check_maps(asked_of(model, store), rows["scan"].head(1).tolist(), ["gradient"],
+                         Run.open(tmp_path, {}), shuffled=other)
+    same = check_maps(asked_of(model, store), rows["scan"].head(1).tolist(), ["gradient"], Run.open(tmp_path, {}),
+                      shuffled=model)
+    assert checked.table["shuffled"][0] < 0.5
+    assert same.table["shuffled"][0] == pytest.approx(1) and "shuffled labels give" in same.verdicts["verdict"][0]

@@ -1,13 +1,21 @@
-"""What is known of a scan, and of whose."""
+"""Whom to look at, what is known of a scan, and the means of maps."""
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
+import pytest
 
-from kit.explain.maps import known_place, scans_to_explain
+from kit.explain.maps import ask, class_means, known_place, no_better_than_chance, open_model, saliency_maps
+from kit.explain.maps import scans_to_explain as to_explain
+from kit.explain.saliency import MethodError
+from kit.models.encoder_file import save_encoder
+from kit.models.encoders import build_encoder
+from kit.params import Saliency
 from kit.preprocess.nifti import write_nifti
-from kit.runs import write_table
+from kit.reading import ParameterError, check
+from kit.runs import Run, write_json, write_table
 from kit.store.store import Store
-from tests.conftest import make_store
+from tests.conftest import GRID, make_store
 
 
 def test_known_places_stand_in_the_prepared_folder(tmp_path):
@@ -19,10 +27,147 @@ def test_known_places_stand_in_the_prepared_folder(tmp_path):
     assert known_place(store, "made_000_01", "age") is None and known_place(store, "made_000_01", "sex") is None
 
 
+@pytest.fixture
+def six() -> Store:
+    """Scans a to g of six people; nobody reads their voxels."""
+    index = pd.DataFrame({"scan": list("abcdefg"), "participant": ["1", "1", "2", "3", "4", "5", "6"],
+                          "session": "01", "dataset": "A"})
+    return Store(None, index, {"shape": [1, 1, 1], "spacing_mm": 1.0})
+
+
+def predicted(folder, store, true, said, **task) -> None:
+    columns = {"predicted": said} if np.ndim(said) == 1 else {
+        f"predicted_{number}": values for number, values in enumerate(np.transpose(said))}
+    write_table(folder / "predictions.csv", store.index[["scan", "participant"]].assign(
+        distribution="in_distribution", true=true, **columns))
+    write_json(folder / "task.json", {"task": "ill", "kind": "classification", "classes": ["no", "yes"], **task})
+
+
+def chosen(folder, store, *whom, count=2, seed=0) -> list[str]:
+    return to_explain(folder, store, count, whom, seed)["scan"].tolist()
+
+
+def test_of_two_classes(six, tmp_path):
+    #                      a  b  c  d   e   f  g
+    predicted(tmp_path, six, [1.0, 1, 1, 1, 0, 0, 0], [5.0, 9, 2, -3, 4, -1, -2])
+    assert chosen(tmp_path, six, "surest") == ["b", "c"]  # a is b's participant
+    assert chosen(tmp_path, six, "worst", count=5) == ["e", "d"]  # only who is wrong
+    assert set(chosen(tmp_path, six, "controls", count=9)) == {"e", "f", "g"}
+    assert len(chosen(tmp_path, six, "random", count=3)) == 3
+    draws = {tuple(chosen(tmp_path, six, "random", seed=seed)) for seed in range(9)}
+    assert len(draws) > 2 and tuple(chosen(tmp_path, six, "random", seed=4)) in draws
+    table = to_explain(tmp_path, six, 5, ("surest", "worst", "random")).set_index("scan")
+    assert table.index.is_unique and table.loc["b", "whom"].startswith("surest")
+    assert "worst" in table.loc["d", "whom"] and table.loc["d", "said"] == "true yes, predicted no (0.95)"
+
+
+def test_of_several_classes(six, tmp_path):
+    logits = [[9.0, 0, 0], [0, 0, 0.1], [0, 5, 0], [0, 0, 1], [0, 8, 0], [3, 0, 0], [0, 2, 0]]
+    predicted(tmp_path, six, [0.0, 2, 1, 2, 0, 0, 1], logits, classes=["x", "y", "z"])
+    assert chosen(tmp_path, six, "surest") == ["a", "c"]
+    assert chosen(tmp_path, six, "worst") == ["e"]  # b's and d's classes have less than half, and are right
+    assert to_explain(tmp_path, six, 1, ("worst",))["said"][0] == "true x, predicted y (1.00)"
+    assert set(chosen(tmp_path, six, "controls", count=9)) == {"a", "e", "f"}
+
+
+def test_of_a_number(six, tmp_path, capsys):
+    predicted(tmp_path, six, [20.0, 30, 40, 50, 60, 70, 80], [25.0, 30, 40, 20, 61, 70, 79], kind="regression",
+              classes=[])
+    assert chosen(tmp_path, six, "surest") == ["g", "f"] and chosen(tmp_path, six, "worst") == ["d", "a"]
+    assert chosen(tmp_path, six, "surest", "controls") == ["g", "f"]
+    assert "ill is a number, which has no controls" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no test participant is among controls"):
+        chosen(tmp_path, six, "controls")
+
+
 def test_participants_of_two_datasets_are_two(tmp_path):
     index = pd.DataFrame({"scan": ["1", "2", "3", "4"], "participant": ["001", "001", "001", "1"],
                           "session": ["01", "01", "02", "01"], "dataset": ["A", "B", "B", "A"]})
-    write_table(tmp_path / "predictions.csv", index[["scan", "participant"]].assign(
-        distribution="in_distribution", true=1.0, predicted=[1.0, 2.0, 3.0, 0.5]))
-    chosen = scans_to_explain(tmp_path, Store(tmp_path, index, {"shape": [1, 1, 1], "spacing_mm": 1.0}), 3)
-    assert chosen["scan"].tolist() == ["3", "1", "4"]
+    store = Store(tmp_path, index, {"shape": [1, 1, 1], "spacing_mm": 1.0})
+    predicted(tmp_path, store, 1.0, [1.0, 2.0, 3.0, 0.5])
+    assert chosen(tmp_path, store, "surest", count=3) == ["3", "1", "4"]
+
+
+@pytest.mark.parametrize(("metrics", "doubted"), [
+    ({"in_distribution_auc": 0.8, "in_distribution_auc_low": 0.6}, False),
+    ({"in_distribution_auc": 0.7, "in_distribution_auc_low": 0.45}, True),
+    ({"in_distribution_auc": 0.5, "in_distribution_auc_low": None}, True)])
+def test_a_model_that_predicts_nothing_is_doubted(six, tmp_path, metrics, doubted):
+    predicted(tmp_path, six, 1.0, 2.0 * np.ones(7))
+    write_json(tmp_path / "metrics.json", metrics)
+    assert ("no better than chance" in no_better_than_chance(tmp_path)) == doubted
+
+
+def test_a_number_is_doubted_where_the_median_does_as_well(six, tmp_path):
+    write_json(tmp_path / "metrics.json", {})
+    true = [20.0, 30, 40, 50, 60, 70, 80]
+    predicted(tmp_path, six, true, [22.0, 33, 44, 51, 60, 66, 75], kind="regression", classes=[])
+    assert no_better_than_chance(tmp_path) == ""
+    predicted(tmp_path, six, true, [50.0, 80, 20, 50, 10, 52, 49], kind="regression", classes=[])
+    assert "no better than the median does" in no_better_than_chance(tmp_path)
+
+
+def test_means_are_of_classes_and_in_mni(tmp_path):
+    store = make_store(tmp_path / "store", participants=4)
+    rows = store.index.drop_duplicates("participant").reset_index(drop=True)
+    mask = store.read(rows["scan"][0])[1]
+    maps = {(scan, "gradient"): np.where(mask, 1.0 + 10 * number, 0).astype(np.float32)
+            for number, scan in enumerate(rows["scan"])}
+    bright = mask & (np.indices(mask.shape)[0] > 8)
+    for scan in rows.loc[rows["lesion"] == 1, "scan"]:
+        maps[scan, "gradient"][bright] *= 3
+    record = {"task": "lesion", "kind": "classification", "classes": ["0", "1"]}
+    run = Run.open(tmp_path / "run", {})
+    means = class_means(maps, rows, record, store, run)
+    assert list(means) == [("mean lesion=0 (n=2)", "gradient"), ("mean lesion=1 (n=2)", "gradient"),
+                           ("lesion=1 less lesion=0", "gradient")]
+    np.testing.assert_allclose(means["mean lesion=0 (n=2)", "gradient"][mask], 1, rtol=1e-5)  # nobody outweighs another
+    difference = means["lesion=1 less lesion=0", "gradient"]
+    assert difference[bright].min() > 0 > difference[mask & ~bright].max()
+    written = nib.load(run / "maps/lesion=1_less_lesion=0_gradient.nii.gz")
+    np.testing.assert_allclose(written.affine, GRID.affine)
+    np.testing.assert_allclose(written.get_fdata().T, difference, atol=1e-6)
+
+    halves = class_means(maps, rows, {"task": "age", "kind": "regression", "classes": []}, store, run)
+    assert len(halves) == 3 and all(what.startswith(("mean age ", "age above ")) for what, _ in halves)
+    assert [what for what, _ in class_means(maps, rows, {"task": None}, store, run)] == ["mean all (n=4)"]
+
+
+def saliency_params(store, model, folder, **changes) -> Saliency:
+    return check(Saliency, {"prepared": store.folder, "model": model, "output_dir": folder, **changes})
+
+
+def test_an_encoder_without_a_head(store, tmp_path):
+    (tmp_path / "encoder").mkdir()
+    save_encoder(tmp_path / "encoder/encoder.safetensors", build_encoder("vit_narrow", GRID), {
+        "architecture": "vit_narrow", "objective": "mae", "preparation": store.record, "participants": []})
+    for changes, words in (({}, "target: got 'prediction'; an encoder without a head has similarity"),
+                           ({"target": "component"}, "whom: of an encoder without a head")):
+        with pytest.raises(ParameterError, match=words):
+            saliency_params(store, tmp_path / "encoder", tmp_path / "run", **changes)
+    params = saliency_params(store, tmp_path / "encoder", tmp_path / "run", target="component", whom=["random"],
+                             participants=4, methods=["gradient", "attention_rollout"])
+    run = Run.of(params)
+    opened = open_model(params, store, run)
+    assert opened.chosen["whom"].eq("random").all() and opened.chosen["participant"].is_unique
+    maps = saliency_maps(ask(params, opened, store), opened.chosen, params.methods, run)
+    assert len(maps) == 8 and all(values.any() for values in maps.values())
+    assert len(list((run / "maps").glob("*.nii.gz"))) == 8
+
+    refused = saliency_params(store, tmp_path / "encoder", tmp_path / "other", target="views", whom=["random"])
+    with pytest.raises(MethodError, match="grad_cam cannot explain this network"):
+        open_model(refused, store, Run.of(refused))
+    assert not (tmp_path / "other/made_from.json").exists()
+
+
+def test_the_mean_brain_is_the_cohorts(store, tmp_path):
+    (tmp_path / "encoder").mkdir()
+    save_encoder(tmp_path / "encoder/encoder.safetensors", build_encoder("resnet18_narrow", GRID), {
+        "architecture": "resnet18_narrow", "objective": "simclr", "preparation": store.record, "participants": []})
+    params = saliency_params(store, tmp_path / "encoder", tmp_path / "run", target="views", whom=["random"],
+                             methods=["integrated_gradients"], baseline="mean_brain", patch_mm=16)
+    asked = ask(params, open_model(params, store, Run.of(params)), store)
+    first = store.index.drop_duplicates("participant")["scan"]
+    mean = np.mean([store.read(scan)[0] for scan in first], axis=0, dtype=np.float32)
+    np.testing.assert_allclose(asked.options.mean_brain, mean, atol=2e-3)
+    assert asked.options.patch == 4

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from kit.preprocess.template import template_on
-from kit.show.saliency_figures import Scale, caption, group_figure, mosaic, region_bars, scan_figure, smoothed, viewer
+from kit.show.saliency_figures import Scale, group_figure, mosaic, region_bars, scan_figure, smoothed, viewer
 from kit.store.grid import PAPER_GRID, Grid
 from tests.show.test_slices import pixels, texts
 
@@ -33,7 +33,7 @@ def found(scan) -> np.ndarray:
 
 def test_a_scan_is_drawn_plain_and_under_both_maps_through_the_strongest_place(scan, found):
     outline = found > 1
-    figure = scan_figure(scan, found, GRID, caption("sub-1", 1.0, 0.9312, "integrated_gradients", True), "output / SD",
+    figure = scan_figure(scan, found, GRID, "sub-1, integrated gradients", "output / SD",
                          outline, "procedural data")
     panels, bar = figure.axes[:9], figure.axes[9]
     assert [len(axes.images) for axes in panels] == [1, 1, 1, 2, 2, 2, 2, 2, 2]
@@ -56,12 +56,10 @@ def test_a_scan_is_drawn_plain_and_under_both_maps_through_the_strongest_place(s
 
 
 def test_what_is_not_supported_says_so_in_red(scan, found):
-    title = caption("sub-1", "M", "F", "gradient", False, "random weights give the same map")
-    assert title.endswith("gradient · not supported: random weights give the same map")
-    assert caption("sub-1", "M", "F", "gradient").endswith("not checked")
+    title = "sub-1 · true M, predicted F · gradient: not supported"
     # Matplotlib's own way to a figure's title is its list of texts.
     for figure, red in ((scan_figure(scan, found, GRID, title), True), (mosaic(scan, found, GRID, title), True),
-                        (scan_figure(scan, found, GRID, caption("sub-1", 1, 1, "gradient", True)), False)):
+                        (scan_figure(scan, found, GRID, "sub-1, gradient"), False)):
         top = pixels(figure)[:30].reshape(-1, 3)
         reddish = ((top[:, 0] > top[:, 1] + 60) & (top[:, 0] > 120)).any()
         assert reddish == red

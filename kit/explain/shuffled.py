@@ -1,0 +1,48 @@
+"""The same network, fine-tuned once on shuffled labels: what its maps would look like had it learned nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from kit.cohort.identity import read_aliases
+from kit.device import on_device
+from kit.evaluate.finetune import open_stores
+from kit.evaluate.tasks import Task, tasks_of
+from kit.evaluate.tune import Choice, tune
+from kit.models.encoder_file import encoder_at, load_encoder
+from kit.params import Finetune
+from kit.reading import read_yaml
+from kit.seeding import rng_for
+
+
+def shuffled_model(model: Path, steps: int, seed: int = 0) -> nn.Module:
+    """Fine-tune as a run of 3_finetune did, from the same encoder, on labels dealt out anew among the participants.
+
+    Args:
+        model: that run, with its `params.yaml`; its stores and its encoder must be there still.
+        steps: at most; the run's own, if they are fewer. Nothing else is searched or repeated.
+        seed: of the shuffle.
+
+    Raises:
+        EncoderError, StoreError, LabelError: see `kit.evaluate.finetune.run_finetune`.
+    """
+    kept = read_yaml(model / "params.yaml")
+    params = Finetune.model_validate(kept | {"steps": min(steps, kept["steps"]), "check_trained": False, "workers": 1,
+                                             "nodes": 1, "warmup_steps": 0})
+    stores, aliases = open_stores(params), read_aliases(params.aliases)
+    spec = encoder_at(params.encoder, params.fold, params.seed)
+    encoder, _ = load_encoder(spec, stores["prepared"].record, params.seed, params.allow_differences)
+    task, = tasks_of(params, stores, params.task, params.task_type, params.missing_codes, aliases, [params.fold])
+    task = with_shuffled_labels(task.with_labels_for(params.label_fraction, params.seed), seed)
+    choice = Choice(params.learning_rates[0], params.weight_decays[0])
+    return on_device(tune(task, encoder, params, params.seed, choice=choice, check=False).predictor).eval()
+
+
+def with_shuffled_labels(task: Task, seed: int = 0) -> Task:
+    """A task whose training and validation labels are dealt out anew; those that are tested stay."""
+    parts = {name: replace(part, labels=rng_for(seed, number).permutation(part.labels))
+             if name in ("train", "validation") else part for number, (name, part) in enumerate(task.parts.items())}
+    return replace(task, parts=parts)

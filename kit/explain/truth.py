@@ -1,0 +1,208 @@
+"""Maps against places that are known: the sample cohort's effects, and lesions that are put into real scans.
+
+Per map, of its absolute values inside the brain:
+
+- pointing: does its strongest voxel lie in the place, or beside it? (Zhang et al., arXiv 1608.00507)
+- mass: the share of the map that lies in the place; rank: the share of its strongest voxels that do, as many as the
+  place has. (Arras et al., CLEVR-XAI, Information Fusion 2022)
+
+An even map has the place's share of the brain in all three, by chance: each is also given over that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.ndimage import binary_dilation, gaussian_filter
+
+from kit.cohort.identity import participant_ids
+from kit.cohort.tabular import read_table
+from kit.device import on_device
+from kit.evaluate.finetune import load_predictor
+from kit.evaluate.metrics import bootstrap
+from kit.explain.asked import Asked
+from kit.explain.maps import EFFECTS, check_model, known_place
+from kit.explain.saliency import Maps, check_methods
+from kit.explain.targets import question
+from kit.params import Saliency
+from kit.provenance import write_stamped
+from kit.runs import Run, progress
+from kit.seeding import rng_for
+from kit.store.grid import Grid
+from kit.store.store import Store
+
+MEASURES = ("pointing", "mass", "mass_ratio", "rank", "rank_ratio")
+COLUMNS = ("scan", "method", "place", "share_of_brain", *MEASURES)
+LEVEL = 0.95  # of the intervals
+
+
+def against_place(found: np.ndarray, place: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """Hold one map against a known place; all are (depth, height, width).
+
+    Returns:
+        `share_of_brain`, 0-1, of the place; `pointing` (0 or 1), `mass`, `rank` (0-1), and the last two over
+        `share_of_brain`. Of a map that is zero in the brain all but the share are nan: it says nothing.
+
+    Raises:
+        ValueError: shapes differ, or the place lies outside the brain.
+    """
+    brain = np.asarray(mask, bool)
+    if not found.shape == brain.shape == np.shape(place):
+        raise ValueError(f"shapes differ: map {found.shape}, brain mask {brain.shape}, known place {np.shape(place)}")
+    known = np.asarray(place, bool) & brain
+    if not known.any():
+        raise ValueError("the known place lies outside the brain: nothing can be held against it")
+    share = float(known.sum() / brain.sum())
+    if not np.abs(found[brain]).sum() > 0:
+        return {"share_of_brain": share, **dict.fromkeys(MEASURES, float("nan"))}
+    weight = np.where(brain, np.abs(found.astype(np.float64)), 0)
+    strongest = np.argsort(np.where(brain, -weight, 1), axis=None, kind="stable")[: known.sum()]
+    beside = binary_dilation(known)  # a voxel's tolerance, as the method's authors give some
+    mass, rank = float(weight[known].sum() / weight.sum()), float(known.flat[strongest].mean())
+    return {"share_of_brain": share, "pointing": float(beside.flat[strongest[0]]), "mass": mass,
+            "mass_ratio": mass / share, "rank": rank, "rank_ratio": rank / share}
+
+
+def inside_known_places(maps: Maps, store: Store, task: str | None, run: Run) -> pd.DataFrame:
+    """Hold maps of scans against the place where a task's effect is known to lie; also written to `known_places.csv`.
+
+    Returns:
+        A row a map, see `against_place`; none where nothing is known.
+    """
+    rows = []
+    for (scan, method), values in maps.items():
+        place, mask = known_place(store, scan, task), store.read(scan)[1]
+        if place is not None and (place & mask).any():
+            rows.append({"scan": scan, "method": method, "place": EFFECTS[task], **against_place(values, place, mask)})
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    write_stamped(run / "known_places.csv", table)
+    return table
+
+
+def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> pd.DataFrame:
+    """All methods of all models against known places; also written to `truth.csv`.
+
+    Each model is held against tested participants of its own task in whom the place is known, drawn by the seed: the
+    same for all models of a task and a split.
+
+    Args:
+        params: whose `model` and `compare` are looked at, `truth_participants` each.
+        asked: of `model`.
+        task: of `model`.
+
+    Returns:
+        A row per model, task and method, see `summary`; none where nothing is known.
+    """
+    tables = []
+    models = {"model": params.model, **params.compare} if task is not None else {}
+    for name, folder in models.items():
+        if name == "model":
+            here, of_task = asked, task
+        else:
+            check_model(folder, asked.store, params.allow_differences)
+            model, record = load_predictor(folder, asked.store.record)
+            check_methods(model, params.methods, params.layer)
+            rows = pd.DataFrame({"scan": []})
+            question_of = question("prediction", on_device(model), record, asked.store, rows)
+            here, of_task = Asked(model, question_of.of, question_of.words, asked.store, asked.options), record["task"]
+        scans = scans_with_place(folder, asked.store, of_task, params.truth_participants, params.seed)
+        found = summary(measure(here, scans, params.methods, of_task), asked.store, params.seed)
+        found.insert(0, "task", of_task)
+        found.insert(0, "model", name)
+        tables.append(found)
+    table = pd.concat(tables, ignore_index=True) if tables else summary(pd.DataFrame(columns=COLUMNS), asked.store)
+    write_stamped(run / "truth.csv", table)
+    return table
+
+
+def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int) -> list[str]:
+    """Scans of tested participants, in distribution, in whom the place of the task's effect is known, one of each."""
+    tested = read_table(model / "predictions.csv", text=("scan", "participant"))
+    tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
+    rows = store.index.set_index("scan", drop=False).loc[sorted(tested)]
+    rows = rows[~participant_ids(rows).duplicated().to_numpy()]
+    there = [scan for scan in rows["scan"]
+             if (place := known_place(store, scan, task)) is not None and (place & store.read(scan)[1]).any()]
+    return [there[number] for number in rng_for(seed).permutation(len(there))[:count]]
+
+
+def measure(asked: Asked, scans: Sequence[str], methods: Sequence[str], task: str) -> pd.DataFrame:
+    """A row per scan and method, see `against_place`."""
+    rows = []
+    for scan in progress(scans, desc="known places", disable=not scans):
+        place, mask = known_place(asked.store, scan, task), asked.store.read(scan)[1]
+        rows += [{"scan": scan, "method": method, "place": EFFECTS[task],
+                  **against_place(asked.map(scan, method), place, mask)} for method in methods]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def summary(table: pd.DataFrame, store: Store, seed: int = 0) -> pd.DataFrame:
+    """Means over participants with 95 % intervals, by the bootstrap over participants.
+
+    Args:
+        table: of `measure` or `inside_known_places`.
+        store: of its scans.
+        seed: of the bootstrap.
+
+    Returns:
+        A row a method: `method`, `participants`, `silent` (maps that are zero in the brain, left out), and of each of
+        `MEASURES` the mean, `<measure>_low` and `<measure>_high` (nan of fewer than two participants).
+    """
+    rows = []
+    person = dict(zip(store.index["scan"], participant_ids(store.index), strict=True))
+    for method, part in table.groupby("method", sort=False):
+        means = part.assign(participant=part["scan"].map(person)).groupby("participant")[list(MEASURES)].mean()
+        said = means.dropna()
+        row = {"method": method, "participants": len(said), "silent": len(means) - len(said)}
+        for name in MEASURES:
+            low, high = _interval(said[name].to_numpy(), seed)
+            row |= {name: said[name].mean(), f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    columns = ["method", "participants", "silent",
+               *(f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high"))]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """Of the mean, by percentiles of the bootstrap."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    drawn = np.concatenate([counts @ values / len(values) for counts in bootstrap(len(values), seed=seed)])
+    return tuple(np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist())
+
+
+def implant_lesion(image: np.ndarray, mask: np.ndarray, grid: Grid, place_mm: tuple[float, float, float],
+                   radius_mm: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put a dark lesion, such as an old infarct on T1, into a scan: a ball with an uneven edge, as dark as fluid.
+
+    Args:
+        image: (depth, height, width), z-scored inside the mask and 0 outside; z-scored again afterwards, as prepared.
+        mask: (depth, height, width), the brain.
+        grid: where they lie.
+        place_mm: (x, y, z) MNI millimetres of its centre.
+        radius_mm: about.
+        seed: of its edge and its texture.
+
+    Returns:
+        The scan, float32, and the lesion's voxels, bool, both (depth, height, width).
+
+    Raises:
+        ValueError: no voxel of the lesion lies in the brain.
+    """
+    rng, brain = np.random.default_rng([seed, 77]), np.asarray(mask, bool)
+    apart = [start + grid.spacing_mm * np.arange(side) - centre for start, side, centre
+             in zip(grid.origin_mm[::-1], grid.shape, place_mm[::-1], strict=True)]
+    distance = np.sqrt(sum(each**2 for each in np.meshgrid(*apart, indexing="ij")))
+    rough = gaussian_filter(rng.normal(size=grid.shape), max(1.0, 4 / grid.spacing_mm))
+    edge = distance + 0.15 * radius_mm * rough / rough.std()  # a sixth of the radius in and out
+    depth = np.clip(0.5 + (radius_mm - edge) / max(grid.spacing_mm, 2.0), 0, 1) * brain  # soft over a voxel
+    lesion = depth >= 0.5
+    if not lesion.any():
+        raise ValueError(f"place_mm {place_mm}: no voxel within {radius_mm:g} mm lies in the brain")
+    dark = np.quantile(image[brain], 0.03) + 0.2 * rng.normal(size=grid.shape)
+    changed = np.where(brain, (1 - depth) * image.astype(np.float64) + depth * dark, 0)
+    inside = changed[brain]
+    return np.where(brain, (changed - inside.mean()) / inside.std(), 0).astype(np.float32), lesion
