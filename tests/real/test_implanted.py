@@ -73,9 +73,9 @@ def test_maps_find_lesions_in_real_brains(brains: Store, tmp_path: Path) -> None
     store = implanted(brains, tmp_path)
     task = read_tasks({"prepared": store}, "stroke")[0]
     params = Finetune.model_validate({"prepared": store.folder, "output_dir": "unused", "task": "stroke",
-                                      "encoder": "random:resnet18_narrow", "batch_size": 16, "steps": 150,
-                                      "check_steps": 15, "patience": 4})
-    model = tune(task, build_encoder("resnet18_narrow", GRID), params, 0, choice=Choice(2e-3, 1e-2),
+                                      "encoder": "random:resnet18_narrow", "batch_size": 16, "steps": 300,
+                                      "check_steps": 15, "patience": 6})
+    model = tune(task, build_encoder("resnet18_narrow", GRID), params, 0, choice=Choice(1e-3, 1e-2),
                  check=False).predictor.eval()
     assert score_validation(task, model) > 0.8
     tested = task.parts["test"].rows
