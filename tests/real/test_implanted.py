@@ -6,6 +6,7 @@ IXI (brain-development.org, CC BY-SA 3.0).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,10 @@ from kit.preprocess.template import tissue_on
 from kit.store.grid import Grid
 from kit.store.store import Store, scan_path, write_scan
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+ALL = os.environ.get("KIT_REAL_HEADS") == "all"
+pytestmark = [pytest.mark.real, pytest.mark.slow,
+              pytest.mark.skipif(not ALL, reason="prepares 48 brains and trains on them, ten minutes: "
+                                                 "KIT_REAL_HEADS=all")]
 
 GRID = Grid((36, 48, 40), 4.0)
 BRAINS = 48
