@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.special import expit, softmax
 from torch import nn
 
@@ -275,7 +276,10 @@ def saliency_maps(asked: Asked, rows: pd.DataFrame, methods: Sequence[str], run:
     masks = {scan: asked.store.read(scan)[1] for scan in rows["scan"]}
     total = sum(passes_of(method, mask, asked.options) for mask in masks.values() for method in methods)
     with progress(total=total, desc="maps", unit="pass") as bar:
-        hook = asked.model.register_forward_hook(lambda _, inputs, __: bar.update(len(inputs[0])))
+        def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
+            bar.update(len(inputs[0]))  # what it returns must not: a hook's answer would take the model's place
+
+        hook = asked.model.register_forward_hook(count)
         try:
             for scan, mask in masks.items():
                 for method in methods:

@@ -1,9 +1,12 @@
 """Whom to look at, what is known of a scan, and the means of maps."""
 
+from functools import partial
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from tqdm import tqdm
 
 from kit.explain.maps import ask, class_means, known_place, no_better_than_chance, open_model, saliency_maps
 from kit.explain.maps import scans_to_explain as to_explain
@@ -137,7 +140,7 @@ def saliency_params(store, model, folder, **changes) -> Saliency:
     return check(Saliency, {"prepared": store.folder, "model": model, "output_dir": folder, **changes})
 
 
-def test_an_encoder_without_a_head(store, tmp_path):
+def test_an_encoder_without_a_head(store, tmp_path, monkeypatch):
     (tmp_path / "encoder").mkdir()
     save_encoder(tmp_path / "encoder/encoder.safetensors", build_encoder("vit_narrow", GRID), {
         "architecture": "vit_narrow", "objective": "mae", "preparation": store.record, "participants": []})
@@ -150,6 +153,8 @@ def test_an_encoder_without_a_head(store, tmp_path):
     run = Run.of(params)
     opened = open_model(params, store, run)
     assert opened.chosen["whom"].eq("random").all() and opened.chosen["participant"].is_unique
+    # a bar that draws at each pass: what it then answers, True, must not become the model's output
+    monkeypatch.setattr("kit.explain.maps.progress", partial(tqdm, mininterval=0, miniters=1, leave=False))
     maps = saliency_maps(ask(params, opened, store), opened.chosen, params.methods, run)
     assert len(maps) == 8 and all(values.any() for values in maps.values())
     assert len(list((run / "maps").glob("*.nii.gz"))) == 8
