@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import nbformat
 import yaml
 
 from kit.cells import assigned_names, literals
-from kit.machine import shares_of_cores
+from kit.machine import keep_to, shares_of_cores
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError, Parameters, built, check, filled, read_options, read_yaml
 from kit.runs import ROOT, Run, RunError, resolve, shown, write_whole
@@ -234,8 +233,7 @@ def _run_on(step: Step, line: int, own: set[int]) -> None:
         file.write_text(yaml.safe_dump(step.values), encoding="utf-8")
         process = subprocess.Popen([sys.executable, "-m", "kit.execute", step.notebook, "-f", str(file), "--line",
                                     str(line), step.name], stdout=subprocess.DEVNULL)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(process.pid, own)  # it is still importing; its kernel inherits them
+        keep_to(process.pid, own)  # it is still importing; its kernel inherits them
         if code := process.wait():
             raise RunError(f"{step.name}: ended with {code}; what it said stands above")
 

@@ -63,6 +63,12 @@ def shares_of_cores(parts: int) -> list[set[int]]:
     return [set(own[part::parts]) or {own[part % len(own)]} for part in range(parts)]
 
 
+def keep_to(process: int, own: set[int]) -> None:
+    """Let a process, and what it starts from now on, use these cores only, where the system can (not on macOS)."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process, own)
+
+
 def slurm_nodes() -> tuple[int, list[str]]:
     """How many nodes the Slurm job has that this process runs in, 1 outside a job; and what is missing to use them."""
     told = os.environ.get("SLURM_JOB_NUM_NODES", "")

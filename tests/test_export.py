@@ -231,7 +231,8 @@ def test_a_hubs_clone_takes_it_by_the_command_line(runs, tmp_path, capsys):
     assert main([str(runs[0] / "pre0"), "--output", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
-        ".git", "README.md", "config.json", "model.safetensors", "encoder.safetensors", "program.pt2", "configs",
+        ".git", "README.md", "config.json", "model.safetensors", "encoder.safetensors", "reference.safetensors",
+        "program.pt2", "configs",
         "models"}
     assert [path.name for path in tmp_path.iterdir()] == ["clone"]
 

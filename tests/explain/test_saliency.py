@@ -287,7 +287,7 @@ mask = np.zeros(grid.shape, bool)
 mask[5:-5, 5:-5, 5:-5] = True
 image = np.where(mask, np.random.default_rng(0).normal(size=mask.shape), 0).astype(np.float32)
 model = Predictor(build_encoder("resnet18", grid)).eval()
-found = saliency(model, image, mask, "integrated_gradients", options=Options(steps=int(sys.argv[1])))
+found = saliency(model, image, mask, "integrated_gradients", options=Options(steps=int(sys.argv[1]), batch=1))
 assert found[mask].any()
 from benchmarks.ratio import memory_bytes
 print(memory_bytes("VmHWM"))

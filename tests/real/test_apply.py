@@ -25,7 +25,8 @@ from kit.store.grid import Grid
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 GRID = Grid((36, 48, 40), 4.0)
-MISTAKES = ("contrast inverted", "like CT", "no upper half", "thick slices")
+ALL = os.environ.get("KIT_REAL_HEADS") == "all"  # each mistake that is looked at in all orientations takes a minute
+MISTAKES = ("contrast inverted", "thick slices", *(("like CT", "no upper half") if ALL else ()))
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +53,14 @@ def mistaken(real_cohorts: Path, encoder: Path, tmp_path_factory: pytest.TempPat
 
 def test_a_clinics_mistakes_are_answered_with_a_warning(mistaken: Applied) -> None:
     found = mistaken.table.set_index("participant")
-    assert mistaken.failed.empty and len(found) == 5 and np.isfinite(mistaken.features).all()
+    assert mistaken.failed.empty and len(found) == 1 + len(MISTAKES) and np.isfinite(mistaken.features).all()
     words = found["warnings"]
-    assert "not T1-weighted" in words["?IXI080-contrast-inverted"] and "not T1-weighted" in words["?IXI080-like-CT"]
-    assert "unlike the template" in words["?IXI080-no-upper-half"]
+    assert "not T1-weighted" in words["?IXI080-contrast-inverted"]
+    if ALL:
+        assert "not T1-weighted" in words["?IXI080-like-CT"] and "unlike the template" in words["?IXI080-no-upper-half"]
     assert words["?IXI080-thick-slices"] == "voxels of 2 x 2 x 6 mm: too coarse to trust"
     assert words["?stripped"] == ""  # no mistake: `mask: auto` takes it as it is
-    bad = found.loc[["?IXI080-contrast-inverted", "?IXI080-like-CT", "?IXI080-no-upper-half"], "unusable"]
-    assert (bad != "").all() and (found["unusable"] == "").sum() == 2
+    assert set(found.index[found["unusable"] == ""]) == {"?IXI080-thick-slices", "?stripped"}
 
 
 def test_a_whole_head_has_one_embedding_by_command_and_by_function(head: Path, real_cohorts: Path, encoder: Path,

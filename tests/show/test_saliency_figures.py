@@ -50,7 +50,7 @@ def test_a_scan_is_drawn_plain_and_under_both_maps_through_the_strongest_place(s
     assert all(axes.images[1].get_clim() == (0, 1) for axes in panels[3:])
     assert re.fullmatch(r"1 = .* smoothed, .* as it is \(output / SD\)", bar.get_ylabel())
     assert "".join(text for text in texts(figure) if len(text) == 1) == "LRALRSPAS" * 3
-    assert figure.get_suptitle() == "sub-1 · true 1, predicted 0.931 · integrated gradients · supported by the checks"
+    assert figure.get_suptitle() == "sub-1, integrated gradients"
     assert "procedural data · neurological view" in figure.get_supxlabel()
     assert figure.get_size_inches()[0] * figure.dpi <= 900 and plt.get_fignums() == []
 
