@@ -332,9 +332,10 @@ class Saliency(Parameters):
     label_steps: Positive = 100  # of it, at most
     truth_participants: Annotated[int, Field(ge=0)] = 6  # tested, whose effect's place is known; 0: none
     compare: dict[str, ProjectPath] = {}  # more runs of 3_finetune for the table of known places, by name
-    # of the regions: deepmriprep:NAME, harvard-oxford, tissues, or a NIfTI; null: deepmriprep's AAL3 if it is installed
+    # of the regions: deepmriprep:NAME, harvard-oxford, tissues, a NIfTI, or column:NAME, where a column of the cohort
+    # names each scan's own label map; null: deepmriprep's AAL3 if it is installed
     atlas: str | None = None
-    atlas_names: ProjectPath | None = None  # a table of a NIfTI's labels: index, label
+    atlas_names: ProjectPath | None = None  # a table of a label map's labels: index, label
     cohort: str | None = None  # that was prepared: maps are then written in the scans' own space, too
     allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
     seed: Seed = 0
@@ -343,6 +344,9 @@ class Saliency(Parameters):
         problems = _prepared_problems("prepared", self.prepared)
         problems += [line for name, folder in self.compare.items() for line in _model_problems(f"compare.{name}",
                                                                                              folder)]
+        if (self.atlas or "").startswith("column:") and self.cohort is None:
+            problems.append(f"atlas: {self.atlas} is a column of the cohort; set cohort to the table that "
+                            "`prepared` was made from")
         if not (self.model / "task.json").exists() and (self.model / "encoder.safetensors").is_file():
             if self.target not in (of := ("similarity", "views", "component")):
                 problems.append(f"target: got {self.target!r}; an encoder without a head has {', '.join(of)}")

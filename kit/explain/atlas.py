@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from scipy import ndimage
 from kit.cohort.tables import read_cohort
 from kit.explain.atlas_files import LICENCES, AtlasError, templates, wheel_file
 from kit.explain.label_names import BOTH, label_names, split_side
+from kit.params import Saliency
 from kit.preprocess.index import scan_names
 from kit.preprocess.nifti import upright
 from kit.preprocess.place import affine_of
@@ -30,6 +32,7 @@ from kit.store.grid import Grid
 from kit.store.store import Store, read_transform
 
 DEFAULT = "deepmriprep:aal3"
+COLUMN = "column"  # an atlas `column:NAME`: a column of the cohort names each scan's label map
 LEAST_INSIDE = 0.5  # of an atlas in MNI millimetres, this share of its voxels lies in the template's brain
 
 
@@ -71,6 +74,18 @@ def load_atlas(source: str | Path | None, grid: Grid, names: str | Path | None =
     if source is None:
         source = DEFAULT if templates() is not None else "tissues"
     return _load(str(source), grid, None if names is None else str(names))
+
+
+def atlas_for(params: Saliency, store: Store, scans: Sequence[str]) -> Atlas | dict[str, Atlas]:
+    """What `atlas` names: one for all scans, or of `column:NAME` each scan's own, from that column of `cohort`.
+
+    Raises:
+        AtlasError: see `load_atlas` and `own_atlases`.
+    """
+    kind, _, column = (params.atlas or "").partition(":")
+    if kind == COLUMN:
+        return own_atlases(store, list(scans), params.cohort, column, params.atlas_names)
+    return load_atlas(params.atlas, store.grid, params.atlas_names)
 
 
 def placement(atlas: Atlas, grid: Grid) -> Placement:

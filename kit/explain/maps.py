@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -342,7 +342,8 @@ def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]
     return {each: rows["scan"][name == each].tolist() for each in classes if (name == each).any()}
 
 
-def region_shares(maps: Maps, rows: pd.DataFrame, store: Store, atlas: Atlas, run: Run) -> pd.DataFrame:
+def region_shares(maps: Maps, rows: pd.DataFrame, store: Store, atlas: Atlas | Mapping[str, Atlas],
+                  run: Run) -> pd.DataFrame:
     """Regions' shares of each method's maps over participants, see `region_intervals`; written to `regions.csv` too.
 
     Maps that are zero, such as Grad-CAM's where nothing raises the output, say nothing and are left out.

@@ -8,54 +8,13 @@ import numpy as np
 import pandas as pd
 
 from kit.evaluate.metrics import bootstrap
-from kit.explain.atlas import Atlas, load_atlas
+from kit.explain.atlas import Atlas
 from kit.explain.label_names import BOTH
 from kit.explain.saliency import Maps
-from kit.store.grid import Grid
 from kit.store.store import Store
 
 ELSEWHERE = "in no region"  # brain that the atlas leaves out
 COLUMNS = ["method", "region", "side", "share_of_saliency", "low", "high", "share_of_brain", "ratio", "participants"]
-
-
-def inside_share(saliency_map: np.ndarray, known_mask: np.ndarray, brain_mask: np.ndarray) -> dict[str, float]:
-    """How much of an absolute map lies in a known place, such as a lesion; all are (depth, height, width).
-
-    Returns:
-        share_of_saliency and share_of_brain, 0-1, of the place's part inside the brain; ratio of the two: 1 is what an
-        even map gives, nan is a place outside the brain.
-
-    Raises:
-        ValueError: if shapes differ, or the map is zero inside the brain.
-    """
-    weight, brain = _inside(saliency_map, brain_mask, np.shape(known_mask))
-    known = np.asarray(known_mask, dtype=bool) & brain
-    saliency, voxels = float(weight[known].sum() / weight.sum()), float(known.sum() / brain.sum())
-    return {"share_of_saliency": saliency, "share_of_brain": voxels,
-            "ratio": saliency / voxels if voxels else float("nan")}
-
-
-def region_table(saliency_map: np.ndarray, mask: np.ndarray, grid: Grid, atlas: Atlas | None = None) -> pd.DataFrame:
-    """Share one scan's absolute map out over an atlas's regions, left and right apart.
-
-    Args:
-        saliency_map, mask: (depth, height, width) on the grid; voxels outside the mask count nowhere.
-        atlas: on the same grid; None: the one that `load_atlas` takes without a name.
-
-    Returns:
-        A row per region and side that has voxels inside the mask: `region, side, voxels, volume_ml,
-        share_of_saliency, share_of_brain, ratio` (shares 0-1, each summing to 1; ratio 1 is an even map). `in no
-        region` is brain that the atlas leaves out.
-
-    Raises:
-        ValueError: if shapes differ, or the map is zero inside the mask.
-    """
-    table = _shares(saliency_map, mask, load_atlas(None, grid) if atlas is None else atlas)
-    table = table[table["share_of_brain"] > 0].reset_index()
-    voxels = (table["share_of_brain"] * np.count_nonzero(mask)).round().astype(int)
-    table.insert(2, "voxels", voxels)
-    table.insert(3, "volume_ml", voxels * grid.spacing_mm**3 / 1000)
-    return table.assign(ratio=table["share_of_saliency"] / table["share_of_brain"])
 
 
 def region_intervals(maps: Maps, store: Store, atlas: Atlas | Mapping[str, Atlas], participants: Mapping[str, str],
@@ -81,7 +40,7 @@ def region_intervals(maps: Maps, store: Store, atlas: Atlas | Mapping[str, Atlas
     Raises:
         ValueError: shapes differ, or a map is zero inside its mask.
     """
-    shares = {(method, scan): _shares(values, store.read(scan)[1], atlas if isinstance(atlas, Atlas) else atlas[scan])
+    shares = {(method, scan): shares_of(values, store.read(scan)[1], atlas if isinstance(atlas, Atlas) else atlas[scan])
               for (scan, method), values in maps.items()}
     table = pd.concat(shares, names=["method", "scan"]).unstack(["region", "side"]).fillna(0.0)
     who = [table.index.get_level_values("method"), table.index.get_level_values("scan").map(participants)]
@@ -102,8 +61,19 @@ def _with_intervals(shares: pd.DataFrame, method: str, seed: int) -> pd.DataFram
         "share_of_saliency", ascending=False, kind="stable")
 
 
-def _shares(saliency_map: np.ndarray, mask: np.ndarray, atlas: Atlas) -> pd.DataFrame:
-    """By region and side, share_of_saliency and share_of_brain; labels of one name and side count together."""
+def shares_of(saliency_map: np.ndarray, mask: np.ndarray, atlas: Atlas) -> pd.DataFrame:
+    """Share one scan's absolute map out over an atlas's regions, left and right apart.
+
+    Args:
+        saliency_map, mask: (depth, height, width) on the atlas's grid; voxels outside the mask count nowhere.
+
+    Returns:
+        By region and side, share_of_saliency and share_of_brain (0-1, each summing to 1); labels of one name and side
+        count together. `in no region` is brain that the atlas leaves out.
+
+    Raises:
+        ValueError: shapes differ, or the map is zero inside the mask.
+    """
     weight, brain = _inside(saliency_map, mask, atlas.labels.shape)
     table = pd.concat([pd.DataFrame({"label": [0], "region": ELSEWHERE, "side": BOTH}), atlas.table], ignore_index=True)
     labels = atlas.labels[brain]
@@ -119,8 +89,7 @@ def _inside(saliency_map: np.ndarray, mask: np.ndarray, shape: tuple) -> tuple[n
     """Return the absolute map as float64, zero outside the mask, and the mask as booleans."""
     brain = np.asarray(mask, dtype=bool)
     if not saliency_map.shape == brain.shape == tuple(shape):
-        raise ValueError(f"shapes differ: map {saliency_map.shape}, brain mask {brain.shape}, "
-                         f"grid or known place {tuple(shape)}")
+        raise ValueError(f"shapes differ: map {saliency_map.shape}, brain mask {brain.shape}, atlas {tuple(shape)}")
     weight = np.where(brain, np.abs(saliency_map.astype(np.float64)), 0)
     if not weight.sum() > 0:
         raise ValueError("the map is zero or not finite inside the mask: there is nothing to share out")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from kit.explain.atlas import Atlas, load_atlas
-from kit.explain.regions import COLUMNS, inside_share, region_intervals, region_table
+from kit.explain.regions import COLUMNS, region_intervals, shares_of
 from kit.preprocess.template import template_on
 from kit.store.grid import Grid
 from tests.conftest import GRID as SMALL
@@ -29,27 +29,24 @@ def halves(grid: Grid = SMALL, names: tuple[str, str] = ("lower", "upper")) -> A
     return Atlas(np.where(y >= grid.shape[1] - 3, 0, labels).astype(np.int32), grid.affine, table, "halves", "", "")
 
 
-def test_shares_sum_to_one_and_an_even_map_has_ratio_one(brain):
-    table = region_table(np.full(GRID.shape, -2, np.float32), brain, GRID, load_atlas("tissues", GRID))
-    assert list(table.columns) == ["region", "side", "voxels", "volume_ml", "share_of_saliency", "share_of_brain",
-                                   "ratio"]
+def test_shares_sum_to_one_and_an_even_map_has_its_share_of_the_brain(brain):
+    table = shares_of(np.full(GRID.shape, -2, np.float32), brain, load_atlas("tissues", GRID))
     assert table["share_of_saliency"].sum() == pytest.approx(1)
-    assert table["share_of_brain"].sum() == pytest.approx(1)
-    np.testing.assert_allclose(table["ratio"], 1)
-    assert table["voxels"].sum() == brain.sum()
-    assert table["volume_ml"].sum() == pytest.approx(brain.sum() * 0.064)
-    assert set(table["side"]) == {"left", "right"} and len(table) == 6
+    there = table[table["share_of_brain"] > 0]
+    np.testing.assert_allclose(there["share_of_saliency"], there["share_of_brain"])
+    assert set(there.index.get_level_values("side")) == {"left", "right"} and len(there) == 6
 
 
 def test_without_a_name_the_best_atlas_there_is(brain, deepmriprep):
-    table = region_table(np.ones(GRID.shape), brain, GRID)
-    assert {"Hippocampus", "Precuneus", "in no region"} <= set(table["region"]) and len(table) > 150
+    table = shares_of(np.ones(GRID.shape), brain, load_atlas(None, GRID)).reset_index()
+    there = table[table["share_of_brain"] > 0]
+    assert {"Hippocampus", "Precuneus", "in no region"} <= set(there["region"]) and len(there) > 150
 
 
 def test_a_marked_left_hemisphere_is_left_and_unequal_sides_stay_unequal(brain):
     x = GRID.affine[0, 0] * np.arange(GRID.shape[2]) + GRID.affine[0, 3]
     marked = np.where(x < 0, 3.0, 1.0) * np.ones(GRID.shape)
-    table = region_table(marked, brain, GRID, load_atlas("tissues", GRID))
+    table = shares_of(marked, brain, load_atlas("tissues", GRID))
     shares = table.groupby("side")["share_of_saliency"].sum()
     left, right = (brain & (x < 0)).sum(), (brain & (x >= 0)).sum()
     assert shares["left"] == pytest.approx(3 * left / (3 * left + right))
@@ -69,23 +66,31 @@ def test_a_marked_left_hemisphere_is_left_and_unequal_sides_stay_unequal(brain):
 def test_known_places_fall_into_their_regions(brain, deepmriprep, point, region, side):
     found = np.zeros(GRID.shape, dtype=np.float32)
     found[tuple(np.rint(np.linalg.solve(GRID.affine, [*point, 1])[:3]).astype(int)[::-1])] = -5
-    table = region_table(found, brain, GRID, load_atlas("deepmriprep:neuromorphometrics", GRID))
+    table = shares_of(found, brain, load_atlas("deepmriprep:neuromorphometrics", GRID)).reset_index()
     winner = table.loc[table["share_of_saliency"].idxmax()]
     assert (winner["region"], winner["side"], winner["share_of_saliency"]) == (region, side, 1)
 
 
-def test_region_table_by_a_slow_loop(brain):
+def test_shares_by_a_slow_loop(brain):
     rng = np.random.default_rng(0)
     mask, values = rng.random(SMALL.shape) < 0.6, rng.normal(size=SMALL.shape)
     atlas = halves()
-    table = region_table(values, mask, SMALL, atlas).set_index(["region", "side"])
+    table = shares_of(values, mask, atlas)
     for row in atlas.table.itertuples():
         voxels = [at for at in np.ndindex(*SMALL.shape) if mask[at] and atlas.labels[at] == row.label]
         share = sum(abs(values[at]) for at in voxels) / np.abs(values[mask]).sum()
         assert table.loc[(row.region, row.side), "share_of_saliency"] == pytest.approx(share)
-        assert table.loc[(row.region, row.side), "voxels"] == len(voxels)
+        assert table.loc[(row.region, row.side), "share_of_brain"] == pytest.approx(len(voxels) / mask.sum())
     rest = mask & (atlas.labels == 0)
-    assert table.loc[("in no region", "both"), "voxels"] == rest.sum()
+    assert table.loc[("in no region", "both"), "share_of_brain"] == pytest.approx(rest.sum() / mask.sum())
+
+
+def test_a_map_that_says_nothing_or_lies_on_another_grid_is_refused():
+    atlas, mask = halves(), np.ones(SMALL.shape, bool)
+    with pytest.raises(ValueError, match="zero or not finite"):
+        shares_of(np.zeros(SMALL.shape), mask, atlas)
+    with pytest.raises(ValueError, match="shapes differ: map"):
+        shares_of(np.ones(SMALL.shape).transpose(0, 2, 1), mask, atlas)
 
 
 def test_intervals_are_over_participants_and_a_participant_counts_once(tmp_path):
@@ -106,8 +111,8 @@ def test_intervals_are_over_participants_and_a_participant_counts_once(tmp_path)
 
     first = table.iloc[0]
     assert (first["region"], first["side"]) == ("upper", "left") and first["ratio"] > 2
-    alone = {scan: region_table(maps[scan, "strong"], store.read(scan)[1], SMALL, atlas).set_index(["region", "side"])
-             .loc[("upper", "left"), "share_of_saliency"] for scan in scans}
+    place = (("upper", "left"), "share_of_saliency")
+    alone = {scan: shares_of(maps[scan, "strong"], store.read(scan)[1], atlas).loc[place] for scan in scans}
     by_person = pd.Series(alone).groupby(pd.Series(participants)).mean()
     assert first["share_of_saliency"] == pytest.approx(by_person.mean())
     # The bootstrap's spread is that of the mean over nine people, near enough for 2,000 draws.
@@ -136,20 +141,3 @@ def test_own_atlases_are_matched_by_name(tmp_path):
     pd.testing.assert_frame_equal(table.loc[same], shared.loc[same])
     assert table.loc[("only here", "left"), "share_of_brain"] == pytest.approx(
         shared.loc[("upper", "left"), "share_of_brain"] / 2)
-
-
-def test_inside_share_by_hand():
-    brain = np.zeros((4, 5, 6), dtype=bool)
-    brain[1:3, 1:4, 1:5] = True  # 24 voxels
-    lesion = np.zeros_like(brain)
-    lesion[1, 1, :3] = True  # 2 in the brain, 1 outside
-    found = np.where(brain, 1.0, 50.0)
-    found[1, 1, 1:3] = -11  # 22 of 44
-    share = inside_share(found, lesion, brain)
-    assert share == pytest.approx({"share_of_saliency": 0.5, "share_of_brain": 2 / 24, "ratio": 6})
-    nowhere = inside_share(found, np.zeros_like(brain), brain)
-    assert nowhere["share_of_saliency"] == nowhere["share_of_brain"] == 0 and np.isnan(nowhere["ratio"])
-    with pytest.raises(ValueError, match="zero or not finite"):
-        inside_share(np.zeros(brain.shape), lesion, brain)
-    with pytest.raises(ValueError, match=r"\(4, 5, 6\).*\(4, 6, 5\)"):
-        inside_share(found, lesion.transpose(0, 2, 1), brain)
