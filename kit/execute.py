@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,8 @@ from kit.cells import assigned_names, literals
 from kit.machine import keep_to, shares_of_cores
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError, Parameters, built, check, filled, read_options, read_yaml
-from kit.runs import ROOT, Run, RunError, resolve, shown, write_whole
+from kit.report import write_index, write_overview, write_report
+from kit.runs import ROOT, Run, RunError, resolve, shown
 
 FOLDER = ROOT / "notebooks"
 
@@ -93,19 +95,9 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
                                    extra_arguments=["--log-level=ERROR"])  # of the kernel, not its cells
     finally:
         if executed.exists():
-            report(executed, page)
+            write_report(executed, page)
+            write_index(params.run_dir, page)
     return page
-
-
-def report(executed: Path, page: Path) -> None:
-    """Write an executed notebook as a web page that needs no other file and no network: without MathJax and RequireJS,
-    which nbconvert's own pages fetch, and which nothing in ours needs."""
-    from nbconvert import HTMLExporter
-
-    nothing = "data:text/javascript,"
-    html = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url=nothing,
-                        require_js_url=nothing).from_filename(str(executed))[0]
-    write_whole(page, lambda aside: aside.write_text(html, encoding="utf-8"))
 
 
 class Step(NamedTuple):
@@ -168,8 +160,10 @@ def run_folder(folder: Path) -> None:
         built(NOTEBOOKS[step.notebook], {**defaults(step.notebook), **step.values})
     for _, group in groupby(enumerate(steps, start=1), key=lambda numbered: numbered[1].file):
         lines += _run_file(list(group), len(steps))
-    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Reports to open in a browser, "
-          "each with its executed notebook beside it:")
+    above = Path(os.path.commonpath([where for *_, where in lines]))
+    overview = write_overview(above, [(name, where) for name, _, where in lines])
+    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. To open in a browser: {shown(overview)}, "
+          "or a report, each with its executed notebook beside it:")
     for name, seconds, where in lines:
         print(f"  {seconds:5.0f} s  {name:28s} {shown(where / 'report.html')}")
     print()

@@ -14,7 +14,7 @@ import pytest
 from nilearn.plotting.html_stat_map import StatMapView
 from scipy import ndimage
 
-from kit.execute import report
+from kit.report import write_report
 from kit.runs import outputs_dir
 from kit.show.saliency_figures import save_viewer, viewer
 from kit.store.grid import Grid
@@ -41,19 +41,6 @@ def view() -> StatMapView:
     values = np.zeros(GRID.shape, np.float32)
     values[20, 24, 11] = 1
     return viewer(ndimage.gaussian_filter(values, 2), GRID, title="gradient, not supported")
-
-
-@pytest.fixture
-def offline(browser: object) -> object:
-    """The browser without any network: a page that needs one fails loudly."""
-    browser.execute_cdp_cmd("Network.enable", {})
-    browser.execute_cdp_cmd("Network.emulateNetworkConditions", {
-        "offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0})
-    browser.get_log("browser")  # what stood there before
-    yield browser
-    browser.switch_to.default_content()
-    browser.execute_cdp_cmd("Network.emulateNetworkConditions", {
-        "offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1})
 
 
 def drawn(browser: object) -> list[int]:
@@ -100,7 +87,7 @@ def test_it_scrolls_in_the_report_of_a_notebook(offline: object, view: StatMapVi
     cell = nbformat.v4.new_code_cell("viewer(...)", outputs=[nbformat.v4.new_output(
         "display_data", {"text/html": view._repr_html_()})])
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "4_saliency.ipynb")
-    report(tmp_path / "4_saliency.ipynb", tmp_path / "report.html")
+    write_report(tmp_path / "4_saliency.ipynb", tmp_path / "report.html")
     offline.get((tmp_path / "report.html").as_uri())
     offline.switch_to.frame(offline.find_element(By.CSS_SELECTOR, "iframe"))
     scrolls(offline, "report")
