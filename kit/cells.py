@@ -9,10 +9,12 @@ import tokenize
 from collections.abc import Iterable
 from typing import Any
 
+from kit.errors import KitError
+
 MARK = "# Parameters"  # papermill begins the cell that it injects with it, and the notebooks their own
 
 
-class CellError(ValueError):
+class CellError(KitError, ValueError):
     """The cells do not say what the names hold; the message says which to run again."""
 
 

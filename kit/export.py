@@ -27,6 +27,7 @@ from typing import Any
 import pandas as pd
 
 from kit.cohort.tabular import read_table
+from kit.errors import KitError
 from kit.evaluate.benchmark import weights_together
 from kit.models.card import card, description
 from kit.models.encoder_file import EncoderError, encoder_at, load_encoder, read_record, weights_digest
@@ -36,7 +37,7 @@ from kit.reading import read_yaml
 from kit.runs import MADE_FROM, resolve, shown, write_json, write_whole
 
 
-class ExportError(ValueError):
+class ExportError(KitError, ValueError):
     """An export that cannot be made; the message says why and what to do."""
 
 

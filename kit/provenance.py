@@ -21,6 +21,7 @@ import pandas as pd
 
 import kit
 from kit.cohort.identity import Aliases, known_as
+from kit.errors import KitError
 from kit.preprocess.settings import Allowed
 from kit.runs import MADE_FROM, shown, write_json, write_table
 from kit.store.store import Store, StoreError
@@ -36,7 +37,7 @@ NOTED = frozenset({"from", "name", "versions", "mask_sources", "allowed", "chang
 OLDER = "of an older kit, which did not note what it was made from"
 
 
-class MisfitError(ValueError):
+class MisfitError(KitError, ValueError):
     """Scans, or a model and scans, were prepared differently or are others; the message lists all differences."""
 
 

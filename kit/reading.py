@@ -13,10 +13,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kit.cells import CellError, current_values
+from kit.errors import KitError
 from kit.runs import resolve, shown
 
 
-class ParameterError(ValueError):
+class ParameterError(KitError, ValueError):
     """Parameters or the files that they name cannot be used; the message lists everything that is wrong."""
 
 

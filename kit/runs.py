@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from kit.errors import KitError
 from kit.machine import Lock
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.provenance`
 
 
-class RunError(RuntimeError):
+class RunError(KitError, RuntimeError):
     """A run folder cannot be used: another writer, or other parameters, as the message says."""
 
 

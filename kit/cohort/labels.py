@@ -11,6 +11,7 @@ import pandas as pd
 
 from kit.cohort.identity import loose
 from kit.cohort.tabular import DATE, DECIMAL_COMMA, NUMBER, trimmed
+from kit.errors import KitError
 
 Kind = Literal["classification", "regression"]
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
@@ -19,7 +20,7 @@ MOST_CODES = 20  # numbers from 0 or 1 on without a gap, each three times on ave
 MOST_CLASSES = 20
 
 
-class LabelError(ValueError):
+class LabelError(KitError, ValueError):
     """A label column cannot be used as asked; the message says why."""
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.identity import UNSAID, Aliases, check_people_known, known_as, participant_ids
+from kit.errors import KitError
 
 SALT = "kit participants v1"
 SPLITS = ("train", "validation", "test")
@@ -24,11 +25,11 @@ STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns that folds ar
 MOST_LEVELS, BANDS = 10, 5  # a column of more numbers is cut into bands of as many participants
 
 
-class SplitError(ValueError):
+class SplitError(KitError, ValueError):
     """A cohort cannot be split as asked; the message says why."""
 
 
-class LeakageError(ValueError):
+class LeakageError(KitError, ValueError):
     """A participant stands on both sides of a comparison."""
 
 

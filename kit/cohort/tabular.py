@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from kit.errors import KitError
 from kit.runs import shown
 
 NUMBER = r"[+-]?(?:0|[1-9]\d*|(?=\.\d))(?:\.\d*)?(?:[eE][+-]?\d+)?"  # 007 is a name, not a number
@@ -27,7 +28,7 @@ COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")  # of
 INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # byte-order mark and spaces of no width
 
 
-class CohortError(ValueError):
+class CohortError(KitError, ValueError):
     """A cohort cannot be read; the message names the file and what to do."""
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from kit.cohort.identity import TRAVELLING, Aliases, joined, participant_ids
 from kit.cohort.split import hashed_ids, participant_hash
+from kit.errors import KitError
 from kit.evaluate.predict import predict
 from kit.preprocess.quality import usable
 from kit.runs import shown
@@ -28,7 +29,7 @@ LEAST_PARTICIPANTS = 5  # that an interval needs: with fewer, too few different 
 MOST = 1 - 1e-9  # the largest ICC that the z of an interval is taken of
 
 
-class ReliabilityError(ValueError):
+class ReliabilityError(KitError, ValueError):
     """Too few repeated scans to estimate reliability from; the message says what is missing."""
 
 

@@ -8,6 +8,8 @@ import zipfile
 from difflib import get_close_matches
 from pathlib import Path
 
+from kit.errors import KitError
+
 WHEEL = "KIT_DEEPMRIPREP"  # environment variable: deepmriprep's wheel, or a folder that it was unpacked into
 TEMPLATES = "deepmriprep/data/templates/"
 UNSTATED = "not stated there"
@@ -31,7 +33,7 @@ LICENCES = {
 }
 
 
-class AtlasError(ValueError):
+class AtlasError(KitError, ValueError):
     """An atlas cannot be used; the message names it, what is wrong and what to do."""
 
 

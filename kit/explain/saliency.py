@@ -39,6 +39,7 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from kit.device import evaluation, scans_at_a_time
+from kit.errors import KitError
 from kit.explain.targets import Along, Cosine, Output, encoder_of
 from kit.models.encoders import ViTEncoder
 from kit.models.features import stages_of
@@ -52,7 +53,7 @@ GRADIENT_VOXELS = 2**22  # run at a time with gradients: one scan of 150x192x192
 Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, width) float32
 
 
-class MethodError(ValueError):
+class MethodError(KitError, ValueError):
     """A method cannot work with a network; the message says why, and which can."""
 
 

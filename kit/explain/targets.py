@@ -18,6 +18,7 @@ from torch import nn
 
 from kit.augment.recipe import Recipe, read_recipe
 from kit.augment.views import make_views
+from kit.errors import KitError
 from kit.evaluate.predict import predict
 from kit.models.encoders import DenseNetEncoder, ResNetEncoder, ViTEncoder
 from kit.models.heads import Predictor
@@ -28,7 +29,7 @@ OF_ENCODERS = ("similarity", "views", "component")
 VIEWS = 8  # of a scan, whose mean direction it is compared with
 
 
-class TargetError(ValueError):
+class TargetError(KitError, ValueError):
     """A model has no such output; the message says which it has."""
 
 

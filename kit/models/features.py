@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from kit.device import at_least_float32
+from kit.errors import KitError
 from kit.models.encoders import DenseNetEncoder, ResNetEncoder, ViTEncoder
 
 Pool = Literal["default", "mean", "class"]
 
 
-class FeatureError(ValueError):
+class FeatureError(KitError, ValueError):
     """An encoder has no such features; the message says which it has."""
 
 

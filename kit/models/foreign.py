@@ -21,6 +21,7 @@ from monai.networks.nets.resnet import resnet_params
 from safetensors.torch import load_file
 from torch import nn
 
+from kit.errors import KitError
 from kit.models.encoders import VIT_SIZES
 from kit.models.formats import FORMATS, Format
 from kit.runs import shown
@@ -31,7 +32,7 @@ NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep t
 MOST_NAMES = 20  # of each kind in an error
 
 
-class EncoderError(ValueError):
+class EncoderError(KitError, ValueError):
     """An encoder does not fit; the message says what it has and what was asked for."""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.tabular import read_table
+from kit.errors import KitError
 from kit.preprocess.quality import QC_METRICS, flagged
 from kit.runs import write_table, write_whole
 from kit.store.store import claim, read_index, scan_path
@@ -23,7 +24,7 @@ FAILED = ("scan", "participant", "session", "image_path", "reason")  # columns o
 ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")
 
 
-class PreparationError(ValueError):
+class PreparationError(KitError, ValueError):
     """A preparation that cannot start or that prepared nothing. Its message lists all that is wrong."""
 
 

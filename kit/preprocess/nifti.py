@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from kit.errors import KitError
 from kit.preprocess.place import ROUNDING_MM, affine_of, corners_apart, in_mm, no_codes, plausible, voxel_sizes
 from kit.runs import write_whole
 
@@ -24,7 +25,7 @@ ASSUME_RAS = "if it is stored as RAS, say orientation_unknown: assume_ras"
 SINGULAR = "its affine is singular: a voxel size is zero; convert the scan anew, from DICOM if you have it"
 
 
-class ScanError(ValueError):
+class ScanError(KitError, ValueError):
     """A scan that cannot be used. Its message is a plain reason and a way out, without file names or header text."""
 
 

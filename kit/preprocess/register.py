@@ -19,6 +19,7 @@ from nibabel.eulerangles import euler2mat
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from kit.errors import KitError
 from kit.preprocess.resample import one_thread, resample, to_image
 from kit.preprocess.template import template
 
@@ -44,7 +45,7 @@ UPRIGHT = 0.45
 LEFT = "the search left the brain: too little overlap with the template; look at the scan and its mask"
 
 
-class RegistrationError(RuntimeError):
+class RegistrationError(KitError, RuntimeError):
     """No place was found where the scan looks like the template. Its message is the reason."""
 
 

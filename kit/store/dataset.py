@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kit.device import keep_freed_memory
+from kit.errors import KitError
 from kit.seeding import scan_key
 from kit.store.store import Store
 
@@ -49,7 +50,7 @@ class Batch:
         return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory())
 
 
-class LoaderError(RuntimeError):
+class LoaderError(KitError, RuntimeError):
     """Loading processes could not be started, or one died; the message says what to do."""
 
 

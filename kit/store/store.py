@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.tabular import read_table
+from kit.errors import KitError
 from kit.runs import progress, write_json, write_whole
 from kit.store.grid import Grid
 
@@ -39,7 +40,7 @@ IDENTITY_COLUMNS = ("scan", "participant", "session", "dataset")
 QC_COLUMNS = ("mask_source", "header_note", "flags", "unusable")  # text, where an index has them
 
 
-class StoreError(RuntimeError):
+class StoreError(KitError, RuntimeError):
     """A prepared folder or scan that cannot be read. Its message names the file and says what to do."""
 
 

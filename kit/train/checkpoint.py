@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from kit.errors import KitError
 from kit.runs import differences, shown, write_whole
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 AGAIN_SECONDS = 10.0  # between two tries on a full disk
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(KitError, RuntimeError):
     """A checkpoint could not be written, or is of other parameters; the message says what to do."""
 
 

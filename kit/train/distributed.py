@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather, all_reduce
 
 from kit.device import device, set_threads
+from kit.errors import KitError
 from kit.train.stop import NAME as STOP
 from kit.train.stop import PREEMPTED
 
@@ -168,7 +169,7 @@ class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return ((values - mean.view(channels)) * scale.view(channels) + self.bias.view(channels)).to(images.dtype)
 
 
-class NodesError(RuntimeError):
+class NodesError(KitError, RuntimeError):
     """The workers on the nodes failed; the message ends with what they said last."""
 
 

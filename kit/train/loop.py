@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kit.device import autocast, device, evaluation, on_device, scans_at_a_time, set_threads
+from kit.errors import KitError
 from kit.runs import shown, write_table
 from kit.store.dataset import Batch, PreparedScans, load_batches, loading_may_fail
 from kit.store.store import StoreError
@@ -38,7 +39,7 @@ Place = Callable[[int, int], tuple[int, int]]  # an epoch and a batch's number i
 MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # when a run is resumed
 
 
-class TrainingError(RuntimeError):
+class TrainingError(KitError, RuntimeError):
     """Training cannot go on; the message says where and why."""
 
 
