@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# packages from `make wheelhouse`, for a machine without internet: make WHEELHOUSE=wheelhouse setup
+FROM := $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
 # two files of tests at a time, one thread each; threads that wait leave the core to others
 TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2
 
@@ -15,8 +17,9 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...'; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check $(FROM) -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check $(FROM) --no-deps --no-build-isolation -e .
+	$(BIN)/python -m ipykernel install --sys-prefix --display-name kit >/dev/null
 	@touch $(READY)
 
 setup: $(READY)  ## make .venv from requirements.lock
@@ -40,6 +43,12 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 bench: $(READY)  ## ratios against the peers, into outputs/bench/bench.json
 	$(BIN)/python -m benchmarks.run
 
+gpu: $(READY)  ## what a CUDA device does with the kit: its tests, then times, into outputs/bench/gpu.json
+	$(BIN)/python -m benchmarks.gpu
+
+wheelhouse:  ## all packages as files, to carry to a cluster without internet
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --dest wheelhouse -r requirements.lock 'setuptools>=77' wheel
+
 notebooks: $(READY)  ## renew the committed notebooks
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && KIT_OUTPUTS=$$outputs KIT_PROGRESS=off \
 		$(BIN)/jupyter nbconvert --to notebook --inplace notebooks/*.ipynb \
@@ -51,5 +60,5 @@ clean:  ## remove .venv, outputs and caches
 	rm -rf .venv outputs .pytest_cache .ruff_cache .import_linter_cache kit.egg-info build
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test check lab bench notebooks clean
+.PHONY: help setup demo test check lab bench gpu wheelhouse notebooks clean
 .DEFAULT_GOAL := help

@@ -1,5 +1,6 @@
 """The project's own promises: one list of dependencies, commands that exist, budgets that add up."""
 
+import importlib
 import re
 import tomllib
 from importlib import metadata
@@ -34,6 +35,11 @@ def test_the_kit_runs_without_what_tests_and_benchmarks_need():
     named = {name for path in (ROOT / "kit").rglob("*.py")
              for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
     assert extras and not extras & named
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_benchmarks_name_only_what_is_there(module):
+    importlib.import_module(f"benchmarks.{module}")
 
 
 def test_every_dependency_says_what_it_is_for():
