@@ -47,7 +47,7 @@ gpu: $(READY)  ## what a CUDA device does with the kit: its tests, then times, i
 	$(BIN)/python -m benchmarks.gpu
 
 wheelhouse:  ## all packages as files, to carry to a cluster without internet
-	$(PYTHON) -m pip download --quiet --disable-pip-version-check --dest wheelhouse -r requirements.lock 'setuptools>=77' wheel
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --dest wheelhouse -r requirements.lock 'setuptools>=77'
 
 notebooks: $(READY)  ## renew the committed notebooks
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && KIT_OUTPUTS=$$outputs KIT_PROGRESS=off \
