@@ -12,10 +12,10 @@ In the order in which the data flow:
 - ``kit.store``       prepared scans: grid, files, dataset, sampler
 - ``kit.preprocess``  from files to the store: read, strip, register, resample, scale, check
 - ``kit.provenance``  what a run was made from, what has changed since, and what must agree where stores meet
+- ``kit.augment``     random views, made in batches on the training device
 - ``kit.problems``    what is wrong with files that parameters name
 - ``kit.params``      every parameter of every notebook: name, unit, default, bounds
 - ``kit.sample``      the procedural sample cohort; only notebooks import it
-- ``kit.augment``     random views, made in batches on the training device
 - ``kit.models``      encoders, heads, the masked autoencoder, encoder files, weights for others and their card
 - ``kit.train``       one loop, its objectives, distributed launch, the monitor
 - ``kit.evaluate``    tasks, predictions, metrics, probes, fine-tuning, the benchmark

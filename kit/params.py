@@ -28,6 +28,7 @@ from kit.problems import (
     encoder_problems,
     fold_total,
     label_problems,
+    recipe_problems,
     split_problems,
     test_set_problems,
 )
@@ -69,7 +70,7 @@ class Explore(Parameters):
     workers: Positive = 2  # processes
 
     def problems(self) -> list[str]:
-        problems = encoder_problems("encoder", self.encoder, ARCHITECTURES)
+        problems = encoder_problems("encoder", self.encoder, ARCHITECTURES) + recipe_problems("recipe", self.recipe)
         if self.prepared is not None:
             return problems + _prepared_problems("prepared", self.prepared)
         return problems + _cohort_problems(self.cohort)
@@ -198,6 +199,8 @@ class Pretrain(Training):
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared) or split_problems(self.prepared, self)
         problems = super().problems() + problems + alias_problems(self.aliases)
+        problems += recipe_problems(*(("mae_recipe", self.mae_recipe) if self.objective == "mae"
+                                      else ("recipe", self.recipe)))
         if self.objective == "mae" and not self.architecture.startswith("vit"):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
         if self.objective == "mae" and self.session_pairs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kit.reading import filled
+from kit.reading import ParameterError, filled
 from kit.runs import resolve, shown
 
 RESERVED = ("prepared", "pretrain", "train", "validation", "test", "in_distribution", "kit", "encoder", "model",
@@ -41,6 +41,19 @@ def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...]) ->
         path = path / "encoder.safetensors" if path.is_dir() else path
     cure = "run 2_pretrain first, or say `random`" if kind == "auto" else "docs/weights.md says where to get it"
     return [] if path.is_file() else [f"{name}: no file {shown(path)}; {cure}"]
+
+
+def recipe_problems(name: str, recipe: str) -> list[str]:
+    """What is wrong with a recipe, or that there is none of that name."""
+    from kit.augment.recipe import names, read_recipe
+
+    if recipe not in names() and not resolve(recipe).is_file():
+        return [f"{name}: no recipe or file {recipe!r}; the recipes are {', '.join(names())}"]
+    try:
+        read_recipe(recipe)
+    except ParameterError as error:
+        return [f"{name}: {recipe}: {error}"]
+    return []
 
 
 def split_problems(prepared: Path, params: Any) -> list[str]:
