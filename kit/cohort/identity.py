@@ -1,4 +1,4 @@
-"""Identify people, sessions and datasets; no other module parses these names.
+"""Identify people, sessions and datasets by name.
 
 `sub-001`, ` 001` and `001` are one person. `001` and `1` in one dataset are ambiguous: the table must be corrected.
 A leading `?` marks what a table does not say: a dataset named only by its table's file, or a person named only by a

@@ -28,8 +28,8 @@ LEAST_FAINT = 0.98
 # Faint voxels around a brain are either its dark rim (at most 6 % of the voxels, in 36 stripped scans and 47 masks
 # widened by 4 mm) or ringing (22 % and more), in scans low-pass filtered and rounded after stripping.
 RINGING = 0.15
-# Whole numbers up to 20 are labels. Higher ones are labels if neighbours below the highest value are mostly equal:
-# 43 % (6 mm voxels) to 76 % (2 mm) are in label maps, at most 31 % in masks blurred by 2 to 10 mm.
+# Whole numbers up to 20 are labels. Higher ones are labels if enough neighbours below the highest value are equal:
+# 43 % (6 mm voxels) to 76 % (2 mm) in label maps, at most 31 % in masks blurred by 2 to 10 mm.
 MOST_LABELS = 20
 LABELS_EQUAL = 0.35
 # Even in masks blurred by 10 mm, 16 % lie near the highest value; in scans clipped at their 98th percentile 12 % do.

@@ -76,7 +76,7 @@ def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms:
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
         mask: (z, y, x) bool, its brain.
         transforms: MNI millimetres to the scan's; None for scans already in MNI space.
-        orientation: (4, 4) rotation that the header got wrong; see `kit.preprocess.register.find_orientation`.
+        orientation: (4, 4) rotation by which the header was wrong; see `kit.preprocess.register.find_orientation`.
     """
     pose = transforms or Transforms(np.eye(4), np.eye(4))
     image = resample(array, affine, pose.affine, QC_GRID.shape, QC_GRID.affine)
@@ -122,9 +122,10 @@ def t1_contrast(image: np.ndarray, brain: np.ndarray) -> float:
 
 
 def bright_edge(image: np.ndarray, brain: np.ndarray) -> float:
-    """Return the share of voxels just outside the brain in its range (30th to 99th percentile); on `QC_GRID`.
+    """Return the share of voxels just outside the brain within its intensity range; on `QC_GRID`.
 
-    High where the mask cuts off brain: around a whole brain lie fluid and bone, around a stripped one zeros.
+    The range is the brain's 30th to 99th percentile. The share is high where the mask cuts off brain: around a whole
+    brain lie fluid and bone, around a stripped one zeros.
     """
     if not brain.any():
         return 0.0
