@@ -1,8 +1,8 @@
-"""Changes of the grey levels of one scan's brain, in place.
+"""Change the grey levels of one scan's brain, in place.
 
-Every function takes the values of the brain's voxels (voxels,) float32 or float64, which it changes and returns; where
-it matters where they lie, `places` (voxels,) int64 are theirs in the flattened volume of `shape`. Those whose text says
-"magnitude" want the darkest value at zero, as a scanner's image has it; the last z-score undoes that shift.
+Every function modifies and returns the values of the brain's voxels, (voxels,) float32 or float64. If positions
+matter, `places` (voxels,) int64 gives them in the flattened volume of `shape`. Functions on "magnitude" values expect
+the darkest value at zero, as in a scanner's image; the final z-score removes that shift.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ import torch
 
 
 def magnitude(values: torch.Tensor) -> torch.Tensor:
-    """Move the darkest value to zero."""
+    """Shift the darkest value to zero."""
     return values.sub_(values.amin())
 
 
 def gamma(values: torch.Tensor, exponent: float, inverted: bool = False) -> torch.Tensor:
-    """Raise magnitude values to a power over their own range, which stays what it was.
+    """Raise magnitude values to a power, relative to their own range, which is preserved.
 
-    `x -> (x / max) ** exponent * max`, as MONAI's AdjustContrast does; `inverted`: of the negative, as nnU-Net does.
+    `x -> (x / max) ** exponent * max`, as in MONAI's AdjustContrast; `inverted`: of the negative, as in nnU-Net.
     """
     span = values.amax().clamp(min=1e-7)
     unit = values.div_(span)
     if inverted:
         unit.neg_().add_(1)
-    unit.clamp_(min=1e-30).log2_().mul_(exponent).exp2_()  # half the time of `pow`, and as exact
+    unit.clamp_(min=1e-30).log2_().mul_(exponent).exp2_()  # takes half the time of `pow`, and is as exact
     if inverted:
         unit.neg_().add_(1)
     return unit.mul_(span)
 
 
 def contrast(values: torch.Tensor, factor: float) -> torch.Tensor:
-    """Stretch magnitude values about their mean, then cut to the range that was there."""
+    """Stretch magnitude values about their mean, then clip to their original range."""
     high, mean = values.amax(), values.mean()
     values.sub_(mean).mul_(factor).add_(mean).clamp_(min=0)
     return torch.minimum(values, high, out=values)
 
 
 def histogram(values: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
-    """Bend magnitude values: the broken line through `levels` at equal steps of their range.
+    """Remap magnitude values by the piecewise-linear curve through `levels`, at equal steps of their range.
 
     Args:
-        levels: rising, from 0 to 1; equal steps change nothing.
+        levels: increasing, from 0 to 1; equal steps change nothing.
     """
     span = values.amax().clamp(min=1e-7)
     steps = len(levels) - 1
@@ -57,12 +57,12 @@ def histogram(values: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
 
 def bias_field(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int,
                points: Sequence[int]) -> torch.Tensor:
-    """Multiply magnitude values by exp(smooth field), as the sensitivity of a receive coil does.
+    """Multiply magnitude values by exp(smooth field), like the sensitivity of a receive coil.
 
     Args:
-        sd: standard deviation of the log field at its control points; between them it is interpolated linearly.
-        seed: of the field.
-        points: how many control points along (z, y, x), the outer ones in the middles of the box's outer voxels.
+        sd: standard deviation of the log field at its control points, between which it is interpolated linearly.
+        seed: seed of the field.
+        points: number of control points along (z, y, x); the outer ones are at the centres of the outer voxels.
     """
     along_z, along_y, along_x = (torch.from_numpy(_interpolation(*counts)).to(values)
                                  for counts in zip(shape, points, strict=True))
@@ -72,24 +72,24 @@ def bias_field(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int],
 
 
 def _interpolation(side: int, points: int) -> np.ndarray:
-    """The matrix (side, points) that interpolates linearly between equally spaced control points."""
+    """Return the (side, points) matrix that interpolates linearly between equally spaced control points."""
     at = np.linspace(0, points - 1, side)
     return np.clip(1 - np.abs(at[:, None] - np.arange(points)), 0, None)
 
 
 def noise(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int) -> torch.Tensor:
-    """Add Gaussian noise of standard deviation `sd`; a voxel's does not depend on the mask."""
+    """Add Gaussian noise of standard deviation `sd`; a voxel's noise does not depend on the mask."""
     return values.add_(normal(shape, seed, values).view(-1).index_select(0, places), alpha=sd)
 
 
 def rician(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int) -> torch.Tensor:
-    """Noise of a magnitude image: |x + n1 + i n2|, both normal (Gudbjartsson and Patz 1995, eq. 1)."""
+    """Apply the noise of a magnitude image: |x + n1 + i n2|, both normal (Gudbjartsson and Patz 1995, eq. 1)."""
     noise(values, places, shape, sd, seed)
     return torch.hypot(values, noise(torch.zeros_like(values), places, shape, sd, seed + 1), out=values)
 
 
 def z_score_views(values: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and standard deviation 1; constant values become zero."""
+    """Scale to mean 0 and standard deviation 1; constant values become zero."""
     mean = values.mean()
     values.sub_(mean)
     sd = (torch.dot(values, values) / len(values)).sqrt()
@@ -97,6 +97,6 @@ def z_score_views(values: torch.Tensor) -> torch.Tensor:
 
 
 def normal(shape: Sequence[int], seed: int, like: torch.Tensor) -> torch.Tensor:
-    """Standard normal numbers from a generator of the device, keyed by the seed alone."""
+    """Return float32 standard normal numbers from a generator on the device, keyed by the seed alone."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(tuple(shape), generator=generator, device=like.device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""One view's random numbers, keyed by (seed, epoch, scan, view): the same whatever the batch, worker or rank."""
+"""Draw a view's random numbers, keyed by (seed, epoch, scan, view): the same for any batch, worker or rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kit.augment.recipe import Recipe, at_strength
 from kit.augment.transforms import AXES
 from kit.seeding import rng_for
 
-# A transform's place is the number of its random stream: new ones go to the end, or old views change.
+# A transform's position selects its random stream: append new ones, or existing views change.
 TRANSFORMS = ("crop", "flip", "rotate", "zoom", "shift", "gamma", "bias", "noise", "shear", "translate", "elastic",
               "scale", "gamma_inverted", "contrast", "histogram", "rician", "blur", "sharpen", "thick_slices", "gibbs",
               "motion", "ghosting", "spike", "cutout", "patches")
@@ -20,12 +20,12 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Draw:
-    """The numbers of one view; the defaults change nothing. `kit.augment.transforms` says what each does.
+    """The random numbers of one view; the defaults change nothing. `kit.augment.transforms` explains each.
 
     A name ends in its unit: mm, degrees, or sd for a standard deviation; other numbers have none.
-    Triples are along or about (z, y, x), shears z with y, z with x, y with x; an axis is 0 z, 1 y, 2 x.
-    The crop's start and size are shares of each side.
-    `field_seed` is that of all that is drawn voxel by voxel or in detail.
+    Triples are along or about (z, y, x), and shears are z with y, z with x, y with x. An axis is 0 z, 1 y or 2 x.
+    The crop's start and size are fractions of each side.
+    `field_seed` seeds everything drawn per voxel or in detail.
     """
 
     crop_start: Triple = (0.0, 0.0, 0.0)
@@ -60,7 +60,7 @@ class Draw:
     field_seed: int = field(default=0, repr=False)
 
     def in_words(self) -> str:
-        """What was drawn, in words and numbers; what changes nothing is left out."""
+        """Describe what was drawn in words and numbers, leaving out what changes nothing."""
         words = []
         for part in fields(self):
             value = getattr(self, part.name)
@@ -84,12 +84,12 @@ def _numbers(value: object) -> str:
 def draw(recipe: Recipe, seed: int, epoch: int, scan: int, view: int, attempt: int = 0) -> Draw:
     """Draw one view.
 
-    Each transform has a stream of its own, so that switching one off leaves the others' numbers alone.
+    Each transform has its own random stream, so switching one off does not change the others' numbers.
 
     Args:
         recipe: what to draw.
-        seed, epoch, scan, view: the view's key; `scan` as `kit.seeding.scan_key` gives it.
-        attempt: above 0 when earlier draws left no brain in the box.
+        seed, epoch, scan, view: the view's key; `scan` comes from `kit.seeding.scan_key`.
+        attempt: above 0 if earlier draws left too little brain in the box.
     """
     if recipe.strength != 1:
         recipe = at_strength(recipe, 1)
@@ -124,5 +124,5 @@ def _values(transform: object, stream: np.random.Generator) -> dict[str, object]
 
 
 def detail(draw: Draw, name: str) -> np.random.Generator:
-    """The stream of what a transform draws beyond its strength, such as places; the same on every machine."""
+    """Return the random stream for a transform's details, such as positions; the same on every machine."""
     return rng_for(draw.field_seed, TRANSFORMS.index(name))

@@ -1,7 +1,8 @@
-"""What the acquisition does to one scan: blur, thick slices, ringing, ghosts, motion, spikes; and what hides it.
+"""Simulate acquisition effects on one scan (blur, thick slices, ringing, ghosts, motion, spikes) and occlusion.
 
-All act on a magnitude image (see `kit.augment.contrast`), (depth, height, width) float32. What is linear along an
-axis is a small matrix (side, side) along it, made in float64: exact, and as fast as any convolution at these sizes.
+Images are (depth, height, width) float32. Acquisition effects act on a magnitude image (see `kit.augment.contrast`),
+`cutout` and `fill_patches` on the z-scored view. What is linear along an axis is a small (side, side) matrix made in
+float64: exact, and as fast as any convolution at these sizes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kit.augment.spatial import scatter, view_to_scan, warp
 
 
 def along(image: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
-    """Apply a (side, side) matrix along an axis; a new image."""
+    """Apply a (side, side) matrix along an axis; return a new image."""
     small = torch.from_numpy(matrix).to(image.device, image.dtype)
     if axis == 0:
         return torch.mm(small, image.reshape(len(small), -1)).view_as(image)
@@ -27,24 +28,24 @@ def along(image: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
 
 
 def blur(image: torch.Tensor, fwhm: float) -> torch.Tensor:
-    """Blur with a Gaussian of so many voxels full width at half maximum; at the box's edge it repeats the edge."""
+    """Blur with a Gaussian of `fwhm` voxels (full width at half maximum); the box's edge values are repeated."""
     for axis in range(3):
         image = along(image, gaussian(image.shape[axis], fwhm), axis)
     return image
 
 
 def gaussian(side: int, fwhm: float) -> np.ndarray:
-    """The matrix (side, side) that blurs by so many voxels full width at half maximum; its rows sum to 1."""
+    """Return the (side, side) matrix of a Gaussian blur of `fwhm` voxels; its rows sum to 1."""
     return gaussian_filter1d(np.eye(side), fwhm / np.sqrt(8 * np.log(2)), axis=0, mode="nearest")
 
 
 def sharpen(image: torch.Tensor, amount: float, fwhm: float) -> torch.Tensor:
-    """Unsharp masking: x + amount * (x - blurred x), no voxel below zero."""
+    """Sharpen by unsharp masking: x + amount * (x - blurred x), clipped at zero."""
     return torch.lerp(blur(image, fwhm), image, 1 + amount).clamp_(min=0)
 
 
 def thick_slices(image: torch.Tensor, thickness: float, axis: int) -> torch.Tensor:
-    """Means over slices so many voxels thick (above 1) across an axis, read out between their middles linearly."""
+    """Average over slices `thickness` (> 1) voxels thick along an axis, then interpolate linearly between them."""
     side = image.shape[axis]
     count = int(np.ceil(side / thickness))
     edges = np.clip(side / 2 + (np.arange(count + 1) - count / 2) * thickness, 0, side)
@@ -57,7 +58,7 @@ def thick_slices(image: torch.Tensor, thickness: float, axis: int) -> torch.Tens
 
 
 def gibbs(image: torch.Tensor, voxel: float) -> torch.Tensor:
-    """Cut k-space off, along each axis, where an acquisition with voxels so many times larger ends; the magnitude."""
+    """Truncate k-space along each axis, as in an acquisition with voxels `voxel` times larger; return the magnitude."""
     for axis in range(3):
         frequency = np.abs(np.fft.fftfreq(image.shape[axis]))
         image = along(image, _filter(frequency <= 0.5 / voxel), axis)
@@ -65,9 +66,10 @@ def gibbs(image: torch.Tensor, voxel: float) -> torch.Tensor:
 
 
 def ghosting(image: torch.Tensor, lost: float, ghosts: int, axis: int) -> torch.Tensor:
-    """Weaken every `ghosts`-th line of k-space along an axis, but for its middle, by a share; the magnitude.
+    """Weaken every `ghosts`-th line of k-space along an axis, except the central one, by the share `lost`.
 
-    Copies appear a `ghosts`-th of the box apart, as when the signal breathes with the lines.
+    Copies appear 1 / `ghosts` of the box apart, as if the signal varied periodically over the lines. Returns the
+    magnitude.
     """
     line = np.abs(np.rint(np.fft.fftfreq(image.shape[axis]) * image.shape[axis])).astype(int)
     weak = (line % ghosts == 0) & (line > 0)
@@ -75,14 +77,14 @@ def ghosting(image: torch.Tensor, lost: float, ghosts: int, axis: int) -> torch.
 
 
 def _filter(gains: np.ndarray) -> np.ndarray:
-    """The matrix that multiplies each frequency by a gain that is the same for k and -k."""
+    """Return the matrix that multiplies each frequency by a gain, which must be the same for k and -k."""
     return circulant(np.fft.ifft(gains).real)
 
 
 def spike(image: torch.Tensor, amplitude: float, draw: Draw) -> torch.Tensor:
-    """Add the plane wave of one wrong value in k-space; the magnitude.
+    """Add the plane wave of one corrupted k-space value; return the magnitude.
 
-    Its frequency lies up to a quarter of the sampling rate along each axis.
+    Its frequency is up to a quarter of the sampling rate along each axis.
     """
     stream = detail(draw, "spike")
     rates, phase = stream.uniform(0.02, 0.25, 3) * stream.choice([-1, 1], 3), stream.uniform(0, 2 * np.pi)
@@ -95,16 +97,16 @@ def spike(image: torch.Tensor, amplitude: float, draw: Draw) -> torch.Tensor:
 
 
 def motion(image: torch.Tensor, draw: Draw, movements: int, spacing_mm: float) -> torch.Tensor:
-    """The head moves while the lines along an axis are measured, one after the other (Shaw et al. 2019).
+    """Simulate head movements while the lines along an axis are measured one after the other (Shaw et al. 2019).
 
-    The line of the middle, which carries most of the contrast, is measured in the first pose; after it the head
-    moves `movements` times, at random lines. Lines before the middle mirror those after it, as in a centric order.
-    Each pose's turns (degrees) and ways (mm) have a standard deviation of `draw.motion_mm`.
+    The central line, which carries most of the contrast, is measured in the first pose. Then the head moves
+    `movements` times, at random lines. Lines on both sides of the centre are treated alike, as in a centric order.
+    Each pose's rotations (degrees) and translations (mm) have a standard deviation of `draw.motion_mm`.
     """
     stream, axis = detail(draw, "motion"), draw.motion_axis
     everything = torch.ones_like(image, dtype=torch.bool)
     line = torch.fft.fftfreq(image.shape[axis], device=image.device).abs()
-    starts = np.sort(stream.uniform(0.03, 0.3, movements))  # lines' frequencies, in cycles a voxel
+    starts = np.sort(stream.uniform(0.03, 0.3, movements))  # frequencies of the lines, in cycles per voxel
     k_space = torch.fft.fft(image, dim=axis)
     for start in starts:
         turns, ways = stream.normal(0, draw.motion_mm, (2, 3))
@@ -116,7 +118,7 @@ def motion(image: torch.Tensor, draw: Draw, movements: int, spacing_mm: float) -
 
 
 def cutout(image: torch.Tensor, side: float, boxes: int, draw: Draw) -> torch.Tensor:
-    """Set boxes of so many voxels a side, their middles anywhere in the box, to zero (DeVries and Taylor 2017)."""
+    """Set boxes of `side` voxels a side, centred anywhere in the image, to zero (DeVries and Taylor 2017)."""
     for middle in detail(draw, "cutout").random((boxes, 3)) * np.asarray(image.shape):
         low, high = np.clip(np.rint([middle - side / 2, middle + side / 2]), 0, image.shape).astype(int)
         image[low[0]:high[0], low[1]:high[1], low[2]:high[2]] = 0
@@ -124,7 +126,7 @@ def cutout(image: torch.Tensor, side: float, boxes: int, draw: Draw) -> torch.Te
 
 
 def fill_patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:
-    """Set a share of the patches of a regular grid, so many voxels a side, to zero (He et al. 2022)."""
+    """Set a share of the patches of a regular grid, `size` voxels a side, to zero (He et al. 2022)."""
     widths = (max(1, round(size)),) * 3
     count = math.prod(-(-side // width) for side, width in zip(image.shape, widths, strict=True))
     masked = over_voxels(masked_patches(count, share, detail(draw, "patches")), widths, tuple(image.shape))

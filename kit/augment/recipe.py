@@ -1,6 +1,6 @@
-"""Recipes: which transforms a view is made of, and from which ranges they are drawn.
+"""Recipes: which transforms make up a view, and the ranges they are drawn from.
 
-A recipe is data: a YAML file beside this module, or the user's own. What a recipe does not name is not done.
+A recipe is data: a YAML file beside this module, or the user's own. A transform that it does not name is not applied.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 class Recipe(BaseModel):
-    """A view, in the order in which it is made; the z-score inside the mask comes last, but for what is cut out.
+    """A view's transforms, in the order they act; only cutout and patches come after the z-score inside the mask.
 
-    Of scans that are not z-scored, views get back the scale that they had, see `kit.augment.views.make_views`.
+    If scans are not z-scored, views return to their original intensity scale; see `kit.augment.views.make_views`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    strength: Annotated[float, Field(ge=0, le=4)] = 1.0  # scales all ranges about what changes nothing
+    strength: Annotated[float, Field(ge=0, le=4)] = 1.0  # scales all ranges about the value that changes nothing
     crop: kinds.Crop | None = None
     flip: Flip | None = None
     shear: kinds.Shear | None = None
@@ -54,25 +54,25 @@ class Recipe(BaseModel):
     patches: kinds.Patches | None = None
 
     def plain(self) -> dict[str, Any]:
-        """The recipe as YAML values."""
+        """Return the recipe as YAML values."""
         return self.model_dump(exclude_none=True, exclude_unset=False, mode="json")
 
     def text(self) -> str:
-        """The recipe as YAML, a line a transform; `read_recipe` reads it back."""
+        """Return the recipe as YAML, one transform a line; `read_recipe` reads it back."""
         return yaml.safe_dump(self.plain(), sort_keys=False, default_flow_style=None, width=110)
 
 
 def transform_types() -> dict[str, type[kinds.Transform]]:
-    """Every transform's name and type, in the order in which they act."""
+    """Return every transform's name and type, in the order they act."""
     return {name: info.annotation.__args__[0] for name, info in Recipe.model_fields.items() if name != "strength"}
 
 
 def alone(name: str, share: float = 1.0) -> Recipe:
-    """A recipe of one transform, always done, as strong as a share of what the explorer's slider reaches.
+    """Return a recipe with a single transform, always applied, at a share of the explorer slider's maximum.
 
     Args:
-        name: of the transform.
-        share: 0 changes nothing; the number drawn is always the range's end.
+        name: the transform's name.
+        share: 0 changes nothing; for transforms with a `range`, the number drawn is always its end.
     """
     kind = transform_types()[name]
     end = kind.neutral + share * (kind.most - kind.neutral)
@@ -84,31 +84,31 @@ def alone(name: str, share: float = 1.0) -> Recipe:
 
 
 def names() -> list[str]:
-    """The recipes that come with the kit."""
+    """Return the names of the recipes that come with the kit."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def read_recipe(recipe: str | Path) -> Recipe:
-    """A recipe by its name, or from a YAML file.
+    """Read a recipe by its name, or from a YAML file.
 
     Raises:
-        ParameterError: no such recipe or file, or a fault in it; the message lists them all.
+        ParameterError: no such recipe or file, or errors in it, all listed in the message.
     """
     named = FOLDER / f"{recipe}.yaml"
     return check(Recipe, read_yaml(named if named.is_file() else resolve(recipe)))
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> Path:
-    """Write a recipe that `read_recipe`, and so `2_pretrain`, takes; whole or not at all."""
+    """Write a recipe that `read_recipe`, and so `2_pretrain`, accepts; the file appears whole or not at all."""
     return write_whole(resolve(path), lambda aside: aside.write_text(recipe.text(), encoding="utf-8"))
 
 
 def at_strength(recipe: Recipe, strength: float) -> Recipe:
-    """The recipe with every range scaled about the value that changes nothing.
+    """Scale every range of a recipe about the value that changes nothing.
 
     Args:
-        recipe: any recipe; its own `strength` counts too.
-        strength: 0 changes nothing, 1 leaves the recipe as it is. Below 1 it also scales the flips' probability;
+        recipe: any recipe; its own `strength` is multiplied in.
+        strength: 0 changes nothing, 1 leaves the recipe as it is. Below 1 it also scales the probability of flips;
             ranges stop at the limits of their transform.
 
     Returns:

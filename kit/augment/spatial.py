@@ -1,8 +1,8 @@
-"""All geometry of a view as one map, so that a scan is resampled once.
+"""Apply all geometry of a view as one map, so that a scan is resampled only once.
 
-Images are linear and masks nearest neighbour, zero outside the scan. Only the voxels of the view's brain are made,
-some slices at a time, so that no grid of the whole volume is ever held. A map that leaves z to itself, as the paper's
-does, separates: linear along z, then bilinear in the plane with z as channels.
+Images are interpolated linearly, masks by nearest neighbour; outside the scan is zero. Only voxels in the view's brain
+are computed, a few slices at a time, so no grid of the whole volume is ever held. If the transform does not mix z
+with x and y (as in the paper's recipe), z is resampled linearly first, then the plane bilinearly with z as channels.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from scipy.interpolate import BSpline
 
 from kit.augment.draws import Draw, detail
 
-LARGEST = 1e15  # values beyond it are cut, so that no sum of squares overflows
-IN_CACHE = 300_000  # voxels that are worked on at once on a CPU: eight slices of 192x192, or a small scan as a whole
+LARGEST = 1e15  # larger values are clipped, so that no sum of squares overflows
+IN_CACHE = 300_000  # voxels processed at once on a CPU: eight slices of 192x192, or a whole small scan
 
 
 def view_to_scan(draw: Draw, shape: tuple[int, int, int], spacing_mm: float = 1.0) -> np.ndarray:
-    """Map from a view's coordinates to the scan's, both running from -1 to 1 over the box (z, y, x).
+    """Return the map from a view's coordinates to the scan's, both from -1 to 1 over the box (z, y, x).
 
-    The view is made as crop, resize, flip, shear, rotation, zoom, translation; the map goes back that way. All but
-    crop and flip act in voxels about the box's middle, so they stay rigid where the sides differ.
+    A view is made by crop, resize, flip, shear, rotation, zoom, translation; the map inverts that. All but crop and
+    flip act in voxels about the box's centre, so rotations stay rigid even if the sides differ.
 
     Args:
         draw: the view's numbers.
         shape: voxels (z, y, x).
-        spacing_mm: of the grid, for the translation.
+        spacing_mm: grid spacing, for the translation.
 
     Returns:
         (3, 4) float64.
@@ -44,14 +44,14 @@ def view_to_scan(draw: Draw, shape: tuple[int, int, int], spacing_mm: float = 1.
 
 
 def cropped_box(draw: Draw, shape: tuple[int, int, int]) -> np.ndarray:
-    """The first and the last voxel's middle of a draw's crop, in the scan's voxels (z, y, x): (2, 3) float64."""
+    """Return the centres of a crop's first and last voxels, in the scan's voxels (z, y, x): (2, 3) float64."""
     side, size, start = (np.asarray(part, float) for part in (shape, draw.crop_size, draw.crop_start))
     first = start * side + (size - 1) / 2
     return np.stack([first, first + size * (side - 1)])
 
 
 def _rotation(degrees: Sequence[float]) -> np.ndarray:
-    """Rotation matrix on (z, y, x) vectors: about z, then y, then x."""
+    """Return the rotation matrix on (z, y, x) vectors: about z, then y, then x."""
     matrix = np.eye(3)
     for axis, angle in enumerate(np.deg2rad(degrees)):
         first, second = [other for other in range(3) if other != axis]
@@ -63,23 +63,23 @@ def _rotation(degrees: Sequence[float]) -> np.ndarray:
 
 
 def _shear(degrees: Sequence[float]) -> np.ndarray:
-    """Shear matrix on (z, y, x) vectors: z slides with y, z with x, y with x; the volume stays the same."""
+    """Return the shear matrix on (z, y, x) vectors: z slides with y, z with x, y with x; it preserves volume."""
     matrix = np.eye(3)
     matrix[[0, 0, 1], [1, 2, 2]] = np.tan(np.deg2rad(degrees))
     return matrix
 
 
 def bend(draw: Draw, shape: tuple[int, int, int], spacing_mm: float, apart_mm: float) -> np.ndarray | None:
-    """Control points of a smooth free-form deformation (Rueckert et al. 1999, cubic B-splines).
+    """Draw the control points of a smooth free-form deformation (Rueckert et al. 1999, cubic B-splines).
 
     Args:
         draw: `elastic_mm` is the standard deviation of each control point's displacement along each axis.
-        shape, spacing_mm: of the view's grid.
-        apart_mm: between control points. Displacements below 0.4 of it never fold the image
+        shape, spacing_mm: the view's grid.
+        apart_mm: distance between control points. Displacements below 0.4 of it never fold the image
             (Choi and Lee 2000).
 
     Returns:
-        (3, points z, points y, points x) float64, displacements along (z, y, x) in voxels; None without any.
+        (3, points z, points y, points x) float64, displacements along (z, y, x) in voxels; None if there are none.
     """
     if draw.elastic_mm == 0:
         return None
@@ -89,7 +89,7 @@ def bend(draw: Draw, shape: tuple[int, int, int], spacing_mm: float, apart_mm: f
 
 
 def _spline(side: int, apart: float) -> np.ndarray:
-    """Cubic B-spline weights (side, points) of control points so many voxels apart, centred on the side."""
+    """Return cubic B-spline weights (side, points) for control points `apart` voxels apart, centred on the side."""
     spans = int(np.ceil(side / apart))
     at = (np.arange(side) + 0.5 - side / 2) / apart + spans / 2
     return BSpline.design_matrix(at, np.arange(-3.0, spans + 4), 3).toarray()
@@ -98,20 +98,20 @@ def _spline(side: int, apart: float) -> np.ndarray:
 def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.ndarray | None = None,
          apart: float = 1.0, slab: int | None = None,
          box: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resample the brain of one scan through a map.
+    """Resample one scan's brain through a map.
 
     Args:
         image: (depth, height, width) of any floating type.
         mask: (depth, height, width) bool.
         back: (3, 4), from `view_to_scan`.
         bent: control points from `bend`, which act on the view's coordinates before the map, or None.
-        apart: voxels between the control points.
-        slab: slices that are worked on at once: on a CPU what its cache holds, all on a GPU.
-        box: from `cropped_box`: what lies beyond it is its border stretched outwards; None: zero beyond the scan.
+        apart: distance between control points, in voxels.
+        slab: slices processed at once; by default what fits a CPU's cache, or all on a GPU.
+        box: from `cropped_box`: beyond it, its border is stretched outwards. None: zero beyond the scan.
 
     Returns:
-        values (voxels,) float32 (float64 where the image is) of the view's brain, cut at `LARGEST`, and where they
-        lie in the flattened view, rising (voxels,) int64.
+        values (voxels,) float32 (float64 if the image is) of the view's brain, clipped at `LARGEST`, and their places
+        in the flattened view, increasing, (voxels,) int64.
     """
     side = np.asarray(image.shape, float)
     linear = back[:, :3] * (side[:, None] / side[None, :])  # from voxel to voxel
@@ -138,13 +138,13 @@ def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.nda
 
 
 def brain(volume: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values inside a mask, and where they lie in the flattened volume."""
+    """Return the values inside a mask, and their places in the flattened volume."""
     places = inside.reshape(-1).nonzero().view(-1)
     return volume.reshape(-1).index_select(0, places), places
 
 
 def scatter(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The volume that has these values at these places, and zeros elsewhere."""
+    """Return a volume with these values at these places, and zeros elsewhere."""
     volume = values.new_zeros(tuple(shape))
     volume.view(-1).scatter_(0, places, values)
     return volume
@@ -152,7 +152,7 @@ def scatter(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int]) ->
 
 def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray, slab: int,
                box: np.ndarray | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Resample through a map that leaves z to itself: linearly along z, bilinearly in the plane."""
+    """Resample through a map that does not mix z with y and x: linearly along z, bilinearly in the plane."""
     inside, (depth, height, width) = F.pad(mask.view(torch.int8).flatten(1), (0, 0, 1, 1)), image.shape
     grid, pixels, known = (torch.from_numpy(part).to(image.device) for part in
                            in_plane(linear[1:, 1:], offset[1:], height, width, None if box is None else box[:, 1:]))
@@ -171,13 +171,13 @@ def _separable(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
 
 def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int,
              box: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-    """Where the pixels of a view's slice lie in the scan's, through a (2, 2) map of (row, column) and an offset.
+    """Locate a view slice's pixels in the scan's slice, through a (2, 2) map of (row, column) and an offset.
 
-    `box` (2, 2): the first and last (row, column) that they may lie at, see `warp`.
+    `box` (2, 2): the first and last (row, column) allowed, see `warp`.
 
     Returns:
         grid (height, width, 2) float32 for `grid_sample`; nearest pixels (height * width) int64, rows first; and
-        which of these lie in the scan (height * width) int8.
+        whether these lie inside the scan (height * width) int8.
     """
     sides = np.array([height, width])[:, None, None]
     where = np.tensordot(linear, np.indices((height, width)), 1) + offset[:, None, None]
@@ -190,8 +190,8 @@ def in_plane(linear: np.ndarray, offset: np.ndarray, height: int, width: int,
 
 def _by_points(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offset: np.ndarray, bent: np.ndarray | None,
                apart: float, slab: int, box: np.ndarray | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Resample through any map, point by point of the brain."""
-    padded, inside = (F.pad(part, (1,) * 6) for part in (image, mask.view(torch.int8)))  # what lies outside is zero
+    """Resample through any map, point by point inside the brain."""
+    padded, inside = (F.pad(part, (1,) * 6) for part in (image, mask.view(torch.int8)))  # zero outside the scan
     for where in _places(image.shape, linear, offset, bent, apart, slab, padded):
         if box is not None:
             where = torch.stack([axis.clamp(*ends) for axis, ends in zip(where, box.T.tolist(), strict=True)])
@@ -202,14 +202,14 @@ def _by_points(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
 
 def _places(shape: tuple[int, ...], linear: np.ndarray, offset: np.ndarray, bent: np.ndarray | None, apart: float,
             slab: int, like: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Where a view's voxels lie in the scan, some slices at a time: (3, slices, height, width)."""
+    """Locate a view's voxels in the scan, a few slices at a time: (3, slices, height, width)."""
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.float64)).to(like)
 
     plane = tensor(np.tensordot(linear[:, 1:], np.indices(shape[1:]), 1) + offset[:, None, None])[:, None]
     step = tensor(linear[:, 0, None, None, None])
     if bent is not None:
-        points = tensor(np.tensordot(linear, bent, 1))  # displacements in the scan, as the map is linear
+        points = tensor(np.tensordot(linear, bent, 1))  # displacements in the scan, since the map is linear
         along_z, along_y, along_x = (tensor(_spline(side, apart)) for side in shape)
     for start in range(0, shape[0], slab):
         z = torch.arange(start, min(start + slab, shape[0]), device=like.device, dtype=like.dtype)
@@ -220,16 +220,16 @@ def _places(shape: tuple[int, ...], linear: np.ndarray, offset: np.ndarray, bent
 
 
 def _flat(voxels: Sequence[torch.Tensor], padded: torch.Tensor) -> torch.Tensor:
-    """Voxels (z, y, x), whole numbers from -1 on, as int64 places in the flattened volume with its border of one."""
+    """Return int64 places of voxels (z, y, x), integers from -1, in the flattened volume padded by one voxel."""
     z, y, x = (axis.reshape(-1).to(torch.int32) for axis in voxels)
     _, height, width = padded.shape
     return z.mul_(height).add_(y).mul_(width).add_(x).add_((height + 1) * width + 1).long()
 
 
 def _between(padded: torch.Tensor, where: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Between the voxels of a volume with a border of one, linearly, at points (z, y, x) that its border surrounds.
+    """Interpolate linearly in a volume padded by one voxel, at points (z, y, x) within the padding.
 
-    By gathers: on a CPU they take half the time of `grid_sample` at the same points.
+    It uses gathers, which on a CPU take half the time of `grid_sample` at the same points.
     """
     below = [axis.floor() for axis in where]
     z, y, x = (axis - lower for axis, lower in zip(where, below, strict=True))

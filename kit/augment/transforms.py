@@ -1,4 +1,4 @@
-"""The transforms of a recipe: each with a probability and ranges in real units, and the physics or paper behind it."""
+"""The transforms of a recipe: each with a probability, ranges in real units, and the physics or paper behind it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TranslationMm = Annotated[float, Field(ge=0, le=200)]
 
 
 class Transform(BaseModel):
-    """What all transforms share.
+    """Base class of all transforms.
 
     Attributes:
-        probability: of each view.
-        drawn: which number of a `kit.augment.draws.Draw` it decides.
-        neutral: the number that changes nothing.
-        most: how far the explorer's slider reaches.
+        probability: the chance that a view gets it.
+        drawn: the field of `kit.augment.draws.Draw` that it sets.
+        neutral: the value that changes nothing.
+        most: the upper end of the explorer's slider.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -34,7 +34,7 @@ class Transform(BaseModel):
 
 
 class Ranged(Transform):
-    """A transform whose one number is drawn from a range, which must lie between `limits`."""
+    """A transform with one number, drawn from a range within `limits`."""
 
     limits: ClassVar[tuple[float, float]] = (0.0, 1000.0)
     range: tuple[float, float]
@@ -51,23 +51,23 @@ class Ranged(Transform):
 
 
 class Crop(Transform):
-    """A box of random size and place, resized to the full box; `smallest` is a share of each side (z, y, x)."""
+    """A box of random size and position, resized to the full box; `smallest` is a fraction of each side (z, y, x)."""
 
     drawn = "crop_size"
     smallest: tuple[Share, Share, Share]
 
 
 class Flip(Transform):
-    """Mirror along each of the axes, each with the probability."""
+    """Mirror along each of the axes, each with this probability."""
 
     drawn = "flip"
     axes: Axes
 
 
 class Rotate(Transform):
-    """Rotation about z, y and x, each within plus or minus so many degrees.
+    """Rotation about z, y and x, each within plus or minus the given degrees.
 
-    What comes in from beyond the box is zero, or the box's border stretched outwards (`padding`, MONAI's two).
+    Beyond the scan's box lies zero, or the box's border stretched outwards (`padding`, both as in MONAI).
     """
 
     drawn, most = "rotation_degrees", 90
@@ -76,27 +76,27 @@ class Rotate(Transform):
 
 
 class Shear(Transform):
-    """Shear of z with y, z with x and y with x, each within plus or minus so many degrees."""
+    """Shear of z with y, z with x and y with x, each within plus or minus the given degrees."""
 
     drawn, most = "shear_degrees", 30
     degrees: tuple[ShearDegrees, ShearDegrees, ShearDegrees]
 
 
 class Translate(Transform):
-    """A translation along z, y and x, each within plus or minus so many mm."""
+    """Translation along z, y and x, each within plus or minus the given mm."""
 
     drawn, most = "translation_mm", 40
     mm: tuple[TranslationMm, TranslationMm, TranslationMm]
 
 
 class Zoom(Ranged):
-    """One factor for all axes; above 1 the brain becomes larger."""
+    """One scale factor for all axes; above 1 the brain becomes larger."""
 
     drawn, neutral, limits, most = "zoom", 1.0, (0.05, 20), 2
 
 
 class Elastic(Ranged):
-    """A smooth free-form deformation (Rueckert et al. 1999); `range` is its control points' deviation in mm."""
+    """A smooth free-form deformation (Rueckert et al. 1999); `range` is its control points' SD in mm."""
 
     drawn, most = "elastic_mm", 12
     apart_mm: Positive = 32  # between control points; cubic B-splines run between them
@@ -105,14 +105,14 @@ class Elastic(Ranged):
 class Shift(Ranged):
     """A number added inside the mask, in standard deviations of the z-scored image.
 
-    What only shifts and scales is undone by the z-score; the paper's recipe has it all the same.
+    The final z-score undoes any shift; it is here because the paper's recipe has it.
     """
 
     drawn, limits, most = "shift", (-100, 100), 2
 
 
 class Scale(Ranged):
-    """A factor of the signal above the darkest voxel: with noise after it, a change of the signal's share."""
+    """Scale the signal above the darkest voxel; with noise added later, it changes the signal-to-noise ratio."""
 
     drawn, neutral, limits, most = "scale", 1.0, (0.01, 100), 3
 
@@ -124,26 +124,26 @@ class Gamma(Ranged):
 
 
 class GammaInverted(Ranged):
-    """Gamma of the negative, as nnU-Net has it: dark tissue spreads where gamma spreads bright tissue."""
+    """Gamma of the inverted image, as in nnU-Net: it stretches dark tissue where gamma stretches bright tissue."""
 
     drawn, neutral, limits, most = "gamma_inverted", 1.0, (0.2, 5), 4
 
 
 class Contrast(Ranged):
-    """A factor about the mean, then cut to the range that was there, as nnU-Net has it (Isensee et al. 2021)."""
+    """Scale about the mean, then clip to the original range, as in nnU-Net (Isensee et al. 2021)."""
 
     drawn, neutral, limits, most = "contrast", 1.0, (0.05, 20), 3
 
 
 class Histogram(Ranged):
-    """Grey levels bent by a rising line through random knots; `range` is their deviation, a share of all levels."""
+    """Grey levels remapped by a rising curve through random knots; `range` is their SD, relative to the range."""
 
     drawn, limits, most = "histogram_sd", (0, 1), 0.3
-    knots: Annotated[int, Field(ge=1, le=64)] = 4  # between the ends, which stay
+    knots: Annotated[int, Field(ge=1, le=64)] = 4  # between the ends, which are fixed
 
 
 class Bias(Ranged):
-    """Multiplication by exp(smooth field), as of a receive coil; `range` is the field's standard deviation."""
+    """Multiply by exp(smooth field), like a receive coil; `range` is the field's standard deviation."""
 
     drawn, limits, most = "bias_sd", (0, 5), 1
     spacing_mm: Positive = 60  # between the field's control points
@@ -162,7 +162,7 @@ class Rician(Ranged):
 
 
 class Blur(Ranged):
-    """A Gaussian; `range` is its full width at half maximum in mm."""
+    """Gaussian blur; `range` is its full width at half maximum in mm."""
 
     drawn, limits, most = "blur_mm", (0, 60), 12
 
@@ -171,24 +171,24 @@ class Sharpen(Ranged):
     """Unsharp masking: x + amount * (x - blurred x); `range` is the amount."""
 
     drawn, limits, most = "sharpen", (0, 20), 3
-    fwhm_mm: Positive = 4  # of the blurring
+    fwhm_mm: Positive = 4  # of the blur
 
 
 class ThickSlices(Ranged):
-    """An anisotropic acquisition: means over slices so many mm thick, read out between them linearly."""
+    """An anisotropic acquisition: averages over slices this many mm thick, with linear interpolation between them."""
 
     drawn, limits, most = "slice_mm", (0, 60), 16
     axes: Axes = AXES  # across the slices; one of them is drawn
 
 
 class Gibbs(Ranged):
-    """Ringing at edges: k-space cut off at the edge of an acquisition with voxels of so many mm."""
+    """Ringing at edges: k-space truncated as in an acquisition with voxels of this many mm."""
 
     drawn, limits, most = "gibbs_mm", (0, 60), 12
 
 
 class Motion(Ranged):
-    """The head moves while k-space is filled (Shaw et al. 2019); `range` is its poses' deviation in mm and degrees."""
+    """Head movement while k-space is filled (Shaw et al. 2019); `range` is the SD of its poses in mm and degrees."""
 
     drawn, limits, most = "motion_mm", (0, 40), 8
     axes: Axes = ("y", "z")  # phase encoding; one of them is drawn
@@ -204,7 +204,7 @@ class Ghosting(Ranged):
 
 
 class Spike(Ranged):
-    """One wrong value in k-space: stripes through the image; `range` is their amplitude, in standard deviations."""
+    """One corrupted value in k-space: stripes across the image; `range` is their amplitude, in standard deviations."""
 
     drawn, most = "spike", 2
 
@@ -217,7 +217,7 @@ class Cutout(Ranged):
 
 
 class Patches(Ranged):
-    """Patches of a regular grid set to the mean, as the masked autoencoder's input; `range` is their share."""
+    """Patches of a regular grid set to the mean, like the masked autoencoder's input; `range` is their share."""
 
     drawn, limits, most = "patches", (0, 0.95), 0.9
     size_mm: Positive = 24

@@ -1,4 +1,4 @@
-"""A batch of scans in, one random view of each out, on the device where the batch lies."""
+"""Make one random view of each scan in a batch, on the batch's own device."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
                zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor, list[Draw]]:
     """Make one view of each scan.
 
-    A view whose box misses the brain is drawn again, at most `ATTEMPTS` times, then centred on the brain.
+    A view that misses the brain is drawn again, up to `ATTEMPTS` times, and then centred on the brain.
 
-    Views lie on the scale of the scans, as everything that looks at scans without views reads them. Of z-scored ones
-    the view is z-scored anew. On any other scale a recipe means standard deviations too: the view is z-scored, changed,
-    z-scored, and gets back the mean and deviation that it had before its grey levels were changed.
+    Views keep the store's intensity scale, so encoders see one scale everywhere. Z-scored scans are z-scored again.
+    Others are augmented in z-score units, z-scored, and mapped back to the mean and standard deviation that the view
+    had before its grey levels changed.
 
     Args:
-        images: (batch, 1, depth, height, width) of any floating type, zero outside the mask; left as they are.
+        images: (batch, 1, depth, height, width) of any floating type, zero outside the mask; not modified.
         masks: (batch, 1, depth, height, width) bool.
         keys: (batch,) the scans' keys, see `kit.seeding.scan_key`.
         recipe: what to draw.
-        seed, epoch, view: with each scan's key they decide everything that is random.
-        spacing_mm: of the grid, for ranges in mm.
-        zscored: whether the scans are, see `kit.preprocess.settings.Preparation.intensity`.
+        seed, epoch, view: together with a scan's key, they determine all randomness.
+        spacing_mm: grid spacing, for ranges in mm.
+        zscored: whether the scans are z-scored, see `kit.preprocess.settings.Preparation.intensity`.
 
     Returns:
-        views (batch, 1, depth, height, width) float32 (float64 where the scans are), zero outside the mask;
-        their masks; and what was drawn, which `apply` repeats.
+        views (batch, 1, depth, height, width) float32 (float64 if the scans are), zero outside the mask;
+        their masks; and what was drawn, which `apply` can repeat.
     """
     views, view_masks = _nothing(images, masks)
 
@@ -66,7 +66,7 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
 @torch.no_grad()
 def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
           spacing_mm: float = 1.0, zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the views that these draws describe; the arguments as for `make_views`."""
+    """Make the views that these draws describe; arguments as in `make_views`."""
     views, view_masks = _nothing(images, masks)
     for number, drawn in enumerate(draws):
         values, places = _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm)
@@ -75,7 +75,7 @@ def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], reci
 
 
 def _nothing(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty views, float32, or float64 where the scans are, and their masks."""
+    """Return empty views, float32 (float64 if the scans are), and empty masks."""
     kind = torch.promote_types(images.dtype, torch.float32)
     return (torch.zeros(images.shape, dtype=kind, device=images.device),
             torch.zeros(masks.shape, dtype=torch.bool, device=masks.device))
@@ -83,7 +83,7 @@ def _nothing(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, t
 
 def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe,
               spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of the view's brain, and where they lie in the flattened view."""
+    """Return the values of the view's brain, and their places in the flattened view."""
     shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
     stretched = _drawn(drawn, ["rotation_degrees"]) and _setting(recipe, "rotate", "padding") == "border"
     return warp(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
@@ -92,9 +92,9 @@ def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Reci
 
 def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places: torch.Tensor, drawn: Draw,
           recipe: Recipe, spacing_mm: float, zscored: bool) -> None:
-    """Everything after the geometry; the result goes into an empty view (depth, height, width) and its mask.
+    """Apply everything after the geometry; write the result into an empty view (depth, height, width) and its mask.
 
-    `drawn.shift` needs no work: what follows begins at the darkest voxel, or is the z-score, and undoes it.
+    `drawn.shift` needs no work, since subtracting the darkest voxel, or the z-score, undoes it.
     """
     if not len(places):
         return
@@ -124,7 +124,7 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places
 
 def _contrast(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], drawn: Draw, recipe: Recipe,
               spacing_mm: float) -> None:
-    """What the tissue's grey levels and the coil do to magnitude values, in place."""
+    """Apply what the tissue's grey levels and the coil do to magnitude values, in place."""
     if drawn.scale != 1:
         values.mul_(drawn.scale)
     if drawn.gamma != 1:
@@ -145,7 +145,7 @@ def _contrast(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], 
 
 
 def _acquisition(image: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> torch.Tensor:
-    """What the scanner does to a magnitude image (depth, height, width), the whole box."""
+    """Apply what the scanner does to a magnitude image (depth, height, width), over the whole box."""
     if drawn.motion_mm:
         image = physics.motion(image, drawn, _setting(recipe, "motion", "movements"), spacing_mm)
     if drawn.ghosting:
@@ -164,18 +164,18 @@ def _acquisition(image: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: f
 
 
 def _drawn(drawn: Draw, names: Sequence[str]) -> bool:
-    """Whether any of these changes anything."""
+    """Return whether any of these fields differs from its default."""
     return any(getattr(drawn, name) != getattr(Draw, name) for name in names)
 
 
 def _setting(recipe: Recipe, name: str, setting: str) -> Any:
-    """What a recipe says beside a transform's range, or the default where it has no such transform."""
+    """Return a recipe's setting besides a transform's range, or the default if it lacks that transform."""
     transform = getattr(recipe, name)
     return transform_types()[name].model_fields[setting].default if transform is None else getattr(transform, setting)
 
 
 def _centred(drawn: Draw, mask: torch.Tensor) -> Draw:
-    """The same draw with its crop moved to the brain's centre, as far as the scan reaches, and no translation."""
+    """Move a draw's crop to the brain's centre, as far as the scan allows, and drop its translation."""
     points = mask.nonzero().float().mean(0).cpu().numpy() if mask.any() else np.asarray(mask.shape) / 2
     size = np.asarray(drawn.crop_size)
     start = np.clip((points + 0.5) / np.asarray(mask.shape) - size / 2, 0, 1 - size)

@@ -1,4 +1,4 @@
-"""A BIDS folder as a cohort: scans, their masks, labels of participants.tsv and of sessions.tsv."""
+"""Read a BIDS folder as a cohort: scans, masks, and labels from participants.tsv and the sessions.tsv files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kit.runs import shown
 
 
 def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
-    """Read a BIDS folder's scans of one contrast, with labels; see `kit.cohort.tables.read_cohort`."""
+    """Read a BIDS folder's scans of one contrast and their labels; see `kit.cohort.tables.read_cohort`."""
     description = folder / "dataset_description.json"
     if not description.is_file():
         raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
@@ -22,17 +22,17 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     scans = [scans[place] for place in pick([contrast_of(scan.name) for scan in scans], contrast, shown(folder))]
     try:
         name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))
-    except (ValueError, AttributeError):  # AttributeError: JSON, but no object
+    except (ValueError, AttributeError):  # AttributeError: valid JSON, but not an object
         raise CohortError(f"{shown(description)} is no JSON object; mend it") from None
     table = pd.DataFrame([_bids_row(folder, scan, name or UNSAID + folder.name) for scan in scans],
                          columns=[*COLUMNS, "others"], dtype=str)
     table = _one_a_session(folder, table)
     labels = folder / "participants.tsv"
-    if labels.is_file() or labels.is_symlink():  # a broken link is an error, not a folder without labels
+    if labels.is_file() or labels.is_symlink():  # a broken link must raise an error, not pass as "no labels"
         table = _with_labels(folder, table, _label_file(labels, "participant_id", "participant"))
     table = _with_session_labels(folder, table).fillna("")
     for name in [name for name in table if name not in (*COLUMNS, "split")]:
-        table[name] = typed(table[name], decimal_comma=True)  # now, for one file of many may have numbers alone
+        table[name] = typed(table[name], decimal_comma=True)  # only now, as types may differ between files
     return table
 
 
@@ -48,7 +48,7 @@ def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, ...]:
 
 
 def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """One scan a session: of several the one of fewest entities (acq-, rec-), then of the first run."""
+    """Keep one scan per session: the one with the fewest entities (acq-, rec-), then the lowest run number."""
     ranks = table["others"].map(_rank)
     best = ranks.groupby([table["participant"], table["session"]]).transform("min")
     if (more := ranks != best).any():
@@ -58,7 +58,7 @@ def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rank(others: str) -> str:
-    """What sorts the scans of a session: few entities, then their text, then the number of the run."""
+    """Return the sort key of a session's scans: number of entities, then their text, then the run number."""
     parts = [part for part in others.split("_") if part]
     run = "".join(part.removeprefix("run-").zfill(9) for part in parts if part.startswith("run-"))
     rest = [part for part in parts if not part.startswith("run-")]
@@ -66,7 +66,7 @@ def _rank(others: str) -> str:
 
 
 def _label_file(path: Path, key: str, name: str) -> pd.DataFrame:
-    """Labels of a BIDS file as text, a row a `key` (such as participant_id), which is renamed and loses its prefix."""
+    """Read a BIDS label file as text, one row per `key` (such as participant_id), renamed and without its prefix."""
     labels = read_foreign(path, lambda names: headings(names, {key: (key,), "split": ("split",)}), None)
     if key not in labels:
         raise CohortError(f"{shown(path)}: needs a column {key}; found {', '.join(labels.columns)}")
@@ -81,7 +81,7 @@ def _label_file(path: Path, key: str, name: str) -> pd.DataFrame:
 
 
 def _check_match(path: Path, folders: pd.Series, listed: pd.Series, prefix: str) -> None:
-    """Refuse names in a table that are a folder's but for zeros or case: whose labels are they?"""
+    """Refuse names in a table that differ from a folder's name only by leading zeros, case or a final `.0`."""
     strangers, lost = set(listed) - set(folders), set(folders) - set(listed)
     near = {loose(name): name for name in strangers}
     for name in sorted(lost):
@@ -99,7 +99,7 @@ def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame) -> pd.
     if unlabelled or without:
         say(f"{shown(path)}: {unlabelled} participants with scans are not listed and have no labels; "
             f"{without} who are listed have no T1-weighted scan")
-    if "dataset" in labels:  # one folder may hold several datasets: its participants say which
+    if "dataset" in labels:  # one folder may hold several datasets; participants.tsv names them
         table = table.rename(columns={"dataset": "named"})
     table = table.merge(labels, on="participant", how="left")
     if "named" in table:
@@ -108,7 +108,7 @@ def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame) -> pd.
 
 
 def _with_session_labels(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Labels of `sub-*/sub-*_sessions.tsv` go over those of participants.tsv, for the sessions that they list."""
+    """Let labels of `sub-*/sub-*_sessions.tsv` override those of participants.tsv, for the sessions they list."""
     parts, unlisted = [], 0
     for file in sorted(folder.glob("sub-*/sub-*_sessions.tsv")):
         participant = file.parent.name.removeprefix("sub-")

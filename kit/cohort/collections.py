@@ -1,16 +1,16 @@
-"""Public collections as they are downloaded: FOMO60K, FOMO300K and OpenMind.
+"""Read public collections as downloaded: FOMO60K, FOMO300K and OpenMind.
 
-Layouts, as read on GitHub in FGA-DIKU/fomo_mri_datasets (`FOMO60K_preprocessing/README.md`, `scripts/data_utils.py`)
-and MIC-DKFZ/nnssl (`src/nnssl/data/raw_dataset.py`, `src/nnssl/dataset_conversion/Dataset001_OpenMind.py`), and in the
-files that huggingface.co/datasets/AnonRes/OpenMind lists:
+Layouts follow FGA-DIKU/fomo_mri_datasets (`FOMO60K_preprocessing/README.md`, `scripts/data_utils.py`) and
+MIC-DKFZ/nnssl (`src/nnssl/data/raw_dataset.py`, `src/nnssl/dataset_conversion/Dataset001_OpenMind.py`) on GitHub, and
+the file listing of huggingface.co/datasets/AnonRes/OpenMind:
 
 - FOMO: `PT001_OASIS1/sub_1/ses_1/t1.nii.gz` and `t1_2.nii.gz`, `PT001_X/sub-1/ses-1/anat/FLAIR.nii.gz`, or
-  `PT030_OpenNeuro/ds000001/sub-01/ses-01/anat/sub-01_ses-01_run-2_T1w.nii.gz`, with a `participants.tsv` that has
-  dataset, participant_id, session_id and labels. Scans of unknown contrast are called `scan`.
+  `PT030_OpenNeuro/ds000001/sub-01/ses-01/anat/sub-01_ses-01_run-2_T1w.nii.gz`, with a `participants.tsv` that holds
+  dataset, participant_id, session_id and labels. Scans of unknown contrast are named `scan`.
 - OpenMind: `openneuro_metadata.csv` beside `OpenMind/ds000001/sub-01/anat/sub-01_T1w.nii.gz`, or nnssl's
   `pretrain_data.json`: datasets > subjects > sessions > images.
 
-None of them has brain masks: OpenMind's anatomy masks hold all that is not air. FOMO60K's scans are skull-stripped.
+None of them has brain masks: OpenMind's anatomy masks cover everything but air. FOMO60K's scans are skull-stripped.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from kit.runs import shown
 
 IDENTITY = ["dataset", "participant", "session"]
 OPENMIND = ("pretrain_data.json", "openneuro_metadata.csv")
-# Names of contrasts, in lower case, and what BIDS calls them; a T1w after contrast agent is T1ce here.
+# Contrast names in lower case and their BIDS suffixes; a contrast-enhanced T1w is called T1ce here.
 CONTRASTS = {"t1": "T1w", "t1w": "T1w", "mprage": "T1w", "t2": "T2w", "t2w": "T2w", "pd": "PDw", "pdw": "PDw",
              "flair": "FLAIR", **dict.fromkeys(("t1c", "t1ce", "t1wce", "t1gd", "t1post"), "T1ce")}
 _SESSIONS = ("sub[-_]*/ses[-_]*", "*/sub[-_]*/ses[-_]*", "*/*/sub[-_]*/ses[-_]*")
 
 
 def is_collection(path: Path) -> bool:
-    """Say whether a path is one of these collections, or one of FOMO's datasets, rather than a table or BIDS."""
+    """Return whether a path is one of these collections, or one dataset of FOMO, rather than a table or BIDS."""
     if path.is_file():
         return path.name in OPENMIND or path.suffix == ".json"
     if any((path / name).is_file() for name in OPENMIND):
@@ -47,7 +47,7 @@ def is_collection(path: Path) -> bool:
 
 
 def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
-    """Read a collection's scans of one contrast, and print how many others were left out.
+    """Read a collection's scans of one contrast, and print how many of other contrasts are left out.
 
     Args:
         path: the collection's folder, or OpenMind's `pretrain_data.json` or `openneuro_metadata.csv`.
@@ -57,7 +57,7 @@ def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
         one scan a row: participant, session, dataset, image_path, mask_path (""), then the collection's labels.
 
     Raises:
-        CohortError: a file that is not as expected, no scan of this contrast, or sessions that are still zipped.
+        CohortError: a malformed file, no scan of this contrast, or sessions that are still zipped.
     """
     name = next((each for each in OPENMIND if (path / each).is_file()), None)
     file = path / name if name else path
@@ -70,14 +70,14 @@ def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     rows = list(rows)
     taken = set(pick([row["contrast"] for row in rows], contrast, shown(path)))
     table = pd.DataFrame([row for number, row in enumerate(rows) if number in taken])
-    again = table.duplicated(IDENTITY)  # an MPRAGE beside a T1w
+    again = table.duplicated(IDENTITY)  # such as an MPRAGE and a T1w of one session
     table.loc[again, "session"] += "_" + table.loc[again, "image_path"].map(lambda image: _stem(Path(image).name))
     table = table if file.is_file() else _with_participants(path, table)
     return table.drop(columns=["contrast", "visit"])
 
 
 def contrast_of(name: str) -> str:
-    """Return the contrast that a file's name ends with, in BIDS's words where it has one: "t1_2.nii.gz" is "T1w"."""
+    """Return the contrast at the end of a file name, as its BIDS suffix if it has one: "t1_2.nii.gz" is "T1w"."""
     parts = [part for part in _stem(name).split("_") if not part.isdigit()]
     words = [part for part in parts if "-" not in part] or [""]
     contrast = CONTRASTS.get(words[-1].lower(), "_".join(words))
@@ -86,7 +86,7 @@ def contrast_of(name: str) -> str:
 
 
 def pick(contrasts: list[str], wanted: str, where: str) -> list[int]:
-    """Return the places of the wanted contrast, and print what was left out.
+    """Return the positions of the wanted contrast, and print what is left out.
 
     Raises:
         CohortError: none has it.
@@ -162,12 +162,12 @@ def _row(dataset: str, participant: str, session: str, scan: Path, contrast: str
 
 
 def _contrast(modality: str, scan: Path) -> str:
-    """Return the contrast that a table says; whether an agent was given stands in the file's name alone."""
+    """Return the contrast named in a table; only the file name says whether a contrast agent was given."""
     return contrast_of(f"ce-agent_{modality}" if "_ce-" in scan.name else str(modality))
 
 
 def _resolved(text: str, file: Path) -> Path:
-    """Return a path of nnssl's: absolute, beside the file, or after a variable such as `$nnssl_raw`."""
+    """Resolve a path from nnssl: absolute, relative to the file, or starting with a variable such as `$nnssl_raw`."""
     variable = re.match(r"\$(\w+)/?", text)
     if variable is None:
         return file.parent / text
@@ -178,7 +178,7 @@ def _resolved(text: str, file: Path) -> Path:
 
 
 def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Add the labels of `participants.tsv`, of the collection or of each of its datasets."""
+    """Add the labels of each `participants.tsv`: the collection's own and those of its datasets."""
     tables = [_participants(folder, None)]
     tables += [_participants(folder / name, name) for name in table["dataset"].unique()]
     tables = [each for each in tables if each is not None]
@@ -190,7 +190,7 @@ def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     table = table.merge(labels.drop_duplicates(keys), on=keys, how="left", suffixes=("", " of participants"))
     table = table.drop(columns=[name for name in table if name.endswith(" of participants")]).fillna("")
     for name in [name for name in table if name not in own]:
-        table[name] = typed(table[name], decimal_comma=True)  # now, for one file of many may have numbers alone
+        table[name] = typed(table[name], decimal_comma=True)  # only now, as types may differ between files
     return table
 
 
@@ -217,7 +217,7 @@ def _table(file: Path, text: tuple[str, ...] | None) -> pd.DataFrame:
 
 
 def _names(header: list[str]) -> list[str]:
-    """Names of columns; a column of row numbers has none, and such a file is fine."""
+    """Return the column names; a column without one (row numbers, for example) is named by its position."""
     return [trimmed(name) or f"column {place}" for place, name in enumerate(header, 1)]
 
 
@@ -226,6 +226,6 @@ def _stem(name: str) -> str:
 
 
 def _bare(name: str) -> str:
-    """Return an identifier without sub-, sub_, ses- or ses_; sessions without a name are 01, as in BIDS folders."""
+    """Return an identifier without sub-, sub_, ses- or ses_; unnamed sessions become 01, as for BIDS folders."""
     bare = re.sub(r"^(sub|ses)[-_]", "", str(name))
     return "01" if bare == "DEFAULT" else bare

@@ -1,8 +1,8 @@
-"""Who is who: the one place that reads the identity of a person, a session and a dataset.
+"""Identify people, sessions and datasets by name.
 
-`sub-001`, ` 001` and `001` are one person. `001` beside `1` in one dataset is a question that the table must answer.
-What a table does not say is marked: `?` begins the name of a dataset that is only the table's file name, and of a
-person who is only a scan.
+`sub-001`, ` 001` and `001` are one person. `001` and `1` in one dataset are ambiguous: the table must be corrected.
+A leading `?` marks what a table does not say: a dataset named only by its table's file, or a person named only by a
+scan's file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from kit.cohort.tabular import CohortError, TableError, read_foreign, trimmed
 from kit.runs import shown
 
 UNSAID = "?"
-# A column's name: the headings that stand for it, the first that is there.
+# Column name: the headings accepted for it, in order of preference.
 HEADINGS = {"participant": ("participant", "participant_id", "subject", "subject_id"),
             "session": ("session", "session_id"), "dataset": ("dataset",), "image_path": ("image_path",),
             "mask_path": ("mask_path",), "split": ("split",)}
-TRAVELLING = "travelling"  # the split of people scanned at several sites; no task and no pretraining takes it
+TRAVELLING = "travelling"  # the split of people scanned at several sites; neither tasks nor pretraining use it
 SPLITS = ("pretrain", "train", "validation", "test", "out_of_distribution", TRAVELLING)
 SPREADSHEETS_OWN = r"\d(?:\.\d+)?E\+\d+|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2})?|[A-Z][a-z]{2}-\d{2}"  # 1.2E+11, 02-Jan, Jan-02
 
@@ -29,13 +29,13 @@ Aliases = dict[str, tuple[str, ...]]  # a person's key: all keys of that person
 
 
 class IdentityError(CohortError):
-    """It cannot be told who is who; the message asks what is needed."""
+    """Names leave open who is who; the message says what is needed."""
 
 
 def headings(names: list[str], known: dict[str, tuple[str, ...]] = HEADINGS) -> list[str]:
-    """Columns' names without space around them; those that say who, when and where in one spelling, whatever the case.
+    """Trim column headings, and map those of `known` to their standard names, ignoring case.
 
-    Where two headings may name the participant, such as participant and subject, the second is a column like others.
+    If two headings could name the participant (participant and subject, say), the second stays an ordinary column.
     """
     names = [trimmed(name) for name in names]
     folded = [re.sub(r"[ -]+", "_", name.casefold()) for name in names]
@@ -46,37 +46,37 @@ def headings(names: list[str], known: dict[str, tuple[str, ...]] = HEADINGS) -> 
 
 
 def split_names(column: pd.Series) -> pd.Series:
-    """A column `split` with the kit's own names in lower case; others as they are."""
+    """Write the kit's own split names in lower case; leave other names as they are."""
     return column.map(lambda name: name.casefold() if str(name).casefold() in SPLITS else name, na_action="ignore")
 
 
 def read_id(text: object, prefix: str = "sub") -> str:
-    """A participant's name without space around it and without BIDS's `sub-`; with `ses` a session's."""
+    """Return a participant's name without surrounding space or BIDS's `sub-`; with `ses`, a session's."""
     return re.sub(rf"^{prefix}-", "", trimmed(str(text)), flags=re.IGNORECASE)
 
 
 def loose(text: object) -> str:
-    """What names have in common that are likely to mean the same: without case, leading zeros, `.0` at the end."""
+    """Reduce a name to what likely variants share: no case, no leading zeros, no final `.0`."""
     plain = re.sub(r"^(\d+)\.0+$", r"\1", trimmed(str(text)).casefold())
     return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
 
 
 def key(participant_id: str) -> str:
-    """`dataset/participant` in the form that is compared between tables, stores and encoders; of no dataset `?/...`."""
+    """Normalise `dataset/participant` to compare tables, stores and encoders; an unnamed dataset gives `?/...`."""
     dataset, _, participant = participant_id.rpartition("/")
     return f"{UNSAID if dataset.startswith(UNSAID) else loose(dataset)}/{loose(read_id(participant))}"
 
 
 def known_as(participant_id: str, aliases: Aliases | None = None) -> tuple[str, ...]:
-    """All keys of a person, in order."""
+    """Return all keys of a person, in order."""
     own = key(participant_id)
     return (aliases or {}).get(own, (own,))
 
 
 def participant_ids(index: pd.DataFrame) -> pd.Series:
-    """Participants with their dataset's name before them: `01` of one dataset is not `01` of another.
+    """Return participants as `dataset/participant`, since `01` of one dataset is not `01` of another.
 
-    Where `joined` has noted that two of them are one person, both have one name.
+    If `joined` has found that two of them are one person, both get the same name.
     """
     if "alias_of" in index:
         return index["alias_of"]
@@ -84,7 +84,7 @@ def participant_ids(index: pd.DataFrame) -> pd.Series:
 
 
 def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
-    """The index with a column `alias_of`, if there are aliases: one name a person, the first of those in the index."""
+    """Add a column `alias_of` if there are aliases: one name per person, the first (sorted) found in the index."""
     if not aliases:
         return index
     ids = participant_ids(index)
@@ -95,12 +95,12 @@ def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
 
 
 def read_aliases(path: Path | None) -> Aliases:
-    """Read who is known under several names: a table with the columns dataset, participant and person.
+    """Read a table of people known under several names: columns dataset, participant and person.
 
-    Rows of the same `person` are one.
+    Rows with the same `person` are one person.
 
     Raises:
-        IdentityError: no such table, a column is missing, or one participant is two persons.
+        IdentityError: no such table, a missing column or cell, or one participant listed as two persons.
     """
     if path is None:
         return {}
@@ -121,10 +121,11 @@ def read_aliases(path: Path | None) -> Aliases:
 
 
 def check_names(cohort: pd.DataFrame, where: str) -> None:
-    """Ask about names that may be one person's, and refuse those that a spreadsheet has spoilt.
+    """Refuse names that may mean the same person or dataset, and names that a spreadsheet has corrupted.
 
     Raises:
-        IdentityError: two names of one dataset, or two datasets, differ by leading zeros, case or `.0` alone.
+        IdentityError: two participants of a dataset, or two datasets, differ only by leading zeros, case or `.0`; or
+            a name looks like a spreadsheet's date or rounded number.
     """
     if taken := sorted({name for name in cohort["participant"] if re.fullmatch(SPREADSHEETS_OWN, name)})[:3]:
         raise IdentityError(f"{where}: participant {', '.join(taken)}: a spreadsheet made a date or a rounded number "
@@ -135,7 +136,7 @@ def check_names(cohort: pd.DataFrame, where: str) -> None:
 
 
 def alike(names: Iterable[str], what: str) -> None:
-    """Raises IdentityError where two names are likely to mean the same."""
+    """Raise IdentityError if two names are likely to mean the same."""
     names = pd.Series(sorted(names), dtype=str)
     several = [group.tolist() for _, group in names.groupby(names.map(loose)) if len(group) > 1]
     if several:
@@ -145,7 +146,7 @@ def alike(names: Iterable[str], what: str) -> None:
 
 
 def check_people_known(index: pd.DataFrame, rows_are_people: bool) -> None:
-    """Raises IdentityError where rows have no participant, unless each is said to be a person."""
+    """Raise IdentityError if scans have no participant, unless the caller says each row is a different person."""
     if rows_are_people:
         return
     unsaid = int(index["participant"].astype(str).str.startswith(UNSAID).sum())
@@ -156,7 +157,7 @@ def check_people_known(index: pd.DataFrame, rows_are_people: bool) -> None:
 
 
 def check_datasets_known(index: pd.DataFrame, beside: str) -> None:
-    """Raises IdentityError where the dataset is only a file's name, which says nothing `beside` other scans."""
+    """Raise IdentityError if a dataset is named only by its file: its people may also be among `beside`."""
     unsaid = sorted({name for name in index["dataset"].astype(str) if name.startswith(UNSAID)})
     if unsaid:
         name = unsaid[0].removeprefix(UNSAID)

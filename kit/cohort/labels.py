@@ -1,4 +1,4 @@
-"""A label column as numbers, with its kind checked."""
+"""Read a label column as numbers, with its kind checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kit.errors import KitError
 Kind = Literal["classification", "regression"]
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
                               for times in range(1, 5)) | {-1}
-MOST_CODES = 20  # numbers from 0 or 1 on without a gap, each three times on average, look like codes
+MOST_CODES = 20  # at most this many integers, gapless from 0 or 1, each three times on average, look like class codes
 MOST_CLASSES = 20
 
 
@@ -26,13 +26,13 @@ class LabelError(KitError, ValueError):
 
 @dataclass(frozen=True)
 class Labels:
-    """One label for each row of an index.
+    """One label per row of an index.
 
     Attributes:
         task: the column's name.
-        kind: classification has two or more classes; regression predicts the number itself.
+        kind: "classification" has two or more classes; "regression" predicts the number itself.
         values: (rows,) float64; class 0.0 to K - 1, or the number; nan where the scan has no label.
-        classes: the names of classes 0 to K - 1, empty for regression.
+        classes: the names of classes 0 to K - 1; empty for regression.
     """
 
     task: str
@@ -42,7 +42,7 @@ class Labels:
 
     @property
     def outputs(self) -> int:
-        """Outputs of a network that predicts it: K logits for more than two classes, else one."""
+        """Number of network outputs needed: K logits for more than two classes, else one."""
         return len(self.classes) if len(self.classes) > 2 else 1
 
 
@@ -50,17 +50,18 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
                 classes: Sequence[str] = ()) -> Labels:
     """Read a label column.
 
-    With ``auto``, two values or text mean classification, many numbers regression; a few small whole numbers, and
-    numbers beside a code for missing, are asked about. Classes are sorted; of two the last is the positive one. More
-    than two have two scans each at least. Empty cells and `missing_codes` are scans without the label.
+    With ``auto``, two distinct values or text mean classification, and many numbers mean regression. A few small whole
+    numbers, or numbers next to a likely missing-value code, are ambiguous and raise an error. Classes are sorted; of
+    two, the last is the positive one. If there are more than two, each needs at least two scans. Empty cells and
+    `missing_codes` mean no label.
 
     Args:
-        classes: of the cohort that a model learns from, if these labels only test it; some may be absent here.
+        classes: the classes of the cohort that a model learns from, if these labels only test it; some may be absent.
 
     Raises:
-        LabelError: no such column, no value, text where numbers are needed, one class or more than `MOST_CLASSES`,
-            a class of one scan among several, other classes than `classes`, classes that differ by case or zeros
-            alone, or numbers of which ``auto`` cannot tell what they are.
+        LabelError: no such column, no values, text where numbers are needed, one class or more than `MOST_CLASSES`,
+            a class of one scan among several, a class outside `classes`, classes that differ only by case or zeros,
+            or numbers that are ambiguous under ``auto``.
     """
     if task not in index:
         raise LabelError(f"{task}: no such label column; the index has {', '.join(map(str, index.columns))}")
@@ -87,7 +88,7 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
 
 
 def _without(column: pd.Series, codes: Iterable[str | float]) -> pd.Series:
-    """The column without codes for missing; text without space around it, and numbers among text as text."""
+    """Return the column with missing-value codes as nan; text columns are trimmed and hold only text."""
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         column = column.map(lambda cell: trimmed(_name(cell)), na_action="ignore").astype("str")
         column = column.where(column != "")

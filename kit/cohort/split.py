@@ -1,7 +1,7 @@
-"""Participants into train, validation and test, once or in folds; never a participant on both sides.
+"""Split participants into train, validation and test, once or in folds, never one participant across two parts.
 
-Who is tested is decided by the index and the split seed alone: not by a label at hand, the order of rows, quality
-control, or the seed of training. So pretraining can leave out who will be tested.
+Only the index and the split seed decide who is tested: labels, row order, quality control and the training seed do
+not. So pretraining can leave out the participants who will be tested.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from kit.errors import KitError
 
 SALT = "kit participants v1"
 SPLITS = ("train", "validation", "test")
-TEST_FRACTION = 0.2  # of the participants, where neither folds nor a column `split` say who is tested
-STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns that folds are balanced by, of those there are
-MOST_LEVELS, BANDS = 10, 5  # a column of more numbers is cut into bands of as many participants
+TEST_FRACTION = 0.2  # of the participants, if neither folds nor a column `split` choose the test set
+STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns that folds are balanced by, where present
+MOST_LEVELS, BANDS = 10, 5  # a numeric column with more distinct values is cut into quantile bands
 
 
 class SplitError(KitError, ValueError):
@@ -30,41 +30,41 @@ class SplitError(KitError, ValueError):
 
 
 class LeakageError(KitError, ValueError):
-    """A participant stands on both sides of a comparison."""
+    """A participant is on both sides of a comparison."""
 
 
 def participant_hash(participant: str, salt: str = SALT) -> str:
-    """A name's hash of 16 hex digits; with the public salt it can be guessed, and it hides nothing."""
+    """Hash a name to 16 hex digits; names can be guessed from hashes with the public salt, so it hides nothing."""
     return hashlib.blake2b(participant.encode(), key=salt.encode(), digest_size=8).hexdigest()
 
 
 def salt() -> str:
-    """What hashed ids are made with: the public salt, or one of the site's own, by `KIT_SALT`."""
+    """Return the salt of hashed ids: the public one, or a site's own from `KIT_SALT`."""
     own = os.environ.get("KIT_SALT")
     return hashlib.blake2b(own.encode(), digest_size=32).hexdigest() if own else f"{SALT}, one form"
 
 
 def hashed_ids(participant_id: str, aliases: Aliases | None = None) -> set[str]:
-    """Hashed ids that a person may have in an encoder's record: by each known name, with its dataset and without."""
+    """Return all hashes that may stand for a person in an encoder's record: each name, with and without its dataset."""
     names = known_as(participant_id, aliases)
     return {participant_hash(each, salt()) for name in names for each in (name, UNSAID + name[name.rfind("/"):])}
 
 
 def shuffled(participants: Iterable[str], seed: int | str, purpose: str) -> list[str]:
-    """Distinct participants in the order of their hashes for this seed and purpose."""
+    """Sort distinct participants by their hashes for this seed and purpose."""
     return sorted(set(participants), key=lambda name: (participant_hash(name, f"{purpose} {seed}"), name))
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """How participants are divided; the names are those of the notebooks' parameters.
+    """How participants are divided; attributes are named as in the notebooks' parameters.
 
     Attributes:
-        folds: of cross-validation; 0: one split.
+        folds: number of cross-validation folds; 0 means a single split.
         leave_one_site_out: each fold tests one site.
-        split_seed: of who is tested and who is for validation.
-        stratify: columns that folds are balanced by; None: those of `STRATIFY` that the index has.
-        validation_fraction: of the participants who are not tested.
+        split_seed: seed of the choice of test and validation participants.
+        stratify: columns that folds are balanced by; None means those of `STRATIFY` that the index has.
+        validation_fraction: fraction of the participants who are not tested.
     """
 
     folds: int = 0
@@ -75,7 +75,7 @@ class Splitting:
 
     @classmethod
     def of(cls, params: Any) -> Splitting:
-        """Take what decides the split from a notebook's parameters."""
+        """Take the fields of the split from a notebook's parameters."""
         return cls(**{field.name: getattr(params, field.name) for field in fields(cls)})
 
     @property
@@ -86,20 +86,20 @@ class Splitting:
 
 def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 0, rows_are_people: bool = False,
            labels: np.ndarray | None = None, kind: str = "regression") -> pd.Series:
-    """Each row's place: train, validation, test, or another name of the index's column `split`; nan: none.
+    """Assign each row to train, validation, test or another name in the index's column `split`; nan means none.
 
-    One split is that of the column `split`, if there is one, else by hash. In a fold the rows of `left_out` are the
-    test, and the rest are train and validation; other scans of those who are tested are in no part.
+    A single split follows the column `split` if there is one, otherwise hashes. In a fold, the rows of `left_out` are
+    the test set and the rest train and validation; other scans of tested participants are left out altogether.
 
     Args:
-        fold: of those that `splitting` asks for, from 0.
-        labels: (rows,) float, nan where a row is not used, of `kind`. Validation is a share of the participants who
-            have a label, and of each class; of all participants if not given.
+        fold: which fold of `splitting`, from 0.
+        labels: (rows,) float of `kind`, nan for unused rows. Validation takes its share of the participants with a
+            label, class by class; of all participants if there are no labels.
 
     Raises:
         LeakageError: the column `split` puts one participant's scans into two splits.
-        IdentityError: scans have no participant, and nobody said that `rows_are_people`.
-        SplitError: see `left_out`.
+        IdentityError: scans have no participant, and `rows_are_people` is false.
+        SplitError: as in `left_out`.
     """
     splitting = splitting or Splitting()
     check_people_known(index, rows_are_people)
@@ -123,10 +123,10 @@ def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 
 
 
 def left_out(index: pd.DataFrame, splitting: Splitting, fold: int = 0) -> pd.Series:
-    """Which rows are tested, (rows,) bool.
+    """Return which rows are tested, (rows,) bool.
 
     Raises:
-        SplitError: a column is missing, sites are, or there are more folds than participants.
+        SplitError: a column or a site is missing, or there are more folds than participants.
     """
     divided = _divided(index)
     if splitting.leave_one_site_out:
@@ -137,32 +137,32 @@ def left_out(index: pd.DataFrame, splitting: Splitting, fold: int = 0) -> pd.Ser
     if "split" in index:
         return index["split"] == "test"
     ids = participant_ids(index)
-    # seed 0 as in older kits: their encoders left out the same
+    # seed 0 keeps the test set of older kits, which their encoders left out
     order = shuffled(ids, splitting.split_seed or "", "test")
     return ids.isin(order[:len(order) - round((1 - TEST_FRACTION) * len(order))])
 
 
 def fold_count(index: pd.DataFrame, splitting: Splitting) -> int:
-    """How many folds there are; 1 where there is one split."""
+    """Return the number of folds; 1 for a single split."""
     return len(sites_of(index)) if splitting.leave_one_site_out else splitting.folds or 1
 
 
 def sites_of(index: pd.DataFrame) -> list[str]:
-    """The sites that are left out one by one, in the order of their folds; raises as `site_folds`."""
+    """Return the sites in the order of their folds; raises as `site_folds`."""
     rows = index[_divided(index)]
     return sorted(set(rows["site"].astype(str))) if len(site_folds(rows)) else []
 
 
 def _divided(index: pd.DataFrame) -> pd.Series:
-    """Rows that folds divide: all, or those of a column `split` that are neither for pretraining nor of elsewhere."""
+    """Return the rows that folds divide: all, or those whose `split` is train, validation or test."""
     return index["split"].isin(SPLITS) if "split" in index else pd.Series(True, index.index)
 
 
 def site_folds(index: pd.DataFrame) -> pd.Series:
-    """The number of each row's site, in the order of their names.
+    """Return each row's site as a number, in the order of the site names.
 
     Raises:
-        SplitError: there is no column `site`, it is empty somewhere, or has one site.
+        SplitError: there is no column `site`, it has empty cells, or it names only one site.
     """
     if "site" not in index:
         raise SplitError("leave_one_site_out: the index has no column site")
@@ -175,16 +175,16 @@ def site_folds(index: pd.DataFrame) -> pd.Series:
 
 
 def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequence[str] | None = None) -> pd.Series:
-    """Each row's fold of K-fold cross-validation, 0 to `count` - 1; a participant's rows are in one.
+    """Return each row's fold for K-fold cross-validation, 0 to `count` - 1; a participant's rows share one fold.
 
-    By minimisation (Pocock & Simon, Biometrics 1975): participants come in the order of their hashes, and each goes
-    to the fold where those of its own age band, sex, site, ... are fewest, ties by hash. It balances each column on
-    its own, where strata of all columns at once would be too small. The order of rows, other columns and how many
-    scans a participant has do not matter. Who else is in the cohort does: of 300 participants one who joins moves a
-    third of the others, so folds are of one index, and an encoder's record finds those that moved.
+    Uses minimisation (Pocock & Simon, Biometrics 1975): in the order of their hashes, each participant goes to the
+    fold with the fewest others of the same age band, sex, site, ...; hashes break ties. This balances each column
+    separately, where strata over all columns would be too small. Row order, other columns and the number of scans a
+    participant has do not matter. Who else is in the cohort does: when one participant joins 300, a third of the
+    others change fold. So folds belong to one index, and an encoder's record reveals who has moved.
 
     Args:
-        stratify: columns to balance; of several scans the smallest value counts. None: those of `STRATIFY` there are.
+        stratify: columns to balance; a participant's smallest value counts. None means those of `STRATIFY` present.
 
     Raises:
         SplitError: such a column is missing, or there are fewer participants than folds.
@@ -199,7 +199,7 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
     counts: dict[tuple[str, str], np.ndarray] = {}
     found = {}
     for person in shuffled(ids, split_seed, "fold order"):
-        own = [("", ""), *((name, level[person]) for name, level in levels.items())]  # the first is the fold's size
+        own = [("", ""), *((name, level[person]) for name, level in levels.items())]  # the first counts the fold's size
         there = [counts.setdefault(level, np.zeros(count, int)) for level in own]
         excess = np.sum([row - row.min() for row in there], axis=0)
         best = np.flatnonzero(excess == excess.min())
@@ -210,7 +210,7 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
 
 
 def _levels(column: pd.Series, ids: pd.Series) -> dict[str, str]:
-    """What stands in a column for each participant; many numbers in bands, "" where nothing does."""
+    """Return each participant's level in a column: many numbers become bands; "" where the value is missing."""
     known = column.dropna()
     if pd.api.types.is_numeric_dtype(known) and known.nunique() > MOST_LEVELS:
         levels = pd.qcut(known.groupby(ids).min(), BANDS, labels=False, duplicates="drop").astype(str)
@@ -221,15 +221,15 @@ def _levels(column: pd.Series, ids: pd.Series) -> dict[str, str]:
 
 def label_subset(ids: pd.Series, labels: np.ndarray, kind: str, fraction: float, seed: int,
                  purpose: str = "label fraction") -> np.ndarray:
-    """Which rows remain when only a fraction of the participants has labels.
+    """Return which rows keep their labels when only a fraction of the participants has labels.
 
-    Classes keep their shares, at least two participants of each remain, and smaller fractions are nested
-    in larger ones of the same seed.
+    Classes keep their proportions, with at least two participants each, and smaller fractions are nested in larger
+    ones of the same seed.
 
     Args:
         ids: (rows,) participants.
         labels: (rows,) float, of the `kind` "classification" or "regression".
-        purpose: other purposes take others.
+        purpose: salt of the draw; different purposes draw different participants.
     """
     keep: set[str] = set()
     for value in np.unique(labels) if kind == "classification" else [None]:
@@ -244,9 +244,9 @@ def check_unseen(ids: pd.Series, seen_hashes: Iterable[str], allow: bool = False
 
     Args:
         ids: participants to be evaluated, from `participant_ids`.
-        seen_hashes: the encoder's, hashed as here or (by an older kit) name by name.
-        allow: only count.
-        aliases: who is known under several names.
+        seen_hashes: the encoder's hashes: of `hashed_ids`, or from an older kit `participant_hash` of each name.
+        allow: count only, raise nothing.
+        aliases: people known under several names.
 
     Raises:
         LeakageError: there are any, and `allow` is false.

@@ -1,6 +1,6 @@
-"""A cohort is a table with one scan a row: participant, session, dataset, image_path, mask_path, labels.
+"""Read a cohort: a table with one scan a row (participant, session, dataset, image_path, mask_path, labels).
 
-Read from a CSV or TSV (columns `image_path, mask_path, label` alone are enough), from a BIDS folder, or from a
+The source is a CSV or TSV (columns `image_path, mask_path, label` alone are enough), a BIDS folder, or a
 public collection (`kit.cohort.collections`).
 """
 
@@ -18,26 +18,26 @@ from kit.cohort.identity import UNSAID, check_names, headings, read_id, split_na
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say
 from kit.runs import resolve, shown
 
-PROCEDURAL = "procedural-"  # begins the dataset names of `kit.sample`, and of no others
+PROCEDURAL = "procedural-"  # prefix of the dataset names of `kit.sample`; no other dataset uses it
 
 
 def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
     """Read a cohort from a table, a BIDS folder, or a public collection: FOMO60K, FOMO300K, OpenMind.
 
     Args:
-        path: the table or folder; of OpenMind also its `pretrain_data.json`.
-        contrast: which of a folder's scans, in BIDS's words: "T1w", "T2w", "FLAIR", ... T1-weighted scans after
-            contrast agent are none of "T1w" but "T1ce". What is left out is counted in a printed line. A table's
-            scans are all taken.
+        path: the table or folder; for OpenMind also its `pretrain_data.json` or `openneuro_metadata.csv`.
+        contrast: which scans of a folder to take, by BIDS suffix: "T1w", "T2w", "FLAIR", ... Contrast-enhanced
+            T1-weighted scans are "T1ce", not "T1w". A printed line counts the scans left out. All scans of a
+            table are taken.
 
     Returns:
-        one scan a row: participant, session, dataset (str), image_path, mask_path (absolute, mask_path ""
-        where there is none), then the label columns: numbers where all cells are, else text, nan where one is missing.
-        A dataset that the table does not name is `?` and the file's name, a participant `?` and the scan's.
+        one scan a row: participant, session, dataset (str), image_path, mask_path (absolute; mask_path is "" if there
+        is none), then the label columns: numeric if every cell is a number, else text; nan where a cell is missing.
+        An unnamed dataset becomes `?` and the table's file name, an unnamed participant `?` and the scan's.
 
     Raises:
-        CohortError: no such file, no column `image_path`, no scan, a scan listed twice, or names of which it cannot
-            be told whether they are one person's.
+        CohortError: no such file, no column `image_path`, no scans, a scan listed twice, or names that may or may not
+            mean the same person.
     """
     path = resolve(path)
     if is_collection(path):
@@ -62,7 +62,7 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
 
 
 def data_note(index: pd.DataFrame) -> str:
-    """What a figure must say of these scans: that they are procedural, where they are; else nothing."""
+    """Return the label a figure of these scans must carry if some or all are procedural; otherwise ""."""
     procedural = index["dataset"].astype(str).str.startswith(PROCEDURAL)
     return "procedural data" if procedural.all() else "partly procedural data" if procedural.any() else ""
 
@@ -95,12 +95,12 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def named_by_file(paths: pd.Series) -> list[str]:
-    """A name for each scan of nobody knows whom, which does not depend on the order of rows."""
+    """Name scans without a participant by their file; the names do not depend on the order of rows."""
     names = paths.map(lambda path: re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name))
     digests = paths.map(lambda path: "-" + hashlib.blake2b(path.encode(), digest_size=4).hexdigest())
     return (UNSAID + names + digests.where(names.map(str.casefold).duplicated(keep=False), "")).tolist()
 
 
 def _beside(table: Path, value: str) -> str:
-    """Relative paths in a table mean the folder that the table lies in."""
+    """Resolve a path relative to the folder of its table."""
     return str((table.parent / Path(value).expanduser()).resolve()) if value else ""

@@ -1,7 +1,7 @@
-"""Cells of tables: what is a number, what is text, what is missing.
+"""Read tables: which cells are numbers, text or missing.
 
-One rule for tables that others wrote (`read_foreign`), one for the kit's own (`read_table`, of what
-`kit.runs.write_table` wrote). Neither guesses: `001` is text, and only BIDS's `n/a` and an empty cell are missing.
+`read_foreign` reads tables that others wrote, `read_table` those that `kit.runs.write_table` wrote. Neither guesses:
+`001` is text, and only an empty cell and BIDS's `n/a` are missing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DECIMAL_COMMA = r"[+-]?(?:0|[1-9]\d*),\d+"
 DATE = r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[ T].*)?|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2,4})?|[A-Z][a-z]{2}-\d{2,4}"
 MISSING = ("", "n/a")
 SPREADSHEET_ERRORS = ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!")
-COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")  # of a cohort, besides labels
-INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # byte-order mark and spaces of no width
+COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")  # a cohort's columns, besides labels
+INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # byte-order mark and zero-width characters
 
 
 class CohortError(KitError, ValueError):
@@ -37,21 +37,21 @@ class TableError(CohortError):
 
 
 def say(words: str) -> None:
-    """Warn of what a cohort's files leave open, where the cohort is read."""
+    """Warn about an ambiguity in a cohort's files, at the line that reads the cohort."""
     warnings.warn(words, stacklevel=4)
 
 
 def trimmed(text: str) -> str:
-    """The text in one Unicode form, without space around it or characters that nobody sees."""
+    """Normalise text to Unicode NFKC, without surrounding whitespace or invisible characters."""
     return unicodedata.normalize("NFKC", text.translate(INVISIBLE)).strip()
 
 
 def typed(column: pd.Series, decimal_comma: bool = False) -> pd.Series:
-    """Text cells as numbers where every one that is not missing is a number; else as the text they are.
+    """Convert text cells to numbers if every cell that is not missing is a number; otherwise keep the text.
 
     Args:
         column: (rows,) text.
-        decimal_comma: `63,5` is a number, too.
+        decimal_comma: also accept `63,5`, unless a cell has a decimal point.
 
     Returns:
         (rows,) int64, float64, or text; nan where a cell is missing.
@@ -67,15 +67,16 @@ def typed(column: pd.Series, decimal_comma: bool = False) -> pd.Series:
 
 def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
                  text: tuple[str, ...] | None = ()) -> pd.DataFrame:
-    """Read a CSV or TSV that somebody made, whichever of comma, semicolon and tab is between its cells.
+    """Read a CSV or TSV from any source, separated by comma, semicolon or tab.
 
     Args:
-        path: in UTF-8 or, with a byte-order mark, UTF-16.
-        headings: turns the columns' headings into their names.
-        text: names of columns that are text whatever is in them; "" where a cell is missing. None: all columns are.
+        path: a file in UTF-8, or in UTF-16 with a byte-order mark.
+        headings: turns the headings into column names.
+        text: columns to keep as text, with "" for missing cells; None keeps all columns as text.
 
     Raises:
-        TableError: no table, two columns of one name, a row that is too long, or an error of a spreadsheet in a cell.
+        TableError: not a table, two columns with one name, a row longer than the header, or a spreadsheet error such
+            as #REF! in a cell.
     """
     lines, between = _cells(path)
     while lines and not any(map(trimmed, lines[-1])):
@@ -108,7 +109,7 @@ def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
 
 
 def _cells(path: Path) -> tuple[list[list[str]], str]:
-    """The cells, a list a row, and what stood between them: the most frequent in the header, in doubt the suffix's."""
+    """Return the cells row by row, and the separator: the most frequent in the header; the suffix decides ties."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -127,20 +128,20 @@ def _cells(path: Path) -> tuple[list[list[str]], str]:
     try:
         return rows(strict=True), between
     except csv.Error as error:
-        if "after" in str(error):  # text after a closing quote, as in `"left" hand`: read as it stands
+        if "after" in str(error):  # text after a closing quote, as in `"left" hand`: read it literally
             return rows(strict=False), between
         raise TableError(f"{shown(path)} is no table: {error}; look for a quote that is not closed") from None
 
 
 def read_table(path: str | Path, text: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Read a table that the kit wrote: text is the text that it was, whatever it looks like.
+    """Read a table that the kit wrote, so that text stays text even if it looks like a number.
 
-    The kit's tables have text in quotes and numbers without. In a table without quotes (of an older kit, or of another
-    tool) a column is of numbers where all its cells are, and `001` is none.
+    The kit quotes text and leaves numbers unquoted. In a table without quotes (from an older kit or another tool), a
+    column is numeric if all its cells are numbers; `001` is not one.
 
     Args:
-        path: of the CSV.
-        text: names of columns that are text whatever the file says; "" where a cell is empty.
+        path: the CSV.
+        text: columns to read as text whatever the file says, with "" for empty cells.
     """
     cells = pd.read_csv(path, dtype=str, keep_default_na=False)
     quoted = _quoted_columns(Path(path))
@@ -156,10 +157,10 @@ def read_table(path: str | Path, text: tuple[str, ...] = ()) -> pd.DataFrame:
 
 
 def _quoted_columns(path: Path) -> set[int] | None:
-    """Places of the columns that hold text in quotes; None where text is not in quotes."""
+    """Return the positions of columns with quoted text; None if the file does not quote its text."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, quoting=csv.QUOTE_NONNUMERIC))
-    except ValueError:  # text without quotes
+    except ValueError:  # unquoted text
         return None
     return {place for row in rows[1:] for place, cell in enumerate(row) if isinstance(cell, str) and cell}

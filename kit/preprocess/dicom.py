@@ -1,4 +1,4 @@
-"""Reading DICOM by SimpleITK (GDCM): one series of a folder."""
+"""Read one DICOM series of a folder with SimpleITK (GDCM)."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from kit.preprocess.nifti import ScanError, check_volume, upright
 
 # From DICOM's LPS+ millimetres to RAS+.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MOST_LISTED = 20  # series in a message
+MOST_LISTED = 20  # series listed in an error message
 
 
 def read_dicom(path: str | Path, series: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Read a DICOM series in RAS order, its slices sorted by where they lie.
+    """Read a DICOM series in RAS order, with its slices sorted by position.
 
-    Voxels and geometry are taken, no other header field. Files that are no DICOM images are passed over.
+    Only voxels and geometry are read from the header. Files that are not DICOM images are skipped.
 
     Args:
-        path: a folder, whose subfolders are searched too; a file is refused.
-        series: which series of a folder with several: its Series Number, as viewers show it. Where series share a
+        path: a folder, searched with its subfolders; a single file is refused.
+        series: the Series Number (as viewers show it) if the folder holds several series. Where series share a
             number, or have none (counted as 0), a counter in the order of their UIDs follows: "3.1", "3.2".
 
     Returns:
         The image, float32 (z, y, x), and its (4, 4) affine from a voxel (x, y, z) to millimetres, RAS+.
 
     Raises:
-        ScanError: no series, or several and none chosen (they are listed, without names or descriptions), slices
-            that are missing or of other shapes, a multi-frame file, or no grey volume.
+        ScanError: no series, or several and none chosen (they are listed, without names or descriptions), missing
+            slices or slices of different shapes, a multi-frame file, or not a greyscale volume.
     """
     with quiet():
         try:
@@ -47,7 +47,7 @@ def read_dicom(path: str | Path, series: str | None = None) -> tuple[np.ndarray,
                                 "all its slices")
             check_volume((*first.GetSize()[:2], len(files)), voxel_kind(first), first.GetSpacing()[:2])
             return _read_slices(files)
-        except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
+        except RuntimeError as error:  # SimpleITK's message is a page of C++
             raise ScanError("damaged DICOM series: a slice cannot be read, or has another shape than the first; export "
                             "it again") from error
 
@@ -59,7 +59,7 @@ def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def voxel_kind(reader: sitk.ImageFileReader) -> str:
-    """Return numpy's letter for the type of a file's voxels; "V" for colours and other vectors."""
+    """Return numpy's kind letter for a file's voxel type; "V" for colours and other vectors."""
     if reader.GetNumberOfComponents() > 1:
         return "V"
     return "c" if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()) else "f"
@@ -67,7 +67,7 @@ def voxel_kind(reader: sitk.ImageFileReader) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep SimpleITK's warnings from being shown: they hold header text."""
+    """Suppress SimpleITK's warnings: they contain header text."""
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
@@ -77,7 +77,7 @@ def quiet() -> Iterator[None]:
 
 
 def _files(folder: Path, series: str | None) -> list[str]:
-    """Return the files of the folder's one series, or of the chosen one, sorted by where they lie."""
+    """Return the files of the folder's only series, or of the chosen one, sorted by slice position."""
     found = defaultdict(list)  # series UID: the folders that hold it
     for place, _, names in os.walk(folder):
         for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(place) if names else ():
@@ -118,7 +118,7 @@ def _number(file: str) -> int:
 
 
 def _facts(files: list[str]) -> str:
-    """Return what tells a series from others and identifies no one: its size, slices and voxels."""
+    """Describe a series without identifying anyone: matrix size, number of slices and voxel size."""
     first = _information(files[0])
     (columns, rows, frames), sizes = (*first.GetSize(), 1)[:3], list((*first.GetSpacing(), 1.0)[:3])
     if len(files) > 1:
@@ -146,14 +146,14 @@ def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
     reader.SetFileNames(files)
     reader.SetOutputPixelType(sitk.sitkFloat32)  # rescale slope and intercept applied
     image = reader.Execute()
-    # GDCM sorts slices by their place, and takes the first distance for all of them.
+    # GDCM sorts slices by position, but uses the first spacing for all of them.
     normal = np.reshape(image.GetDirection(), (3, 3))[:, 2]
     _check_steps(np.diff([np.dot(_information(file).GetOrigin(), normal) for file in files]))
     return from_itk(image)
 
 
 def _check_steps(steps: np.ndarray) -> None:
-    """Refuse gaps between slices, from the distances along their normal."""
+    """Refuse uneven slice spacing, given the distances along the slice normal."""
     if np.ptp(steps) > 0.1 * abs(np.median(steps)) + 1e-3:
         raise ScanError(f"DICOM slices are not evenly spaced ({np.abs(steps).min():.2f} to "
                         f"{np.abs(steps).max():.2f} mm): is one missing or doubled? Export the series again")

@@ -1,4 +1,4 @@
-"""The tables of a prepared folder: names of scans, `index.csv`, `failed.csv`, and shards merged into one folder."""
+"""Manage the tables of a prepared folder: scan names, `index.csv`, `failed.csv`, and merging shards into one folder."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from kit.preprocess.quality import QC_METRICS, flagged
 from kit.runs import write_table, write_whole
 from kit.store.store import claim, read_index, scan_path
 
-# Columns that the index adds to the cohort's.
+# Columns that the index adds to the cohort.
 QUALITY_COLUMNS = ("mask_source", *QC_METRICS, "seconds")
 FAILED = ("scan", "participant", "session", "image_path", "reason")  # columns of failed.csv
 ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")
 
 
 class PreparationError(KitError, ValueError):
-    """A preparation that cannot start or that prepared nothing. Its message lists all that is wrong."""
+    """A preparation cannot start or prepared nothing; the message lists every problem."""
 
 
 def scan_names(cohort: pd.DataFrame) -> list[str]:
-    """Return a name a row that any file system takes: dataset_participant_session."""
+    """Name each row dataset_participant_session, in characters that any file system accepts."""
     parts = cohort[["dataset", "participant", "session"]].fillna("").astype(str)
     safe = parts.map(lambda part: re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-."))
     return ["_".join(filter(None, row)) for row in safe.itertuples(index=False)]
 
 
 def check_cohort(cohort: pd.DataFrame, names: list[str], mask: str) -> None:
-    """Look for what would spoil a preparation with such a `mask`, before it starts.
+    """Check a cohort before its preparation starts, given the setting `mask`.
 
     Raises:
-        PreparationError: with all that is wrong.
+        PreparationError: listing every problem.
     """
     wrong = []
     folded = pd.Series(names, dtype=str).str.casefold()
@@ -60,15 +60,15 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dic
     """Write and return the index of prepared scans and the table of failed ones.
 
     Args:
-        cohort: a row a scan.
-        names: of the scans.
+        cohort: one scan a row.
+        names: the scans' names.
         outcomes: each scan's QC metrics, or the reason why it failed.
-        folder: where `index.csv` and `failed.csv` are written; they say nothing of where files lay, but that
-            `failed.csv` has the image_path of the failed.
+        folder: where `index.csv` and `failed.csv` are written. Neither says where files lie, except that
+            `failed.csv` keeps the image_path of failed scans.
         brain_ml: see `kit.preprocess.quality.flagged`.
 
     Raises:
-        PreparationError: no scan was prepared; the tables are written.
+        PreparationError: no scan was prepared; the tables are still written.
     """
     table = cohort.reset_index(drop=True)
     table.insert(0, "scan", names)
@@ -76,7 +76,7 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dic
     index = table[good].drop(columns=[name for name in table if name.endswith("_path")]).reset_index(drop=True)
     for column in QUALITY_COLUMNS:
         index[column] = [outcomes[name][column] for name in index["scan"]]
-    index["header_note"] = [outcomes[name].get("header_note", "") for name in index["scan"]]  # older ones have none
+    index["header_note"] = [outcomes[name].get("header_note", "") for name in index["scan"]]  # absent in older ones
     failed = table[~good].reset_index(drop=True)
     failed["reason"] = [outcomes[name] for name in failed["scan"]]
     return _written(flagged(index, brain_ml), failed[list(FAILED)], folder)
@@ -92,7 +92,7 @@ def _written(index: pd.DataFrame, failed: pd.DataFrame, folder: Path) -> tuple[p
 
 
 def shard_of(cohort: pd.DataFrame, shard: int, shards: int) -> pd.DataFrame:
-    """Return a shard's rows of a cohort: every `shards`-th from row `shard` on, so that each has some of all sites.
+    """Return one shard of a cohort: every `shards`-th row from row `shard` on, so that each shard mixes the sites.
 
     Raises:
         PreparationError: the cohort has fewer scans than shards.
@@ -104,20 +104,20 @@ def shard_of(cohort: pd.DataFrame, shard: int, shards: int) -> pd.DataFrame:
 
 def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
                  brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-    """Merge the shards below `<folder>/shards` into the folder, once all are done; the last one to end does it.
+    """Merge the shards in `<folder>/shards` into the folder once all are done; the last to finish does it.
 
-    Scans are hard links to the shards' (copies where a file system has none), so that either can be deleted. Flags
-    are made anew, against the whole cohort. Merging twice, or at once, gives the same folder.
+    Scans are hard-linked to the shards' (copied if the file system has no hard links), so either can be deleted.
+    Scans are flagged again, against the whole cohort. Merging twice, or concurrently, gives the same folder.
 
     Args:
         cohort: the whole cohort.
-        folder: of the merged preparation.
-        shards: how many there are.
+        folder: the folder of the merged preparation.
+        shards: the number of shards.
         brain_ml: see `kit.preprocess.quality.flagged`.
 
     Returns:
-        The index and the failed scans, in the cohort's order; None while a shard is missing, or is of another
-        preparation than the others.
+        The index and the failed scans, in the cohort's order; None while a shard is missing, or if shards were
+        prepared with different settings.
 
     Raises:
         PreparationError: no scan of any shard was prepared.
@@ -145,7 +145,7 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
 
 
 def _in_order(tables: list[pd.DataFrame], names: list[str]) -> pd.DataFrame:
-    """Return the tables' rows in the order of names."""
+    """Concatenate the tables, with rows in the order of `names`."""
     filled = [table for table in tables if len(table)] or tables[:1]
     table = pd.concat(filled, ignore_index=True)
     place = {name: row for row, name in enumerate(names)}
@@ -153,7 +153,7 @@ def _in_order(tables: list[pd.DataFrame], names: list[str]) -> pd.DataFrame:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, at once whatever was there."""
+    """Make `target` the same file as `source`, atomically replacing whatever is there."""
     def link(aside: Path) -> None:
         try:
             os.link(source, aside)

@@ -1,4 +1,4 @@
-"""Intensities: the bias field taken off a scan, and one scale for all scans."""
+"""Correct the bias field, and bring all scans to one intensity scale."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from scipy import ndimage
 from kit.preprocess.nifti import ScanError
 from kit.preprocess.resample import one_thread, to_image
 
-# N4 works on voxels of about this size: a bias field is smooth, and finer voxels cost eight times as much.
+# N4 runs on voxels of about this size: bias fields are smooth, and halving the size costs eight times as much.
 N4_MM = 4.0
-N4_ITERATIONS = [50, 50, 50, 50]  # at most, at each of four levels of ever finer splines; N4's own default
+N4_ITERATIONS = [50, 50, 50, 50]  # maximum at each of four levels of ever finer splines; N4's own default
 
 
 def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Divide a scan by its bias field, found by N4 (Tustison et al. 2010, doi:10.1109/TMI.2010.2046908).
+    """Divide a scan by its bias field, estimated by N4 (Tustison et al. 2010, doi:10.1109/TMI.2010.2046908).
 
-    The same scan gives the same bits: one thread is used.
+    It runs on one thread, so the same scan gives the same bits. Returns float32 (z, y, x).
 
     Args:
-        array: (z, y, x) intensities, also of what is returned, float32.
+        array: (z, y, x) intensities.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
-        mask: (z, y, x) bool, where the field is found: the brain.
+        mask: (z, y, x) bool, the brain, where the field is estimated.
 
     Raises:
         ScanError: N4 did not find a field.
     """
     if not mask.any():
         raise ScanError("N4 found no bias field: the mask is empty")
-    positive = np.maximum(array, 0)  # its logarithm is taken
+    positive = np.maximum(array, 0)  # N4 takes its logarithm
     with one_thread():
         image = to_image(positive, affine)
         where = to_image(mask.astype(np.uint8), affine)
@@ -39,7 +39,7 @@ def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.
         try:
             filter_.Execute(sitk.Shrink(image, shrink), sitk.Shrink(where, shrink))
             field = sitk.GetArrayFromImage(filter_.GetLogBiasFieldAsImage(image))
-        except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
+        except RuntimeError as error:  # SimpleITK's message is a page of C++
             raise ScanError("N4 found no bias field: is there an image in the mask?") from error
     corrected = (array / np.exp(field)).astype(np.float32)
     if not np.isfinite(corrected).all():
@@ -48,10 +48,10 @@ def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.
 
 
 def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return an image (z, y, x) with mean 0 and deviation 1 inside the mask and 0 outside, float32.
+    """Return an image (z, y, x) with mean 0 and standard deviation 1 inside the mask and 0 outside, float32.
 
     Raises:
-        ScanError: the mask is empty, or the image constant inside it.
+        ScanError: the mask is empty, or the image is constant inside it.
     """
     inside = _inside(image, mask)
     scored = np.zeros(image.shape, np.float32)
@@ -60,13 +60,13 @@ def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def by_white_matter(image: np.ndarray, mask: np.ndarray, white_matter: np.ndarray) -> np.ndarray:
-    """Return an image (z, y, x) divided by the intensity of most of its white matter, 0 outside the mask, float32.
+    """Return an image (z, y, x) divided by its white-matter peak, 0 outside the mask, float32.
 
-    The peak is the mode of the smoothed histogram of voxels in the mask where the template is white matter:
-    lesions, and grey matter that registration left there, do not move it.
+    The peak is the mode of the smoothed histogram of brain voxels where the template is white matter (of all brain
+    voxels if those are fewer than 100). Lesions, and grey matter left there by registration, do not move it.
 
     Raises:
-        ScanError: the mask is empty, the image constant inside it, or its peak is not above zero.
+        ScanError: the mask is empty, the image is constant inside it, or the peak is not above zero.
     """
     inside = _inside(image, mask)
     values = image[mask & white_matter]

@@ -1,4 +1,4 @@
-"""Brain masks from values: those of a mask file, or a skull-stripped scan's own."""
+"""Derive brain masks from values: of a mask file, or of a skull-stripped scan itself."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from kit.preprocess.nifti import ScanError, other_form, upright
 from kit.preprocess.place import corners_apart, same_place
 from kit.preprocess.scan_file import read_scan
 
-# No brain is larger: where "nonzero" finds more, the scan still has its head.
+# No brain is larger: if "nonzero" finds more, the scan is not skull-stripped.
 MOST_BRAIN_ML = 2500.0
-# Below this no brain is left to work with; the smallest newborn's has some 250 ml.
+# Smaller masks are refused; the smallest newborn brain has some 250 ml.
 LEAST_BRAIN_ML = 100.0
-# A background fills most of the border.
+# A background value must fill at least this share of the border.
 LEAST_BACKGROUND = 0.5
-# Shares of the scan's brightness (see `own_voxels`) that voxels around a stripped brain stay below: of rounding, and of
-# ringing and noise at the border and anywhere.
+# Voxels around a stripped brain stay below these fractions of the scan's brightness (see `own_voxels`): TINY covers
+# rounding, the others ringing and noise, at the border and anywhere.
 TINY = 1e-4
 FAINT_AT_BORDER = 0.02
 FAINT = 0.05
-# So much of the border is faint around stripped brains that ring (at least 99.5 %); around heads up to 96 % is.
+# Around stripped brains with ringing at least 99.5 % of the border is faint, around whole heads up to 96 %.
 LEAST_FAINT = 0.98
-# Faint voxels around a brain are its dark rim (at most 6 % of 36 stripped scans and 47 masks widened by 4 mm), or, of
-# scans stripped before their high frequencies were cut off and they were rounded, ringing (22 % and more).
+# Faint voxels around a brain are either its dark rim (at most 6 % of the voxels, in 36 stripped scans and 47 masks
+# widened by 4 mm) or ringing (22 % and more), in scans low-pass filtered and rounded after stripping.
 RINGING = 0.15
-# Whole numbers up to this are labels. Higher ones are where neighbours are mostly equal below the highest value: of
-# label maps 43 % (voxels of 6 mm) to 76 % (2 mm) are, of masks blurred by 2 to 10 mm at most 31 %.
+# Whole numbers up to 20 are labels. Higher ones are labels if enough neighbours below the highest value are equal:
+# 43 % (6 mm voxels) to 76 % (2 mm) in label maps, at most 31 % in masks blurred by 2 to 10 mm.
 MOST_LABELS = 20
 LABELS_EQUAL = 0.35
-# Of masks blurred by 10 mm even, 16 % lie near the highest value; of scans, clipped at their 98th percentile, 12 %.
+# Even in masks blurred by 10 mm, 16 % lie near the highest value; in scans clipped at their 98th percentile 12 % do.
 SATURATED = 0.95
 LEAST_SATURATED = 0.13
 PROBABILITY_TOP = 1.5  # splines overshoot
 
 
 class GivenMask(NamedTuple):
-    """What a mask file holds."""
+    """The mask that a file holds."""
 
     mask: np.ndarray  # bool (z, y, x), on the scan's voxels
-    by_other_form: bool  # it lies where the other one of sform and qform puts the scan, or itself
+    by_other_form: bool  # the mask matches the scan only by the scan's or its own other form (sform or qform)
 
 
 def read_mask(path: str | Path, array: np.ndarray, affine: np.ndarray, no_codes_ok: bool = False,
-              other: np.ndarray | None = None) -> GivenMask:
-    """Read a scan's mask, of any format that scans may have; `brain_of` says which values are brain.
+             other: np.ndarray | None = None) -> GivenMask:
+    """Read a scan's mask, in any format of scans; `brain_of` says which values are brain.
 
     Args:
-        path: the mask's.
+        path: the mask file.
         array: (z, y, x), the scan.
         affine: (4, 4), the scan's voxel (x, y, z) to millimetres, RAS+.
         no_codes_ok: see `kit.preprocess.scan_file.read_scan`.
         other: where the scan's other form puts its voxels; see `kit.preprocess.nifti.other_form`. A mask that lies
-            there, or whose own other form lies where the scan does, was made by a program that goes by the other form:
-            it is taken voxel by voxel.
+            there, or whose own other form lies where the scan does, comes from a program that uses the other form.
+            It is taken voxel by voxel.
 
     Raises:
-        ScanError: as `read_scan` and `brain_of`, or the mask lies on other voxels than the scan.
+        ScanError: as in `read_scan` and `brain_of`, or the mask is on another voxel grid than the scan.
     """
     try:
         values, mask_affine = read_scan(path, no_codes_ok)
@@ -83,19 +83,19 @@ def read_mask(path: str | Path, array: np.ndarray, affine: np.ndarray, no_codes_
 
 
 def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Return which voxels of a mask are brain, bool, by what its values say.
+    """Return which voxels of a mask are brain, bool, judged by the mask's values.
 
-    - probabilities up to 1: above one half
+    - probabilities up to 1: above 0.5
     - two values, such as 0 and 100: the higher one
-    - a graded edge up to 100, 255 or another value: above its half
-    - labels: above zero; so is a skull-stripped scan that is given as a mask
+    - a graded edge up to 100, 255 or another maximum: above half the maximum
+    - labels, or a skull-stripped scan given as a mask: above 0.5
 
     Args:
-        values: (z, y, x), finite, not all the same.
+        values: (z, y, x), finite, not constant.
         affine: (4, 4), voxel (x, y, z) to millimetres.
 
     Raises:
-        ScanError: values that are no mask's, no brain among them, or the mask is inverted.
+        ScanError: the values are not those of a mask, no voxel is brain, or the mask is inverted.
     """
     levels = np.unique(values)
     low, top = float(levels[0]), float(levels[-1]) + 0.0  # no -0
@@ -119,7 +119,7 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def _equal_neighbours(values: np.ndarray, top: float, affine: np.ndarray) -> float:
-    """Return how many voxels between zero and nearly the highest value equal the one about 1.5 mm on in x, a share."""
+    """Return the share of voxels between zero and nearly the top that equal their neighbour about 1.5 mm away in x."""
     stride = max(1, round(1.5 / float(np.linalg.norm(affine[:3, 0]))))
     here, there = values[..., stride:], values[..., :-stride]
     between = (here > 0) & (here < SATURATED * top)
@@ -127,19 +127,19 @@ def _equal_neighbours(values: np.ndarray, top: float, affine: np.ndarray) -> flo
 
 
 def _is_inverted(mask: np.ndarray) -> bool:
-    """Return whether a mask (z, y, x) has most of the twelve edges of the box around it.
+    """Return whether a mask (z, y, x) covers most of the twelve edges of its bounding box.
 
-    A brain never has them, not even in a slab cut close around it; an inverted mask does, in a padded scan too.
+    A brain never does, not even in a slab cropped close to it; an inverted mask does, even in a padded scan.
     """
     box = mask[tuple(slice(places.min(), places.max() + 1) for places in np.nonzero(mask))]
     return bool(np.mean(box[_faces(box.shape) >= 2]) > 0.5)
 
 
 def nonzero_mask(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Return a skull-stripped scan's voxels that are not its background, holes filled, bool (z, y, x).
+    """Return a skull-stripped scan's voxels outside its background, holes filled, bool (z, y, x).
 
     Raises:
-        ScanError: it has no background, or there are more such voxels than a brain has.
+        ScanError: there is no background, or more such voxels than a brain has.
     """
     mask = own_voxels(array)
     if mask is None:
@@ -152,18 +152,18 @@ def nonzero_mask(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def own_voxels(array: np.ndarray) -> np.ndarray | None:
-    """Return a scan's voxels that are not its background, holes filled, bool (z, y, x); None where it has none.
+    """Return a scan's voxels outside its background, holes filled, bool (z, y, x); None if there is no background.
 
-    The background is the one value that most of the border has: zero, or another where a stripped scan was z-scored
-    as a whole. Values on both sides of it are brain. Where a scan was interpolated after it was stripped, its
-    background is near that value, and ringing surrounds the brain: then only voxels that differ by more than `FAINT`
-    of the scan's brightness (the 99.5th percentile of all distances from the background) count.
+    The background is the one value that fills most of the border: zero, or another if a stripped scan was z-scored as
+    a whole. Values on both sides of it are brain. If a scan was interpolated after stripping, its background is only
+    near that value, and ringing surrounds the brain: then only voxels count that differ by more than `FAINT` of the
+    scan's brightness (the 99.5th percentile of all distances from the background).
     """
     border = _faces(array.shape) >= 1
     background = np.quantile(array[border], 0.5, method="lower")
     apart = np.abs(array - background)
     bright = np.percentile(apart, 99.5)
-    # The same value, or the same but for rounding.
+    # The background value exactly, or up to rounding.
     exact = next((tiny for tiny in (0.0, TINY * bright) if np.mean(apart[border] <= tiny) >= LEAST_BACKGROUND), None)
     if exact is None and np.mean(apart[border] <= FAINT_AT_BORDER * bright) < LEAST_FAINT:
         return None
@@ -181,6 +181,6 @@ def millilitres(mask: np.ndarray, affine: np.ndarray) -> float:
 
 
 def _faces(shape: tuple[int, ...]) -> np.ndarray:
-    """Return how many faces of a box, of different axes, each of its voxels lies on."""
+    """Return for each voxel of a box how many faces (of different axes) it lies on."""
     ends = [np.isin(np.arange(side), (0, side - 1)).astype(np.uint8) for side in shape]
     return sum(np.meshgrid(*ends, indexing="ij", sparse=True))

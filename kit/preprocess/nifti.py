@@ -1,4 +1,4 @@
-"""Reading and writing NIfTI: any orientation in, float32 (z, y, x) in RAS order out."""
+"""Read and write NIfTI: any orientation in, float32 (z, y, x) in RAS order out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kit.errors import KitError
 from kit.preprocess.place import ROUNDING_MM, affine_of, corners_apart, in_mm, no_codes, plausible, voxel_sizes
 from kit.runs import write_whole
 
-# A header can claim any size: more voxels than this (4 GB as float32) is taken for a broken header.
+# A header can claim any size; beyond this many voxels (4 GB as float32) it is taken to be broken.
 MOST_VOXELS = 10**9
 HALVES = {"hdr": "img", "img": "hdr"}
 _HALF = re.compile(rf"(.+\.)({'|'.join(HALVES)})(\.gz)?", re.IGNORECASE)
@@ -26,7 +26,7 @@ SINGULAR = "its affine is singular: a voxel size is zero; convert the scan anew,
 
 
 class ScanError(KitError, ValueError):
-    """A scan that cannot be used. Its message is a plain reason and a way out, without file names or header text."""
+    """A scan cannot be used. The message gives a plain reason and a remedy, without file names or header text."""
 
 
 def read_nifti(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -34,21 +34,21 @@ def read_nifti(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray,
 
     Axes are flipped and swapped to the nearest RAS orientation (nibabel's `as_closest_canonical`), never
     resampled; an oblique scan keeps its rotation in the affine. Intensities are scaled as the header says,
-    and trailing dimensions of length one are dropped. Where the header has an sform and a qform, the sform counts (see
-    `kit.preprocess.place`). Metres and microns become millimetres.
+    and trailing dimensions of length one are dropped. If the header has both an sform and a qform, the sform is used
+    (see `kit.preprocess.place`). Metres and microns become millimetres.
 
     Args:
         path: the file.
-        no_codes_ok: take a scan whose header does not say where it lies (both codes 0) as it is stored: x to the
-            right, y to the front, z upwards, the header's voxel sizes, its middle at the origin. Left and right
-            may then be swapped, and nothing can tell.
+        no_codes_ok: accept a scan whose header does not say where it lies (both codes 0), and assume that it is
+            stored in RAS order with the header's voxel sizes and its centre at the origin. Left and right may then
+            be swapped without any way to tell.
 
     Returns:
         The image, float32 (z, y, x), and its (4, 4) affine from a voxel (x, y, z) to millimetres, RAS+.
 
     Raises:
-        ScanError: the file or its other half is missing, damaged or truncated, not NIfTI, not one 3D volume of grey
-            values, constant, has values that are not finite, or does not say where it lies in space.
+        ScanError: the file or its other half is missing, damaged or truncated; it is not NIfTI or not one 3D
+            greyscale volume; it is constant or has values that are not finite; or it does not say where it lies.
     """
     image = _open(*both_halves(Path(path)), no_codes_ok)
     try:
@@ -60,11 +60,11 @@ def read_nifti(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray,
 
 
 def other_form(path: str | Path) -> np.ndarray | None:
-    """Return where a scan's qform puts it, if its sform, which counts, puts it elsewhere.
+    """Return where a scan's qform puts it, if that differs from its sform, which `read_nifti` uses.
 
     Returns:
-        (4, 4), a voxel (x, y, z) of the array that `read_nifti` returns to millimetres; None where the header has one
-        form, where both agree but for rounding, and for other formats and files that `read_nifti` refuses.
+        (4, 4), voxel (x, y, z) of `read_nifti`'s array to millimetres; None if the header has only one form, if both
+        agree up to rounding, and for other formats and files that `read_nifti` refuses.
     """
     path = Path(path)
     half = _HALF.fullmatch(path.name)
@@ -88,17 +88,17 @@ def other_form(path: str | Path) -> np.ndarray | None:
 
 
 def upright(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a volume with its axes flipped and swapped to the nearest RAS orientation.
+    """Flip and swap a volume's axes to the nearest RAS orientation.
 
     Args:
-        values: (x, y, z), in whatever order and direction they are stored.
+        values: (x, y, z), stored in any axis order and direction.
         affine: (4, 4), voxel to millimetres, RAS+.
 
     Returns:
         Float32 (z, y, x) and its (4, 4) affine from a voxel (x, y, z).
 
     Raises:
-        ScanError: values that are not finite, or all the same; voxels without a size, or of none that heads have.
+        ScanError: values are not finite or all the same, or voxel sizes are zero or implausible for a head.
     """
     if not np.isfinite(values).all():
         raise ScanError("NaN or infinite intensities; set them to 0, or leave the scan out")
@@ -113,7 +113,7 @@ def upright(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> None:
-    """Write a (z, y, x) array as NIfTI-1, gzipped if the name ends in `.gz`; the same bytes each time.
+    """Write a (z, y, x) array as NIfTI-1, gzipped if the name ends in `.gz`, with the same bytes each time.
 
     Args:
         path: the file, `.nii` or `.nii.gz`.
@@ -125,7 +125,7 @@ def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> 
     array = array.astype(stored.get(array.dtype.name, array.dtype), copy=False)
     image = nib.Nifti1Image(array.T, affine)
     image.set_sform(affine, code="aligned")
-    image.set_qform(affine, code="aligned")  # some programs read only this one
+    image.set_qform(affine, code="aligned")  # some programs read only the qform
     image.header.set_xyzt_units("mm")
     data = image.to_bytes()
     if str(path).endswith(".gz"):
@@ -134,7 +134,7 @@ def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> 
 
 
 def file_bytes(path: Path) -> bytes:
-    """Return the file's bytes, unzipped. Read whole, so that gzip's checksum is verified."""
+    """Return a file's bytes, decompressed if gzipped. Reading it whole verifies gzip's checksum."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -152,7 +152,7 @@ def file_bytes(path: Path) -> bytes:
 
 
 def other_half(path: Path) -> Path | None:
-    """Return the file beside one half of `.hdr` and `.img`; None where there is none."""
+    """Return the other file of a `.hdr` and `.img` pair; None if there is none."""
     name = _HALF.fullmatch(path.name)
     if name is None:
         return None
@@ -162,7 +162,7 @@ def other_half(path: Path) -> Path | None:
 
 
 def both_halves(path: Path) -> tuple[bytes, bytes | None]:
-    """Return the bytes of a scan's header and of its voxels, whichever half is given; whole files have no second."""
+    """Return the bytes of a pair's header and voxels, whichever half is given; for a single file the second is None."""
     name = _HALF.fullmatch(path.name)
     if name is None or not path.exists():
         return file_bytes(path), None
@@ -175,12 +175,12 @@ def both_halves(path: Path) -> tuple[bytes, bytes | None]:
 
 
 def check_volume(shape: tuple[int, ...], dtype_kind: str, sizes: np.ndarray) -> None:
-    """Refuse what is not one 3D volume of grey values, before its voxels are read.
+    """Refuse anything but one 3D greyscale volume, before its voxels are read.
 
     Args:
         shape: voxels along each axis, x first.
-        dtype_kind: numpy's letter for the type of a voxel.
-        sizes: mm, of a voxel along x, y, z.
+        dtype_kind: numpy's kind letter for the voxel type.
+        sizes: voxel sizes along x, y, z, in mm.
     """
     dimensions = "x".join(map(str, shape))
     if len(shape) < 3 or any(side != 1 for side in shape[3:]) or min(shape[:3]) < 2:
@@ -195,7 +195,7 @@ def check_volume(shape: tuple[int, ...], dtype_kind: str, sizes: np.ndarray) -> 
 
 
 def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pair:
-    """Return the image whose header has passed all checks; its voxels are not read yet."""
+    """Return the image once its header passes all checks; its voxels are not read yet."""
     kind = _kind(data)
     if kind is None:
         if _header_size(data) == 348 and voxels is not None and len(data) >= 348:
@@ -207,13 +207,13 @@ def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pai
                         "with dcm2niix")
     header_size = kind.header_class.sizeof_hdr
     files = {"image": data}
-    if (data[344:346] if kind is nib.Nifti1Image else data[4:6]) == b"ni":  # the magic of a pair
+    if (data[344:346] if kind is nib.Nifti1Image else data[4:6]) == b"ni":  # the magic of a header and image pair
         if voxels is None:
             raise ScanError("the header of a pair in a single file; name the two halves .hdr and .img")
         kind = nib.Nifti1Pair if kind is nib.Nifti1Image else nib.Nifti2Pair
         files = {"header": data, "image": voxels}
     try:
-        # Unchecked: nibabel's check repairs voxel sizes of zero or less in silence.
+        # Unchecked: nibabel's check silently repairs voxel sizes of zero or less.
         header = kind.header_class(data[:header_size], check=False)
         _check(header, no_codes_ok)
         return kind.from_file_map({name: nib.FileHolder(fileobj=BytesIO(each)) for name, each in files.items()})
@@ -230,7 +230,7 @@ def _check(header: nib.Nifti1Header, no_codes_ok: bool) -> None:
 
 
 def _check_affine(affine: np.ndarray) -> None:
-    """Refuse voxels without a size, and sizes in mm that heads are not scanned in."""
+    """Refuse singular affines and voxel sizes (mm) that are implausible for a head."""
     if not np.isfinite(affine).all() or not voxel_sizes(affine).all():
         raise ScanError(SINGULAR)
     if not plausible(sizes := voxel_sizes(affine)):
@@ -246,6 +246,6 @@ def _header_size(data: bytes) -> int:
 
 
 def _kind(data: bytes) -> type[nib.Nifti1Image] | None:
-    """Return the kind of NIfTI that a file's first bytes are of."""
+    """Return the NIfTI class that matches a file's first bytes."""
     kind = {348: nib.Nifti1Image, 540: nib.Nifti2Image}.get(_header_size(data))
     return kind if kind and kind.header_class.may_contain_header(data[: kind.header_class.sizeof_hdr]) else None

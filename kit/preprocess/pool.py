@@ -1,4 +1,4 @@
-"""Many tasks over a few processes, one of which may be killed."""
+"""Run many tasks over a few processes, any of which may be killed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 
 def run_all(function: Callable[[Any], Any], tasks: list[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Yield each task with its result, in the order they end; with None if it kills its process, twice.
+    """Yield each task with its result as it finishes; the result is None if the task kills its process twice.
 
-    A killed process breaks its whole pool. Tasks in flight are then tried again one by one, so that the one at
-    fault is known, and the others go on together.
+    A killed process breaks its whole pool. The tasks in flight are then retried one by one to find the one at
+    fault; the remaining tasks run in parallel again.
     """
     if workers == 0:
         yield from ((task, function(task)) for task in tasks)
@@ -29,7 +29,7 @@ def run_all(function: Callable[[Any], Any], tasks: list[Any], workers: int) -> I
         with ProcessPoolExecutor(together, mp_context=context, initializer=_leave_with_parent) as pool:
             try:
                 while queue or flying:
-                    # A few in flight are enough: the rest of a large cohort waits here, not in the pool.
+                    # Few in flight: the rest of a large cohort waits here, not in the pool.
                     while queue and len(flying) < (1 if queue is suspects else together + 1):
                         flying[pool.submit(function, queue[0])] = queue[0]
                         queue.popleft()
@@ -44,7 +44,7 @@ def run_all(function: Callable[[Any], Any], tasks: list[Any], workers: int) -> I
 
 
 def _leave_with_parent() -> None:
-    """End this process when its parent is killed: it would wait for tasks for ever."""
+    """End this process when its parent is killed; otherwise it would wait for tasks forever."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -1,9 +1,9 @@
-"""From a cohort's scans to a store.
+"""Prepare a cohort's scans into a store.
 
 Each scan: read, brain mask, orientation, bias field, registration, one resampling, intensity, QC metrics, write.
-Scans are prepared in parallel, one process and one thread each. One that fails is set aside with its reason;
-one that is prepared already, from the same files with the same settings, is not prepared again. Where a setting
-changed, scans are prepared anew, with the transforms found before if nothing changed that the search looks at.
+Scans are prepared in parallel, one process and one thread each. A scan that fails is set aside with its reason.
+A scan already prepared from the same files with the same settings is skipped. If a setting has changed, scans are
+prepared again, but keep their transforms unless the change affects the registration search.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from kit.runs import progress
 from kit.store.store import FORMAT, StoreError, claim, read_facts, remove_leftovers, scan_path, write_scan
 
 KINDS = Transforms._fields
-# Beyond this rotation from the template's pose, deepbet is shown the head again, level: its masks of heads turned by 31
-# to 35 degrees moved the pose by up to 1.3 mm. Half of all heads lie at 13 degrees, one in eight beyond 20.
+# Heads rotated further than this from the template's pose are levelled and shown to deepbet again: its masks of heads
+# turned by 31 to 35 degrees moved the pose by up to 1.3 mm. The median head lies at 13 degrees, one in eight beyond 20.
 LEVEL_DEG = 20.0
-# What it is shown then: from below, behind and left of the brain's centre to above, before and right of it, (x, y, z).
+# The levelled field of view around the brain's centre, (x, y, z): lower left posterior, upper right anterior corner.
 LEVEL_BOX_MM = ((-95, -115, -110), (95, 115, 95))
 
 
@@ -63,23 +63,23 @@ class ScanTask(NamedTuple):
 
 def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation, workers: int = 1,
             brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Prepare a cohort's scans into a folder, going on from what is there.
+    """Prepare a cohort's scans into a folder, continuing from what is already there.
 
     Args:
-        cohort: a row a scan: participant, session, dataset, image_path, perhaps mask_path, and labels.
-        output_dir: the folder, described in `kit.store.store`.
-        settings: how.
-        workers: processes, one scan each; 0 works in this process, for debugging.
-        brain_ml: volumes (ml) between which a brain is not flagged; None: those of adults.
+        cohort: one scan a row: participant, session, dataset, image_path, optionally mask_path, and labels.
+        output_dir: the folder; see `kit.store.store`.
+        settings: how to prepare them.
+        workers: number of processes, one scan each; 0 works in this process, for debugging.
+        brain_ml: brain volumes (ml) between which a scan is not flagged; None means the limits for adults.
 
     Returns:
         The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
-        index has all the cohort's columns but those that end in `_path`, mask_source, the metrics of
-        `kit.preprocess.quality`, seconds (time taken), header_note (where a header says two places; those scans are
+        index has the cohort's columns except those ending in `_path`, then mask_source, the metrics of
+        `kit.preprocess.quality`, seconds (time taken), header_note (if sform and qform disagree; those scans are
         also printed), flags and unusable (see `kit.preprocess.quality.flagged`).
 
     Raises:
-        PreparationError: the cohort cannot be prepared so, or none of its scans could be.
+        PreparationError: the cohort cannot be prepared with these settings, or every scan failed.
     """
     folder = Path(output_dir)
     names = scan_names(cohort)
@@ -107,7 +107,7 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
 
 
 def prepare_scan(task: ScanTask) -> dict[str, Any] | str:
-    """Prepare one scan; return its QC metrics and what they are made of, or the reason why it failed."""
+    """Prepare one scan; return its quality columns of the index, or the reason why it failed."""
     start = perf_counter()
     try:
         search, source = _sources(task)
@@ -116,31 +116,31 @@ def prepare_scan(task: ScanTask) -> dict[str, Any] | str:
         notes |= {"search": search, "source": source}
         write_scan(task.output, image, mask, task.scan, task.settings.grid.affine, notes)
         return notes["quality"]
-    except Exception as error:  # whatever one scan does, the others go on
+    except Exception as error:  # one bad scan must not stop the others
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise  # but a full disk concerns them all
+            raise  # a full disk affects them all
         if isinstance(error, ScanError | RegistrationError):
             return str(error)
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _to_template_space(task: ScanTask, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Return the image and the mask on the grid, and the transforms and QC metrics as notes.
+    """Return the image and mask on the grid, and notes with the transforms and QC metrics.
 
-    `known` has the transforms that an earlier search found, by kind, the orientation and the pose.
+    `known` holds what an earlier search found: the transforms by kind, the orientation and the pose.
     """
     settings, grid = task.settings, task.settings.grid
     head = _upright_head(task, known)
     array, affine, native_mask = head.array, head.affine, head.brain.mask
     if settings.bias_correction == "n4":
         array = intensity.correct_bias(array, affine, native_mask)
-    turn, transforms = head.orientation, None  # transforms are stored to the millimetres that the header says
+    turn, transforms = head.orientation, None  # transforms are stored to the millimetres of the header
     if settings.registration != "none":
         transforms = (Transforms(*(turn.T @ np.array(known[kind]) for kind in KINDS)) if known
                       else find_transforms(array, affine, native_mask))
     matrix = getattr(transforms, settings.registration, np.eye(4))
     image = resample(array, affine, matrix, grid.shape, grid.affine)
-    # Smoothed as the image is, then cut at a half: as many voxels on a coarse grid as volume.
+    # Smoothed like the image, then cut at one half, so a coarse grid keeps the brain's volume.
     mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
     scaled = (intensity.z_score(image, mask) if settings.intensity == "zscore"
               else intensity.by_white_matter(image, mask, tissue_on(grid, "white")))
@@ -153,22 +153,22 @@ def _to_template_space(task: ScanTask, known: dict[str, Any]) -> tuple[np.ndarra
 
 
 class UprightScan(NamedTuple):
-    """A scan, upright, and its brain."""
+    """An upright scan and its brain."""
 
     array: np.ndarray  # float32 (z, y, x)
     affine: np.ndarray  # (4, 4), voxel (x, y, z) to mm, RAS+ once upright
     brain: brain.Brain
-    orientation: np.ndarray = np.eye(4)  # (4, 4) rotation from these millimetres to those that the header says
-    pose: np.ndarray | None = None  # as it was shown to deepbet again; see `_level`
+    orientation: np.ndarray = np.eye(4)  # (4, 4) rotation from these millimetres to those of the header
+    pose: np.ndarray | None = None  # the pose in which deepbet saw it again; see `_level`
 
 
 def _upright_head(task: ScanTask, known: dict[str, Any]) -> UprightScan:
-    """Read a scan, find its brain, and turn both upright where the header's orientation is wrong.
+    """Read a scan, find its brain, and turn both upright if the header's orientation is wrong.
 
-    deepbet looks for upright heads, and finds half a brain in others: where its brain is not much like the template's,
-    it is shown all 24 orientations, and the one whose brain is most like it is taken. A tilted head it is shown again,
-    level, and the mask that is more like the template's brain is taken.
-    `known` is what an earlier preparation found; empty: look.
+    deepbet expects upright heads and finds half a brain in others. If its brain is unlike the template's, it sees all
+    24 orientations, and the one with the most similar brain is used. A tilted head is levelled and shown to it again,
+    and the mask more like the template's brain is kept. `known` holds what an earlier preparation found; if empty,
+    everything is searched.
     """
     kind, no_codes_ok = task.settings.mask, task.settings.orientation_unknown == "assume_ras"
     array, affine = read_scan(task.image_path, no_codes_ok=no_codes_ok)
@@ -188,7 +188,7 @@ def _upright_head(task: ScanTask, known: dict[str, Any]) -> UprightScan:
             level = _level(head, from_matvec(look.rotation, look.centre))
             if first_look(level.array, level.affine, level.brain.mask).likeness > look.likeness:
                 return level
-        except (ScanError, RegistrationError):  # it finds none, or one outside the scan
+        except (ScanError, RegistrationError):  # no brain found, or one outside the scan
             pass
     return head
 
@@ -202,15 +202,15 @@ def _orientation(head: UprightScan) -> np.ndarray:
 
 
 def _quick_look(array: np.ndarray, affine: np.ndarray) -> float:
-    """How much the brain that deepbet finds in such a head is like the template's; the higher the better."""
+    """Return how similar to the template the brain is that deepbet finds in this head; higher is better."""
     try:
         return first_look(array, affine, brain.deepbet_mask(array, quick=True)).likeness
-    except ScanError:  # it finds none
+    except ScanError:  # no brain found
         return 0.0
 
 
 def _turn(head: UprightScan, orientation: np.ndarray) -> UprightScan:
-    """Undo a wrong orientation of a head; deepbet looks anew."""
+    """Undo a wrong orientation of a head; deepbet segments it again."""
     if np.array_equal(orientation, np.eye(4)):
         return head
     array, affine = _turned(head.array, head.affine, orientation)
@@ -222,7 +222,7 @@ def _turn(head: UprightScan, orientation: np.ndarray) -> UprightScan:
 
 
 def _level(head: UprightScan, pose: np.ndarray) -> UprightScan:
-    """Let deepbet look again at a tilted head, level and cut out about the brain.
+    """Let deepbet segment a tilted head again, levelled and cropped around the brain.
 
     `pose` (4, 4) takes the level box's millimetres, from the brain's centre, to the head's.
 
@@ -237,14 +237,15 @@ def _level(head: UprightScan, pose: np.ndarray) -> UprightScan:
 
 
 def _turned(array: np.ndarray, affine: np.ndarray, orientation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Undo a wrong orientation of an array (z, y, x) and its affine, voxels only flipped and swapped."""
+    """Undo a wrong orientation of an array (z, y, x) and its affine by flipping and swapping axes only."""
     return upright(array.T, orientation.T @ affine)
 
 
 def _sources(task: ScanTask) -> tuple[str, str]:
-    """Return digests of what a scan's transforms are searched in, and of all that it is made from.
+    """Return two digests: of the inputs of a scan's transform search, and of everything the scan is made from.
 
-    Both cover its files' paths, sizes and dates; the first the settings before the search, the second all settings.
+    Both cover its files' paths, sizes and modification times; the first only the settings that affect the search, the
+    second all settings.
     """
     files = []
     for path in filter(None, (task.image_path, task.mask_path)):
@@ -261,7 +262,7 @@ def _sources(task: ScanTask) -> tuple[str, str]:
 
 
 def _known(task: ScanTask, search: str) -> dict[str, Any]:
-    """Return the transforms and the orientation that an earlier preparation of these files found, by name."""
+    """Return the transforms, orientation and pose that an earlier preparation found in the same files, by name."""
     try:
         notes = read_facts(task.output)["notes"]
         return notes["transforms"] if notes.get("search") == search else {}
@@ -270,7 +271,7 @@ def _known(task: ScanTask, search: str) -> dict[str, Any]:
 
 
 def _found(task: ScanTask) -> dict[str, Any] | None:
-    """Return the QC metrics of a scan that is prepared already from these files, else None."""
+    """Return the QC metrics of a scan already prepared from these files and settings, else None."""
     try:
         notes = read_facts(task.output)["notes"]
         return notes["quality"] if notes["source"] == _sources(task)[1] else None

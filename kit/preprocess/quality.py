@@ -1,4 +1,4 @@
-"""Which prepared scans to distrust: quality-control (QC) metrics of each, limits, and the cohort's own distribution."""
+"""Decide which prepared scans to distrust, by quality-control (QC) metrics, limits and the cohort's distribution."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kit.store.grid import Grid
 
 
 class Metric(NamedTuple):
-    """A QC metric: what it is, and when it speaks against a scan.
+    """A QC metric: what it is, and when it counts against a scan.
 
     Attributes:
-        what: in words, with its unit.
-        bad: the side that is bad in the cohort's distribution; "" where only the limits count.
-        least: the least deviation that counts: scans that are nearly all the same are no reason to flag one.
-        low, high: limits for a scan alone; beyond those of `UNUSABLE` it is none to learn from.
+        what: description with its unit.
+        bad: which tail of the cohort's distribution is bad: "low", "high" or "both"; "" means only limits count.
+        least: smallest spread to assume, so that nearly identical scans do not flag each other.
+        low, high: absolute limits; a scan beyond those of a metric in `UNUSABLE` is not used for training.
     """
 
     what: str
@@ -34,8 +34,8 @@ class Metric(NamedTuple):
     high: float = np.inf
 
 
-# Limits: docs/real_heads.md says on which real scans, spoilt ones and things that are no brains they were read off;
-# `benchmarks/real_heads.py` measures these anew.
+# docs/real_heads.md lists the real, corrupted and non-brain scans from which the limits were read off;
+# `benchmarks/real_heads.py` measures them again.
 QC_METRICS = {
     "template_similarity": Metric("correlation with the template inside its brain, after affine registration", "low",
                                   0.02, low=0.35),
@@ -55,16 +55,16 @@ QC_METRICS = {
     "pose_deg": Metric("rotation between the rigid and the affine transform, degrees", "", high=4.0),
     "pose_mm": Metric("shift between the rigid and the affine transform at the brain's centre, mm", "", high=6.0),
 }
-# A scan is flagged beyond this many robust deviations (1.4826 times the median absolute deviation).
+# A scan is flagged beyond this many robust standard deviations (1.4826 times the median absolute deviation).
 DEVIATIONS = 5.0
-# A site with fewer scans has no distribution of its own and counts with the whole cohort; so few alone have none.
+# Smaller sites are compared with the whole cohort; a smaller cohort is not compared at all.
 LEAST_SCANS = 20
-# A scan without any noise, such as a smoothed one, has this ratio.
+# The ratio given to scans without any noise, such as smoothed ones.
 MOST_SNR = 1000.0
-# What is compared with the template lies on the paper's box at 2 mm, whatever the grid.
+# Comparison with the template uses the paper's box at 2 mm, whatever the store's grid.
 QC_GRID = Grid((75, 96, 96), 2.0)
 EDGE_MM = 4.0
-NEAR_MM = 12.0  # deviation of the Gaussian within which grey and white matter are compared
+NEAR_MM = 12.0  # sigma of the Gaussian window within which grey and white matter are compared
 
 
 def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms: Transforms | None,
@@ -72,10 +72,10 @@ def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms:
     """Return a scan's QC metrics; `QC_METRICS` says what each is.
 
     Args:
-        array: the scan, (z, y, x), bias field removed if it is.
+        array: the scan, (z, y, x), after bias correction if there is any.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
         mask: (z, y, x) bool, its brain.
-        transforms: MNI millimetres to the scan's; None for scans that lie in MNI space.
+        transforms: MNI millimetres to the scan's; None for scans already in MNI space.
         orientation: (4, 4) rotation by which the header was wrong; see `kit.preprocess.register.find_orientation`.
     """
     pose = transforms or Transforms(np.eye(4), np.eye(4))
@@ -104,10 +104,10 @@ def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms:
 
 
 def t1_contrast(image: np.ndarray, brain: np.ndarray) -> float:
-    """Return how much brighter white matter is than grey nearby, in standard deviations of the brain; on `QC_GRID`.
+    """Return white minus nearby grey matter, in standard deviations of the brain; on `QC_GRID`.
 
-    Positive in T1-weighted scans of people older than about a year; negative in T2-weighted scans and in FLAIR. Means
-    within some 12 mm are compared, so that a bias field does not count.
+    Positive in T1-weighted scans of people older than about a year; negative in T2-weighted and FLAIR scans. Comparing
+    means within some 12 mm cancels the bias field.
     """
     spread = float(image[brain].std()) if brain.any() else 0.0
     if spread == 0:
@@ -122,9 +122,10 @@ def t1_contrast(image: np.ndarray, brain: np.ndarray) -> float:
 
 
 def bright_edge(image: np.ndarray, brain: np.ndarray) -> float:
-    """Return the share of voxels just outside the brain that are as bright as its darker half; on `QC_GRID`.
+    """Return the share of voxels just outside the brain within its intensity range; on `QC_GRID`.
 
-    High where the mask cuts brain off. Around a whole brain lie fluid and bone, around a stripped one zeros.
+    The range is the brain's 30th to 99th percentile. The share is high where the mask cuts off brain: around a whole
+    brain lie fluid and bone, around a stripped one zeros.
     """
     if not brain.any():
         return 0.0
@@ -134,23 +135,23 @@ def bright_edge(image: np.ndarray, brain: np.ndarray) -> float:
 
 
 def largest_piece(mask: np.ndarray) -> float:
-    """Return the share of a mask's voxels that hang together (by faces) in its largest piece."""
+    """Return the share of a mask's voxels in its largest component (connected by faces)."""
     pieces, _ = ndimage.label(mask)
     counts = np.bincount(pieces.ravel())[1:]
     return float(counts.max() / counts.sum()) if counts.size else 0.0
 
 
 def grey_levels(values: np.ndarray) -> int:
-    """Return how many distinct values there are among at most 100,000, evenly spread."""
+    """Return the number of distinct values in an evenly spaced sample of some 100,000."""
     return len(np.unique(values[:: max(1, len(values) // 100_000)]))
 
 
 def signal_to_noise(array: np.ndarray, mask: np.ndarray) -> float:
-    """Return the median inside a mask over the noise's standard deviation there.
+    """Return the median intensity inside a mask over the noise's standard deviation there.
 
-    The noise of an array (z, y, x), which must not be resampled, is what a second difference along each of the three
-    axes leaves (Immerkaer 1996, doi:10.1006/cviu.1996.0060, in three dimensions), by its median absolute deviation:
-    edges count for little.
+    The array (z, y, x) must not be resampled. Noise is what remains after second differences along all three axes
+    (Immerkaer 1996, doi:10.1006/cviu.1996.0060, extended to three dimensions). Its scale comes from the median
+    absolute deviation, so edges hardly matter.
     """
     inside = ndimage.binary_erosion(mask, iterations=2)
     where = np.nonzero(inside)
@@ -169,7 +170,7 @@ def signal_to_noise(array: np.ndarray, mask: np.ndarray) -> float:
 def outside_share(shape: tuple[int, int, int], affine: np.ndarray, matrix: np.ndarray) -> float:
     """Return the share of the template's brain that lies outside a scan's field of view.
 
-    `shape` is the scan's (z, y, x), `affine` takes its voxel (x, y, z) to its mm, `matrix` MNI mm to the scan's.
+    `shape` is the scan's (z, y, x), `affine` takes its voxel (x, y, z) to its mm, `matrix` MNI mm to the scan's mm.
     """
     _, brain, to_mm = template()
     z, y, x = np.nonzero(brain[::4, ::4, ::4])
@@ -180,15 +181,15 @@ def outside_share(shape: tuple[int, int, int], affine: np.ndarray, matrix: np.nd
 
 
 def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) -> pd.DataFrame:
-    """Return an index with its columns `flags` and `unusable` made anew, such as "contrast low; brain_ml high".
+    """Return an index with its columns `flags` and `unusable` recomputed, such as "contrast low; brain_ml high".
 
-    A metric flags a scan when it lies beyond its limits, or more than `DEVIATIONS` robust deviations from the median
-    of its site, on the bad side. Scans beyond the limits of a metric of `UNUSABLE` are unusable; that column names it.
-    A `header_note` is a flag, too.
+    A metric flags a scan beyond the metric's limits, or on the bad side of its site's median by more than `DEVIATIONS`
+    robust standard deviations. Scans beyond the limits of a metric in `UNUSABLE` are unusable, and that column names
+    it. A `header_note` is also a flag.
 
     Args:
-        index: a row a scan, with the columns of `QC_METRICS`, and `site` or `dataset`.
-        brain_ml: limits of the brain's volume (ml), other than those for adults.
+        index: one scan a row, with the columns of `QC_METRICS`, and `site` or `dataset`.
+        brain_ml: limits of the brain volume (ml), if not those for adults.
     """
     index = index.drop(columns=["flags", "unusable"], errors="ignore")
     flags: list[list[str]] = [[] for _ in range(len(index))]
@@ -210,9 +211,9 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
 
 
 def distances(index: pd.DataFrame) -> pd.DataFrame:
-    """Return how far each scan's metrics lie on their bad side of its site, in robust deviations; 0 on the good side.
+    """Return each metric's distance on its bad side of the site's median, in robust deviations; 0 on the good side.
 
-    Sites are told apart by the column `site`, else `dataset`; small ones are compared with the whole cohort.
+    Sites come from the column `site`, else `dataset`; small sites are compared with the whole cohort.
     """
     found = pd.DataFrame(0.0, index=index.index, columns=list(QC_METRICS))
     if len(index) < LEAST_SCANS:
@@ -234,12 +235,12 @@ def distances(index: pd.DataFrame) -> pd.DataFrame:
 
 
 def site_column(index: pd.DataFrame) -> str:
-    """Return the column that tells sites apart."""
+    """Return the column that identifies sites."""
     return "site" if "site" in index else "dataset"
 
 
 def worst_first(index: pd.DataFrame) -> pd.DataFrame:
-    """Return an index sorted: unusable scans, then flagged ones, then by the worst metric and the similarity."""
+    """Sort an index: unusable scans first, then flagged ones, then by the worst metric and by similarity."""
     order = pd.DataFrame({
         "unusable": -index["unusable"].astype(str).str.len().clip(upper=1),
         "flagged": -index["flags"].astype(str).str.len().clip(upper=1),
@@ -249,11 +250,11 @@ def worst_first(index: pd.DataFrame) -> pd.DataFrame:
 
 
 def usable(index: pd.DataFrame, accept: Sequence[str] = ()) -> np.ndarray:
-    """Return which rows of an index to learn from, bool: all but those that are unusable.
+    """Return which rows of an index to train on, (rows,) bool: all except unusable ones.
 
     Args:
-        index: all rows of one without the column `unusable` are.
-        accept: metrics, such as "contrast", that are no reason here to leave a scan out.
+        index: without a column `unusable`, all its rows are usable.
+        accept: metrics, such as "contrast", that should not exclude a scan here.
     """
     if "unusable" not in index:
         return np.ones(len(index), bool)

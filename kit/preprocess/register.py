@@ -1,8 +1,8 @@
 """Rigid and affine registration of a brain to the ICBM152 2009a template, by SimpleITK; RAS+ millimetres throughout.
 
-A brain is sought in a scan with its mask: neck, scalp and face play no part. The search has a scale from its first
-step on, because the template is larger than most brains: with the scale held at 1, mutual information of a small
-brain is best at a pitched or shifted pose.
+Only the brain inside the mask is registered: neck, scalp and face play no part. The transform includes a scale from
+the first step, because the template is larger than most brains: with the scale held at 1, the mutual information of
+a small brain peaks at a pitched or shifted pose.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from kit.errors import KitError
 from kit.preprocess.resample import one_thread, resample, to_image
 from kit.preprocess.template import template
 
-# The levels of the search. Voxels finer than 2 mm cost eight times as much and move the result by less than
-# two brains differ.
+# Levels of the search. Halving the finest voxel size would cost eight times as much and change the result by less
+# than two brains differ.
 COARSE_MM, MIDDLE_MM, FINE_MM = 8.0, 4.0, 2.0
-# The last search sees both images smoothed by a Gaussian of this full width at half maximum: detail in which two
-# brains differ, and what resampling blurs, then pulls less (a rotated head came back within 0.2 mm, not 0.4).
+# At the finest level both images are smoothed by a Gaussian of this FWHM, so details in which brains differ, and blur
+# from resampling, matter less (a rotated head was recovered within 0.2 mm instead of 0.4).
 SMOOTH_MM = 4.0
-# The search sees the template's brain and this much around it: the rim tells where the brain ends.
+# The search sees the template's brain and this margin: the rim shows where the brain ends.
 RIM_MM = 4.0
-# Zeros around the brain: without them, voxels that fall outside the array do not count, and little overlap would pay.
+# Zero padding around the brain. Without it voxels outside the array are ignored, which would reward little overlap.
 MARGIN_MM = 30.0
-# Deviation of the Gaussian within which intensities are flattened for the search. Without it, a coil that is weak at
-# the vertex pulled the rigid and the affine pose of 76 heads apart by up to 2.9 degrees; with it as little as with N4.
+# Sigma of the Gaussian that flattens intensities for the search. Without it, a coil weak at the vertex made the rigid
+# and affine poses of 76 heads differ by up to 2.9 degrees; with it they differ no more than after N4.
 FLATTEN_MM = 15.0
-# Rotations about each axis from which the search starts, and how many starts are followed at each level.
+# Starting rotations about each axis, and how many starts are followed at each level.
 START_ROTATIONS_DEG = (-20.0, 0.0, 20.0)
 FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
-# A brain this much like the template at 8 mm (mutual information) is upright: see `first_look`.
+# A brain with at least this mutual information with the template at 8 mm is upright: see `first_look`.
 UPRIGHT = 0.45
 
 LEFT = "the search left the brain: too little overlap with the template; look at the scan and its mask"
 
 
 class RegistrationError(KitError, RuntimeError):
-    """No place was found where the scan looks like the template. Its message is the reason."""
+    """The scan matches the template nowhere; the message is the reason."""
 
 
 class Transforms(NamedTuple):
@@ -57,7 +57,7 @@ class Transforms(NamedTuple):
 
 
 class Look(NamedTuple):
-    """How a brain lies, at first sight."""
+    """A brain's pose at first sight."""
 
     likeness: float  # mutual information with the template
     rotation: np.ndarray  # (3, 3), the template's directions to the scan's
@@ -65,14 +65,14 @@ class Look(NamedTuple):
 
 
 class Disagreement(NamedTuple):
-    """How far two transforms are apart in their rigid parts."""
+    """Distance between the rigid parts of two transforms."""
 
     rotation_deg: float
     shift_mm: float  # at the brain's centre
 
 
 class _Template(NamedTuple):
-    """What the search compares with, each level's voxel size to its image."""
+    """The target of the search: images and masks by voxel size."""
 
     images: dict[float, sitk.Image]
     masks: dict[float, sitk.Image]
@@ -90,10 +90,10 @@ def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray,
                     followed: Mapping[float, int] = FOLLOWED) -> Transforms:
     """Register a brain to the template.
 
-    Mattes mutual information (Mattes et al. 2003, doi:10.1109/TMI.2003.809072) is climbed by a similarity transform
-    (rotation, translation, one scale) from the best of 27 starts, at 8, 4 and 2 mm; then by an affine one at 4 and
-    2 mm. The rigid transform is the similarity without its scale, about the brain's centre. The same scan gives the
-    same matrices to the bit: one thread is used.
+    A similarity transform (rotation, translation, one scale) maximises Mattes mutual information (Mattes et al. 2003,
+    doi:10.1109/TMI.2003.809072) from the best of 27 starts at 8, 4 and 2 mm; then an affine one at 4 and 2 mm. The
+    rigid transform is the similarity without its scale, about the brain's centre. One thread is used, so the same
+    scan gives bit-identical matrices.
 
     Args:
         array: (z, y, x) intensities.
@@ -111,33 +111,33 @@ def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray,
             freed = sitk.AffineTransform(similarity.GetMatrix(), similarity.GetTranslation(), similarity.GetCenter())
             for size in (MIDDLE_MM, FINE_MM):
                 _search(scan, size, freed, step_mm=0.2)
-        except RuntimeError as error:  # SimpleITK's, with a page of C++ in its message
+        except RuntimeError as error:  # SimpleITK's message is a page of C++
             raise RegistrationError(LEFT) from error
     return Transforms(rigid_part(_matrix(similarity)), _matrix(freed))
 
 
 def find_orientation(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Look at the 24 orientations that a wrong header can give a brain; return the likeliest.
+    """Return the likeliest of the 24 orientations that a wrong header can give a brain.
 
-    A mirrored brain looks like a brain: what a header swaps by reflection, nothing here can tell.
+    Reflections cannot be detected: a mirrored brain looks like a brain.
 
     Args:
-        array, affine, mask: as of `find_transforms`.
+        array, affine, mask: as in `find_transforms`.
 
     Returns:
-        The (4, 4) rotation, of entries 0 and +-1, that takes the scan's true directions to those that its header
-        says; the identity where the header is right.
+        The (4, 4) rotation, with entries 0 and +-1, from the scan's true directions to those in its header; the
+        identity if the header is right.
     """
     with one_thread():
         scan = _scan(array, affine, mask)
-        # The scan is turned, not the start: a versor has no room to move around 180 degrees.
+        # Turn the scan, not the start: ITK's versor has no room to move around 180 degrees.
         return from_matvec(likeliest([_look(_turned(scan, turn.T)).likeness for turn in ORIENTATIONS]))
 
 
 def likeliest(found: Sequence[float]) -> np.ndarray:
     """Return the (3, 3) of `ORIENTATIONS` in which a brain is most like the template; the header's if none is upright.
 
-    `found` has a likeness for each of them.
+    `found` has one likeness per orientation.
     """
     best = int(np.argmax(found))
     return ORIENTATIONS[best if found[best] >= UPRIGHT else 0]
@@ -146,9 +146,9 @@ def likeliest(found: Sequence[float]) -> np.ndarray:
 def first_look(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Look:
     """Compare a brain with the template at 8 mm, from 27 starts near the header's orientation.
 
-    Upright brains have a likeness of 0.55 and more, those of heads moved by up to 20 degrees about each axis, too; in
-    the 23 wrong orientations they have 0.42 at most (docs/real_heads.md). Climbed from one start, a moved head had
-    0.27.
+    Upright brains reach a likeness of 0.55 or more, even if the head is rotated by up to 20 degrees about each axis;
+    in the 23 wrong orientations they reach at most 0.42 (docs/real_heads.md). From a single start, a rotated head
+    reached only 0.27.
     """
     with one_thread():
         return _look(_scan(array, affine, mask))
@@ -158,12 +158,12 @@ def _look(scan: _Scan) -> Look:
     try:
         best, value = min(_climbed(scan, FOLLOWED[COARSE_MM]), key=lambda start: start[1])
         return Look(-value, rigid_part(_matrix(best))[:3, :3], scan.centre)
-    except RuntimeError:  # all starts leave the scan
+    except RuntimeError:  # every start leaves the scan
         return Look(0.0, np.eye(3), scan.centre)
 
 
 def rigid_part(matrix: np.ndarray) -> np.ndarray:
-    """Return the rotation of a (4, 4) affine matrix (polar decomposition), taking the brain's centre to the same place.
+    """Return the rigid part of a (4, 4) affine matrix (polar decomposition) that maps the brain's centre as it does.
 
     Raises:
         RegistrationError: the matrix mirrors or flattens.
@@ -177,14 +177,14 @@ def rigid_part(matrix: np.ndarray) -> np.ndarray:
 
 
 def disagreement(one: np.ndarray, other: np.ndarray) -> Disagreement:
-    """Return how far the rigid parts of two (4, 4) matrices, MNI to scan, are apart."""
+    """Return how far apart the rigid parts of two (4, 4) matrices, MNI to scan, are."""
     one, other, centre = rigid_part(one), rigid_part(other), _template().centre
     shift = apply_affine(one, centre) - apply_affine(other, centre)
     return Disagreement(rotation_angle(one[:3, :3].T @ other[:3, :3]), float(np.linalg.norm(shift)))
 
 
 def rotation_angle(rotation: np.ndarray) -> float:
-    """Return the angle of a (3, 3) rotation matrix, degrees in 0..180."""
+    """Return the angle of a (3, 3) rotation matrix, 0 to 180 degrees."""
     return float(np.degrees(np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))))
 
 
@@ -207,7 +207,7 @@ def _template() -> _Template:
 
 
 def _scan(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> _Scan:
-    """Return the brain alone, cut out of its scan; the brightest 0.5 % (vessels, fat) are clipped."""
+    """Return the brain cropped out of its scan; the brightest 0.5 % (vessels, fat) are clipped."""
     if not mask.any():
         raise RegistrationError("the mask is empty: no brain to register")
     box = tuple(slice(places.min(), places.max() + 1) for places in np.nonzero(mask))
@@ -219,7 +219,7 @@ def _scan(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> _Scan:
 
 
 def _turned(scan: _Scan, rotation: np.ndarray) -> _Scan:
-    """Return the brain at 8 mm, its millimetres rotated; voxels stay."""
+    """Return the brain at 8 mm with its millimetres rotated; voxels stay as they are."""
     image = sitk.Image(scan.images[COARSE_MM])
     image.SetDirection((rotation @ np.reshape(image.GetDirection(), (3, 3))).ravel().tolist())
     image.SetOrigin((rotation @ image.GetOrigin()).tolist())
@@ -230,7 +230,7 @@ def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float,
             mask: np.ndarray | None = None) -> dict[float, tuple[np.ndarray, np.ndarray]]:
     """Return the array and its affine at each level's voxel size, each made from the finer one, with a margin.
 
-    With a mask, intensities are divided by their mean nearby in it, which takes a bias field off.
+    With a mask, intensities are divided by their local mean inside it, which removes a bias field.
     """
     levels, affine_given = {}, affine
     for size in (FINE_MM, MIDDLE_MM, COARSE_MM):
@@ -238,7 +238,7 @@ def _levels(array: np.ndarray, affine: np.ndarray, margin_mm: float,
         extent = np.array(array.shape[::-1]) * spacing
         sides = np.ceil((extent + 2 * margin_mm) / size).astype(int)
         margin_mm = 0.0  # coarser levels inherit it
-        # The new grid has the same directions and the same middle as the old one.
+        # The new grid keeps the old one's directions and centre.
         corner = (np.array(array.shape[::-1]) - 1 - (sides - 1) * size / spacing) / 2
         affine_before, affine = affine, affine @ from_matvec(np.diag(size / spacing), corner)
         array = resample(array, affine_before, np.eye(4), tuple(sides[::-1]), affine)
@@ -257,7 +257,7 @@ def _images(levels: dict[float, tuple[np.ndarray, np.ndarray]]) -> dict[float, s
 
 
 def _similarity(scan: _Scan, rotation: np.ndarray) -> sitk.Similarity3DTransform:
-    """Return the map, turned so, that takes the template's centre and volume to the brain's."""
+    """Return the similarity with this rotation that maps the template brain's centre and volume to the scan's."""
     centre = _template().centre
     start = sitk.Similarity3DTransform()
     start.SetCenter(centre.tolist())
@@ -268,7 +268,7 @@ def _similarity(scan: _Scan, rotation: np.ndarray) -> sitk.Similarity3DTransform
 
 
 def _best_similarity(scan: _Scan, followed: Mapping[float, int]) -> sitk.Transform:
-    """Return the best similarity transform at 2 mm, climbed from the most promising starts."""
+    """Return the best similarity transform at 2 mm, searched from the most promising starts."""
     starts = _climbed(scan, followed[COARSE_MM])
     for size, step_mm in ((MIDDLE_MM, 4.0), (FINE_MM, 0.5)):
         best = sorted(starts, key=lambda start: start[1])[:followed[size]]
@@ -277,10 +277,10 @@ def _best_similarity(scan: _Scan, followed: Mapping[float, int]) -> sitk.Transfo
 
 
 def _climbed(scan: _Scan, followed: int) -> list[tuple[sitk.Transform, float]]:
-    """Climb at 8 mm from the most promising of 27 starts; those that leave the scan do not count.
+    """Search at 8 mm from the most promising of 27 starts, and drop those that leave the scan.
 
     Raises:
-        RegistrationError: all do.
+        RegistrationError: all of them do.
     """
     turns = [euler2mat(*np.deg2rad(angles)) for angles in product(START_ROTATIONS_DEG, repeat=3)]
     starts = [(start, _value(scan, start)) for start in (_similarity(scan, turn) for turn in turns)]
@@ -296,10 +296,10 @@ def _climbed(scan: _Scan, followed: int) -> list[tuple[sitk.Transform, float]]:
 
 
 def _search(scan: _Scan, size: float, start: sitk.Transform, step_mm: float) -> tuple[sitk.Transform, float]:
-    """Climb from `start` at one level; `start` is changed and returned, with minus the mutual information."""
+    """Optimise `start` at one level, in place; return it with minus the mutual information."""
     method = _method(size, start)
-    # The first step is always taken whole. A long one, right for a far start, throws a good affine away. With ITK's
-    # own tolerance of the gradient (1e-4) the search ended up to 0.7 degrees from the optimum.
+    # The first step is always taken in full: a long one, right for a distant start, would throw away a good affine.
+    # With ITK's default gradient tolerance (1e-4) the search ended up to 0.7 degrees from the optimum.
     method.SetOptimizerAsRegularStepGradientDescent(
         step_mm, minStep=step_mm / 250, numberOfIterations=200, relaxationFactor=0.6,
         gradientMagnitudeTolerance=1e-6)
@@ -309,7 +309,7 @@ def _search(scan: _Scan, size: float, start: sitk.Transform, step_mm: float) -> 
 
 
 def _value(scan: _Scan, start: sitk.Transform) -> float:
-    """Return minus the mutual information at a start, at 8 mm."""
+    """Return minus the mutual information of a start at 8 mm."""
     return _method(COARSE_MM, start).MetricEvaluate(_template().images[COARSE_MM], scan.images[COARSE_MM])
 
 

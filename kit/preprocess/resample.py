@@ -1,8 +1,8 @@
-"""Resampling, and arrays as SimpleITK images.
+"""Resample arrays, and wrap arrays as SimpleITK images.
 
-SimpleITK works in whatever millimetres its images are given. Images are built here from arrays and their
-RAS+ affine, so points, transforms and matrices are RAS+ (x, y, z) throughout: LPS never comes in, and none of
-these images may be written by SimpleITK.
+SimpleITK works in whatever millimetres its images are given. Images here are built from arrays and their RAS+
+affine, so points, transforms and matrices are RAS+ (x, y, z) throughout and LPS never appears. SimpleITK must not
+write any of these images.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def resample(array: np.ndarray, affine: np.ndarray, matrix: np.ndarray, shape: t
              to_affine: np.ndarray) -> np.ndarray:
     """Resample an array once, linearly, through a transform onto another grid.
 
-    Where the new grid is coarser, the array is smoothed before, so that fine detail does not fold over: a
-    Gaussian with a full width at half maximum of sqrt(new^2 - old^2) mm along each of the array's axes.
+    If the new grid is coarser, the array is smoothed first to avoid aliasing: a Gaussian with a full width at half
+    maximum of sqrt(new^2 - old^2) mm along each of the array's axes.
 
     Args:
         array: (z, y, x) numbers; `affine` takes its voxel (x, y, z) to its millimetres.
@@ -46,7 +46,7 @@ def to_transform(matrix: np.ndarray) -> sitk.AffineTransform:
 
 
 def to_image(array: np.ndarray, affine: np.ndarray) -> sitk.Image:
-    """Return a SimpleITK image of a (z, y, x) array whose points are the affine's RAS+ millimetres."""
+    """Return a (z, y, x) array as a SimpleITK image whose points are the affine's RAS+ millimetres."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(spacing.tolist())
@@ -57,7 +57,7 @@ def to_image(array: np.ndarray, affine: np.ndarray) -> sitk.Image:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let SimpleITK use one thread: with more, sums are made in another order each time."""
+    """Restrict SimpleITK to one thread: with more, the order of summation changes from run to run."""
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:

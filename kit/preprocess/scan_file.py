@@ -1,4 +1,4 @@
-"""One reader for every kind of scan: NIfTI, MGH, NRRD, MetaImage, and DICOM."""
+"""Read every supported scan format: NIfTI, MGH, NRRD, MetaImage and DICOM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REFUSED = {
 
 
 def read_scan(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Read a 3D scan of any kind in RAS order, never resampled.
+    """Read a 3D scan of any supported format in RAS order, never resampled.
 
     - NIfTI: `.nii`, `.nii.gz`, either half of `.hdr` and `.img`
     - FreeSurfer: `.mgh`, `.mgz`
@@ -48,14 +48,14 @@ def read_scan(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, 
 
     Args:
         path: the file or folder.
-        no_codes_ok: take a scan that does not say where it lies as stored in RAS order (see `read_nifti`).
+        no_codes_ok: assume RAS order for a scan that does not say where it lies (see `read_nifti`).
 
     Returns:
         The image, float32 (z, y, x), and its (4, 4) affine from a voxel (x, y, z) to millimetres, RAS+.
 
     Raises:
-        ScanError: a plain reason and a way out: missing, damaged or truncated, of no kind that is read, not one 3D
-            volume of grey values, constant, not finite, or it does not say where it lies.
+        ScanError: with a plain reason and a remedy: missing, damaged, truncated, of an unsupported format, not one 3D
+            greyscale volume, constant, not finite, or without a position in space.
     """
     path, series = _folder_and_series(Path(path))
     name = path.name.lower()
@@ -74,7 +74,7 @@ def read_scan(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, 
 
 
 def scan_files(path: str | Path) -> list[Path]:
-    """Return the files that a scan is read from, as far as names and headers tell; the path itself if it is missing."""
+    """Return the files a scan is read from, as far as names and headers tell; the path itself if it is missing."""
     path, _ = _folder_and_series(Path(path))
     if path.is_dir():
         return sorted(each for each in path.rglob("*") if each.is_file())
@@ -109,7 +109,7 @@ def _read_mgh(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except (nib.spatialimages.HeaderDataError, KeyError, TypeError, ValueError, OSError) as error:
         raise ScanError("damaged MGH header; copy the file again, or convert the scan anew") from error
     check_volume(image.shape, kind, image.header["delta"])
-    if struct.unpack(">h", data[28:30])[0] <= 0:  # nibabel fills in a place where this flag is not set
+    if struct.unpack(">h", data[28:30])[0] <= 0:  # without this flag nibabel makes up a position
         raise ScanError("does not say where it lies in space (goodRASFlag is 0); convert it with mri_convert "
                         "--in_orientation")
     try:
@@ -120,7 +120,7 @@ def _read_mgh(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_itk(path: Path, no_codes_ok: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Read NRRD or MetaImage by SimpleITK, which turns NRRD's other spaces into LPS+."""
+    """Read NRRD or MetaImage with SimpleITK, which converts NRRD's other spaces to LPS+."""
     header = _verified_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -149,9 +149,9 @@ def _read_itk(path: Path, no_codes_ok: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _verified_header(path: Path) -> bytes:
-    """Return the header of a NRRD or MetaImage; its compressed voxels must match their checksum.
+    """Return the header of an NRRD or MetaImage file, after checking compressed voxels against their checksum.
 
-    SimpleITK does not look at the checksums, and returns what came out of damaged MetaImage voxels.
+    SimpleITK ignores the checksums and returns whatever it decompresses from damaged MetaImage voxels.
     """
     data = file_bytes(path)
     end = re.search(rb"\r?\n\r?\n" if data.startswith(b"NRRD") else rb"(?m)^ElementDataFile\s*=.*\r?\n?", data)
@@ -164,14 +164,14 @@ def _verified_header(path: Path) -> bytes:
             raise ScanError("half of it is missing: the file with its voxels; put both into one folder")
         voxels = file.read_bytes()
     try:
-        zlib.decompress(voxels, wbits=47)  # of zlib or gzip
+        zlib.decompress(voxels, wbits=47)  # zlib or gzip
     except zlib.error as error:
         raise ScanError("damaged or truncated: the contents do not match their checksum; copy it again") from error
     return header
 
 
 def _data_file(path: Path, data: bytes) -> Path:
-    """Return the file that a NRRD or MetaImage header says holds the voxels: often itself."""
+    """Return the file that an NRRD or MetaImage header names for its voxels; often the header file itself."""
     name = re.search(rb"(?mi)^(?:data ?file:|ElementDataFile\s*=)[ \t]*(.+?)\s*$", data)
     text = name.group(1).decode("utf-8", "replace") if name else "LOCAL"
     return path if text == "LOCAL" else path.with_name(text) if "/" not in text else path.parent / text

@@ -1,4 +1,4 @@
-"""Whom a filter hits: refused and flagged scans against the rest, by each label."""
+"""Compare refused and flagged scans with the rest, by each label, to reveal selection bias."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-# A label with more values than this, or without two values, tells no groups apart; numbers with few are classes.
+# Classes beyond this number are not compared; numbers with fewer distinct values than FEWEST_NUMBERS are classes.
 MOST_CLASSES = 12
 FEWEST_NUMBERS = 6
-# Below this a difference is called one, after Holm's correction for as many labels as were tested.
+# Significance level, after Holm's correction over the labels tested.
 ALPHA = 0.05
 
 
 def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
-    """Test whether scans that a filter hit differ from the rest.
+    """Test whether scans hit by a filter differ from the rest.
 
-    Numbers by the Mann-Whitney U test, classes by Fisher's exact test (two classes) or by chi-square's statistic over
-    permutations of the rows; p is corrected over the labels by Holm's method.
+    Numbers are compared by the Mann-Whitney U test, two classes by Fisher's exact test, and more classes by the
+    chi-square statistic with row permutations. Holm's method corrects p over the labels.
 
     Args:
-        labels: a row a scan; columns that tell no groups apart are passed over.
-        hit: bool, a row each.
+        labels: one scan a row; columns that cannot separate groups are skipped.
+        hit: (rows,) bool.
 
     Returns:
-        A row a label that could be tested, the smallest p first: label, hit, rest (medians, or shares of the classes),
-        p, differs.
+        One row per label that could be tested, smallest p first: label, hit, rest (medians, or class shares), p,
+        differs.
     """
     rows = []
     for name in labels:
@@ -41,11 +41,11 @@ def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
 
 
 def warning(name: str, table: pd.DataFrame) -> str:
-    """Return one line on whom a filter hit, for people to read.
+    """Return one line that says which groups a filter hit.
 
     Args:
-        name: of what was hit, such as "flagged scans".
-        table: of `selection_bias`.
+        name: what was hit, such as "flagged scans".
+        table: from `selection_bias`.
     """
     if table.empty:
         return f"{name}: too few, or no labels to compare them by"
@@ -57,7 +57,7 @@ def warning(name: str, table: pd.DataFrame) -> str:
 
 
 def _tested(chosen: pd.Series, rest: pd.Series) -> dict[str, object] | None:
-    """Medians or shares of both groups, and p; None where all values are the same, or are mostly different text."""
+    """Return both groups' medians or shares, and p; None for constant values or too many different texts."""
     both = pd.concat([chosen, rest])
     different = both.nunique()
     if different < 2:

@@ -1,4 +1,4 @@
-"""How scans are prepared, and the words that say it."""
+"""Settings of the preparation, and their allowed values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Mask = Literal["auto", "given", "nonzero", "deepbet", "hd-bet", "mri_synthstrip"
 BiasCorrection = Literal["none", "n4"]
 Intensity = Literal["zscore", "whitematter"]
 OrientationUnknown = Literal["refuse", "assume_ras"]
-Allowed = Literal["registration", "mask", "bias_correction"]  # what may differ between preparations, if that is meant
-# QC metrics beyond whose limits a scan is none to learn from; see `kit.preprocess.quality`.
+Allowed = Literal["registration", "mask", "bias_correction"]  # settings that may differ between preparations on request
+# A scan beyond the limits of these QC metrics is not used for training; see `kit.preprocess.quality`.
 UNUSABLE = ("template_similarity", "contrast", "grey_levels")
 TEMPLATE_NAME = "ICBM152 2009a (nilearn)"
 
@@ -25,18 +25,18 @@ class Preparation:
     """How scans are prepared.
 
     Args:
-        grid: where prepared arrays lie.
+        grid: the grid of prepared arrays.
         registration: "affine", "rigid", or "none" for scans that already lie near MNI space.
-        mask: "auto" (the cohort's mask_path where there is one, a stripped scan's own voxels, else deepbet's),
-            "given" (mask_path), "nonzero" (a skull-stripped scan's voxels that are not its background, holes filled),
-            "deepbet" (a network that comes with the kit), or the command "hd-bet" or "mri_synthstrip".
+        mask: "auto" (the cohort's mask_path if given, a stripped scan's own voxels, else deepbet's), "given"
+            (mask_path), "nonzero" (a skull-stripped scan's voxels outside its background, holes filled), "deepbet"
+            (a network that comes with the kit), or the command "hd-bet" or "mri_synthstrip".
         bias_correction: "n4" or "none".
-        intensity: "zscore" inside the mask, or "whitematter": the white-matter peak is 1.
-        orientation_unknown: a scan whose header does not say where it lies is refused ("refuse"), or taken as
-            stored in RAS order with its middle at the origin ("assume_ras").
+        intensity: "zscore" inside the mask, or "whitematter", which scales the white-matter peak to 1.
+        orientation_unknown: what to do if a header does not say where the scan lies: "refuse" it, or "assume_ras"
+            (stored in RAS order, with its centre at the origin).
 
     Raises:
-        ValueError: a word that is none of these.
+        ValueError: a value outside these.
     """
 
     grid: Grid
@@ -47,8 +47,8 @@ class Preparation:
     orientation_unknown: OrientationUnknown = "refuse"
 
     def record(self) -> dict[str, Any]:
-        """Return what `preparation.json` says: what a store, and an encoder trained on it, must agree on."""
-        from kit.store.store import FORMAT  # pandas and blosc2: a mistake in parameters is refused without them
+        """Return the content of `preparation.json`, which a store and encoders trained on it must agree on."""
+        from kit.store.store import FORMAT  # imports pandas and blosc2, not needed to refuse a mistake in parameters
 
         return {
             "format": FORMAT, "axes": "zyx", "shape": list(self.grid.shape), "spacing_mm": self.grid.spacing_mm,

@@ -1,4 +1,4 @@
-"""The brain in a scan's own voxels: a given mask, a stripped scan's, deepbet's, or another tool's."""
+"""Find the brain in a scan's own voxels: a given mask, a stripped scan's, deepbet's, or another tool's."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from kit.preprocess.place import corners_apart
 if TYPE_CHECKING:
     from deepbet import BrainExtraction
 
-# Of a stripped scan's voxels that are not background, at most this share lies outside the brain that deepbet finds in
-# it: of whole heads 0.7 and more.
+# In a stripped scan, at most this share of the voxels outside the background lies outside deepbet's mask; in whole
+# heads 0.7 or more does.
 STRIPPED_OUTSIDE = 0.3
 
-# deepbet 1.0.2's networks, TorchScript in its wheel; another file is refused.
+# deepbet 1.0.2's networks (TorchScript, in its wheel) and their SHA-256; other files are refused.
 NETWORKS = {
     "bbox_model.pt": "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",
     "model.pt": "de8ee7c69654d0dd3935dc4a5d84571d8ecf4637a6bfc01df399c4c2bc86e0fd",
 }
-# Tools that are not Python packages of this kit: how to call them on IMAGE so that they write MASK.
+# External tools, not Python packages of this kit: the command that reads IMAGE and writes MASK.
 COMMANDS = {
     "hd-bet": ["hd-bet", "-i", "IMAGE", "-o", "BRAIN", "-device", "cpu", "--disable_tta", "--save_bet_mask",
                "--no_bet_image"],
@@ -44,15 +44,15 @@ TOOL_MINUTES = 60.0
 
 
 class Brain(NamedTuple):
-    """A brain in a scan's voxels."""
+    """A brain mask on a scan's voxels."""
 
     mask: np.ndarray  # bool (z, y, x)
-    source: str  # where it is from: given, nonzero, deepbet, hd-bet or mri_synthstrip
-    note: str = ""  # what to know of the headers' places
+    source: str  # given, nonzero, deepbet, hd-bet or mri_synthstrip
+    note: str = ""  # remark on the headers' sform and qform
 
 
 def missing_tool(mask: str) -> str | None:
-    """Return what to install where a kind of mask needs what is not there; None where nothing is missing."""
+    """Return what to install if a kind of mask needs something missing; None if nothing is."""
     if mask in ("auto", "deepbet"):
         try:
             _network_folder()
@@ -68,16 +68,16 @@ def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str,
     """Find a scan's brain.
 
     Args:
-        kind: "given", "nonzero", "deepbet", a name of `COMMANDS`, or "auto": the given mask where there is one; the
-            voxels of a scan that is stripped already that are not its background; else deepbet's.
+        kind: "given", "nonzero", "deepbet", a name in `COMMANDS`, or "auto": the given mask if there is one; else
+            the voxels outside the background of an already stripped scan; else deepbet's.
         array: (z, y, x) intensities.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
         mask_path: the cohort's, or "".
         no_codes_ok: see `kit.preprocess.scan_file.read_scan`.
-        other: where the header's other form puts the scan; see `kit.preprocess.nifti.other_form`.
+        other: where the header's other form (qform) puts the scan; see `kit.preprocess.nifti.other_form`.
 
     Raises:
-        ScanError: there is no such mask, or it cannot be a brain's.
+        ScanError: the mask is missing or cannot be a brain.
     """
     note = "" if other is None else (
         f"sform and qform disagree by {corners_apart(affine, other, array.shape):.1f} mm, sform taken")
@@ -106,12 +106,12 @@ def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str,
 def deepbet_mask(array: np.ndarray, quick: bool = False) -> np.ndarray:
     """Return the brain that deepbet finds in a T1-weighted head (Fisch et al. 2024), bool (z, y, x).
 
-    Its own network, pre- and post-processing (doi:10.1016/j.compbiomed.2024.108845), on CUDA where there is one, else
-    on one thread. It always finds something: on noise, or a head that lies on its side, a wrong brain.
+    Uses its own network, pre- and post-processing (doi:10.1016/j.compbiomed.2024.108845), on CUDA if available, else
+    on one thread. It nearly always finds something: in noise, or a head lying on its side, a wrong brain.
 
     Args:
         array: (z, y, x) intensities in RAS order.
-        quick: at 128 voxels a side, not 256; an eighth of the work, for a first look.
+        quick: for a first look, use 128 voxels a side instead of 256, an eighth of the work.
 
     Raises:
         ScanError: it finds nothing at all.
@@ -123,7 +123,7 @@ def deepbet_mask(array: np.ndarray, quick: bool = False) -> np.ndarray:
     try:
         likely = network.run_model(np.ascontiguousarray(array.T), shape=(128 if quick else 256,) * 3)
         mask = network.postprocess(likely > 0.5)
-    except (AssertionError, ValueError) as error:  # no voxel in the box, or none in the mask
+    except (AssertionError, ValueError) as error:  # no voxel in the bounding box, or none in the mask
         raise ScanError("deepbet finds no brain; is this a T1-weighted head? If it is, give a mask (mask: given)"
                         ) from error
     finally:
@@ -132,12 +132,12 @@ def deepbet_mask(array: np.ndarray, quick: bool = False) -> np.ndarray:
 
 
 def tool_mask(tool: str, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Return the mask that an installed command finds, bool (z, y, x).
+    """Return the mask that an installed command-line tool finds, bool (z, y, x).
 
-    The scan (z, y, x) is handed over as a new NIfTI file in a temporary folder: nothing of its own header goes along.
+    The tool gets the scan (z, y, x) as a new NIfTI file in a temporary folder, without its original header.
 
     Raises:
-        ScanError: the command failed, took longer than an hour, or wrote no mask of this scan.
+        ScanError: the command failed, took longer than an hour, or wrote no mask for this scan.
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = {"IMAGE": "scan.nii.gz", "BRAIN": "brain.nii.gz", "MASK": "mask.nii.gz"}
@@ -161,7 +161,7 @@ def tool_mask(tool: str, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _network() -> BrainExtraction:
-    """Return deepbet's networks, loaded once a process."""
+    """Return deepbet's networks, loaded once per process."""
     folder = _network_folder()
     from deepbet import BrainExtraction
 
@@ -170,7 +170,7 @@ def _network() -> BrainExtraction:
 
 @lru_cache(maxsize=1)
 def _network_folder() -> Path:
-    """Return the folder of deepbet's networks, checked by their hashes; the package itself is not imported.
+    """Return the folder of deepbet's networks after checking their hashes; the package itself is not imported.
 
     Raises:
         ScanError: deepbet is not installed, or a file is not as expected.
@@ -188,6 +188,6 @@ def _network_folder() -> Path:
 
 
 def dice(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the Dice overlap of two bool arrays; 0.0 where both are empty."""
+    """Return the Dice overlap of two bool arrays; 0.0 if both are empty."""
     total = np.count_nonzero(one) + np.count_nonzero(other)
     return 2 * np.count_nonzero(one & other) / total if total else 0.0

@@ -1,4 +1,4 @@
-"""The ICBM152 2009a template: a T1-weighted average, its brain and its white matter, as nilearn's wheel has them."""
+"""Load the ICBM152 2009a template from nilearn's wheel: a T1-weighted average, its brain, grey and white matter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kit.store.grid import Grid
 
 @lru_cache(maxsize=1)
 def template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the 1 mm template, its brain mask and their affine, as nilearn's wheel carries them.
+    """Return nilearn's 1 mm template, its brain mask and their affine.
 
     Returns:
-        Float32 (z, y, x) in 0..1, practically zero outside the brain; bool (z, y, x); (4, 4) voxel (x, y, z) to
-        MNI millimetres, RAS+.
+        Float32 (z, y, x) in 0..1, practically zero outside the brain; bool (z, y, x); (4, 4) from a voxel (x, y, z)
+        to MNI millimetres, RAS+.
     """
     from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
 
@@ -34,7 +34,7 @@ def template_on(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
 
 
 def correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
-    """Return Pearson's correlation of two arrays inside a bool mask; 0.0 where one of them is constant."""
+    """Return Pearson's correlation of two arrays inside a bool mask; 0.0 if either is constant."""
     one, other = (values[mask].astype(np.float64) for values in (one, other))
     one, other = one - one.mean(), other - other.mean()
     scale = np.sqrt((one @ one) * (other @ other))
@@ -42,13 +42,13 @@ def correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
 
 
 def tissue_on(grid: Grid, tissue: str) -> np.ndarray:
-    """Return where the template surely is "grey" or "white" matter (probability above 0.9), bool (z, y, x)."""
+    """Return where the template is surely "grey" or "white" matter (probability above 0.9), bool (z, y, x)."""
     return tissue_share_on(grid, tissue) > 0.9
 
 
 @lru_cache(maxsize=4)
 def tissue_share_on(grid: Grid, tissue: str) -> np.ndarray:
-    """Return the template's probability of "grey" or "white" matter, float32 (z, y, x), 0 beyond its field of view."""
+    """Return the template's probability of "grey" or "white" matter, float32 (z, y, x), 0 outside its field of view."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
     image = {"grey": load_mni152_gm_template, "white": load_mni152_wm_template}[tissue](resolution=1)

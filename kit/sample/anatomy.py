@@ -1,8 +1,8 @@
-"""One head: its shape, its tissue, and the known effects of age, sex and disease on them.
+"""Generate one head: its shape, its tissue, and the known effects of age, sex and disease on them.
 
-All that is drawn here belongs to the participant, so that two sessions share it. Points are float32
-(3, z, y, x), components (x, y, z) in mm: *head* millimetres before the warps, *atlas* millimetres
-(MNI152) after them. A point map says where in the atlas each voxel of the scan looks.
+Everything drawn here belongs to the participant, so two sessions share it. Points are float32 (3, z, y, x) with
+components (x, y, z) in mm: *head* millimetres before the warps, *atlas* millimetres (MNI152) after them. A point map
+says where in the atlas each voxel of the scan looks.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from kit.sample.atlas import Atlas, Volume
 from kit.store.grid import PAPER_CENTRE_MM, Grid
 
 GENERATOR_VERSION = 2
-DRAWS = 1  # keys the random draws: a new version of the generator draws the same people
+DRAWS = 1  # keys the random draws, so that a new version of the generator draws the same people
 
-# Cubic B-spline warps: knot spacing (mm) and spread of the coefficients (mm). A coefficient is clipped at
-# 2.5 spreads, below 0.4 knot spacings, where one such warp cannot fold (Choi and Lee 2000).
+# Cubic B-spline warps: knot spacing and SD of the coefficients, both in mm. Coefficients are clipped at 2.5 SD, below
+# 0.4 knot spacings, where a single warp cannot fold (Choi and Lee 2000).
 WARPS = ((48, 3.5), (24, 1.8), (12, 0.9))
 FIELD_GRID = Grid((52, 60, 48), 4.0)
 
 HEAD_SCALE_SD, AXIS_SCALE_SD = 0.027, 0.02
-SEX_SCALE = 0.02  # men's heads are larger by this share, women's smaller
+SEX_SCALE = 0.02  # men's heads are larger by this fraction, women's smaller
 SEX_CEREBELLUM = 0.06  # the same for the cerebellum alone, which neither zoom nor affine registration undoes
-# Alzheimer's disease of severity 1. Mild cases look healthy: that, and not weak effects, keeps it from being easy.
-# At 4 mm, 75 labelled scans teach a small network an AUC of 0.93; CSF counted in the true place has 0.95.
-AD_SEVERITY = (0.1, 1.9)  # all alike
+# Alzheimer's disease at severity 1. Mild cases look healthy: this, not weak effects, makes the task hard.
+# At 4 mm, a small network reaches an AUC of 0.93 from 75 labelled scans; CSF measured at the true place has 0.95.
+AD_SEVERITY = (0.1, 1.9)  # uniform
 AD_HIPPOCAMPUS = 3.0  # shift in atrophy
 AD_HORNS = 3.5  # opening of the temporal horns, in log-odds of CSF
 AD_TEMPORAL_SULCI = 2.0  # opening of the temporal lobes' sulci, in log-odds of CSF
-AD_VENTRICLES_MM = 0.6  # as 10 years do: less than the spread between people of an age
+AD_VENTRICLES_MM = 0.6  # equals 10 years of ageing, less than the spread between people of one age
 ATROPHY_SHRINK, ATROPHY_CSF = 0.10, 0.75  # per unit of medial temporal atrophy
 VENTRICLE_FALL_MM = 12.0
-FLOW_STEPS = 2  # a wide ventricle in one step could fold the tissue between its horns
+FLOW_STEPS = 2  # in a single step, a wide ventricle could fold the tissue between its horns
 
-# Centre and widths (x, y, z) of smooth bumps, in atlas mm.
+# Centres and widths (x, y, z) of Gaussian bumps, in atlas mm.
 HIPPOCAMPI = (((-27, -19, -15), (9, 15, 9)), ((27, -19, -15), (9, 15, 9)))  # left, right
 TEMPORAL_HORNS = (((-33, -22, -13), (7, 15, 8)), ((33, -22, -13), (7, 15, 8)))
 TEMPORAL_LOBES = (((-50, -18, -22), (16, 28, 16)), ((50, -18, -22), (16, 28, 16)))
@@ -46,32 +46,32 @@ CEREBELLUM = ((0, -62, -34), (38, 24, 18))
 
 
 def stream(seed: int, *names: str) -> np.random.Generator:
-    """Return the generator of one named draw: no draw depends on how many came before it."""
+    """Return the generator of one named draw; it does not depend on any other draw."""
     text = "/".join(names).encode()
     return np.random.default_rng([DRAWS, seed, *text])
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What is special about one head; points and sizes along (x, y, z)."""
+    """What sets one head apart; points and sizes are along (x, y, z)."""
 
     head_scale: tuple[float, float, float]  # relative to the template
-    cerebellum: float  # share by which it is larger than the head's scale says
+    cerebellum: float  # fraction by which it is larger than the head's scale implies
     dark_white: float  # darkening of the white matter near the ventricles, 0 to 1
     ventricles_mm: float  # how far their walls lie outside the template's
     sulci: float  # their opening, in log-odds of CSF
-    hippocampus: tuple[float, float]  # medial temporal atrophy (left, right); about 0 in health at 60
-    temporal_horns: float = 0.0  # their opening, in log-odds of CSF; by Alzheimer's disease alone
+    hippocampus: tuple[float, float]  # medial temporal atrophy (left, right); about 0 in healthy people at 60
+    temporal_horns: float = 0.0  # their opening, in log-odds of CSF; only in Alzheimer's disease
     temporal_sulci: float = 0.0  # the same for the temporal lobes' sulci
     lesion_side: str = ""  # "left", "right", or "" for none
     lesion_centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # atlas mm
-    lesion_stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)  # the larger, the thinner
+    lesion_stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)  # larger values make it thinner
     lesion_radius_mm: float = 0.0  # before the random edge
-    lesion_depth: float = 0.0  # share of the tissue that is lost
+    lesion_depth: float = 0.0  # fraction of the tissue that is lost
 
 
 def draw_anatomy(seed: int, participant: str, age: float, sex: str, diagnosis: str) -> Anatomy:
-    """Draw a head. Only the known effects differ between two ages (years), sexes or diagnoses of one person."""
+    """Draw a head. One person at two ages (years), sexes or diagnoses differs only in the known effects."""
     rng = stream(seed, participant, "anatomy")
     sign = 1 if sex == "M" else -1
     head = 1 + sign * SEX_SCALE + HEAD_SCALE_SD * rng.standard_normal()
@@ -101,12 +101,12 @@ def draw_anatomy(seed: int, participant: str, age: float, sex: str, diagnosis: s
 def smooth_field(rng: np.random.Generator, grid: Grid, knots_mm: float, channels: int) -> torch.Tensor:
     """Draw cubic B-spline fields, float32 (channel, z, y, x).
 
-    Coefficients are standard normal, clipped at 2.5; the field's own spread is about a third of that.
+    Coefficients are standard normal, clipped at 2.5; the field's own SD is about a third of that of its coefficients.
     """
     bases = [_bspline_basis(side, grid.spacing_mm / knots_mm) for side in grid.shape]
     knots = rng.standard_normal((channels, *(basis.shape[1] for basis in bases)), dtype=np.float32)
     field = torch.from_numpy(knots.clip(-2.5, 2.5))
-    for basis in bases:  # each turn takes the foremost knot axis and appends a voxel axis
+    for basis in bases:  # each step contracts the first knot axis and appends a voxel axis
         field = torch.tensordot(field, basis, dims=([1], [1]))
     return field
 
@@ -128,7 +128,7 @@ def draw_fields(seed: int, participant: str) -> Volume:
 
 
 def deform(head_points: torch.Tensor, warp: torch.Tensor, anatomy: Anatomy, atlas: Atlas) -> torch.Tensor:
-    """Return the atlas points (mm) that head points show; `warp` is the head's random warp there, in mm."""
+    """Return the atlas point (mm) shown at each head point; `warp` is the head's random warp there, in mm."""
     centre = _column(PAPER_CENTRE_MM)
     points = (head_points - centre) / _column(anatomy.head_scale) + centre + warp
     share, offset = bump(points, *CEREBELLUM)
@@ -145,9 +145,9 @@ def deform(head_points: torch.Tensor, warp: torch.Tensor, anatomy: Anatomy, atla
 
 
 def lesion_share(points: torch.Tensor, edge: torch.Tensor, anatomy: Anatomy) -> torch.Tensor:
-    """Return how much (0 to 1) of each voxel is lesion: a ball whose edge a random field pushes in and out.
+    """Return the fraction of each voxel that is lesion, 0 to 1: a ball whose edge a random field pushes in and out.
 
-    `points` are atlas mm; `edge` is the head's random field (z, y, x), about 0.4 in spread.
+    `points` are atlas mm; `edge` is the head's random field (z, y, x), with an SD of about 0.4.
     """
     if not anatomy.lesion_side:
         return torch.zeros_like(edge)
@@ -158,7 +158,7 @@ def lesion_share(points: torch.Tensor, edge: torch.Tensor, anatomy: Anatomy) -> 
 
 
 def bump(points: torch.Tensor, middle: tuple, widths: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how much (0 to 1) points belong to a place, a Gaussian (z, y, x), and their offset (3, z, y, x)."""
+    """Return a Gaussian weight (z, y, x), 0 to 1, of points around `middle`, and their offsets from it (3, z, y, x)."""
     offset = points - _column(middle)
     return torch.exp(-0.5 * (offset / _column(widths)).square().sum(0)), offset
 

@@ -1,4 +1,4 @@
-"""Tissue maps of the ICBM152 template and what is needed to bend them, made once and kept on disk.
+"""Build the ICBM152 template's tissue maps and what is needed to warp them, once, and cache them on disk.
 
 The maps come with nilearn's wheel (Fonov et al. 2011, ICBM 2009a, 1 mm). Arrays are (z, y, x);
 points are float32 (3, z, y, x) with components (x, y, z) in MNI152 millimetres.
@@ -31,7 +31,7 @@ class Volume:
     origin_mm: tuple[float, float, float]  # the first voxel's centre (x, y, z)
 
     def at(self, points: torch.Tensor) -> torch.Tensor:
-        """Interpolate linearly at points (3, z, y, x) in mm; (channel, z, y, x), the edge's value outside."""
+        """Interpolate linearly at points (3, z, y, x) in mm; returns (channel, z, y, x), edge values outside."""
         sides = torch.tensor(self.values.shape[:1:-1], dtype=torch.float32).view(3, 1, 1, 1)
         origin = torch.tensor(self.origin_mm, dtype=torch.float32).view(3, 1, 1, 1)
         relative = (points - origin) / self.spacing_mm / (sides - 1) * 2 - 1
@@ -45,7 +45,7 @@ class Atlas:
     """The template, ready to be sampled.
 
     Args:
-        tissue: CSF, grey and white matter (0 to 1), the intensity that these leave unexplained, brain (0 to 1).
+        tissue: CSF, grey and white matter (0 to 1), the intensity these do not explain, brain (0 to 1).
         shape: distance to the lateral ventricles' walls (mm, negative inside), its gradient (x, y, z), depth
             below the brain's surface (mm).
     """
@@ -56,7 +56,7 @@ class Atlas:
 
 @lru_cache(maxsize=2)
 def load_atlas(cache: Path | None = None) -> Atlas:
-    """Return the atlas, from `cache` (an `.npz`, written if absent) or made anew (about 3 s)."""
+    """Return the atlas, from `cache` (an `.npz`, written if absent) or newly built (about 3 s)."""
     if cache is None:
         return _as_atlas(**_build())
     if not cache.exists():
@@ -67,7 +67,7 @@ def load_atlas(cache: Path | None = None) -> Atlas:
 
 
 def _as_atlas(tissue: np.ndarray, shape: np.ndarray, origin_mm: np.ndarray) -> Atlas:
-    """Make float32 volumes of what `_build` returned."""
+    """Convert the arrays from `_build` to float32 volumes."""
     tissue = torch.from_numpy(tissue).float() / 255
     tissue[3] = 2 * tissue[3] - 1
     origin = tuple(float(x) for x in origin_mm)
@@ -76,12 +76,12 @@ def _as_atlas(tissue: np.ndarray, shape: np.ndarray, origin_mm: np.ndarray) -> A
 
 
 def _build() -> dict[str, np.ndarray]:
-    """Make the maps: tissue uint8 (5, z, y, x), shape float16 (5, z, y, x), the first voxel's centre in mm.
+    """Build the maps: tissue uint8 (5, z, y, x), shape float16 (5, z, y, x), the first voxel's centre in mm.
 
-    The residual channel is stored as (value + 1) / 2, so that all of `tissue` fits in 0 to 255.
+    The residual channel is stored as (value + 1) / 2, so that all channels of `tissue` fit in 0 to 255.
     """
     template, grey, white, origin = _template()
-    # Dark sulci and vessels belong to the brain: a closed outline without holes.
+    # Dark sulci and vessels belong to the brain, so the outline is closed and its holes filled.
     brain = ndimage.binary_fill_holes(ndimage.binary_closing(template > 0.2, iterations=2))
     csf = np.clip(1 - grey - white, 0, 1) * brain
     csf[template < 0.12] = 0  # air and dura give no signal
@@ -99,14 +99,14 @@ def _build() -> dict[str, np.ndarray]:
 
 
 def _template() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Load template, grey and white matter, float32 (z, y, x) cut to the brain, and the first voxel in mm."""
-    from nilearn import datasets  # here, for it is slow to import and only needed once
+    """Load template, grey and white matter, float32 (z, y, x), cropped to the brain, and the first voxel in mm."""
+    from nilearn import datasets  # slow to import and needed only once
 
     images = [load(resolution=1) for load in (
         datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)]
     maps = [np.asarray(image.dataobj, dtype=np.float32).T for image in images]
     inside = ndimage.find_objects((maps[0] > 0.2).astype(np.uint8))[0]
-    # The template ends at z = -72 mm, inside the brainstem: padded, so that it ends there in air.
+    # The template ends at z = -72 mm, inside the brainstem; padding lets it end in air.
     template, grey, white = (np.pad(values[inside], MARGIN_MM) for values in maps)
     first = [side.start - MARGIN_MM for side in inside[::-1]]
     return template, grey, white, images[0].affine[:3, 3] + first
@@ -120,7 +120,7 @@ def _ventricle_distance(csf: np.ndarray, depth: np.ndarray, origin: np.ndarray) 
     numbers = np.arange(1, count + 1)
     volume = ndimage.sum_labels(np.ones_like(csf), labels, numbers)
     centre_x = ndimage.mean(np.broadcast_to(x, csf.shape), labels, numbers)
-    # Left and right ventricle are the two large pieces off the midline; the rest is cisterns and sulci.
+    # The lateral ventricles are the two large components off the midline; the rest is cisterns and sulci.
     ventricles = np.isin(labels, numbers[(volume > 4000) & (np.abs(centre_x) > 5)])
     surface = ventricles & ~ndimage.binary_erosion(ventricles)
     distance = ndimage.distance_transform_edt(~surface).astype(np.float32)

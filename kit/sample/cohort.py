@@ -1,7 +1,7 @@
-"""The procedural cohort on disk: who takes part, their scans as a BIDS folder, made once and kept.
+"""The procedural cohort on disk: participants and their scans as a BIDS folder, generated once and cached.
 
-A scan's bits depend on the generator's version, the seed, and its row in the table; the table depends on
-the seed and the number of participants, so that cohorts of different sizes hold different people.
+A scan's bits depend on the generator's version, the seed and its row in the table. The table depends on the seed and
+the number of participants, so cohorts of different sizes hold different people.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from kit.sample.atlas import load_atlas
 from kit.sample.scan import SITES, make_scan
 from kit.store.store import Store, read_transform
 
-# Shares of the participants. Half of those in pretrain have a second session.
+# Fractions of the participants. Half of those in pretrain have a second session.
 SPLITS = {"pretrain": 0.35, "train": 0.20, "validation": 0.10, "test": 0.21, "out_of_distribution": 0.14}
 DIAGNOSES = ("CN", "AD", "stroke")
-AGES = (20, 90)  # years, alike for each diagnosis, or age alone would tell it
+AGES = (20, 90)  # years; the same range for each diagnosis, or age alone would predict it
 YEARS_TO_SECOND_SESSION = (1.0, 2.5)
 MARKER = "complete.json"
 NO_PERSON = "procedural: no person was scanned"
@@ -42,17 +42,17 @@ def sample_cohort(
     participants: int = 60, seed: int = 0, workers: int = 2, cache_dir: Path | str | None = None,
     travelling: int = 8,
 ) -> Path:
-    """Return the BIDS folder of the procedural cohort, made now or found in the cache.
+    """Return the BIDS folder of the procedural cohort, generated now or found in the cache.
 
-    An interrupted making goes on where it was: each file is there whole or not at all, and the folder is
+    If interrupted, generation continues where it stopped: each file appears whole or not at all, and the folder is
     finished once it holds `complete.json`.
 
     Args:
-        participants: how many. From 30 on, each split has healthy participants and both diseases.
-        seed: of the table and the scans.
-        workers: processes that make scans, each on one thread; the result is the same for any number.
+        participants: their number. From 30 on, each split has healthy participants and both diseases.
+        seed: seed of the table and the scans.
+        workers: processes that generate scans, one thread each; the result does not depend on their number.
         cache_dir: folder of all sample cohorts; `sample` under the outputs folder if not given.
-        travelling: further participants, each scanned at every site; see `draw_travelling`.
+        travelling: number of further participants, each scanned at every site; see `draw_travelling`.
     """
     cache = _cache(cache_dir)
     folder = cache / f"v{GENERATOR_VERSION}-seed{seed}-n{participants}-t{travelling}"
@@ -63,10 +63,10 @@ def sample_cohort(
 
 
 def draw_participants(participants: int, seed: int) -> pd.DataFrame:
-    """Draw who takes part: one row a scan, in the order of the participants' names.
+    """Draw the participants: one scan a row, in the order of the participants' names.
 
-    Diagnoses are dealt by quota within each split; site, sex, age and number of sessions are dealt alike
-    within each diagnosis, so that none of them gives a diagnosis away.
+    Diagnoses have quotas within each split. Site, sex, age and number of sessions are balanced within each diagnosis,
+    so that none of them predicts it.
 
     Returns:
         Columns participant, session, age (years at this session), sex, diagnosis, alzheimers and stroke
@@ -98,11 +98,11 @@ def draw_participants(participants: int, seed: int) -> pd.DataFrame:
 def draw_travelling(participants: int, seed: int) -> pd.DataFrame:
     """Draw travelling heads: healthy participants with one session at each site, named after it.
 
-    Head and age are the same in all sessions; pose, contrast, bias field, resolution and noise are not. They are in
-    a split of their own, and they depend on nobody else: not on the size of the cohort either.
+    Head and age are the same in all sessions; pose, contrast, bias field, resolution and noise differ. They form a
+    split of their own and do not depend on the rest of the cohort, not even on its size.
 
     Returns:
-        columns as from `draw_participants`, the scans of a participant in the order of `SITES`.
+        columns as in `draw_participants`; a participant's scans are in the order of `SITES`.
     """
     rng = stream(seed, f"{participants} travelling")
     strata = (rng.permutation(participants) + rng.uniform(size=participants)) / max(participants, 1)
@@ -116,16 +116,16 @@ def draw_travelling(participants: int, seed: int) -> pd.DataFrame:
 
 
 def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache: Path) -> None:
-    """Write a BIDS folder: its tables, each scan that is not there yet, and at last the marker.
+    """Write a BIDS folder: its tables, each scan still missing, and finally the marker.
 
-    `scans` has rows as from `draw_participants`; `cache` is the folder that keeps the atlas.
+    `scans` has rows as in `draw_participants`; `cache` is the folder that holds the atlas.
     """
     write_bids_tables(scans, folder, seed)
     rows = scans.to_dict("records")
     missing = [row for row in rows if not _image_path(folder, row["participant"], row["session"]).exists()]
     atlas_path = cache / f"atlas-v{GENERATOR_VERSION}.npz"
     if missing:
-        load_atlas(atlas_path)  # made here, so that the workers find it
+        load_atlas(atlas_path)  # built here, so that the workers find it
     make = partial(_write_scan, folder=folder, seed=seed, atlas_path=atlas_path)
     workers = min(workers, len(missing))
     for row, image in progress(run_all(make, missing, workers if workers > 1 else 0), desc="procedural scans",
@@ -138,7 +138,7 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
 
 
 def effect_masks(bids_folder: Path | str, participant: str, session: str) -> dict[str, Path]:
-    """Return where age, sex and disease are known to act in a scan: the mask's file by its name.
+    """Return the masks of where age, sex and disease are known to act in a scan: file by name.
 
     The names are `ventricles`, `cortex`, `hippocampus`, `cerebellum`, and `lesion` after a stroke. Participant and
     session may be named as in BIDS (`sub-0001`, `ses-01`) or as in a cohort's table (`0001`, `01`).
@@ -160,13 +160,13 @@ def write_effects(bids_folder: Path | str, store: Store, rows: pd.DataFrame, fol
     """Write where age, sex and disease act in prepared scans, on their grid: `effects/<scan>_<effect>.nii.gz`.
 
     Args:
-        bids_folder: of the sample cohort.
-        store: where its scans lie prepared.
-        rows: of the store's index, those to write.
-        folder: of the prepared scans, which gets the folder `effects`.
+        bids_folder: the sample cohort's.
+        store: the store of its prepared scans.
+        rows: rows of the store's index to write.
+        folder: the folder in which `effects` is created, usually that of the prepared scans.
 
     Returns:
-        how many files were written; those that are there stay.
+        the number of files written; existing files are kept.
     """
     written = 0
     for row in rows.itertuples():
@@ -182,7 +182,7 @@ def write_effects(bids_folder: Path | str, store: Store, rows: pd.DataFrame, fol
 
 
 def write_bids_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
-    """Write participants.tsv, what its columns mean, sessions.tsv where age or site varies, and descriptions."""
+    """Write participants.tsv and its column descriptions, sessions.tsv if age or site varies, and descriptions."""
     first = scans.drop_duplicates("participant").rename(columns={"participant": "participant_id"})
     columns = [name for name in COLUMNS if name in scans]
     _write_tsv(folder / "participants.tsv", first[["participant_id", *columns]])
@@ -202,7 +202,7 @@ def write_bids_tables(scans: pd.DataFrame, folder: Path, seed: int) -> None:
 
 
 def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) -> Path:
-    """Make one scan and write its files, the image last, which is returned: where it is, all of the scan is."""
+    """Make one scan and write its files; the image comes last and is returned, so if it exists the scan is complete."""
     participant, session = row["participant"], row["session"]
     scan = make_scan(participant, session, seed=seed, age=row["age"], sex=row["sex"], diagnosis=row["diagnosis"],
                      site=row["site"], atlas=load_atlas(atlas_path))
@@ -217,7 +217,7 @@ def _write_scan(row: dict[str, Any], folder: Path, seed: int, atlas_path: Path) 
 
 
 def _deal(levels: Any, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return each level as often as the others, give or take one, in random order."""
+    """Return each level equally often, give or take one, in random order."""
     return rng.permutation(np.resize(rng.permutation(list(levels)), count))
 
 

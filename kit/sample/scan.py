@@ -1,7 +1,7 @@
-"""One procedural scan: a head in a pose, seen by a site's scanner.
+"""Generate one procedural scan: a head in a pose, seen by a site's scanner.
 
-The brain is cut out, as after skull stripping. Arrays are (z, y, x). A scan's bits depend on the
-generator's version, the seed, the names of participant and session, and their labels: nothing else.
+The brain is cut out, as after skull stripping. Arrays are (z, y, x). A scan's bits depend only on the generator's
+version, the seed, the names of participant and session, and their labels.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from kit.sample.atlas import Atlas, load_atlas
 from kit.store.grid import PAPER_CENTRE_MM, Grid
 
 GRID = Grid((84, 104, 80), 2.0)
-POSE_DEGREES, POSE_MM = 3.0, 1.5  # spread of the pose about each axis
-INTENSITY_UNIT = 100  # white matter is about 88; finer levels would only store more digits of the noise
+POSE_DEGREES, POSE_MM = 3.0, 1.5  # SD of the pose, about and along each axis
+INTENSITY_UNIT = 100  # white matter is about 88; finer levels would only store more digits of noise
 
 
 @dataclass(frozen=True)
 class Site:
-    """A scanner: what it makes of tissue."""
+    """A scanner: tissue intensities and image quality."""
 
     csf: float
     grey: float
     white: float
     gamma: float
     gamma_spread: float
-    bias: float  # spread of the field's logarithm
-    noise: float  # spread of each part of the complex signal
-    fwhm_mm: tuple[float, float, float]  # of the point spread along (x, y, z), at least the voxel's 2 mm
+    bias: float  # SD of the log field's spline coefficients
+    noise: float  # SD of each part of the complex signal
+    fwhm_mm: tuple[float, float, float]  # of the point spread function along (x, y, z), at least the voxel's 2 mm
 
 
 SITES = {
@@ -48,7 +48,7 @@ SITES = {
 
 @dataclass(frozen=True)
 class ProceduralScan:
-    """A scan and what is known about it.
+    """A scan, and the ground truth about it.
 
     Args:
         image: int16 (z, y, x), 0 outside the brain and at least 1 inside.
@@ -56,7 +56,7 @@ class ProceduralScan:
         effects: bool (z, y, x) for each place that age, sex or disease changes: `ventricles`, `cortex`
             (the outer 6 mm), `hippocampus` (medial temporal lobes), `cerebellum`, and `lesion` if any.
         affine: (4, 4), voxel (x, y, z) to mm, RAS+.
-        latent: the numbers behind the anatomy and the pose, fit for JSON.
+        latent: the parameters of anatomy and pose, serialisable as JSON.
     """
 
     image: np.ndarray
@@ -73,8 +73,8 @@ def make_scan(
     """Make one scan, in about 0.3 s on one core.
 
     Args:
-        participant: the participant's name: two sessions of one share the anatomy, and age alone changes it.
-        session: the session's name: it decides pose, contrast, bias field and noise.
+        participant: the participant's name; the sessions of one participant share the anatomy, apart from ageing.
+        session: the session's name; it determines pose, contrast, bias field and noise.
         seed: the cohort's seed.
         age: years at this session.
         sex, diagnosis, site: "F" or "M"; "CN", "AD" or "stroke"; a name in `SITES`.
@@ -90,7 +90,7 @@ def make_scan(
     atlas = atlas or load_atlas()
     person = head.draw_anatomy(seed, participant, age, sex, diagnosis)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums come out the same to the bit, whatever the caller's threads
+    torch.set_num_threads(1)  # bit-identical sums, whatever the caller's number of threads
     try:
         pose = draw_pose(seed, participant, session)
         tissue = _tissue(GRID, pose, seed, participant, person, atlas)
@@ -116,7 +116,7 @@ def draw_pose(seed: int, participant: str, session: str) -> np.ndarray:
 
 
 def rigid(rotation_degrees: np.ndarray, translation_mm: np.ndarray) -> np.ndarray:
-    """Return the (4, 4) matrix that turns by a rotation vector about the head's middle, then shifts."""
+    """Return the (4, 4) matrix that rotates by a rotation vector about the head's centre, then translates."""
     turn, centre = Rotation.from_rotvec(rotation_degrees, degrees=True).as_matrix(), np.array(PAPER_CENTRE_MM)
     return from_matvec(turn, centre - turn @ centre + translation_mm)
 
@@ -132,8 +132,8 @@ def head_points(grid: Grid, pose: np.ndarray) -> torch.Tensor:
 def _tissue(
     grid: Grid, pose: np.ndarray, seed: int, participant: str, person: Anatomy, atlas: Atlas,
 ) -> dict[str, torch.Tensor]:
-    """Look the tissue up in the atlas and let age and disease act on it: named (z, y, x) maps."""
-    # What bends the head is smooth: worked out at every second voxel and interpolated, for speed.
+    """Look up the tissue in the atlas and apply age and disease; return named (z, y, x) maps."""
+    # Deformations are smooth: compute them at every second voxel and interpolate, for speed.
     coarse = Grid(tuple(side // 2 for side in grid.shape), 2 * grid.spacing_mm)
     points = head_points(coarse, pose)
     fields = head.draw_fields(seed, participant).at(points)
@@ -170,7 +170,7 @@ def _acquire(
     tissue: dict[str, torch.Tensor], site: Site, grid: Grid, seed: int, participant: str,
     session: str,
 ) -> np.ndarray:
-    """Turn tissue into a magnitude image, float32 (z, y, x): contrast, bias, point spread, Rician noise."""
+    """Turn tissue into a magnitude image, float32 (z, y, x): contrast, bias field, point spread, Rician noise."""
     rng = stream(seed, participant, session, "contrast")
     grey, white, csf = (value + spread * rng.standard_normal() for value, spread in (
         (site.grey, 0.012), (site.white, 0.012), (site.csf, 0.015)))

@@ -1,4 +1,4 @@
-"""Prepared scans as a torch dataset, and batches of them, on a device or between processes."""
+"""Serve prepared scans as a torch dataset, and batches of them, on a device or between processes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Item = tuple[np.ndarray, np.ndarray, int, float]  # image, mask, key, label
 
 @dataclass(frozen=True)
 class Batch:
-    """Some scans, on one device.
+    """Scans on one device.
 
     Attributes:
-        images: (batch, 1, depth, height, width) float32, on the store's scale inside the mask, zero outside.
+        images: (batch, 1, depth, height, width) float32, on the store's intensity scale inside the mask, zero outside.
         masks: (batch, 1, depth, height, width) bool.
-        keys: one 63-bit number a scan, the same wherever the scan is met; it keys the scan's random draws.
-        labels: (batch,) float32, nan where there is none.
+        keys: one 63-bit number per scan, the same wherever the scan occurs; it keys the scan's random draws.
+        labels: (batch,) float32, nan where there is no label.
     """
 
     images: torch.Tensor
@@ -41,17 +41,17 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, as float32; the copy does not block where memory is pinned."""
+        """Copy the batch to a device, as float32; the copy does not block if memory is pinned."""
         return Batch(self.images.to(device, non_blocking=True).float(), self.masks.to(device, non_blocking=True),
                      self.keys, self.labels.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader: memory that a CUDA device can copy from without waiting."""
+        """Pin memory, so that a CUDA device can copy from it asynchronously; the DataLoader calls this."""
         return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.keys, self.labels.pin_memory())
 
 
 class LoaderError(KitError, RuntimeError):
-    """Loading processes could not be started, or one died; the message says what to do."""
+    """Loading processes could not start, or one died; the message says what to do."""
 
 
 class PreparedScans(Dataset):
@@ -59,11 +59,11 @@ class PreparedScans(Dataset):
 
     Args:
         store: prepared scans.
-        rows: rows of `store.index` to serve, in the order of their numbers here.
+        rows: rows of `store.index` to serve; item numbers follow their order.
         labels: (rows,) float, or None for unlabelled scans.
 
     Raises:
-        StoreError: from an item, when its scan is missing or damaged; see `kit.store.store.unreadable`.
+        StoreError: when reading an item whose scan is missing or damaged; see `kit.store.store.unreadable`.
     """
 
     def __init__(self, store: Store, rows: pd.DataFrame, labels: np.ndarray | None = None) -> None:
@@ -74,7 +74,7 @@ class PreparedScans(Dataset):
         return len(self.scans)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What loading processes get: they read scans by name, and need no copy of a large index."""
+        """Return what loading processes get: they read scans by name, and need no copy of a large index."""
         return {**self.__dict__, "store": Store(self.store.folder, None, self.store.record)}
 
     def __getitem__(self, number: int) -> Item:
@@ -83,27 +83,27 @@ class PreparedScans(Dataset):
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Stack scans; they stay float16 until they reach the device."""
+    """Stack scans into a batch; images stay float16 until they reach the device."""
     images, masks, keys, labels = zip(*items, strict=True)
     tensors = [torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]),
                torch.tensor(labels, dtype=torch.float32)]
-    if get_worker_info():  # in a thread of its own, later, torch would fail unheard where /dev/shm is small
+    if get_worker_info():  # here, because torch's queue thread would later fail silently if /dev/shm is small
         tensors = [tensor.share_memory_() for tensor in tensors]
     return Batch(tensors[0], tensors[1], list(keys), tensors[2])
 
 
 def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
-    """Load batches in the given order, with pinned memory where there is a CUDA device.
+    """Load batches in the given order, with pinned memory if there is a CUDA device.
 
     Raises:
-        LoaderError: loading processes cannot be started. What torch raises when one dies, `loading_may_fail` words.
+        LoaderError: loading processes cannot start. If one dies later, `loading_may_fail` explains torch's error.
     """
     options = {"multiprocessing_context": "spawn", "prefetch_factor": 2,
                "worker_init_fn": keep_freed_memory} if workers else {}
     loader = DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                         pin_memory=torch.cuda.is_available(), **options)
     try:
-        batches = iter(loader)  # loading processes start here, and their queues take a little of /dev/shm
+        batches = iter(loader)  # loading processes start here, and their queues use a little of /dev/shm
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -114,9 +114,9 @@ def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers
 
 @contextmanager
 def loading_may_fail() -> Iterator[None]:
-    """Name the cure where a loading process dies.
+    """Explain what to do if a loading process dies.
 
-    torch raises that wherever the main thread is at that moment, so this stands around all of the training.
+    torch raises its error wherever the main thread happens to be, so this must enclose the whole training.
 
     Raises:
         LoaderError: in place of torch's error.

@@ -1,7 +1,6 @@
-"""Where prepared arrays lie: a box in MNI152 millimetres.
+"""Define where prepared arrays lie: a box in MNI152 millimetres.
 
-Arrays are (z, y, x) and points in millimetres are (x, y, z), RAS+. Only this module and `kit.preprocess.nifti`
-turn one order into the other.
+Arrays are (z, y, x), and points in millimetres are (x, y, z), RAS+.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel.affines import from_matvec
 
-# The middle of the paper's box: z -68..81, y -113..78, x -95..96 mm, here as (x, y, z).
+# Centre of the paper's box: z -68..81, y -113..78, x -95..96 mm, here as (x, y, z).
 PAPER_CENTRE_MM = (0.5, -17.5, 6.5)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An isotropic grid of voxels around the middle of the paper's box.
+    """An isotropic voxel grid around the centre of the paper's box.
 
     Args:
         shape: voxels along (z, y, x).
@@ -36,7 +35,7 @@ class Grid:
             raise ValueError(f"shape: expected three positive whole numbers (z, y, x), got {self.shape}")
         if not (np.isfinite(self.spacing_mm) and self.spacing_mm > 0):
             raise ValueError(f"spacing_mm: expected a positive number of millimetres, got {self.spacing_mm}")
-        # A list from YAML or JSON must compare equal, and hash, as the tuple it means.
+        # A list from YAML or JSON must compare and hash like the tuple it stands for.
         object.__setattr__(self, "shape", tuple(int(side) for side in shape))
         object.__setattr__(self, "spacing_mm", float(self.spacing_mm))
 

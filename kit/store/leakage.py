@@ -1,14 +1,14 @@
-"""Nobody and no scan on both sides: between the parts of a split, and between an encoder's scans and those tested.
+"""Check that no person or scan is on both sides: of a split, or of an encoder's training and its test.
 
-People are compared by the hash of `dataset/participant` (see `kit.cohort.identity.key`), scans by the hash of their
-voxels, which finds a scan that was copied, linked or named anew. Both stand in an encoder's record as hashed ids.
-The salt is public, so names can be guessed: a site whose names must not be guessed sets its own in `KIT_SALT`, and
-then has to set the same wherever the encoder is evaluated.
+People are compared by a hash of `dataset/participant` (see `kit.cohort.identity.key`), scans by a hash of their
+voxels, which recognises scans that were copied, linked or renamed. An encoder's record holds both. The default salt is
+public, so names can be guessed. A site that must prevent this sets its own salt in `KIT_SALT`, and must set the same
+one wherever the encoder is evaluated.
 
-What is hashed is the prepared scan's middle, eight slices. It lies inside any brain mask, so two masks of one scan give
-one hash where the intensity does not depend on the mask; it is a block or two of the file; and an encoder and its scans
-share a preparation, which gives the same voxels from the same file. A tolerant fingerprint would find a scan under
-another preparation, too, and on coarse grids take two people for one.
+The voxel hash covers eight slices in the prepared scan's centre. They lie inside any brain mask, so two masks of a
+scan give the same hash unless the intensity scale depends on the mask, and they take only one or two blocks of the
+file. An encoder and its scans share a preparation, which gives the same voxels from the same file. A tolerant
+fingerprint would also match across preparations, but on coarse grids it would confuse different people.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from kit.cohort.identity import Aliases, check_datasets_known, known_as, loose
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
 from kit.store.store import Store, StoreError, scan_path
 
-SLICES = 8  # a block of the store, or two
-LEARNED = ("pretrain", "train", "validation")  # parts that are learned from; all others are tested
-PLACES = ("dataset", "site", "scanner", "manufacturer")  # columns that say where scans are from
-_hashed: dict[tuple[str, int, str], str] = {}  # by file, its time and the salt: folds and tasks ask again
+SLICES = 8  # one or two blocks of the store
+LEARNED = ("pretrain", "train", "validation")  # parts used for training; all others are for testing
+PLACES = ("dataset", "site", "scanner", "manufacturer")  # columns that say where scans come from
+_hashed: dict[tuple[str, int, str], str] = {}  # by file, its time and the salt, as folds and tasks ask repeatedly
 
 
 def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
-    """Each scan's hashed voxels; scans that cannot be read are left out, for nothing can be learned from them."""
+    """Hash each scan's voxels; unreadable scans are left out, as nothing can be learned from them."""
     found = {}
     deep, high, wide = store.grid.shape
     middle = (slice(deep // 2 - SLICES // 2, deep // 2 + SLICES // 2), slice(high // 4, high - high // 4),
@@ -45,21 +45,21 @@ def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
             continue
         try:
             values = store.read(scan, middle)[0]
-            if values.min() == values.max():  # nothing in the middle: then all of it
+            if values.min() == values.max():  # the centre is empty: use the whole scan
                 values = store.read(scan)[0]
         except StoreError:
             continue
-        values = values + np.float16(0)  # -0, inside the mask, is the 0 outside
+        values = values + np.float16(0)  # turn -0 (inside the mask) into 0, as outside
         found[scan] = _hashed[known] = hashlib.blake2b(values.tobytes(), key=salt().encode(),
                                                        digest_size=8).hexdigest()
     return found
 
 
 def seen_by(store: Store, rows: pd.DataFrame, ids: pd.Series, aliases: Aliases | None = None) -> dict[str, Any]:
-    """What an encoder's record says of whom it saw: hashed ids of participants and of scans' voxels, and the salt's.
+    """Return what an encoder's record says of its training data: hashes of participants, voxels and salt, and counts.
 
-    Where a cohort has no dataset's name, participants stand there without one. `seen` counts the scans of each
-    dataset, site, scanner and manufacturer, by name: these names are nobody's.
+    Participants of a cohort without a dataset name are hashed without one. `seen` counts the scans of each dataset,
+    site, scanner and manufacturer by plain name, since these identify nobody.
     """
     keys = {each for name in set(ids) for each in known_as(name, aliases)}
     return {"participants": sorted(participant_hash(each, salt()) for each in keys),
@@ -69,9 +69,9 @@ def seen_by(store: Store, rows: pd.DataFrame, ids: pd.Series, aliases: Aliases |
 
 
 def places_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
-    """Of each column of `PLACES` that rows have, the names in it, without empty cells.
+    """Return the names in each column of `PLACES` that the rows have, without empty cells.
 
-    A site's name that is a number has its dataset's before it: 1 here and 1 there are two.
+    A numeric site name gets its dataset as a prefix, since site 1 of two datasets are different sites.
     """
     found = {column: rows[column].dropna().astype(str) for column in PLACES if column in rows}
     if "site" in found:
@@ -83,17 +83,17 @@ def places_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
 
 def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, ids: pd.Series, allow: bool = False,
                   aliases: Aliases | None = None) -> None:
-    """Check that an encoder saw neither the people nor the scans on which it is to be tested.
+    """Check that an encoder saw neither the people nor the scans it is to be tested on.
 
     Args:
-        record: the encoder's.
-        store: of the tested scans.
-        rows, ids: of its index, and their participants.
+        record: the encoder's record.
+        store: the store of the tested scans.
+        rows, ids: rows of its index, and their participants.
         allow: only print what was seen.
 
     Raises:
-        LeakageError: it saw some, or its ids were hashed with another salt.
-        IdentityError: the cohort has no column dataset, so that its people cannot be looked up.
+        LeakageError: it saw some of them, or its ids were hashed with another salt.
+        IdentityError: the cohort has no column dataset, so its people cannot be looked up.
     """
     if not record.get("participants") and not record.get("voxels"):
         return
@@ -117,30 +117,30 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
 
 
 def plain_name(name: object) -> str:
-    """A dataset's name without case, leading zeros and punctuation: HABS-HD and habs_hd are one."""
+    """Strip case, leading zeros and punctuation from a dataset's name, so that HABS-HD and habs_hd are the same."""
     return re.sub(r"[\W_]+", "", loose(name))
 
 
 def datasets_seen(record: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
-    """The datasets of tested rows that published weights were trained on, of whom nobody listed the participants.
+    """Return the datasets of tested rows on which published weights were trained without a list of participants.
 
     Args:
-        record: the encoder's; only that of published weights has `datasets`.
+        record: the encoder's record; only that of published weights has `datasets`.
     """
     known = set(map(plain_name, record.get("datasets", ())))
     return sorted({name for name in places_of(rows).get("dataset", ()) if plain_name(name) in known})
 
 
 def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], aliases: Aliases | None = None) -> None:
-    """Check that nobody, and no scan under two names, stands in two parts of a split.
+    """Check that no person, and no scan under two names, is in two parts of a split.
 
-    Tested parts may share people with each other, not with those that are learned from.
+    Test parts may share people with each other, but not with parts used for training.
 
     Args:
-        parts: by name a store, rows of its index and their participants.
+        parts: by name, a store, rows of its index, and their participants.
 
     Raises:
-        LeakageError: how many are on both sides, and of which parts.
+        LeakageError: with the number on both sides, and the parts concerned.
     """
     people: dict[str, dict[str, str]] = {}
     scans: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Which scans an epoch's batches hold, and in what order: (seed, epoch) alone decide."""
+"""Decide which scans an epoch's batches hold, and in what order, from (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from kit.seeding import rng_for
 
 
 def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Global batches of one epoch: every scan once, a participant at most once in a batch.
+    """Return the global batches of one epoch: each scan at most once, a participant at most once per batch.
 
-    Two scans of one brain are no negatives of each other. The order depends on (seed, epoch) alone, not on
-    workers; batches that stay smaller than `batch_size` are dropped when there are others, and the scans left
-    over come in other epochs.
+    Two scans of one brain must not be negatives of each other. The order depends only on (seed, epoch), not on
+    workers. Batches smaller than `batch_size` are dropped if there are full ones; their scans come up in other epochs.
 
     Args:
-        participants: each scan's.
+        participants: each scan's participant.
         batch_size: scans in a global batch.
 
     Returns:
@@ -46,10 +45,9 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
 
 
 def balanced(datasets: Sequence[str], seed: int, epoch: int) -> list[int]:
-    """As many scans of each dataset, as many in all as there are: the chosen scans' numbers.
+    """Draw the same number of scans from each dataset, about as many in total as exist; return their numbers.
 
-    A large dataset is drawn from without replacement; of a small one each scan comes as often as any other, give
-    or take one.
+    Large datasets are drawn without replacement. In small ones, each scan comes equally often, give or take one.
     """
     codes, names = pd.factorize(np.asarray(datasets))
     rng, chosen = rng_for(seed, epoch, 1), []
@@ -61,9 +59,9 @@ def balanced(datasets: Sequence[str], seed: int, epoch: int) -> list[int]:
 
 
 def session_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of twos: a scan, then another scan of the participant (itself where there is no other).
+    """Return batches of pairs: a scan, then another scan of its participant (the same one if there is no other).
 
-    Each participant comes once in an epoch.
+    Each participant comes at most once in an epoch.
 
     Returns:
         lists of 2 x `batch_size` scan numbers.
@@ -77,7 +75,7 @@ def session_batches(participants: Sequence[str], batch_size: int, seed: int, epo
 
 def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size: int, seed: int, epoch: int,
                sampling: str = "all") -> list[list[int]]:
-    """An epoch's batches with a participant at most once in each: of "all" scans, or "balanced" over datasets."""
+    """Return an epoch's batches of "all" scans, or "balanced" over datasets; a participant at most once per batch."""
     if sampling == "all":
         return epoch_batches(participants, batch_size, seed, epoch)
     chosen = balanced(datasets, seed, epoch)
@@ -86,20 +84,20 @@ def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size:
 
 
 def all_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of one pass over all scans, as even as can be: none is dropped, none is a lone scan.
+    """Return the batches of one pass over all scans, as even in size as possible: no scan is dropped or left alone.
 
-    BatchNorm takes no lone scan. A batch may hold several scans of a participant, and holds three scans where
+    BatchNorm cannot train on a single scan. A batch may hold several scans of a participant, and has three scans if
     `batch_size` is 2 and `count` odd.
 
     Returns:
-        lists of scan numbers; as many in every epoch.
+        lists of scan numbers; the same number of lists in every epoch.
     """
     batches = max(1, min(math.ceil(count / batch_size), count // 2))
     return [part.tolist() for part in np.array_split(rng_for(seed, epoch).permutation(count), batches)]
 
 
 def stretch(count: int, batch_size: int, seed: int, first: int, batches: int) -> list[list[int]]:
-    """Some batches, from number `first` on, of an endless row of passes; see `all_batches`."""
+    """Return `batches` batches of an endless sequence of passes, starting at number `first`; see `all_batches`."""
     a_pass = len(all_batches(count, batch_size, seed, 0))
     numbers = [divmod(number, a_pass) for number in range(first, first + batches)]
     passes = {epoch: all_batches(count, batch_size, seed, epoch) for epoch, _ in numbers}
@@ -107,5 +105,5 @@ def stretch(count: int, batch_size: int, seed: int, first: int, batches: int) ->
 
 
 def in_order(count: int, batch_size: int) -> list[list[int]]:
-    """Batches of `0 … count - 1` in order, the last one smaller."""
+    """Return batches of `0 … count - 1` in order; the last one may be smaller."""
     return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]

@@ -1,16 +1,16 @@
-"""The store of prepared scans: one blosc2 array a scan, beside an index and a record of the preparation.
+"""Store prepared scans: one blosc2 array per scan, an index, and a record of the preparation.
 
 A prepared folder holds
 
-    index.csv          a row a scan: scan, participant, session, dataset, labels, quality numbers
+    index.csv          one scan a row: scan, participant, session, dataset, labels, QC metrics
     failed.csv         scans set aside, with the reason
     preparation.json   the record: axes, grid, registration, mask, intensity, template, versions
     scans/<scan>.b2nd  float16 (z, y, x): the image inside the mask, 0 outside
 
-The image carries its mask: a zero outside is +0, a voxel inside that happens to be zero is -0, which is the same
-number with another bit. One array is half the reading of two. LZ4, searched long, after a byte shuffle: z-scored
-float16 has one byte of noise, which is copied, and one that compresses. Zstandard makes files a tenth smaller and
-reads in twice the time (3.4 ms a scan for 1.8); a bit shuffle is slower and makes larger files.
+The image carries its mask: zeros outside are +0, and zero voxels inside are -0, the same number with a different bit.
+This halves what must be read. Compression is LZ4HC at its highest level after a byte shuffle: of the two bytes of
+z-scored float16, one is noise and is copied, the other compresses. Zstandard makes files a tenth smaller, but takes
+twice as long to read (3.4 ms a scan instead of 1.8). A bit shuffle is slower and makes larger files.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ from kit.errors import KitError
 from kit.runs import progress, write_json, write_whole
 from kit.store.grid import Grid
 
-# Raised when files written before can no longer be read, or would mean something else.
+# Increase this when older files can no longer be read or would mean something else.
 FORMAT = 4
-# A chunk is the whole scan and a block some of its slices, so that a file's order is the array's own and a whole scan
-# needs no rearranging. A crop reads the blocks that it touches.
+# A chunk is a whole scan and a block some of its slices, so the file has the array's own order, and reading a whole
+# scan needs no rearranging. A crop reads only the blocks it touches.
 BLOCK_SLICES = 8
 IDENTITY_COLUMNS = ("scan", "participant", "session", "dataset")
-QC_COLUMNS = ("mask_source", "header_note", "flags", "unusable")  # text, where an index has them
+QC_COLUMNS = ("mask_source", "header_note", "flags", "unusable")  # text, if an index has them
 
 
 class StoreError(KitError, RuntimeError):
-    """A prepared folder or scan that cannot be read. Its message names the file and says what to do."""
+    """A prepared folder or scan cannot be read. The message names the file and says what to do."""
 
 
 def scan_path(folder: str | Path, scan: str) -> Path:
-    """Return where the array of a scan lies in a prepared folder."""
+    """Return the path of a scan's array in a prepared folder."""
     return Path(folder) / "scans" / f"{scan}.b2nd"
 
 
 def claim(folder: str | Path, record: dict[str, Any]) -> list[str]:
-    """Write a preparation's record, `preparation.json`, before its scans, so that no other preparation mixes with them.
+    """Write a preparation's record, `preparation.json`, before its scans, so that preparations never mix.
 
-    The index of another preparation goes: nobody can open the folder until all its scans are prepared anew.
+    If another preparation was there, its index is deleted: the folder cannot be opened until all scans are prepared
+    again.
 
     Returns:
-        what changed, a line each; versions of libraries may differ.
+        what changed, one line each; library versions are not compared.
     """
     path = Path(folder) / "preparation.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else record
@@ -69,7 +70,7 @@ def claim(folder: str | Path, record: dict[str, Any]) -> list[str]:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what writers that were killed left beside the scans; no one may be writing there."""
+    """Remove what killed writers left beside the scans; nobody may be writing there."""
     for path in (Path(folder) / "scans").glob(".*.b2nd"):
         path.unlink(missing_ok=True)
 
@@ -79,7 +80,7 @@ def write_scan(path: str | Path, image: np.ndarray, mask: np.ndarray, scan: str,
     """Write one prepared scan, whole or not at all.
 
     Args:
-        path: the `.b2nd` file; its folder is made.
+        path: the `.b2nd` file; its folder is created.
         image: (z, y, x), stored as float16 inside the mask and as 0 outside.
         mask: bool (z, y, x).
         scan: the scan's name.
@@ -103,7 +104,7 @@ def write_scan(path: str | Path, image: np.ndarray, mask: np.ndarray, scan: str,
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """Return what stands in a scan's file beside its array: format, scan, affine, checksum, notes.
+    """Return the metadata of a scan's file: format, scan, affine, checksum, notes.
 
     Raises:
         StoreError: the file is missing, damaged, or of another format.
@@ -112,16 +113,16 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 
 
 def read_transform(folder: str | Path, scan: str) -> np.ndarray:
-    """Return the (4, 4) matrix by which a scan was moved: MNI millimetres to the scan's own, RAS+ (x, y, z).
+    """Return the (4, 4) matrix that a scan was resampled with: MNI millimetres to the scan's own, RAS+ (x, y, z).
 
     Raises:
-        StoreError: the scan is not there, or is damaged.
+        StoreError: the scan is missing or damaged.
     """
     return np.array(read_facts(scan_path(folder, scan))["notes"]["transform"])
 
 
 def read_index(path: str | Path) -> pd.DataFrame:
-    """Read an index. Names stay the text that they are: "0001" no number, "NA" not missing.
+    """Read an index. Names stay text: "0001" is not a number, and "NA" is not missing.
 
     Raises:
         KeyError: a column of `IDENTITY_COLUMNS` is missing.
@@ -133,13 +134,13 @@ def read_index(path: str | Path) -> pd.DataFrame:
 
 
 class Store:
-    """A prepared folder, open for reading. Holds no open file: it can be copied to other processes.
+    """A prepared folder, open for reading. It holds no open files, so it can be copied to other processes.
 
     Attributes:
-        folder: where it lies.
-        index: a row a scan; the columns scan, participant, session and dataset are text.
-        record: what `preparation.json` says.
-        grid: where the arrays lie.
+        folder: its path.
+        index: one scan a row; the columns scan, participant, session and dataset are text.
+        record: the content of `preparation.json`.
+        grid: the grid of the arrays.
     """
 
     def __init__(self, folder: Path, index: pd.DataFrame, record: dict[str, Any]) -> None:
@@ -152,7 +153,7 @@ class Store:
         """Open a prepared folder.
 
         Raises:
-            StoreError: a file is missing or unreadable, or the folder is of another format.
+            StoreError: a file is missing or unreadable, or the folder has another format.
         """
         folder = Path(folder)
         missing = [name for name in ("preparation.json", "index.csv") if not (folder / name).is_file()]
@@ -170,24 +171,24 @@ class Store:
 
     @property
     def zscored(self) -> bool:
-        """Whether intensities are z-scores; if not, white matter is 1."""
+        """Whether intensities are z-scores; if not, the white-matter peak is 1."""
         return self.record["intensity"] == "zscore"
 
     def checksum(self, scan: str) -> int:
-        """Of a scan's array, from its file and without reading the array: 0.2 ms, 0.4 from a cold disk.
+        """Return the stored checksum of a scan's array without reading the array: 0.2 ms, 0.4 from a cold disk.
 
         Raises:
-            StoreError: the scan is not there, or is damaged.
+            StoreError: the scan is missing or damaged.
         """
         path = scan_path(self.folder, scan)
         stored = _open(path)
         try:
             return stored.schunk.vlmeta["checksum"]
-        except Exception as error:  # blosc2 raises what it likes
+        except Exception as error:  # blosc2 raises all kinds of exceptions
             raise _damaged(path) from error
 
     def contents(self) -> str:
-        """What the index has in each split, in words, for messages about what it lacks."""
+        """Describe in words what the index holds in each split, for error messages."""
         split = self.index["split"].fillna("empty") if "split" in self.index else pd.Series("all", self.index.index)
         who = self.index["dataset"].astype(str) + "/" + self.index["participant"].astype(str)
         words = [f"{name} {len(rows)} scans of {who[rows.index].nunique()} participants"
@@ -196,7 +197,7 @@ class Store:
             f"its index has {', '.join(words).removeprefix('all ')} and no column split")
 
     def read(self, scan: str, crop: tuple[slice, slice, slice] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Read a scan, or a crop of it without reading the rest.
+        """Read a scan, or only a crop of it.
 
         The first whole read of a scan verifies its checksum; crops do not.
 
@@ -208,31 +209,31 @@ class Store:
             The image, float16 (z, y, x), and the mask, bool (z, y, x).
 
         Raises:
-            StoreError: the scan is not there, or is damaged.
+            StoreError: the scan is missing or damaged.
         """
         path = scan_path(self.folder, scan)
         stored = _open(path)
         try:
             array = _whole(stored) if crop is None else stored[crop]
-        except Exception as error:  # blosc2 raises what it likes
+        except Exception as error:  # blosc2 raises all kinds of exceptions
             raise _damaged(path) from error
         if crop is None and scan not in self._verified:
             if _checksum(array) != _facts(stored, path)["checksum"]:
                 raise _damaged(path)
             self._verified.add(scan)
-        return array, array.view(np.uint16) != 0  # the bits, for -0 lies inside
+        return array, array.view(np.uint16) != 0  # compare bits, because -0 lies inside
 
 
 def unreadable(store: Store, scans: Sequence[str], verify: bool = False) -> dict[str, str]:
-    """Look at scans' files before work starts: their headers, or with `verify` their whole arrays and checksums.
+    """Check scans' files before work starts: their headers, or with `verify` their whole arrays and checksums.
 
     Args:
-        store: where they lie.
+        store: the store that holds them.
         scans: names from its index.
         verify: read everything; 45,000 full-size scans are 200 GB.
 
     Returns:
-        What is wrong, by the names of those that are missing or damaged.
+        The error messages of missing or damaged scans, by scan name.
     """
     def fault(scan: str) -> str:
         try:
@@ -258,7 +259,7 @@ def _open(path: Path) -> blosc2.NDArray:
         raise StoreError(f"scan {path.stem}: no file {path}; run 1_preprocess again")
     try:
         stored = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
-    except Exception as error:  # blosc2 raises what it likes
+    except Exception as error:  # blosc2 raises all kinds of exceptions
         raise _damaged(path) from error
     if not isinstance(stored, blosc2.NDArray) or stored.ndim != 3 or stored.dtype != np.float16:
         raise _damaged(path)
@@ -268,7 +269,7 @@ def _open(path: Path) -> blosc2.NDArray:
 def _facts(stored: blosc2.NDArray, path: Path) -> dict[str, Any]:
     try:
         facts = dict(stored.schunk.vlmeta.getall())
-    except Exception as error:  # blosc2 raises what it likes
+    except Exception as error:  # blosc2 raises all kinds of exceptions
         raise _damaged(path) from error
     if not {"checksum", "scan", "affine", "notes"} <= set(facts):
         raise _damaged(path)
