@@ -199,8 +199,8 @@ def variance(drawn: np.ndarray, participants: int,
 
     The bootstrap captures participant sampling and the interaction of seeds with participants. The variance between
     seeds contains that interaction too, so only its excess is added. Degrees of freedom follow Satterthwaite: three
-    seeds that differ a lot say little about how much seeds vary. Readers and cases are treated alike in Obuchowski &
-    Rockette 1995 and Hillis 2007. With one seed, only participants contribute.
+    seeds that differ a lot say little about how much seeds vary. Obuchowski & Rockette 1995 and Hillis 2007 treat
+    readers and cases in the same way. With one seed, only participants contribute.
 
     Args:
         drawn: (draws,) the statistic, a mean over seeds, in each draw of participants.

@@ -13,7 +13,7 @@ TEMPLATES = "deepmriprep/data/templates/"
 UNSTATED = "not stated there"
 
 # The wheel's MIT licence covers its code. Its atlases have the names and tables of CAT12's; below is what CAT12 states
-# for each (github.com/ChristianGaser/cat12, templates_MNI152NLin2009cAsym/*.txt), or else the source named here.
+# for each (github.com/ChristianGaser/cat12, templates_MNI152NLin2009cAsym/*.txt), or the source an entry names.
 LICENCES = {
     "Schaefer2018": "MIT (nilearn's description of the atlas)",
     "aal3": f"{UNSTATED}; nilearn says of AAL: unknown; cite Rolls et al. 2020",
