@@ -1,13 +1,14 @@
-"""What an encoder is worth on downstream tasks.
+"""Evaluate encoders on downstream tasks.
 
-- ``tasks``        a label with its participants split, once or in folds, checked for leakage
-- ``predict``      what a network gives for each scan
+- ``tasks``        a label with its participant-level split or folds, checked for leakage
+- ``predict``      a network's output for each scan
+- ``predicted``    predictions for scans without a label, with conformal intervals
 - ``probe``        linear probes on frozen features
-- ``tune``         all weights trained, at the rate and for the steps that validation prefers
-- ``baselines``    what needs no encoder: guessing, age and sex, site, ``volumes``, voxels
+- ``tune``         fine-tuning of all weights; learning rate and stopping point chosen on validation
+- ``baselines``    predictions without an encoder: guessing, age and sex, site, ``volumes``, voxels
 - ``metrics``      AUC, mean absolute error and others over participants
 - ``compare``      scores over seeds, and paired differences between encoders
-- ``reliability``  how alike one person's scans are to an encoder
+- ``reliability``  how similar an encoder's features are for repeated scans of one person
 - ``finetune``     3_finetune
 - ``benchmark``    5_benchmark
 """

@@ -1,7 +1,7 @@
-"""What no encoder is needed for: guessing, age and sex, the site, brain volumes, principal components of voxels.
+"""Baselines without an encoder: guessing, age and sex, site, brain volumes, principal components of voxels.
 
-Published comparisons found plain volumes ahead of several foundation models. All that is fitted, the components too,
-is fitted on the training part of the task at hand; the penalty is chosen on validation as a probe's.
+Published comparisons found plain volumes ahead of several foundation models. Everything, including the components, is
+fitted on the task's training part. The penalty is chosen on validation, as for a probe.
 """
 
 from __future__ import annotations
@@ -32,44 +32,42 @@ from kit.runs import progress, write_whole
 from kit.store.store import Store
 
 BASELINES = ("guess", "demographics", "site", "volumes", "voxels")
-LEARNT = ("train", "validation")  # all other parts are tested
+LEARNT = ("train", "validation")  # all other parts are for testing
 DEMOGRAPHICS = ("age", "sex", "gender")
-SAME = {"gender": "sex"}  # names of columns that mean the same
-COPY = 0.99  # a number that correlates with the label like this is the label in other units
-LEAST_ROWS = 20  # fewer scans agree by chance
+SAME = {"gender": "sex"}  # column names with the same meaning
+COPY = 0.99  # a column correlating more than this with the label is the label in other units
+LEAST_ROWS = 20  # fewer scans can agree by chance
 COMPONENTS = 50
-POOLED_MM = 4.0  # voxels are averaged to about this: principal components of finer ones cost much and add little
+POOLED_MM = 4.0  # voxels are averaged to about this size: PCA on finer voxels costs much and adds little
 
 
 class DoesNotApply(Exception):
-    """A baseline has nothing to learn from; the message is the reason."""
+    """A baseline has nothing to learn from; the message says why."""
 
 
 def baseline_predictions(name: str, task: Task, *, demographics: Sequence[str] | None = None,
                          volumes: Path | None = None, atlas: Path | None = None, cache: Path | None = None,
                          say: Callable[[str], object] = print) -> dict[str, np.ndarray] | None:
-    """Fit one of `BASELINES` on a task's training part and predict its tested parts.
-
-    No label of a tested part is looked at.
+    """Fit one of `BASELINES` on a task's training part and predict its test parts, whose labels are never read.
 
     Args:
-        name: "guess" (the training mean, or shares of the classes), "demographics", "site" (the column `site`, else
+        name: "guess" (the training mean, or the class frequencies), "demographics", "site" (the column `site`, else
             `dataset`), "volumes" or "voxels".
-        demographics: columns of the index; None: those of `DEMOGRAPHICS` that there are. The task's own column, or one
-            much like it, is left out.
-        volumes: a table of the user's (see `kit.evaluate.volumes.read_volumes`); None: the prepared scans' own
-            (see `kit.evaluate.volumes.tissue_volumes`).
-        atlas: regions of these volumes; see `kit.evaluate.volumes.regions_on`.
-        cache: a folder where what is measured in each scan, volumes or voxels, is kept; None: measured anew.
-        say: told what is left out, and why.
+        demographics: columns of the index; None: all `DEMOGRAPHICS` it has. The task's own column and near copies of
+            it are left out.
+        volumes: a table supplied by the user (see `kit.evaluate.volumes.read_volumes`); None: volumes measured in the
+            prepared scans (see `kit.evaluate.volumes.tissue_volumes`).
+        atlas: regions for the measured volumes; see `kit.evaluate.volumes.regions_on`.
+        cache: folder for the volumes or voxels measured in each scan; None: measured every time.
+        say: called with what is left out, and why.
 
     Returns:
-        Predictions by part, a row a scan: log-odds of class 1 (scans,), logits of K > 2 classes (scans, K), or the
-        number. A part of which the baseline knows nothing is absent; None where that is so of training.
+        Predictions by part, one row per scan: log-odds of class 1 (scans,), logits of K > 2 classes (scans, K), or the
+        number. Parts that lack the baseline's data are absent. None if there is nothing to learn from.
 
     Raises:
-        LabelError: no such column of demographics.
-        TableError, ScanError: the table of volumes, or the atlas, cannot be used.
+        LabelError: no such demographics column.
+        TableError, ScanError: the table of volumes or the atlas cannot be used.
     """
     def tell(words: str) -> None:
         say(f"{name} on {task.labels.task}: {words}")
@@ -105,7 +103,7 @@ def _guess(task: Task) -> dict[str, np.ndarray]:
 
 
 def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
-    """By part the covariates that are not the label in another dress; a column may be called otherwise elsewhere."""
+    """Covariates by part, without copies of the label; a test set may name a column differently."""
     index = task.parts["train"].rows
     if columns is None:
         columns = [name for name in index if name.casefold() in DEMOGRAPHICS]
@@ -117,10 +115,10 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
 
 
 def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Series:
-    """A column of a part: numbers where the training part has numbers, else categories; nan where it has none."""
+    """One column of a part: numeric if it is numeric in training, else categories; nan where missing."""
     alike = [name for name in rows if _words(name) == _words(column)]
     found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
-    if _words(column) == {"sex"}:  # a category whatever its codes; male, M and m are one
+    if _words(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
         return found.map(lambda cell: loose(cell)[:1] or np.nan, na_action="ignore").astype(object)
     if pd.api.types.is_numeric_dtype(index[column]):
         return pd.to_numeric(found, errors="coerce").astype(np.float64)
@@ -128,7 +126,7 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
 
 
 def _sites(rows: pd.DataFrame) -> pd.DataFrame:
-    """Site 1 of one dataset is not site 1 of another."""
+    """Site names, prefixed by dataset: site 1 of one dataset is not site 1 of another."""
     sites = rows[site_column(rows)]
     return pd.DataFrame({"site": (rows["dataset"].astype(str) + "/" + sites.astype(str)).where(sites.notna())},
                         dtype=object)
@@ -146,13 +144,13 @@ def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> 
 
 
 def _words(name: str) -> set[str]:
-    """`Age_at_scan` is of the words age, at and scan."""
+    """Split a column name into words: `Age_at_scan` gives age, at and scan."""
     words = set(re.findall(r"[^\W\d_]+|\d+", str(name).casefold()))
     return {SAME.get(word, word) for word in words}
 
 
 def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> list[str]:
-    """Columns that are not the label, neither by their names nor by what they say of the scans that are learnt from."""
+    """Columns that do not give the label away, by name or by their values in training and validation."""
     rows, own = pd.concat(list(tables.values())), _words(task.labels.task)
     labels = pd.Series(np.concatenate([task.parts[name].labels for name in tables]), rows.index)
     kept = []
@@ -168,7 +166,7 @@ def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[
 
 
 def _copy(one: pd.Series, labels: pd.Series, kind: str) -> bool:
-    """Whether a column has one value for each class, or is the number in another unit."""
+    """Whether a column has exactly one value per class, or is the label in another unit."""
     values = one.nunique()
     if len(labels) < LEAST_ROWS or values < 2:
         return False
@@ -178,10 +176,11 @@ def _copy(one: pd.Series, labels: pd.Series, kind: str) -> bool:
 
 
 def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> dict[str, np.ndarray]:
-    """Encode columns and fit a probe: numbers with the training mean where one is missing, categories one-hot.
+    """Encode columns and fit a probe: missing numbers become the training mean, categories are one-hot.
 
-    A category that training lacks, such as another site's, is all zeros. Scans of which nothing is known are not
-    learnt from, and are predicted as if their numbers were the mean; a tested part of such scans alone is left out.
+    A category unseen in training, such as another site, becomes all zeros. Scans with no known value are left out of
+    training and validation. In a test part they are predicted from mean values; a test part with only such scans is
+    left out.
     """
     parts = {}
     for name, part in task.parts.items():
@@ -224,7 +223,7 @@ def _measured_volumes(task: Task, atlas: Path | None, cache: Path | None) -> dic
 
 
 def _components(task: Task, cache: Path | None) -> dict[str, np.ndarray]:
-    """Principal components of the voxels, averaged to about 4 mm, that lie inside most training scans' brains."""
+    """Principal components of voxels averaged to about 4 mm, where most training scans have brain."""
     found = _measured(task, _pooled, cache / "voxels.safetensors" if cache else None)
     shared = np.isfinite(found["train"]).mean(0) > 0.5
     if not shared.any():
@@ -236,7 +235,7 @@ def _components(task: Task, cache: Path | None) -> dict[str, np.ndarray]:
 
 
 def _pooled(store: Store, scan: str) -> np.ndarray:
-    """(voxels,) float16: a scan averaged over blocks of voxels; nan where less than half of a block is brain."""
+    """Average a scan over blocks of voxels: (voxels,) float16, nan unless more than half of a block is brain."""
     size = max(1, round(POOLED_MM / store.grid.spacing_mm))
     image, mask = (torch.from_numpy(each.astype(np.float32))[None] for each in store.read(scan))
     pooled, inside = (avg_pool3d(each, size, ceil_mode=True)[0].numpy() for each in (image, mask))
@@ -244,7 +243,7 @@ def _pooled(store: Store, scan: str) -> np.ndarray:
 
 
 def _measured(task: Task, measure: Callable[[Store, str], np.ndarray], path: Path | None) -> dict[str, np.ndarray]:
-    """What is measured in each scan, (scans, width) by part; kept in a file by scan and checksum, so never twice."""
+    """Measure each scan, (scans, width) by part; results are cached in a file by scan and checksum."""
     keys = {name: [f"{scan} {part.store.checksum(scan):08x}" for scan in part.rows["scan"]]
             for name, part in task.parts.items()}
     known = load_file(path) if path and path.exists() else {}

@@ -1,8 +1,8 @@
-"""5_benchmark: encoders, their rivals, and what needs no encoder, on several tasks; cell by cell.
+"""5_benchmark: encoders, rivals and encoder-free baselines on several tasks, cell by cell.
 
-A cell is a row of the table on one fold. Its folder, `cells/TASK/ENCODER/…`, holds the predictions of each seed, and
-all tables are made from these. A cell that is there is not made again, if it is of the same inputs and settings: a
-run that was killed goes on, and the shards of an array share the work.
+A cell is one row of the table on one fold. Its folder, `cells/TASK/ENCODER/…`, holds each seed's predictions, and all
+tables are made from these. A finished cell with the same inputs and settings is not computed again, so a killed run
+resumes and the tasks of a job array share the work.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from kit.store.dataset import PreparedScans
 from kit.store.leakage import PLACES
 from kit.store.store import Store
 
-PULL = "validation, for the pull to the mean"  # a tested part
-UNTRAINED = "random init"  # probes on an encoder that has learned nothing
+PULL = "validation, for the pull to the mean"  # part predicted to fit the bias correction
+UNTRAINED = "random init"  # probes on an untrained encoder
 ROW = ["encoder", "mode", "task", "label_fraction"]
-TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # of a cell's table, whatever it looks like
-# what decides a fine-tuned model besides its inputs
+TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns of a cell's table always read as text
+# settings, besides the inputs, that determine a fine-tuned model
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
           "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
           "precision")
@@ -58,7 +58,7 @@ RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further
 
 
 class Cell(NamedTuple):
-    """A row of the table on one fold: all its seeds."""
+    """One row of the table on one fold, with all its seeds."""
 
     encoder: str
     mode: str  # probe, finetune, baseline
@@ -68,7 +68,7 @@ class Cell(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Within the run's; no two cells share one."""
+        """Path within the run's folder, unique to this cell."""
         names = (quote(name, safe=" ") for name in (self.task, self.encoder))
         return Path("cells", *names, f"{self.mode} {self.label_fraction:.0%} fold {self.fold}")
 
@@ -81,27 +81,27 @@ class Results(NamedTuple):
     scores: pd.DataFrame
     differences: pd.DataFrame
     among: pd.DataFrame
-    missing: list[Cell]  # of other shards
+    missing: list[Cell]  # not finished yet by other shards
 
 
 def run_benchmark(params: Benchmark, run: Run) -> Results:
-    """Fill the table, as far as this shard goes; then make all tables from the cells that are there.
+    """Compute this shard's cells, then make all tables from the cells that exist.
 
-    Leaves, in the run's folder:
-        tidy.csv: a score a row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
+    Written to the run's folder:
+        tidy.csv: one score per row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
             participants (tested), train_participants, trained, fingerprint.
-        scores.csv: over seeds; see `kit.evaluate.compare.scores`.
-        differences.csv: of the pretrained encoders to all others; see `kit.evaluate.compare.differences`.
-        further.csv: other metrics, a row a score; see `kit.evaluate.metrics.further_metrics`.
-        among.csv: scores among people of about one age (`age_bands`), and of cases matched with controls
-            (`match_age_sex`); `among` says whom, the other columns are those of tidy.csv.
-        overlap.csv: what each test set shares with what was learned from; see `kit.evaluate.tasks.overlap`.
+        scores.csv: scores over seeds; see `kit.evaluate.compare.scores`.
+        differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
+        further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
+        among.csv: scores within age bands (`age_bands`) and among cases and controls matched by age and sex
+            (`match_age_sex`). The column `among` names the subgroup; the others are as in tidy.csv.
+        overlap.csv: what each test set shares with the training data; see `kit.evaluate.tasks.overlap`.
         made_from.json: what the models were made from, by fingerprint.
 
     Raises:
         MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError: before any training; each says
             what does not fit.
-        Stopped: it was asked to stop; the same parameters go on from there.
+        Stopped: the run was asked to stop; the same parameters resume it.
     """
     bench = _Bench(params)
     remove_stale_cells(bench, run)
@@ -114,10 +114,10 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
 
 
 def cells_of(params: Benchmark, folds: Mapping[str, Iterable[int]]) -> list[Cell]:
-    """All cells, the cheap ones first.
+    """List all cells, cheapest first.
 
     Args:
-        folds: of each task.
+        folds: fold numbers by task.
     """
     pretrained = [name for name, spec in params.encoders.items() if not is_random(spec)]
     baselines = [(name, "probe" if name == UNTRAINED else "baseline") for name in params.baselines]
@@ -130,12 +130,12 @@ def cells_of(params: Benchmark, folds: Mapping[str, Iterable[int]]) -> list[Cell
 
 
 def is_random(spec: str) -> bool:
-    """Whether an encoder starts from random weights: fine-tuned, it is a supervised baseline."""
+    """Whether an encoder starts from random weights; fine-tuned, such an encoder is a supervised baseline."""
     return spec.partition(":")[0] == "random"
 
 
 class _Bench:
-    """What the cells read: stores, tasks by name and fold, encoders by name, fold and seed."""
+    """The cells' inputs: stores, tasks by name and fold, encoders by name, fold and seed."""
 
     def __init__(self, params: Benchmark) -> None:
         self.params, self.aliases, self.stores = params, read_aliases(params.aliases), open_stores(params)
@@ -152,38 +152,38 @@ class _Bench:
 
     @cached_property
     def made(self) -> dict[tuple[str, str, str, int], MadeFrom]:
-        """What cells are made from, by encoder, mode, task and fold; `reliabilities` has no use for it."""
+        """What cells are made from, by encoder, mode, task and fold; lazy, as `reliabilities` does not need it."""
         return {(cell.encoder, cell.mode, cell.task, cell.fold): self._made_from(cell) for cell in self.cells}
 
     @cached_property
     def specs(self) -> dict[str, str]:
-        """Encoders by name; the untrained one is of the first pretrained one's architecture."""
+        """Encoders by name; the untrained one has the architecture of the first pretrained encoder."""
         first = next((spec for spec in self.params.encoders.values() if not is_random(spec)), None)
         untrained = (f"random:{read_record(encoder_at(first, 0, self.params.seeds[0]))['architecture']}" if first
                      else next(iter(self.params.encoders.values())))
         return {**self.params.encoders, UNTRAINED: untrained}
 
     def seeds_of(self, cell: Cell) -> list[int]:
-        """A probe or a baseline on all labels has nothing random in it, unless each seed has another encoder."""
+        """Seeds of a cell: one where nothing is random (probes and baselines on all labels with one fixed encoder)."""
         spec = self.specs.get(cell.encoder, "")
         drawn = cell.mode == "finetune" or cell.label_fraction < 1 or "{seed}" in spec or is_random(spec)
         return self.params.seeds if drawn else self.params.seeds[:1]
 
     def encoder(self, name: str, fold: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        """An encoder with its record; the seed also decides random weights."""
+        """Load an encoder with its record; the seed also determines random weights."""
         return load_encoder(encoder_at(self.specs[name], fold, seed), self.stores["prepared"].record, seed,
                             self.params.allow_differences)
 
     def folder(self, cell: Cell) -> Path:
-        """A cell's; all shards have theirs in one place."""
+        """A cell's folder, in the output folder that all shards share."""
         return self.params.output_dir / cell.folder
 
     def file(self, cell: Cell, seed: int) -> Path:
-        """A seed's predictions."""
+        """The file of a seed's predictions."""
         return self.folder(cell) / f"seed{seed}.csv"
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether all its seeds are there; a baseline that does not apply leaves a note instead."""
+        """Whether all seeds have predictions; a baseline that does not apply leaves an empty table."""
         return all(self.file(cell, seed).exists() for seed in self.seeds_of(cell))
 
     def made_from(self, cell: Cell) -> MadeFrom:
@@ -191,7 +191,7 @@ class _Bench:
         return self.made[cell.encoder, cell.mode, cell.task, cell.fold]
 
     def fill(self, cell: Cell, home: Path) -> None:
-        """Make a cell, seed by seed; on disk is what is done."""
+        """Compute a cell seed by seed, skipping seeds already on disk."""
         folder = self.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder, self.made_from(cell)._replace(rows=None))
@@ -212,12 +212,12 @@ class _Bench:
             write_table(self.file(cell, seed), _table(task, _corrected(task, found) if corrects else found or {}))
 
     def _corrects(self, cell: Cell) -> bool:
-        """Whether the pull of predictions to the mean is undone: of numbers, where the parameters say so."""
+        """Whether to correct predictions for their pull to the mean: regression only, if the parameters ask for it."""
         kind = self.tasks[cell.task, cell.fold].labels.kind
         return self.params.correct_bias and kind == "regression" and cell.encoder != "guess"
 
     def _finetuned(self, cell: Cell, seed: int, task: Task, folder: Path, home: Path) -> dict[str, np.ndarray]:
-        """Fine-tune; learning rate and weight decay are chosen at the first seed, and it is asked if it is trained."""
+        """Fine-tune; the first seed chooses learning rate and weight decay and checks whether training sufficed."""
         known, place = folder / "choice.json", folder / f"seed{seed}"
         notes = json.loads(known.read_text(encoding="utf-8")) if known.exists() else None
         choice = Choice(notes["learning_rate"], notes["weight_decay"]) if notes else None
@@ -233,7 +233,7 @@ class _Bench:
         return found
 
     def _features_of(self, cell: Cell, seed: int, task: Task, part: str) -> np.ndarray:
-        """Features of a part's scans; of each encoder and store they are computed once and kept in `embeddings/`."""
+        """Features of a part's scans, computed once per encoder and store and kept in `embeddings/`."""
         store = task.parts[part].store
         known = self._noted_of(cell.encoder, cell.fold, seed)[0]
         if (key := (known["weights"], store.folder)) not in self._features:
@@ -252,7 +252,7 @@ class _Bench:
         return load_file(path)
 
     def _noted_of(self, name: str, fold: int, seed: int) -> tuple[dict[str, str], dict[str, Any]]:
-        """What is noted of an encoder, and its record; weights are read once for it."""
+        """Provenance of an encoder and its record; the weights are read only once."""
         spec = encoder_at(self.specs[name], fold, seed)
         key = f"{spec} {seed}" if is_random(spec) else spec
         if key not in self._noted:
@@ -275,7 +275,7 @@ class _Bench:
                             self.allowed, self._memo, settings=settings)
 
     def _columns_of(self, cell: Cell) -> str:
-        """A digest of what stands in the columns that a baseline reads, which no other record holds."""
+        """Digest of the columns that a baseline reads, which are in no other record."""
         names = {"site": PLACES, "demographics": self.params.demographics or DEMOGRAPHICS}[cell.encoder]
         rows = [part.rows[["scan", *(name for name in part.rows if name in names or name.casefold() in names)]]
                 for part in self.tasks[cell.task, cell.fold].parts.values()]
@@ -291,7 +291,7 @@ class _Bench:
         return sides
 
     def _check_leakage(self) -> None:
-        warnings: dict[str, None] = {}  # each once, in their order
+        warnings: dict[str, None] = {}  # an ordered set
         for name in self.specs:
             for (_, fold), task in self.tasks.items():
                 for record in {id(each): each for each in (self._noted_of(name, fold, seed)[1]
@@ -302,7 +302,7 @@ class _Bench:
             print(warning)
 
     def overlap(self) -> pd.DataFrame:
-        """A row a task, encoder and test set; see `kit.evaluate.tasks.overlap`."""
+        """One row per task, encoder and test set; see `kit.evaluate.tasks.overlap`."""
         seed = self.params.seeds[0]
         tables = [overlap(task, self._noted_of(name, fold, seed)[1]).assign(task=label, encoder=name)
                   for (label, fold), task in self.tasks.items() for name in self.params.encoders]
@@ -310,7 +310,7 @@ class _Bench:
         return table[["task", "encoder", *table.columns.drop(["task", "encoder"])]].drop_duplicates()
 
     def table_of(self, cell: Cell) -> pd.DataFrame:
-        """A cell's predictions, of the seeds that are there."""
+        """Predictions of a cell's finished seeds."""
         tables = []
         for seed in self.seeds_of(cell):
             if self.file(cell, seed).exists():
@@ -324,7 +324,7 @@ class _Bench:
 
 
 def remove_stale_cells(bench: _Bench, run: Run) -> None:
-    """Remove the cells of other inputs or settings, with a line for each thing that changed."""
+    """Remove cells made from other inputs or settings, and print what changed."""
     reasons: dict[str, list[str]] = {}
     for cell in bench.cells:
         folder = bench.folder(cell)
@@ -387,7 +387,7 @@ def _further(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFram
 
 
 def _among(predictions: pd.DataFrame, kinds: Mapping[str, str], params: Benchmark) -> pd.DataFrame:
-    """What is left of each score among people who are alike in age, or in age and sex."""
+    """Scores among people of similar age, or matched by age and sex."""
     keys, rows = [*ROW, "seed", "distribution"], []
     asked = params.age_bands or params.match_age_sex
     for key, scans in predictions.groupby(keys, sort=False) if asked else ():
@@ -401,7 +401,7 @@ def _among(predictions: pd.DataFrame, kinds: Mapping[str, str], params: Benchmar
 
 
 def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Whom of the scans, and these."""
+    """Yield each subgroup's name and its scans."""
     for lower, upper in pairwise(params.age_bands):
         inside = scans[(scans["age"] >= lower) & (scans["age"] < upper)]
         if len(inside):
@@ -409,16 +409,16 @@ def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iter
     classes = sorted(set(scans["true"]))
     if params.match_age_sex and kind == "classification" and len(classes) == 2 and task not in ("sex", "gender"):
         people = scans.drop_duplicates("participant").reset_index(drop=True)
-        sex = people["sex"].replace("", None)  # of a table that was read
+        sex = people["sex"].replace("", None)  # an empty cell is read as ""
         keep = matched(people["participant"], people["true"] == classes[1], people["age"], sex)
         if keep.any():
             yield "pairs of one sex and age", scans[scans["participant"].isin(people["participant"][keep])]
 
 
 def _corrected(task: Task, found: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-    """Predictions of the tested parts without their pull to the mean, as it was in validation.
+    """Correct test predictions for their pull to the mean, estimated on validation.
 
-    A model whose predictions do not rise with the truth there stays as it is: it has nothing that could be undone.
+    Predictions that do not rise with the truth on validation are returned unchanged: there is nothing to correct.
     """
     found = dict(found or {})
     validation = found.pop(PULL, None)
@@ -435,7 +435,7 @@ def _all_trained(each: pd.Series) -> bool | None:
 
 
 def _table(task: Task, predictions: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """A row a tested scan: distribution, scan, participant, age, sex, true, predicted."""
+    """One row per tested scan: distribution, scan, participant, age, sex, true, predicted."""
     tables = []
     for name, values in predictions.items():
         part = task.parts[name]
@@ -448,7 +448,7 @@ def _table(task: Task, predictions: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 
 def weights_together(digests: Sequence[str]) -> str:
-    """What is noted of the weights of several seeds' encoders: their own digest where all are the same."""
+    """Combine the weight digests of several seeds' encoders: the digest itself if all are equal."""
     return digests[0] if len(set(digests)) == 1 else _digest(each.encode() for each in digests)
 
 
@@ -457,11 +457,11 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
-    """How alike one person's scans are to each pretrained encoder and to the untrained one; `reliability.csv`.
+    """Measure repeat-scan reliability of each pretrained encoder and the untrained one; writes `reliability.csv`.
 
     Returns:
-        a row an encoder (of the first fold and seed), see `kit.evaluate.reliability.reliability`; empty, with a line
-        that says why, where too few participants have several scans.
+        one row per encoder (first fold and seed); see `kit.evaluate.reliability.reliability`. Empty, with a printed
+        reason, if too few participants have several scans.
     """
     bench, seed, rows = _Bench(params), params.seeds[0], []
     by = "site" if "site" in bench.stores["prepared"].index else "session"

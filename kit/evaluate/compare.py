@@ -1,14 +1,14 @@
-"""Encoders against their rivals: scores over seeds and paired differences, from the table of predictions.
+"""Compare encoders with their rivals: scores over seeds and paired differences, from a table of predictions.
 
-The table has a row a scan: encoder, mode, task, label_fraction, seed, fold, distribution, scan, participant, true and
-predicted (log-odds of class 1, or the number; with more classes predicted_0 …, logits).
+The table has one row per scan: encoder, mode, task, label_fraction, seed, fold, distribution, scan, participant, true
+and predicted (log-odds of class 1, or the number; with more classes the logits predicted_0 …).
 
-A cell is an encoder in one mode, on one task, with one share of the labels, on one distribution. Its statistic is the
-mean of the metric over seeds. In distribution each participant is tested by one fold's model, and an AUC compares
-within folds; elsewhere all folds' models test everybody, and the metric is their mean as well.
+A cell is an encoder in one mode, on one task, with one label fraction, on one distribution. Its statistic is the
+mean of the metric over seeds. In distribution, one fold's model tests each participant and the AUC compares pairs
+within folds only. On other test sets every fold's model tests everyone, and the metric is averaged over folds too.
 
-An interval covers other participants and other seeds, but the folds as they are: that training sets of a
-cross-validation overlap is in none of it (Bengio & Grandvalet 2004 show that it cannot be, without bias).
+Intervals account for the sampling of participants and seeds, with the folds held fixed. They ignore that the training
+sets of a cross-validation overlap; no unbiased estimate of that variance exists (Bengio & Grandvalet 2004).
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ Names = tuple[str, ...]  # of participants, in order
 
 
 def scores(predictions: pd.DataFrame, kinds: Mapping[str, str], draws: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """Each cell's metric with its 95 % interval over participants and seeds.
+    """Compute each cell's metric with its 95 % interval over participants and seeds.
 
-    With one seed (column `seeds`) the interval covers participants alone. There is none (nan) with too few
-    participants; see `kit.evaluate.metrics.score`, and `variance` and `interval` there for how it is made. In
-    simulations with 60 of each class it holds the truth in 94 to 96 of 100 cases where seeds spread as much as
-    participants do, with three seeds; with two in 94; where seeds spread half as much again as participants, in 93
-    and 89: two seeds are too few to say how far seeds go.
+    With one seed (column `seeds`) the interval covers participants only. With too few participants it is nan; see
+    `kit.evaluate.metrics.score`, and `variance` and `interval` there for the method. In simulations with 60
+    participants per class and seeds varying as much as participants, it covered the truth in 94 to 96 % of cases with
+    three seeds and in 94 % with two. Where seeds varied half as much again as participants, coverage was 93 % and
+    89 %: two seeds are too few to estimate how much seeds vary.
 
     Args:
-        predictions: see the module; rows in any order.
+        predictions: see the module's docstring; rows in any order.
         kinds: task -> "classification" or "regression".
         draws: number of bootstrap draws.
 
     Returns:
-        a row a cell, sorted: encoder, mode, task, label_fraction, metric, distribution, value, low, high,
-        participants (whom every seed's model tested), seeds.
+        one row per cell, sorted: encoder, mode, task, label_fraction, metric, distribution, value, low, high,
+        participants (tested under every seed), seeds.
 
     Raises:
         ValueError: a prediction is not finite.
@@ -82,25 +82,25 @@ def scores(predictions: pd.DataFrame, kinds: Mapping[str, str], draws: int = RES
 
 def differences(predictions: pd.DataFrame, kinds: Mapping[str, str], encoders: Sequence[str], draws: int = RESAMPLES,
                 seed: int = 0) -> pd.DataFrame:
-    """Each of some encoders against its rivals: all others of its mode, and the baselines; paired by participant.
+    """Compare encoders with their rivals (all others of the same mode, and the baselines), paired by participant.
 
-    The same participants are drawn for both, of those that both tested, and seeds are paired where both have the
-    same. A baseline of one seed has nothing random in it and counts for all seeds. Any other side of one seed leaves
-    its spread out of the interval: `seeds`, the smaller number of the two, says so.
+    The bootstrap draws the same participants for both, from those tested by both. Seeds are paired if both have the
+    same ones. A one-seed baseline is deterministic and is paired with every seed. Any other one-seed side adds no
+    variance between seeds to the interval; `seeds`, the smaller number of the two, shows this.
 
-    p is two-sided by Student's t with the bootstrap's standard error, and the interval is of the same: the share of
-    draws beyond 0 cannot fall below 1 / draws, and after Holm's correction nothing would be left. p_holm corrects for
-    all rows of an encoder (all tasks, modes, distributions, label fractions and rivals that have a p): the chance
-    that any of them is called a difference at .05, and is none, is at most 5 %.
+    p is two-sided, from Student's t with the bootstrap's standard error, and so is the interval. The share of draws
+    beyond 0 would not do: it cannot resolve p below 1 / draws, which Holm's correction would wipe out. p_holm corrects
+    over all rows of an encoder (all tasks, modes, distributions, label fractions and rivals with a p): at .05 the
+    chance of any false positive among them is at most 5 %.
 
     Args:
-        encoders: whose worth is asked, such as the pretrained ones.
+        encoders: the encoders to judge, such as the pretrained ones.
         predictions, kinds, draws: see `scores`.
 
     Returns:
-        a row a pair: encoder (in the order given), rival, task, mode, label_fraction, distribution, metric,
-        difference (encoder minus rival, in the metric's unit: of an error, below 0 the encoder is better), low, high,
-        p, p_holm, participants, seeds.
+        one row per pair: encoder (in the order given), rival, task, mode, label_fraction, distribution, metric,
+        difference (encoder minus rival, in the metric's unit; for an error, below 0 means the encoder is better), low,
+        high, p, p_holm, participants, seeds.
 
     Raises:
         ValueError: a prediction is not finite.
@@ -119,7 +119,7 @@ def differences(predictions: pd.DataFrame, kinds: Mapping[str, str], encoders: S
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction of p values for their number; nan is none of them and stays (Holm 1979)."""
+    """Apply Holm's step-down correction to p values (Holm 1979); nan does not count and stays nan."""
     corrected, known = np.full(len(p), np.nan), np.flatnonzero(np.isfinite(p))
     order = known[np.argsort(p[known], kind="stable")]
     corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
@@ -128,43 +128,43 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Test:
-    """One model's, or in cross-validation one seed's, predictions: a row a participant and label."""
+    """Predictions of one model, or of one seed's folds in cross-validation: one row per participant and label."""
 
     participants: np.ndarray  # (rows,)
     true: np.ndarray  # (rows,)
     predicted: np.ndarray  # (rows,) or (rows, classes)
     weight: np.ndarray  # (rows,)
-    folds: np.ndarray | None  # (rows,) within which an AUC compares
+    folds: np.ndarray | None  # (rows,) the AUC compares pairs within these
 
 
 @dataclass(frozen=True)
 class _Cell:
     key: Key
     kind: str
-    seeds: dict[int, list[_Test]]  # several tests: of each fold's model
+    seeds: dict[int, list[_Test]]  # several tests: one per fold's model
 
     @cached_property
     def names(self) -> Names:
-        """Of the participants whom all tests hold."""
+        """Participants in all tests."""
         return _common(np.unique(test.participants) for tests in self.seeds.values() for test in tests)
 
     @property
     def fixed(self) -> bool:
-        """Whether it has nothing random in it."""
+        """Whether it is deterministic: a one-seed baseline."""
         return self.key[1] == "baseline" and len(self.seeds) == 1
 
 
 @dataclass(frozen=True)
 class _Resampled:
-    """A cell's statistic by seed on some participants."""
+    """A cell's statistic by seed, on given participants."""
 
     found: np.ndarray  # (seeds,)
     drawn: np.ndarray  # (seeds, draws)
-    enough: bool  # participants for an interval
+    enough: bool  # whether there are enough participants for an interval
 
 
 def _cells(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> dict[Key, _Cell]:
-    """Sorted by key: whatever the order of rows, the same."""
+    """Group predictions into cells, sorted by key so that the order of rows does not matter."""
     seeds: dict[Key, dict[int, list[_Test]]] = defaultdict(lambda: defaultdict(list))
     for task, scans in predictions.groupby("task"):
         try:
@@ -172,7 +172,7 @@ def _cells(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> dict[Key, _Ce
         except ValueError as error:
             raise ValueError(f"{task}: {error}") from error
         within = joined["distribution"] == "in_distribution"
-        # cross-validation tests a participant in one fold; should it be several, they share
+        # cross-validation tests a participant in one fold; if in several, they share the weight
         shares = joined[within].groupby([*CELL, "seed", "participant"])["true"].transform("size")
         joined.loc[within, "weight"] = 1 / shares
         joined["test"] = np.where(within, 0, joined["fold"])
@@ -195,7 +195,7 @@ def _are_rivals(cell: _Cell, rival: _Cell) -> bool:
 
 
 def _resampled(wanted: Iterable[tuple[_Cell, Names]], draws: int, seed: int) -> dict[tuple[Key, Names], _Resampled]:
-    """Each cell's statistic on its participants and on draws of them; those of the same participants drawn together."""
+    """Each cell's statistic on its participants and on bootstrap draws; equal sets of participants share draws."""
     by_names: dict[Names, dict[Key, _Cell]] = defaultdict(dict)
     for cell, names in wanted:
         by_names[names][cell.key] = cell
@@ -223,7 +223,7 @@ def _resampled(wanted: Iterable[tuple[_Cell, Names]], draws: int, seed: int) -> 
 
 
 def _on(test: _Test, names: Names) -> _Test:
-    """The rows of some participants, whose places among them stand for their names."""
+    """Select some participants' rows, with names replaced by positions in `names`."""
     places = pd.Index(names).get_indexer(test.participants) if names else np.full(len(test.participants), -1)
     keep = places >= 0
     return _Test(places[keep], test.true[keep], test.predicted[keep], test.weight[keep],
@@ -240,7 +240,7 @@ def _difference(cell: _Cell, rival: _Cell, ours: _Resampled, theirs: _Resampled,
         sides = [side for side in sides if len(side[0]) > 1]
         size, freedom = variance(ours.drawn.mean(0) - theirs.drawn.mean(0), participants, sides)
         low, high = interval(value, size, freedom)
-        most = 1.0 if METRICS[cell.kind] == "auc" else np.inf  # few seeds make intervals wider than a difference can be
+        most = 1.0 if METRICS[cell.kind] == "auc" else np.inf  # with few seeds intervals can exceed the possible range
         low, high = max(low, -most), min(high, most)
         p = np.nan if np.isnan(low) else 2 * student.sf(abs(value) / np.sqrt(size), freedom)
     seeds = len(cell.seeds) if rival.fixed else min(len(cell.seeds), len(rival.seeds))

@@ -1,4 +1,4 @@
-"""3_finetune: a label predicted from an encoder, as a probe on frozen features or with all weights trained."""
+"""3_finetune: predict a label with an encoder, by a probe on frozen features or by fine-tuning all weights."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from kit.store.grid import Grid
 from kit.store.leakage import LEARNED
 from kit.store.store import Store
 
-# of a table of predictions: text, whatever it looks like
+# columns of a table of predictions always read as text
 NAMES = ("scan", "participant", "dataset", "alias_of", "fingerprint")
-VALIDATION = "validation.csv"  # the model's predictions of scans that chose it, but that no weight was learned from
+VALIDATION = "validation.csv"  # predictions for the scans that selected the model but trained no weight
 RESULTS = ("predictions.csv", VALIDATION, "metrics.json", "log.csv", "tries.csv", "task.json", "model.safetensors",
-           FILE, f"{TRIES}/*/log.csv", f"{TRIES}/*/checkpoints/*.pt", "figures/*.png")  # that go with other inputs
+           FILE, f"{TRIES}/*/log.csv", f"{TRIES}/*/checkpoints/*.pt", "figures/*.png")  # removed if the inputs change
 
 
 def sides_of(stores: dict[str, Store]) -> dict[str, Side]:
-    """What stores bring to `kit.provenance.check_fit`; one store twice is one."""
+    """The stores as input to `kit.provenance.check_fit`, without test sets that are the `prepared` store itself."""
     return {name: Side.of(store) for name, store in stores.items()
             if name == "prepared" or store.folder != stores["prepared"].folder}
 
 
 def model_inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed: Sequence[str],
                  memo: dict[Path, str] | None = None, **more: Any) -> MadeFrom:
-    """What a model of this task is made from.
+    """Record what a model of this task is made from.
 
     Args:
         encoder: see `kit.models.encoder_file.noted`.
@@ -64,14 +64,14 @@ def model_inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed:
 
 
 def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[str, float]]:
-    """3_finetune: train, predict, score; a finished run is only read, if it was made from what is there now.
+    """Train, predict and score for 3_finetune; a finished run with unchanged inputs is only read back.
 
-    Leaves `made_from.json`, `predictions.csv`, `metrics.json` and, where all weights are trained, `task.json`,
-    `model.safetensors`, `validation.csv`, `reference.safetensors`, `tries.csv` and the best try's `log.csv`. Those of
-    other inputs go first, with a line that says what changed. An unfinished run has `tries/`, and goes on from there.
+    Writes `made_from.json`, `predictions.csv`, `metrics.json` and, if all weights are trained, `task.json`,
+    `model.safetensors`, `validation.csv`, `reference.safetensors`, `tries.csv` and the best try's `log.csv`. Results
+    made from other inputs are removed first, and the changes printed. An unfinished run resumes from `tries/`.
 
     Returns:
-        the task, the predictions (one scan a row), the metrics (an interval that there is not is None).
+        the task, the predictions (one row per scan), the metrics (None for a missing interval).
 
     Raises:
         MisfitError, LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does
@@ -108,9 +108,9 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
 
 
 def open_stores(params: Tuning) -> dict[str, Store]:
-    """The stores that the parameters name: `prepared`, and test sets by their names.
+    """Open the stores that the parameters name: `prepared`, and test sets by their names.
 
-    Where no test set is called `out_of_distribution`, it is the first, if rows of that have this split.
+    If no test set is called `out_of_distribution` but `prepared` has rows of that split, they become that test set.
     """
     stores = {"prepared": Store.open(params.prepared)}
     stores |= {name: Store.open(test.prepared) for name, test in params.test_sets().items()}
@@ -145,7 +145,7 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Modul
 
 
 def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor, dict[str, Any]]:
-    """The model that a run of 3_finetune left, and its `task.json`."""
+    """Load the model of a 3_finetune run, and its `task.json`."""
     record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     weights = load_file(folder / "model.safetensors")
     encoder = build_encoder(record["architecture"], Grid(preparation["shape"], preparation["spacing_mm"]))

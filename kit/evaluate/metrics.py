@@ -1,4 +1,4 @@
-"""Metrics over participants, with intervals: AUC, mean absolute error and what reviewers ask for beside them."""
+"""Metrics over participants, with intervals: AUC, mean absolute error, and the others that reviewers ask for."""
 
 from __future__ import annotations
 
@@ -21,31 +21,30 @@ from sklearn.metrics import (
 
 METRICS = {"classification": "auc", "regression": "mean_absolute_error"}  # area under the ROC curve; label's unit
 RESAMPLES = 2000
-DRAWS = 100  # of these at a time; bounds memory
-LEAST_PARTICIPANTS = 10  # of each class, or in all for a number, that an interval needs; see `score`
+DRAWS = 100  # computed at a time; bounds memory
+LEAST_PARTICIPANTS = 10  # needed for an interval, per class (or in all for regression); see `score`
 
 
 def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: Sequence[str], seed: int = 0,
           folds: Sequence[int] | None = None, draws: int = RESAMPLES) -> dict[str, float]:
-    """A metric of `METRICS` over participants, with its 95 % interval by the bootstrap over participants.
+    """Compute a metric of `METRICS` over participants, with its 95 % bootstrap interval.
 
     Each participant counts once, however many scans there are; see `per_participant`. For the interval see
     `interval`.
 
-    There is no interval (low and high are nan) with fewer than `LEAST_PARTICIPANTS` of a class, or in all for a
-    number. Nor is there one without width: an AUC of 1 stays 1 in every draw, which says nothing of other
-    participants.
+    The interval is nan with fewer than `LEAST_PARTICIPANTS` of a class (or in all for regression). It is also nan if
+    it would have no width: an AUC of 1 stays 1 in every draw, which says nothing about other participants.
 
     Args:
         labels: (scans,) class 0 to classes - 1, or the number.
         predictions: (scans,) log-odds of class 1, or the predicted number; (scans, classes) logits of more classes.
         kind: "classification" or "regression".
-        participants: (scans,) whose scan it is.
-        folds: (scans,) by which fold's model each was predicted; see `auc`.
+        participants: (scans,) participant of each scan.
+        folds: (scans,) fold whose model predicted each scan; see `auc`.
         draws: number of bootstrap draws.
 
     Returns:
-        value (nan where a class is absent), low, high, participants.
+        value (nan if a class is absent), low, high, participants.
 
     Raises:
         ValueError: a prediction is not finite.
@@ -67,19 +66,19 @@ def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: 
 
 def per_participant(labels: np.ndarray, predictions: np.ndarray, participants: Sequence[str],
                     folds: Sequence[int] | None = None) -> pd.DataFrame:
-    """Join scans so that each participant counts once.
+    """Average scans so that each participant counts once.
 
-    Scans of a participant with the same label become one row with the mean of their predictions. A participant of
-    several labels (age at two visits, a diagnosis that changed) has a row for each, in equal shares; so has one
-    whom several folds' models predicted.
+    A participant's scans with the same label become one row with their mean prediction. A participant with several
+    labels (age at two visits, a changed diagnosis), or predicted by several folds' models, has one row for each, with
+    equal weights.
 
     Args:
         labels, participants, folds: (scans,) each.
         predictions: (scans,) or (scans, classes).
 
     Returns:
-        participant, fold (where given), true, predicted or predicted_0 … of each class, weight (a participant's sum
-        to 1).
+        participant, fold (if given), true, predicted or predicted_0 … of each class, weight (summing to 1 per
+        participant).
 
     Raises:
         ValueError: a prediction is not finite.
@@ -95,10 +94,10 @@ def per_participant(labels: np.ndarray, predictions: np.ndarray, participants: S
 
 
 def join_scans(scans: pd.DataFrame, tests: list[str]) -> pd.DataFrame:
-    """As `per_participant` does, in each test that the columns `tests` tell apart.
+    """As `per_participant`, within each group defined by the columns `tests`.
 
     Args:
-        scans: participant, fold (if there are folds to be kept apart within a test), true, predicted or predicted_0 …
+        scans: participant, fold (if folds must stay apart within a test), true, predicted or predicted_0 …
 
     Raises:
         ValueError: a prediction is not finite.
@@ -109,13 +108,13 @@ def join_scans(scans: pd.DataFrame, tests: list[str]) -> pd.DataFrame:
         raise ValueError(f"{(~finite).sum()} of {len(scans)} predictions are not finite: there is no score; look for "
                          "nan in the encoder's weights or in the scans")
     keys = [*tests, "participant", *(["fold"] if "fold" in scans and "fold" not in tests else []), "true"]
-    scans = scans[[*keys, *names]].sort_values([*keys, *names])  # rows in another order give the same bits
+    scans = scans[[*keys, *names]].sort_values([*keys, *names])  # bit-identical whatever the order of rows
     joined = scans.groupby(keys, as_index=False, observed=True)[names].mean()
     return joined.assign(weight=1 / joined.groupby([*tests, "participant"])["true"].transform("size"))
 
 
 def predicted_columns(table: pd.DataFrame) -> list[str]:
-    """`predicted`, or with more than two classes `predicted_0` …; of a table of both, those that hold anything."""
+    """Names of the prediction columns: `predicted_0` … if any has values (more than two classes), else `predicted`."""
     several = sorted((name for name in table.columns if str(name).startswith("predicted_")),
                      key=lambda name: int(name.removeprefix("predicted_")))
     several = [name for name in several if table[name].notna().any()]
@@ -123,14 +122,14 @@ def predicted_columns(table: pd.DataFrame) -> list[str]:
 
 
 def predicted_of(table: pd.DataFrame) -> np.ndarray:
-    """(rows,) `predicted`, or (rows, classes) `predicted_0` … of a table."""
+    """Predictions of a table: (rows,) `predicted`, or (rows, classes) `predicted_0` …"""
     names = predicted_columns(table)
     return table[names[0]].to_numpy() if names == ["predicted"] else table[names].to_numpy()
 
 
 def statistic(true: np.ndarray, predicted: np.ndarray, weights: np.ndarray, kind: str,
               folds: np.ndarray | None = None) -> np.ndarray:
-    """(draws,): the metric of `METRICS` under each draw's weights (draws, rows)."""
+    """Compute the metric of `METRICS` (draws,) under each draw's weights (draws, rows)."""
     if kind == "classification":
         return auc(true, predicted, weights, folds)
     return weights @ np.abs(true - predicted) / weights.sum(1)
@@ -138,19 +137,19 @@ def statistic(true: np.ndarray, predicted: np.ndarray, weights: np.ndarray, kind
 
 def auc(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray,
         folds: np.ndarray | None = None) -> np.ndarray:
-    """Share of pairs in the right order, ties half, each pair weighted: the Mann-Whitney form of the AUC, by ranks.
+    """Compute the AUC by ranks (Mann-Whitney): the weighted share of correctly ordered pairs, ties counting half.
 
-    Of more than two classes the mean over classes, each against the rest. Pairs are compared within a fold only, and
-    summed over folds: two models' log-odds are not on one scale.
+    For more than two classes it is the mean over classes, each against the rest. Pairs are compared only within a
+    fold and summed over folds, because two models' log-odds are not on one scale.
 
     Args:
         labels: (rows,) 0 to classes - 1.
         predictions: (rows,) log-odds of class 1, or (rows, classes) logits.
         weights: (draws, rows).
-        folds: (rows,) whose pairs are apart; without it all are compared.
+        folds: (rows,) fold of each row; None: all pairs are compared.
 
     Returns:
-        (draws,), nan where a draw lacks one of the classes.
+        (draws,), nan if a draw lacks one of the classes.
     """
     if predictions.ndim == 2:
         odds = one_vs_rest(predictions)
@@ -158,8 +157,8 @@ def auc(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray,
     folds = np.zeros(len(labels)) if folds is None else folds
     order = np.lexsort((predictions, folds))
     sorted_folds, ranked = folds[order], predictions[order]
-    begins = np.r_[True, sorted_folds[1:] != sorted_folds[:-1]]  # a fold
-    ties = np.flatnonzero(begins | np.r_[True, ranked[1:] != ranked[:-1]])  # where each group of equals starts
+    begins = np.r_[True, sorted_folds[1:] != sorted_folds[:-1]]  # start of a fold
+    ties = np.flatnonzero(begins | np.r_[True, ranked[1:] != ranked[:-1]])  # start of each group of ties
     sorted_weights, right = weights[:, order], labels[order] == 1
     positive, negative = (np.add.reduceat(sorted_weights * of, ties, axis=1) for of in (right, ~right))
     starts = np.flatnonzero(begins[ties])
@@ -171,13 +170,13 @@ def auc(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray,
 
 
 def one_vs_rest(logits: np.ndarray) -> np.ndarray:
-    """(rows, classes) log-odds of each class against all others: ordered as its probability, without rounding to 1."""
+    """Log-odds (rows, classes) of each class against the rest: the order of probabilities, without rounding to 1."""
     return np.stack([logits[:, each] - logsumexp(np.delete(logits, each, axis=1), axis=1)
                      for each in range(logits.shape[1])], axis=1)
 
 
 def fewest(true: np.ndarray, predicted: np.ndarray, participants: np.ndarray, kind: str) -> int:
-    """Participants of the rarest class, or of a number all."""
+    """Count participants of the rarest class, or all participants for regression."""
     if kind == "regression":
         return len(np.unique(participants))
     classes = range(predicted.shape[1] if predicted.ndim == 2 else 2)
@@ -185,9 +184,9 @@ def fewest(true: np.ndarray, predicted: np.ndarray, participants: np.ndarray, ki
 
 
 def bootstrap(participants: int, draws: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each participant is drawn, `DRAWS` draws at a time: (draws, participants).
+    """Yield how often each participant is drawn, `DRAWS` draws at a time: (draws, participants).
 
-    The same number of participants, draws and seed give the same draws: so statistics are paired.
+    The same number of participants, draws and seed give the same draws, which pairs statistics.
     """
     rng, even = np.random.default_rng(seed), np.full(participants, 1 / participants)
     for begin in range(0, draws, DRAWS):
@@ -196,19 +195,19 @@ def bootstrap(participants: int, draws: int = RESAMPLES, seed: int = 0) -> Itera
 
 def variance(drawn: np.ndarray, participants: int,
              replicates: Sequence[tuple[np.ndarray, np.ndarray]] = ()) -> tuple[float, float]:
-    """Variance of a mean over seeds, in other participants and under other seeds, and its degrees of freedom.
+    """Estimate the variance of a mean over seeds across participants and seeds, and its degrees of freedom.
 
-    The bootstrap has the participants' part, and of the seeds' what differs from participant to participant. The
-    spread between seeds has the whole of theirs: what it has beyond that noise is added. The degrees of freedom are
-    Satterthwaite's: three seeds that differ a lot say little of how much seeds differ. (So do readers and cases in
-    Obuchowski & Rockette 1995, Hillis 2007; with one seed only participants are in it.)
+    The bootstrap captures participant sampling and the interaction of seeds with participants. The variance between
+    seeds contains that interaction too, so only its excess is added. Degrees of freedom follow Satterthwaite: three
+    seeds that differ a lot say little about how much seeds vary. Obuchowski & Rockette 1995 and Hillis 2007 treat
+    readers and cases in the same way. With one seed, only participants contribute.
 
     Args:
         drawn: (draws,) the statistic, a mean over seeds, in each draw of participants.
-        replicates: for each side that has several seeds the statistic by seed, of all participants (seeds,) and in
-            each draw (seeds, draws). A difference of pairs by seed has one side.
+        replicates: for each side with several seeds, the statistic by seed on all participants (seeds,) and in each
+            draw (seeds, draws). A difference paired by seed is one side.
     """
-    whole = np.isfinite(drawn)  # one draw in 20,000 of 10 and 10 participants lacks a class
+    whole = np.isfinite(drawn)  # with 10 + 10 participants, one draw in 20,000 lacks a class
     people = drawn[whole].var(ddof=1) * participants / (participants - 1)
     total, unsure = people, people**2 / (participants - 1)
     for found, by_seed in replicates:
@@ -220,20 +219,19 @@ def variance(drawn: np.ndarray, participants: int,
 
 
 def interval(value: float, variance: float, freedom: float, metric: str = "") -> tuple[float, float]:
-    """Student's 95 % interval, of an AUC on the scale of its log-odds, of an error on that of its logarithm.
+    """Compute Student's 95 % interval: on the logit scale for an AUC, on the log scale for an error.
 
-    On these scales it is near to symmetric, and keeps to what the metric can be. In simulations (1,500 each), what
-    should hold the truth in 95 of 100 cases does so in 98 at an AUC of .95 with ten or twenty participants of each
-    class, and in 95 with sixty, where the bootstrap's quantiles do in 98, 91 and 92; of an error with 10, 20 and 60
-    participants in 95, 94 and 94, where quantiles do in 89, 91 and 93.
+    On these scales it is nearly symmetric, and it stays in the metric's range. Coverage in simulations (1,500 each):
+    for an AUC of .95 with 10, 20 and 60 participants per class 98, 98 and 95 % (bootstrap quantiles: 98, 91 and
+    92 %); for an error with 10, 20 and 60 participants 95, 94 and 94 % (quantiles: 89, 91 and 93 %).
 
     Args:
-        metric: of `METRICS`; any other, or none, such as a difference, is left on its own scale.
+        metric: one of `METRICS`; anything else, such as a difference, stays on its own scale.
 
     Returns:
-        low, high; nan where there is no variance.
+        low, high; nan if there is no variance.
     """
-    if not variance > 1e-24:  # rounding
+    if not variance > 1e-24:  # zero but for rounding
         return np.nan, np.nan
     to, back, slope = {"auc": (logit, expit, value * (1 - value)),
                        "mean_absolute_error": (np.log, np.exp, value)}.get(metric, (float, float, 1.0))
@@ -242,16 +240,16 @@ def interval(value: float, variance: float, freedom: float, metric: str = "") ->
 
 
 def further_metrics(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray, kind: str) -> dict[str, float]:
-    """What is asked for beside `METRICS`; nan where it is not defined, such as where a class is absent.
+    """Compute metrics beyond `METRICS`; nan where undefined, such as when a class is absent.
 
-    Scans of several folds are taken as on one scale here (unlike in `auc`).
+    Scans of several folds are treated as on one scale (unlike in `auc`).
 
-    - classes: balanced_accuracy (log-odds above 0, or the largest logit), brier (mean over classes where there are
-      more than two); of two classes average_precision, sensitivity_at_90_specificity (on the ROC curve, no
-      interpolation), calibration_slope and calibration_intercept (logistic recalibration: slope 1, and with the
-      slope held at 1 intercept 0 are perfect; Van Calster et al. 2019)
-    - numbers: rmse, r2, correlation (Pearson), bias_slope: by how much the error (predicted - true) changes with each
-      unit of the truth; -1 is that of always guessing the mean, 0 is none
+    - classification: balanced_accuracy (log-odds above 0, or the largest logit), brier (mean over classes if there are
+      more than two). For two classes also average_precision, sensitivity_at_90_specificity (on the ROC curve, no
+      interpolation), calibration_slope and calibration_intercept (logistic recalibration; ideal is slope 1, and
+      intercept 0 with the slope fixed at 1; Van Calster et al. 2019)
+    - regression: rmse, r2, correlation (Pearson), bias_slope: change of the error (predicted - true) per unit of the
+      truth; -1 for always guessing the mean, 0 for no bias
 
     Args:
         true, weight: (rows,); see `per_participant`.
@@ -285,10 +283,10 @@ def further_metrics(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray,
 
 
 def _calibration(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Slope (nan where one log-odds parts the classes: it would be endless) and intercept."""
+    """Calibration slope and intercept; the slope is nan if a threshold separates the classes (it would be infinite)."""
     slope = np.nan
     if predicted[true == 0].max() > predicted[true == 1].min() and np.ptp(predicted) > 0:
-        spread = predicted.std()  # the solver wants numbers near 1
+        spread = predicted.std()  # the solver needs values near 1
         model = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000)
         slope = float(model.fit(predicted[:, None] / spread, true, sample_weight=weight).coef_[0, 0] / spread)
     far = np.abs(predicted).max() + 50
@@ -297,13 +295,13 @@ def _calibration(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray) ->
 
 def bias_corrected(validation_true: np.ndarray, validation_predicted: np.ndarray,
                    predicted: np.ndarray) -> np.ndarray:
-    """Predictions without their pull to the mean: predicted = a + b·true is fitted in validation, and undone.
+    """Correct predictions for their pull to the mean: fit predicted = a + b·true on validation and invert it.
 
-    The form that needs no true age of those tested; see de Lange & Cole 2020, "Commentary: Correction procedures in
-    brain-age prediction". It widens what noise there is: the error often grows.
+    This form does not need the true age of tested participants; see de Lange & Cole 2020, "Commentary: Correction
+    procedures in brain-age prediction". It amplifies noise, so the error often grows.
 
     Args:
-        validation_true, validation_predicted: (participants,) of whom nobody is tested.
+        validation_true, validation_predicted: (participants,), none of them tested.
         predicted: (rows,) to correct.
 
     Raises:
@@ -319,14 +317,14 @@ def bias_corrected(validation_true: np.ndarray, validation_predicted: np.ndarray
 def within_bands(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: Sequence[str],
                  covariate: np.ndarray, edges: Sequence[float], seed: int = 0,
                  folds: Sequence[int] | None = None) -> pd.DataFrame:
-    """`score` within bands of a covariate, such as age: what is left of a diagnosis among people of one age.
+    """`score` within bands of a covariate, such as how well a diagnosis is predicted among people of similar age.
 
     Args:
-        covariate: (scans,); where it is nan, a scan is in no band.
-        edges: ascending; a band is from one up to, and without, the next.
+        covariate: (scans,); scans with nan are in no band.
+        edges: ascending; a band includes its lower edge and excludes its upper one.
 
     Returns:
-        a row a band that holds anybody: from, to, value, low, high, participants.
+        one row per non-empty band: from, to, value, low, high, participants.
     """
     rows = []
     for lower, upper in zip(edges[:-1], edges[1:], strict=True):
@@ -340,20 +338,19 @@ def within_bands(labels: np.ndarray, predictions: np.ndarray, kind: str, partici
 
 def matched(participants: Sequence[str], case: np.ndarray, age: np.ndarray, sex: np.ndarray,
             caliper: float = 2.0) -> np.ndarray:
-    """Pair each case with a control of the same sex and about the same age; who has no partner is left out.
+    """Pair each case with a control of the same sex and about the same age; people without a partner are left out.
 
-    As many pairs as there can be, and of these choices the one of the smallest sum of differences in age ("optimal"
-    1:1 matching, Rosenbaum 1989).
+    Makes as many pairs as possible with the smallest total age difference ("optimal" 1:1 matching, Rosenbaum 1989).
 
     Args:
         participants: (people,) names, each once.
         case: (people,) 1 for cases, 0 for controls.
-        age: (people,) years; who has none, or no sex, is left out.
+        age: (people,) years; people without an age or sex are left out.
         sex: (people,) any values.
-        caliper: the largest difference of a pair's ages, in years.
+        caliper: largest age difference within a pair, in years.
 
     Returns:
-        (people,) bool: who remains.
+        (people,) bool: who is in a pair.
 
     Raises:
         ValueError: a participant has several rows.
@@ -363,11 +360,11 @@ def matched(participants: Sequence[str], case: np.ndarray, age: np.ndarray, sex:
     if len(twice):
         raise ValueError(f"matching: {twice.iloc[0]} has several rows; give one row a participant")
     keep = np.zeros(len(people), bool)
-    ordered = people.dropna().sort_values(["age", "participant"])  # rows in another order: the same pairs
+    ordered = people.dropna().sort_values(["age", "participant"])  # the order of rows does not change the pairs
     for _, group in ordered.groupby("sex"):
         cases, controls = group[group["case"] == 1], group[group["case"] == 0]
         apart = np.abs(cases["age"].to_numpy()[:, None] - controls["age"].to_numpy())
-        # one pair less is worse than any sum of differences within the caliper
+        # losing a pair costs more than any sum of differences within the caliper
         first, second = linear_sum_assignment(np.where(apart <= caliper, apart, (caliper + 1) * (len(group) + 1)))
         near = apart[first, second] <= caliper
         keep[cases.index[first[near]]] = keep[controls.index[second[near]]] = True

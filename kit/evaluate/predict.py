@@ -1,4 +1,4 @@
-"""What a network gives for each scan: predictions of a head, features of an encoder."""
+"""Run a network over scans: predictions of a head, features of an encoder."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from kit.store.sampler import in_order
 
 @torch.no_grad()
 def predict(model: nn.Module, scans: PreparedScans, batch_size: int | None = None) -> np.ndarray:
-    """(scans, width) float32: what a model gives for each scan, in evaluation mode and in float32 all through.
+    """Run a model over scans in evaluation mode and float32; returns (scans, width) float32.
 
-    `batch_size` scans run at a time, if not given as many as `scans_at_a_time` says.
+    The default `batch_size` is `scans_at_a_time`.
     """
     on_device(model).eval()
     parts = []
@@ -32,23 +32,23 @@ def predict(model: nn.Module, scans: PreparedScans, batch_size: int | None = Non
 
 
 def predict_tested(task: Task, predictor: Predictor) -> dict[str, np.ndarray]:
-    """What a predictor says of each tested part: (scans,) log-odds or numbers, (scans, K) logits of K > 2 classes."""
+    """Predict each tested part: (scans,) log-odds or numbers, or (scans, K) logits of K > 2 classes."""
     return predict_parts(task, predictor, task.tested)
 
 
 def predict_parts(task: Task, predictor: Predictor, parts: Iterable[str]) -> dict[str, np.ndarray]:
-    """As `predict_tested`, of these parts."""
+    """As `predict_tested`, for the given parts."""
     return {name: in_label_units(predictor, predict(predictor, task.parts[name].scans())) for name in parts}
 
 
 def in_label_units(predictor: Predictor, raw: np.ndarray) -> np.ndarray:
-    """(scans, outputs) of a predictor -> (scans,) log-odds or numbers in the label's unit, or (scans, K) logits."""
+    """Convert (scans, outputs) to (scans,) log-odds or numbers in the label's unit, or (scans, K) logits."""
     values = raw * float(predictor.sd) + float(predictor.mean)
     return values if predictor.outputs > 1 else values[:, 0]
 
 
 def prediction_columns(predictions: np.ndarray) -> dict[str, np.ndarray]:
-    """Predictions as a table's columns: `predicted`, or of K > 2 classes `predicted_0` to `predicted_{K-1}`."""
+    """Name predictions as table columns: `predicted`, or for K > 2 classes `predicted_0` to `predicted_{K-1}`."""
     if predictions.ndim == 1:
         return {"predicted": predictions}
     return {f"predicted_{number}": values for number, values in enumerate(predictions.T)}

@@ -1,8 +1,8 @@
-"""What a fine-tuned model says of a scan without a label, with an interval that its validation scans bear out.
+"""Predictions for scans without a label, with intervals calibrated on the validation scans.
 
-Split conformal prediction (Vovk et al. 2005; Lei et al. 2018, doi:10.1080/01621459.2017.1307116): the true value lies
-in the interval for 90 % of people who are drawn as the validation participants were. These chose when training
-stopped, so that the intervals are a little too narrow, and of scans unlike them nothing is promised.
+Split conformal prediction (Vovk et al. 2005; Lei et al. 2018, doi:10.1080/01621459.2017.1307116): the interval covers
+the true value for 90 % of people from the same population as the validation participants. Validation also chose when
+training stopped, so the intervals are slightly too narrow. For scans from another population nothing is guaranteed.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import pandas as pd
 from scipy.special import expit, softmax
 
 COVERAGE = 0.9
-LEAST = 9  # validation scans without which no interval holds 90 %
+LEAST = 9  # fewest validation scans for a 90 % interval
 
 
 def conformal_quantile(scores: np.ndarray) -> float:
-    """The score that 90 % of new ones do not pass, (scans,) -> a number; infinite where there are too few scans."""
+    """Bound that 90 % of new scores stay within, from scores (scans,); infinite if there are too few scans."""
     rank = int(np.ceil((len(scores) + 1) * COVERAGE))
     return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else float("inf")
 
 
 def number_columns(values: np.ndarray, validation: pd.DataFrame) -> pd.DataFrame:
-    """Predicted numbers (scans,) with their intervals: predicted, low, high, in the label's unit."""
+    """Table of predicted numbers (scans,) with intervals: predicted, low, high, in the label's unit."""
     wide = conformal_quantile((validation["true"] - validation["predicted"]).abs().to_numpy())
     low, high = (values - wide, values + wide) if np.isfinite(wide) else (np.full(len(values), np.nan),) * 2
     return pd.DataFrame({"predicted": values, "low": low, "high": high})
 
 
 def class_columns(logits: np.ndarray, classes: Sequence[str], validation: pd.DataFrame) -> pd.DataFrame:
-    """Predicted classes: predicted, `probability_CLASS` of each, and `possible`, the classes that are not ruled out.
+    """Table of predicted classes: predicted, `probability_CLASS` for each class, and `possible`, those not ruled out.
 
     Args:
         logits: (scans,) log-odds of the second class, or (scans, classes).
-        validation: columns true, and predicted or predicted_0 …, likewise.
+        validation: columns true, and predicted or predicted_0 … in the same form.
     """
     names = [str(name) for name in classes]
     found = _probabilities(logits)
@@ -45,7 +45,7 @@ def class_columns(logits: np.ndarray, classes: Sequence[str], validation: pd.Dat
                            else validation[columns].to_numpy())
     worst = conformal_quantile(1 - known[np.arange(len(known)), validation["true"].astype(int)])
     possible = 1 - found <= worst
-    possible[np.arange(len(found)), found.argmax(1)] = True  # never nothing
+    possible[np.arange(len(found)), found.argmax(1)] = True  # the set is never empty
     table = pd.DataFrame({"predicted": [names[place] for place in found.argmax(1)]})
     for place, name in enumerate(names):
         table[f"probability_{name}"] = found[:, place]
@@ -54,5 +54,5 @@ def class_columns(logits: np.ndarray, classes: Sequence[str], validation: pd.Dat
 
 
 def _probabilities(logits: np.ndarray) -> np.ndarray:
-    """(scans,) log-odds or (scans, classes) logits -> (scans, classes)."""
+    """Convert (scans,) log-odds or (scans, classes) logits to probabilities (scans, classes)."""
     return np.stack([expit(-logits), expit(logits)], 1) if logits.ndim == 1 else softmax(logits, 1)

@@ -10,15 +10,15 @@ from sklearn.preprocessing import StandardScaler
 from kit.evaluate.metrics import auc, one_vs_rest
 from kit.evaluate.tasks import Task
 
-PENALTIES = tuple(10.0 ** power for power in range(-4, 5))  # of probes
+PENALTIES = tuple(10.0 ** power for power in range(-4, 5))  # ridge, or 1 / C of logistic regression
 
 
 def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.ndarray, validation_labels: np.ndarray,
               kind: str) -> Pipeline:
-    """Standardise, then logistic or ridge regression; the penalty is the best on validation participants.
+    """Standardise, then fit logistic or ridge regression, with the penalty that does best on validation.
 
-    The best has the largest AUC (of several classes: macro one-versus-rest) or the least squared error; among equals
-    the stronger penalty is taken.
+    Best means the largest AUC (macro one-versus-rest for several classes) or the smallest squared error; ties go to
+    the stronger penalty.
 
     Args:
         features, validation_features: (scans, width) float.
@@ -36,17 +36,17 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.
             return -_auc(validation_labels, guess)
         return float(np.square(validation_labels - guess).mean())
 
-    # among equals the stronger penalty: it comes first
+    # ties go to the first, the stronger penalty
     return min((fitted(penalty) for penalty in reversed(PENALTIES)), key=loss)
 
 
 def predict_probe(probe: Pipeline, features: np.ndarray, kind: str) -> np.ndarray:
-    """(scans,) log-odds of class 1, or the number; of K > 2 classes (scans, K) logits."""
+    """Predict (scans,) log-odds of class 1, or the number; for K > 2 classes (scans, K) logits."""
     return probe.decision_function(features) if kind == "classification" else probe.predict(features)
 
 
 def probe_tested(task: Task, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Fit a linear probe on the training part's features; predictions for each tested part that has features."""
+    """Fit a linear probe on the training part's features and predict each tested part that has features."""
     kind, parts = task.labels.kind, task.parts
     fitted = fit_probe(features["train"], parts["train"].labels, features["validation"], parts["validation"].labels,
                        kind)
@@ -54,7 +54,7 @@ def probe_tested(task: Task, features: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def _auc(labels: np.ndarray, guess: np.ndarray) -> float:
-    """Exact, so that ties are equal; of several classes the mean of those that there are, for few labels lack some."""
+    """Exact AUC, so that ties are equal; for several classes the mean over those present (few labels lack some)."""
     even = np.ones((1, len(labels)))
     if guess.ndim == 1:
         return float(auc(labels, guess, even)[0])

@@ -1,6 +1,6 @@
-"""Repeat and scanner reliability: how alike one person's scans are to an encoder or a model.
+"""Repeat-scan and scanner reliability of an encoder's features or a model's predictions.
 
-Published for comparison: an ICC of 0.25 for the paper's model, 0.45 for BrainIAC and 0.93 for FreeSurfer's volumes.
+Published ICCs for comparison: 0.25 for the paper's model, 0.45 for BrainIAC and 0.93 for FreeSurfer's volumes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from kit.store.leakage import check_encoder
 from kit.store.store import Store
 
 RESAMPLES = 500
-LEAST_PARTICIPANTS = 5  # that an interval needs: with fewer, too few different ones are drawn
-MOST = 1 - 1e-9  # the largest ICC that the z of an interval is taken of
+LEAST_PARTICIPANTS = 5  # needed for an interval: with fewer, draws hold too few distinct people
+MOST = 1 - 1e-9  # ICCs are clipped here before Fisher's z
 
 
 class ReliabilityError(KitError, ValueError):
@@ -34,9 +34,9 @@ class ReliabilityError(KitError, ValueError):
 
 
 class Components(NamedTuple):
-    """Variance of each feature, (width,): between people, between sites (or sessions), and the rest.
+    """Variance components of each feature, (width,): people, sites (or sessions), and residual.
 
-    An estimate below 0 stays as it is: that keeps the ICC unbiased.
+    Negative estimates are kept, so that the ICC stays unbiased.
     """
 
     person: np.ndarray
@@ -44,36 +44,36 @@ class Components(NamedTuple):
     rest: np.ndarray
 
     def agreement(self) -> np.ndarray:
-        """ICC(2,1) of Shrout and Fleiss (1979), (width,): a shift between sites counts as an error."""
+        """ICC(2,1) of Shrout and Fleiss (1979), (width,): a shift between sites counts as error."""
         return _ratio(self.person, self.person + self.site + self.rest)
 
     def consistency(self) -> np.ndarray:
-        """ICC(3,1), (width,): a shift that is the same for everybody does not count."""
+        """ICC(3,1), (width,): a shift between sites that is the same for everyone does not count."""
         return _ratio(self.person, self.person + self.rest)
 
     def shares(self) -> tuple[float, float]:
-        """The shares of person and of site in the variance of all features together."""
+        """Shares of person and site in the total variance of all features."""
         sums = np.array([values.clip(min=0).sum() for values in self])
         return tuple(_ratio(sums, sums.sum())[:2].tolist())
 
 
 def variance_components(values: np.ndarray, people: Sequence, sites: Sequence) -> Components:
-    """Two-way analysis of variance without interaction, people and sites both random.
+    """Run a two-way random-effects analysis of variance without interaction, over people and sites.
 
-    Not everyone needs to have been everywhere: sums of squares are of least squares (Henderson's method III; Searle,
-    Casella and McCulloch 1992). With everyone once at each site they are those of Shrout and Fleiss.
+    The design may be unbalanced: sums of squares are from least squares (Henderson's method III; Searle, Casella and
+    McCulloch 1992). With one scan of everyone at every site they equal those of Shrout and Fleiss.
 
     Args:
         values: (scans, width).
-        people, sites: (scans,) whose scan it is, and from where or when. Where nobody was at two sites, these cannot
-            be told from people, and their variance is 0.
+        people, sites: (scans,) each scan's person, and its site or session. If nobody was at two sites, site and
+            person effects cannot be separated, and the variance of sites is 0.
 
     Returns:
-        nan where there are no more scans than unknowns.
+        the components; nan if there are no more scans than unknowns.
     """
     values = values.astype(float) - values.mean(0)
     person, site = (pd.factorize(np.asarray(names))[0] for names in (people, sites))
-    scans = np.zeros((person.max() + 1, site.max() + 1))  # of each person at each site
+    scans = np.zeros((person.max() + 1, site.max() + 1))  # counts by person and site
     np.add.at(scans, (person, site), 1)
     within = _centred(values, person)
     dummies = _centred(np.eye(scans.shape[1])[site], person)
@@ -89,14 +89,14 @@ def variance_components(values: np.ndarray, people: Sequence, sites: Sequence) -
 
 
 def found_again(values: np.ndarray, people: Sequence) -> tuple[float, float]:
-    """How often the scan nearest to one is of the same person, and how often it would be by chance.
+    """Share of scans whose nearest other scan is of the same person, and the share expected by chance.
 
-    Candidates are all other scans, those of other people at the same site too. Nearest is by cosine, or with one
-    column (a prediction) by difference; among ties each candidate counts in part.
+    Candidates are all other scans, including other people's at the same site. Distance is cosine, or the absolute
+    difference for one column (a prediction); tied candidates count in part.
 
     Args:
         values: (scans, width).
-        people: (scans,); each has two scans or more.
+        people: (scans,); each person has two scans or more.
     """
     apart = pairwise_distances(values.astype(float), metric="cosine" if values.shape[1] > 1 else "manhattan")
     same = np.equal.outer(np.asarray(people), np.asarray(people))
@@ -108,29 +108,29 @@ def found_again(values: np.ndarray, people: Sequence) -> tuple[float, float]:
 
 def reliability(values: np.ndarray, people: Sequence, sites: Sequence, encoder: str = "", what: str = "features",
                 seed: int = 0) -> pd.DataFrame:
-    """Reliability of features or predictions in one row.
+    """Summarise the reliability of features or predictions in one row.
 
-    Participants with one scan are left out; all scans of the others count, whichever sites they come from.
+    Participants with one scan are left out; all scans of the others count, from any site.
 
     Args:
         values: (scans, width) features or (scans,) predictions.
-        people, sites: (scans,) whose scan it is, and at which site or session. The sites are the judges of the ICC.
+        people, sites: (scans,) each scan's person, and its site or session (the raters of the ICC).
         encoder, what: copied into the row.
         seed: of the interval's bootstrap.
 
     Returns:
-        `encoder, what`; `icc` (median over features of ICC(2,1)) with its 95 % interval by the bootstrap over
-        participants, nan with fewer than `LEAST_PARTICIPANTS`; `found_again, chance`; `variance_person,
-        variance_site` (shares, the rest is neither's); `participants, scans`.
+        `encoder, what`; `icc` (median over features of ICC(2,1)) with its 95 % bootstrap interval over participants,
+        nan with fewer than `LEAST_PARTICIPANTS`; `found_again, chance`; `variance_person, variance_site` (shares; the
+        remainder is residual); `participants, scans`.
 
     Raises:
-        ReliabilityError: fewer than two participants have several scans, or nothing is left for an error.
+        ReliabilityError: fewer than two participants have several scans, or no degrees of freedom are left for error.
     """
     values, people, sites = np.asarray(values), np.asarray(people), np.asarray(sites)
     values = values[:, None] if values.ndim == 1 else values
     several = pd.Series(people).duplicated(keep=False).to_numpy()
     values, people, sites = values[several], people[several], sites[several]
-    rows = list(pd.Series(people).groupby(people).indices.values())  # of each participant
+    rows = list(pd.Series(people).groupby(people).indices.values())  # by participant
     parts = variance_components(values, people, sites) if len(rows) > 1 else None
     if parts is None or np.isnan(parts.rest).all():
         raise ReliabilityError(f"{what}: {len(values)} scans of {len(rows)} participants with several scans; needed "
@@ -148,15 +148,15 @@ def reliability(values: np.ndarray, people: Sequence, sites: Sequence, encoder: 
 def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str = "features", by: str = "session",
                    record: dict[str, Any] | None = None, accept_flags: Sequence[str] = (),
                    aliases: Aliases | None = None, seed: int = 0) -> pd.DataFrame:
-    """Reliability of what a network gives for the participants of a store who have several scans.
+    """Measure the reliability of a network's output on a store's participants with several scans.
 
-    Where the index has the split "travelling" (the same heads at every site), those alone are taken.
+    If the index has the split "travelling" (the same people scanned at every site), only those scans are used.
 
     Args:
         encoder: an encoder, or a predictor (then say so in `what`).
         name: of the encoder, for the row.
-        by: the column that tells a person's scans apart: "session" or "site".
-        record: the encoder's; participants that it has seen in pretraining are left out.
+        by: column that distinguishes a person's scans: "session" or "site".
+        record: the encoder's; participants seen in pretraining are left out.
         accept_flags: see `kit.preprocess.quality.usable`.
 
     Returns:
@@ -176,16 +176,16 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
     if ids.nunique() < 2:
         raise ReliabilityError(f"{shown(store.folder)}: {ids.nunique()} participants with several usable scans that "
                                "the encoder has not seen; reliability needs two or more")
-    check_encoder(record or {}, store, rows, ids, aliases=aliases)  # nor has it under another name
+    check_encoder(record or {}, store, rows, ids, aliases=aliases)  # nor seen under another name
     return reliability(predict(encoder, PreparedScans(store, rows)), ids, rows[by], name, what, seed)
 
 
 def _interval(icc: float, values: np.ndarray, sites: np.ndarray, rows: list[np.ndarray],
               seed: int) -> tuple[float, float]:
-    """A 95 % interval of the median ICC: Student's t times the bootstrap's spread, on the scale of Fisher's z.
+    """95 % interval of the median ICC: Student's t times the bootstrap's standard deviation, on Fisher's z scale.
 
-    In simulations with 8 participants at 4 sites it held an ICC of 0.5 in 95 of 100 cases; percentiles of the
-    bootstrap did in 78 (with 30 participants: 93 and 88).
+    In simulations with 8 participants at 4 sites it covered an ICC of 0.5 in 95 % of cases, bootstrap percentiles in
+    78 % (with 30 participants: 93 and 88 %).
     """
     rng = np.random.default_rng(seed)
     drawn = np.array([_median(_resampled(values, sites, rows, rng).agreement()) for _ in range(RESAMPLES)])
@@ -195,7 +195,7 @@ def _interval(icc: float, values: np.ndarray, sites: np.ndarray, rows: list[np.n
 
 
 def _resampled(values: np.ndarray, sites: np.ndarray, rows: list[np.ndarray], rng: np.random.Generator) -> Components:
-    """The components of as many participants, drawn with replacement; one drawn twice is two."""
+    """Components of a bootstrap sample of participants; one drawn twice counts as two people."""
     drawn = [rows[each] for each in rng.integers(len(rows), size=len(rows))]
     every = np.concatenate(drawn)
     people = np.repeat(np.arange(len(rows)), [len(each) for each in drawn])
@@ -203,17 +203,17 @@ def _resampled(values: np.ndarray, sites: np.ndarray, rows: list[np.ndarray], rn
 
 
 def _centred(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(scans, width): what is left when the mean of each scan's group is taken away."""
+    """Subtract each group's mean: (scans, width)."""
     members = sparse.csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))))
     return values - (members @ values / members.sum(1)[:, None])[groups]
 
 
 def _ratio(values: np.ndarray, totals: np.ndarray | float) -> np.ndarray:
-    """values / totals; nan where nothing varies."""
+    """values / totals; nan where the total is not above 0."""
     totals = np.broadcast_to(totals, np.shape(values))
     return np.divide(values, totals, out=np.full(np.shape(values), np.nan), where=totals > 0)
 
 
 def _median(values: np.ndarray) -> float:
-    """Of the features that vary."""
+    """Median over the finite values, which are those of features that vary."""
     return float(np.median(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan

@@ -1,4 +1,4 @@
-"""Downstream tasks: a label with its participants split, once or in folds, checked for leakage."""
+"""Downstream tasks: a label with its participant-level split or folds, checked for leakage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kit.store.store import Store
 
 @dataclass(frozen=True)
 class Part:
-    """Some labelled scans: rows of a store's index with their labels and participants."""
+    """Labelled scans: rows of a store's index with their labels and participants."""
 
     store: Store
     rows: pd.DataFrame
@@ -31,21 +31,21 @@ class Part:
     participants: pd.Series
 
     def scans(self) -> PreparedScans:
-        """As a torch dataset; see there."""
+        """The scans as a torch dataset; see `PreparedScans`."""
         return PreparedScans(self.store, self.rows, self.labels)
 
     def only(self, keep: np.ndarray) -> Part:
-        """The rows where `keep` (rows,) is true."""
+        """Select the rows where `keep` (rows,) is true."""
         return Part(self.store, self.rows[keep], self.labels[keep], self.participants[keep])
 
 
 @dataclass(frozen=True)
 class Task:
-    """A label with its participants split.
+    """A label and its split by participant.
 
     Attributes:
         parts: train, validation, test, and further test sets by their names.
-        fold: which of cross-validation's; 0 where there is one split.
+        fold: number of the cross-validation fold; 0 for a single split.
     """
 
     labels: Labels
@@ -54,11 +54,11 @@ class Task:
 
     @property
     def tested(self) -> dict[str, str]:
-        """The tested parts and what their distribution is called: `in_distribution`, or the test set's name."""
+        """The tested parts with the name of their distribution: `in_distribution`, or the test set's name."""
         return {name: "in_distribution" if name == "test" else name for name in self.parts if name not in LEARNED}
 
     def with_labels_for(self, fraction: float, seed: int) -> Task:
-        """The task with labels for a fraction of the participants of train and of validation: few labels are few."""
+        """The task with labels for only a fraction of the training and of the validation participants."""
         few = {name: part.only(label_subset(part.participants, part.labels, self.labels.kind, fraction, seed))
                for name, part in self.parts.items() if name in LEARNED}
         return replace(self, parts=self.parts | few)
@@ -67,7 +67,7 @@ class Task:
 def tasks_of(params: Tuning, stores: Mapping[str, Store], task: str, kind: str = "auto",
              missing_codes: Iterable[str | float] = (), aliases: Aliases | None = None,
              only: Collection[int] | None = None) -> list[Task]:
-    """A label's tasks as a notebook's parameters ask for them; see `read_tasks`.
+    """Read a label's tasks as a notebook's parameters specify; see `read_tasks`.
 
     Args:
         stores: see `kit.evaluate.finetune.open_stores`.
@@ -83,29 +83,29 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
                accept_flags: Sequence[str] = (), missing_codes: Iterable[str | float] = (),
                rows_are_people: bool = False, aliases: Aliases | None = None,
                only: Collection[int] | None = None) -> list[Task]:
-    """Split the labelled scans of one store by participant, once or in folds, and take those of others as test sets.
+    """Split the labelled scans of `prepared` by participant, once or in folds; other stores become test sets.
 
-    Scans that quality control calls unusable are left out of all parts; flagged ones, often pathology, are in all.
-    Of a test set whose index has a column `split` the rows of `out_of_distribution` and `test` are taken, if there
-    are any, else all; of `prepared` itself only those of `out_of_distribution`.
+    Scans that quality control calls unusable are left out of all parts; flagged scans, often pathology, are kept.
+    From a test set whose index has a column `split`, rows of `out_of_distribution` and `test` are used, or all rows
+    if there are none. If the test set is `prepared` itself, only its `out_of_distribution` rows are used.
 
     Args:
         stores: `prepared`, and test sets by their names.
         accept_flags: see `kit.preprocess.quality.usable`.
-        missing_codes: values of the label that stand for a missing one.
-        rows_are_people: scans without a participant are each of another person.
-        aliases: who is known under several names.
-        only: folds to return, if not all; that one of them has no scan with this label is then an error.
+        missing_codes: values of the label that mean missing.
+        rows_are_people: treat each scan without a participant as another person.
+        aliases: people known under several names.
+        only: folds to return; None: all. A fold asked for by number must have a scan with this label.
 
     Returns:
-        one task a fold; a fold or site that has no scan with this label has none.
+        one task per fold; folds or sites without a scan with this label are skipped.
 
     Raises:
-        LabelError: the label cannot be used, a test set has other classes, or a part lacks scans or a class, or
-            training a second participant.
-        IdentityError: participants, or of two stores their datasets, have no name.
-        LeakageError: somebody, or a scan under two names, stands in two parts.
-        SplitError: the folds that are asked for cannot be made.
+        LabelError: the label cannot be used, a test set has other classes, a part lacks scans or a class, or training
+            has fewer than two participants.
+        IdentityError: participants have no name, or with two stores, datasets have none.
+        LeakageError: a participant, or a scan under two names, is in two parts.
+        SplitError: the requested folds cannot be made.
     """
     splitting, store = splitting or Splitting(), stores["prepared"]
     tests = {name: other for name, other in stores.items() if name != "prepared"}
@@ -140,7 +140,7 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
 
 
 def _labels_like(labels: Labels, name: str, store: Store, missing_codes: Sequence[str | float]) -> Labels:
-    """The same label of a test set, of the classes that are learned."""
+    """Read the same label from a test set, with the classes of training."""
     try:
         return read_labels(store.index, labels.task, labels.kind, missing_codes, labels.classes)
     except LabelError as error:
@@ -148,7 +148,7 @@ def _labels_like(labels: Labels, name: str, store: Store, missing_codes: Sequenc
 
 
 def _tested_rows(store: Store, of_itself: bool) -> np.ndarray:
-    """Which rows of a test set's store are tested, (rows,) bool."""
+    """Rows of a test set's store to test on, (rows,) bool."""
     everyone = np.ones(len(store.index), bool)
     if "split" not in store.index:
         return everyone
@@ -163,7 +163,7 @@ def _part(store: Store, labels: Labels, keep: np.ndarray, aliases: Aliases | Non
 
 
 def _check_part(task: Task, name: str, crossed: bool) -> None:
-    """Training needs all classes, other parts two; a fold's test one scan, for the folds are scored together."""
+    """Check a part's size: training needs all classes, other parts two; a fold's test set, scored jointly, one scan."""
     part, labels = task.parts[name], task.labels
     people, present, names = part.participants.nunique(), set(part.labels), labels.classes
     scans = 1 if crossed and name == "test" else 2
@@ -181,10 +181,10 @@ def _check_part(task: Task, name: str, crossed: bool) -> None:
 
 
 def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Aliases) -> list[str]:
-    """Check that an encoder, by its record, saw nobody and no scan that it is tested on.
+    """Check by an encoder's record that it saw none of the tested participants and scans.
 
     Returns:
-        what cannot be checked, a line each: published weights that were trained on a tested part's dataset.
+        warnings about what cannot be checked: published weights trained on a tested part's dataset.
 
     Raises:
         LeakageError, IdentityError: see `kit.store.leakage.check_encoder`.
@@ -207,17 +207,17 @@ def score_tested(task: Task, predictions: dict[str, np.ndarray], seed: int) -> d
 
 
 def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
-    """Where each test set is from, and what it shares with what trained the head and the encoder.
+    """Report each test set's origin and what it shares with the data that trained the head and the encoder.
 
-    Names are compared without case and leading zeros (`kit.cohort.identity.loose`), datasets' without punctuation.
+    Names are compared ignoring case and leading zeros (`kit.cohort.identity.loose`), dataset names also punctuation.
 
     Args:
-        record: the encoder's; that of random weights saw nothing.
+        record: the encoder's; random weights saw nothing.
 
     Returns:
-        A row a tested part: `distribution`; `dataset`, `site`, `scanner`, `manufacturer` (the names in it, "" where
-        none is said); `shares`, such as "site A (train), dataset ixi (pretraining)", "" for nothing; `unknown`, what
-        could not be compared, such as "site (pretraining)".
+        One row per tested part: `distribution`; `dataset`, `site`, `scanner`, `manufacturer` (names, "" if not
+        stated); `shares`, such as "site A (train), dataset ixi (pretraining)", "" for nothing; `unknown`, what could
+        not be compared, such as "site (pretraining)".
     """
     learned = {"train": {column: set(names) for column, names in places_of(task.parts["train"].rows).items()}}
     if record.get("participants") or {"seen", "datasets"} & set(record):
@@ -241,10 +241,10 @@ def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def covariates(part: Part) -> pd.DataFrame:
-    """Age and sex of a part's scans, to score within age bands or to match by.
+    """Age and sex of a part's scans, for age bands and matching.
 
     Returns:
-        A row a scan: `scan`, `participant` (the joined id), `age` (float, nan where unknown), `sex` (text, None where
+        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown), `sex` (text, None if
         unknown).
     """
     rows = part.rows

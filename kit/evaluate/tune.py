@@ -1,4 +1,4 @@
-"""Fine-tuning: all weights trained on a label, for as long as it helps, at the rate that validation prefers."""
+"""Fine-tuning: train all weights on a label, with learning rate and stopping point chosen on validation."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from kit.train.objectives import Supervised
 from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
-TRIES, JOB = "tries", "job.pt"  # in the run's folder: of each training its checkpoints; one training, for its processes
-LONGER = 3  # times the steps: who gains no more by them is trained
-DRAWS = 200  # of the bootstrap of a validation score
+TRIES, JOB = "tries", "job.pt"  # in the run's folder: checkpoints of each training; a `Job` for worker processes
+LONGER = 3  # times the steps: a model that gains nothing from them is trained
+DRAWS = 200  # bootstrap draws for a validation score
 
 
 class Choice(NamedTuple):
-    """What is chosen on validation."""
+    """Hyperparameters chosen on validation."""
 
     learning_rate: float
     weight_decay: float
@@ -54,18 +54,18 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """A fine-tuned model and how it came about.
+    """A fine-tuned model and how it was trained.
 
     Attributes:
-        predictor: with the weights of the lowest validation loss.
-        log: of its training, a row for each look at the validation scans; see `kit.train.loop.fit`.
+        predictor: with the weights of the best validation check: lowest loss, or best AUC (`select_by`).
+        log: of its training, one row per validation check; see `kit.train.loop.fit`.
         choice: learning rate and weight decay.
-        tries: a row a try: learning_rate, weight_decay, steps, stopped_early, validation_loss (the lowest),
+        tries: one row per try: learning_rate, weight_decay, steps, stopped_early, validation_loss (at the best check),
             validation_score.
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
-        standard_error: of that score, by the bootstrap over validation participants; nan where they are too few.
-        longer_score: the score after three times the steps at most.
-        trained: whether the two scores differ by no more than the standard error; None where nobody looked.
+        standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
+        longer_score: the score after up to three times the steps.
+        trained: whether the two scores differ by no more than the standard error; None if not checked.
     """
 
     predictor: Predictor
@@ -80,14 +80,14 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Job:
-    """One training, as another process can be handed it.
+    """One training run, in a form that can be passed to another process.
 
     Attributes:
-        settings: whose epochs are the looks at the validation scans, with `check_steps` steps between two of them.
+        settings: an epoch ends at each validation check, every `check_steps` steps.
         steps: at most.
-        by_score: the looks are compared by the AUC of the validation scans, not by their loss.
-        folder: of `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
-        home: the run's folder, whose stop file is heeded.
+        by_score: compare checks by validation AUC instead of loss.
+        folder: for `log.csv` and `checkpoints/`, from which training resumes; None keeps nothing on disk.
+        home: the run's folder, watched for a stop file.
     """
 
     task: Task
@@ -104,7 +104,7 @@ class Job:
     @classmethod
     def of(cls, task: Task, encoder: nn.Module, params: Tuning, seed: int, choice: Choice, times: int = 1,
            folder: Path | None = None, home: Path | None = None) -> Job:
-        """A training of `times` the steps that the parameters allow."""
+        """Make a job with `times` the steps that the parameters allow."""
         steps = times * params.steps
         settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=math.ceil(steps / params.check_steps),
                                warmup_fraction=params.warmup_steps / steps)
@@ -113,7 +113,7 @@ class Job:
                    folder, home)
 
     def objective(self) -> Supervised:
-        """A copy of the encoder with a new head, which the seed decides."""
+        """Copy the encoder and add a new head, initialised from the seed."""
         train, scaled = self.task.parts["train"], self.task.labels.kind == "regression" and self.standardise
         mean, sd = (float(train.labels.mean()), float(train.labels.std()) or 1.0) if scaled else (0.0, 1.0)
         with torch.random.fork_rng(devices=[]):
@@ -125,26 +125,27 @@ class Job:
 
 def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path | None = None,
          choice: Choice | None = None, home: Path | None = None, check: bool | None = None) -> Tuned:
-    """Fine-tune a copy of an encoder on a task's training part; all that is chosen is chosen on its validation part.
+    """Fine-tune a copy of an encoder on a task's training part; every choice is made on its validation part.
 
-    Each learning rate is tried with each weight decay, and the try of the lowest validation loss (or the best AUC,
-    `select_by`) is kept, at its best weights. Whether that is trained is then asked: a run that stopped early at a
-    constant rate would stop there whatever its budget; another is repeated with three times the steps.
+    Each learning rate is tried with each weight decay. The try with the lowest validation loss (or best AUC, see
+    `select_by`) is kept, at its best weights. Then `tune` checks whether training was long enough. A run that stopped
+    early at a constant learning rate passes, as more steps would not change it; any other is repeated with three times
+    the steps.
 
     Args:
         seed: of the head, the batches and the augmentation.
-        folder: for `tries/`, where a run that was killed or stopped goes on, and `tries.csv`; None keeps nothing on
-            disk. `tries/` stays, for the caller to remove once the results are written.
-        choice: known from elsewhere; then there is one try.
-        home: the run's folder, whose file `stop` is heeded; `folder` if not given.
-        check: ask whether it is trained; if not given, as the parameters say (`check_trained`).
+        folder: for `tries.csv` and `tries/`, from which a killed or stopped run resumes; None keeps nothing on disk.
+            The caller removes `tries/` once the results are written.
+        choice: hyperparameters already known; then there is one try.
+        home: the run's folder, watched for the file `stop`; `folder` if not given.
+        check: whether to check that training was long enough; None: as the parameters say (`check_trained`).
 
     Raises:
-        Stopped: it was asked to stop; the checkpoint and `unfinished.csv` in `home` are written.
+        Stopped: the run was asked to stop; the checkpoint and `unfinished.csv` in `home` are written.
         TrainingError, StoreError, MemoryError, CheckpointError: see `kit.train.loop.fit`.
     """
     if folder is None and params.processes() > 1:
-        with tempfile.TemporaryDirectory() as place:  # of which processes take what they train
+        with tempfile.TemporaryDirectory() as place:  # worker processes read their job from here
             return tune(task, encoder, params, seed, Path(place), choice, home, check)
     home, check = home or folder, params.check_trained if check is None else check
 
@@ -178,7 +179,7 @@ def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path
 
 
 def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
-    """Train in as many processes as the parameters say; the predictor has the weights of the lowest validation loss.
+    """Train in as many processes as the parameters say; the predictor has the weights of the best validation check.
 
     Returns:
         the predictor and the log; see `kit.train.loop.fit`.
@@ -204,7 +205,7 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
 
 
 def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
-    """Train in this process, alone or as one of several.
+    """Train in this process, alone or as one of several workers.
 
     Returns:
         the objective as `kit.train.loop.fit` leaves it, and the log.
@@ -236,14 +237,14 @@ def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
 
 
 def score_validation(task: Task, predictor: Predictor) -> float:
-    """AUC (of K > 2 classes the mean of one against the rest) or mean absolute error; participants count the same."""
+    """AUC (one-vs-rest mean for K > 2 classes) or mean absolute error on validation; participants count equally."""
     joined = _validation(task, predictor)
     return float(statistic(joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()[None],
                            task.labels.kind)[0])
 
 
 def standard_error(task: Task, predictor: Predictor, seed: int) -> float:
-    """Of the validation score, by the bootstrap over participants; nan where each draw lacks a class."""
+    """Standard error of the validation score by the bootstrap over participants; nan if too few draws have a score."""
     joined = _validation(task, predictor)
     true, predicted, weight = joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()
     codes, names = pd.factorize(joined["participant"])
@@ -254,7 +255,7 @@ def standard_error(task: Task, predictor: Predictor, seed: int) -> float:
 
 
 def _validation(task: Task, predictor: Predictor) -> pd.DataFrame:
-    """Predictions of the validation part, a row a participant and label; see `kit.evaluate.metrics.per_participant`."""
+    """Validation predictions, one row per participant and label; see `kit.evaluate.metrics.per_participant`."""
     part = task.parts["validation"]
     predicted = predict(predictor, part.scans()) * float(predictor.sd) + float(predictor.mean)
     predicted = predicted[:, 0] if predicted.shape[1] == 1 else predicted
@@ -267,7 +268,7 @@ def _looks_since_best(log: pd.DataFrame) -> int:
 
 @contextmanager
 def _stoppable(home: Path | None) -> Iterator[None]:
-    """Within it an interrupt asks the training to stop."""
+    """Within this context an interrupt asks the training to stop."""
     if home is None:
         yield
         return
@@ -281,7 +282,7 @@ def _stoppable(home: Path | None) -> Iterator[None]:
 
 
 def _worker(home: str) -> None:
-    """One of several processes; see `kit.train.distributed.launch`."""
+    """Run as one of several worker processes; see `kit.train.distributed.launch`."""
     with process_group():
         _train_noted(Path(home))
 
@@ -291,5 +292,5 @@ def _train_noted(home: Path) -> None:
         finetune(torch.load(home / JOB, map_location="cpu", weights_only=False))
 
 
-if __name__ == "__main__":  # python -m kit.evaluate.tune FOLDER WORKERS, which `launch_on_nodes` has srun start
+if __name__ == "__main__":  # python -m kit.evaluate.tune FOLDER WORKERS, started through srun by `launch_on_nodes`
     worker_of_slurm(Path(sys.argv[1]), int(sys.argv[2]), _train_noted)

@@ -1,4 +1,4 @@
-"""Brain volumes: of three tissues in prepared scans, region by region, or from a table of the user's."""
+"""Brain volumes: three tissues by region, measured in prepared scans, or volumes from a user's table."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from kit.store.grid import Grid
 from kit.store.store import Store
 
 TISSUES = ("csf", "grey", "white")
-FITTED = 5000  # voxels, evenly spread, that the mixture is fitted to
-CUBE_MM = 30.0  # regions where no atlas is given
-LEAST_ML = 9.0  # of the template's brain in a cube that is a region of its own: a third of it
-NAMES = ("scan", "dataset", "participant", "session")  # columns of a table that say whose row it is
+FITTED = 5000  # evenly spaced voxels that the mixture is fitted to
+CUBE_MM = 30.0  # side of the cubes used as regions without an atlas
+LEAST_ML = 9.0  # template brain that a cube needs to be its own region: a third of its volume
+NAMES = ("scan", "dataset", "participant", "session")  # a table's identifying columns
 
 
 def tissue_volumes(image: np.ndarray, mask: np.ndarray, regions: np.ndarray, voxel_ml: float) -> np.ndarray:
-    """Volumes of a T1-weighted scan's brain and tissues.
+    """Measure brain and tissue volumes in a T1-weighted scan.
 
     Args:
-        image, mask: (depth, height, width) intensities on any scale, and the brain.
-        regions: (depth, height, width) int, 0 where a voxel counts for the whole brain alone; see `regions_on`.
+        image, mask: (depth, height, width) intensities on any scale, and the brain mask.
+        regions: (depth, height, width) int; voxels with 0 count only towards the whole brain. See `regions_on`.
         voxel_ml: a voxel's volume in ml.
 
     Returns:
-        (1 + 3 + 3 * regions,) float32, ml: the brain (its mask), its CSF, grey and white matter, and these three of
-        each region in the order of labels.
+        (1 + 3 + 3 * regions,) float32, ml: the brain mask; its CSF, grey and white matter; then these three for each
+        region in the order of labels.
     """
     inside, voxels = regions[mask], image[mask].astype(np.float64)
     shares = tissue_shares(voxels)
@@ -46,10 +46,10 @@ def tissue_volumes(image: np.ndarray, mask: np.ndarray, regions: np.ndarray, vox
 
 
 def tissue_shares(voxels: np.ndarray) -> np.ndarray:
-    """How much of each voxel is CSF, grey and white matter: the memberships of a mixture of three Gaussians.
+    """Estimate each voxel's share of CSF, grey and white matter: posterior probabilities of a three-Gaussian mixture.
 
-    Noise is the same in all tissues, and so are the Gaussians' widths: with widths of their own, that of CSF, which
-    partial volume makes broad, takes the brightest voxels, too.
+    The Gaussians share one variance, as noise is the same in all tissues. With separate variances, CSF's is so broad
+    (partial volume) that it also claims the brightest voxels.
 
     Args:
         voxels: (voxels,) T1-weighted intensities inside the brain.
@@ -63,13 +63,13 @@ def tissue_shares(voxels: np.ndarray) -> np.ndarray:
 
 
 def regions_on(grid: Grid, atlas: Path | None = None) -> np.ndarray:
-    """Regions of the grid's template space, int (depth, height, width), numbered from 1.
+    """Make regions on the grid in template space, int (depth, height, width), numbered from 1.
 
-    They mean the same place in each scan only as far as scans are registered.
+    They correspond between scans only as well as the scans are registered.
 
     Args:
-        atlas: a NIfTI of labels in MNI millimetres, 0 outside; each voxel takes the label at its centre. None: cubes
-            of 30 mm, left and right apart; one with little of the template's brain goes to the nearest that has more.
+        atlas: a NIfTI of labels in MNI millimetres, 0 outside; each voxel takes the label at its centre. None: 30 mm
+            cubes, left and right kept apart; a cube with little template brain joins the nearest one with more.
 
     Raises:
         ScanError: the atlas cannot be read.
@@ -90,7 +90,7 @@ def _atlas_on(grid: Grid, atlas: Path) -> np.ndarray:
 def _cubes(grid: Grid) -> np.ndarray:
     voxels_mm = [start + grid.spacing_mm * np.arange(side)
                  for start, side in zip(grid.origin_mm[::-1], grid.shape, strict=True)]  # along z, y and x
-    places = [np.floor(each / CUBE_MM).astype(int) for each in voxels_mm]  # 0 begins at 0 mm: no cube has both sides
+    places = [np.floor(each / CUBE_MM).astype(int) for each in voxels_mm]  # edge at 0 mm: no cube crosses the midline
     counts = [each[-1] - each[0] + 1 for each in places]
     cube = np.ravel_multi_index(np.ix_(*[each - each[0] for each in places]), counts)
     at = np.indices(counts).reshape(3, -1).T + [each[0] for each in places]  # (cubes, 3)
@@ -104,22 +104,22 @@ def _cubes(grid: Grid) -> np.ndarray:
 
 
 def native_size(store: Store, rows: pd.DataFrame) -> np.ndarray:
-    """(scans,) by what volumes in prepared scans are multiplied to be the head's own.
+    """Factors (scans,) that convert volumes in prepared scans to native volumes.
 
-    Scans registered rigidly or not at all have the head's size: 1. Those registered affinely were brought to the
-    template's; the column `scale` of their index (see `kit.preprocess.quality`) says by how much.
+    The factor is 1 for scans registered rigidly or not at all. Affine registration scales heads to the template; the
+    factor then follows from the index's column `scale` (see `kit.preprocess.quality`).
     """
     affine = store.record["registration"] == "affine" and "scale" in rows
     return rows["scale"].to_numpy(np.float64) ** 3 if affine else np.ones(len(rows))
 
 
 def read_volumes(path: str | Path) -> pd.DataFrame:
-    """Read a table of volumes, such as FreeSurfer's `asegstats2table` writes: who, and columns of numbers.
+    """Read a table of volumes, such as `asegstats2table` of FreeSurfer writes: identifiers and columns of numbers.
 
     Raises:
-        TableError: no column `participant` or `scan`, no numbers, or two rows of one scan.
+        TableError: no column `participant` or `scan`, no numeric column, or two rows for one scan.
     """
-    def known(names: list[str]) -> list[str]:  # FreeSurfer calls the column of its subjects by the measure
+    def known(names: list[str]) -> list[str]:  # FreeSurfer names its subject column after the measure
         return headings(["participant" if name.startswith("Measure:") else name for name in names],
                         HEADINGS | {"scan": ("scan",)})
 
@@ -141,10 +141,10 @@ def read_volumes(path: str | Path) -> pd.DataFrame:
 
 
 def looked_up(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """The volumes of an index's rows, as `read_volumes` gave them; nan where the table lacks a scan.
+    """Look up volumes from `read_volumes` for an index's rows; nan where the table lacks a scan.
 
     Raises:
-        TableError: without a column `dataset`, a row may be a participant's of two datasets.
+        TableError: the table has no column `dataset`, and one of its participants is in several datasets.
     """
     keys = table.attrs["keys"]
     names = _names(rows, keys)
@@ -157,7 +157,7 @@ def looked_up(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _names(table: pd.DataFrame, keys: list[str]) -> pd.Index:
-    """Tuples of what says whose row it is, as names are compared everywhere; see `kit.cohort.identity.key`."""
+    """Identifying tuples of a table's rows, normalised as everywhere in the kit; see `kit.cohort.identity.key`."""
     cells = [table[key].map(lambda cell, key=key: loose(read_id(cell, "ses" if key == "session" else "sub")))
              if key != "scan" else table[key] for key in keys]
     return pd.Index(list(zip(*cells, strict=True)), tupleize_cols=False)

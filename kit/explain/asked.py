@@ -1,4 +1,4 @@
-"""A model, what is asked of it, and how: what maps and their checks are made with."""
+"""The model, the output to explain and the methods' options, from which maps and checks are made."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kit.store.store import Store
 
 
 class Asked(NamedTuple):
-    """What maps are made with.
+    """Everything needed to make maps.
 
     Attributes:
-        model: that is explained.
-        of: a model and a scan's name -> a module that gives one number a scan; see `kit.explain.targets.Question`.
-        words: what that number is.
+        model: the model to explain.
+        of: (model, scan name) -> a module that outputs one number per scan; see `kit.explain.targets.Question`.
+        words: a description of that number.
         store: of the scans.
         options: of the methods.
     """
@@ -30,13 +30,13 @@ class Asked(NamedTuple):
     options: Options = DEFAULTS
 
     def read(self, scan: str) -> tuple[np.ndarray, np.ndarray]:
-        """A scan, float32, and its mask: (depth, height, width) both."""
+        """Read a scan, float32, and its mask, both (depth, height, width)."""
         image, mask = self.store.read(scan)
         return image.astype(np.float32), mask
 
     def map(self, scan: str, method: str, *, model: nn.Module | None = None, image: np.ndarray | None = None,
             mask: np.ndarray | None = None) -> np.ndarray:
-        """One map, uncut: (depth, height, width) float32; of another model or of a changed scan where they are given.
+        """Make one map, not masked: (depth, height, width) float32; optionally for another model or a changed scan.
 
         Raises:
             MethodError, ValueError: see `kit.explain.saliency.attribution`.

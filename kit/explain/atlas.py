@@ -1,7 +1,7 @@
-"""Atlases: which region of the brain, and which side, a voxel of the prepared grid belongs to.
+"""Atlases: the brain region and side of each voxel of the prepared grid.
 
-From an installed deepmriprep or its wheel (data files alone; the package is not imported), Harvard-Oxford through
-nilearn, a NIfTI of labels with a table of their names, a cohort's own label maps, or the template's tissue maps.
+Sources: an installed deepmriprep or its wheel (data files only; the package is not imported), Harvard-Oxford through
+nilearn, a NIfTI of labels with a table of names, a cohort's own label maps, or the template's tissue maps.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from kit.store.grid import Grid
 from kit.store.store import Store, read_transform
 
 DEFAULT = "deepmriprep:aal3"
-COLUMN = "column"  # an atlas `column:NAME`: a column of the cohort names each scan's label map
-LEAST_INSIDE = 0.5  # of an atlas in MNI millimetres, this share of its voxels lies in the template's brain
+COLUMN = "column"  # `column:NAME` as atlas: a cohort column with the path of each scan's label map
+LEAST_INSIDE = 0.5  # smallest share of an MNI-space atlas's voxels that lies in the template's brain
 
 
 class Atlas(NamedTuple):
-    """Regions of a grid."""
+    """Labelled regions on a grid."""
 
-    labels: np.ndarray  # int32 (depth, height, width); 0 and labels that the table lacks are no region
+    labels: np.ndarray  # int32 (depth, height, width); 0 and labels missing from the table are no region
     affine: np.ndarray  # (4, 4), voxel (x, y, z) to MNI millimetres, RAS+
     table: pd.DataFrame  # label (int), region, side: left, right or both
     name: str
@@ -48,27 +48,26 @@ class Atlas(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """How an atlas lies on the template; shares 0-1."""
+    """How an atlas overlaps the template's brain, as shares 0-1."""
 
-    inside: float  # of the atlas, in the template's brain
-    covered: float  # of the template's brain, by the atlas
-    sides: float  # of voxels whose region's name says a side, on that side; nan where none does
+    inside: float  # share of the atlas inside the template's brain
+    covered: float  # share of the template's brain covered by the atlas
+    sides: float  # of the voxels in regions named left or right, the share on that side; nan if there are none
 
 
 def load_atlas(source: str | Path | None, grid: Grid, names: str | Path | None = None) -> Atlas:
-    """Load an atlas onto a grid: each voxel takes the label at its centre, so that small regions may be lost on coarse
-    grids.
+    """Load an atlas onto a grid. Each voxel takes the label at its centre, so coarse grids may lose small regions.
 
     Args:
-        source: `deepmriprep:NAME`, such as `deepmriprep:aal3`, from the installed package or from what
-            `$KIT_DEEPMRIPREP` names; `harvard-oxford`, which nilearn downloads once; `tissues`, the template's grey
-            matter, white matter and fluid; the path of a NIfTI of labels in MNI152 millimetres. None: AAL3 where there
-            is deepmriprep, else the tissues.
-        grid: whose voxels get labels.
-        names: of the labels of a NIfTI; see `label_names`.
+        source: `deepmriprep:NAME`, such as `deepmriprep:aal3`, from the installed package or the path in
+            `$KIT_DEEPMRIPREP`; `harvard-oxford`, which nilearn downloads once; `tissues`, the template's grey matter,
+            white matter and fluid; or the path of a NIfTI of labels in MNI152 millimetres. None: AAL3 if deepmriprep
+            is available, else the tissues.
+        grid: the grid to label.
+        names: names of a NIfTI's labels; see `label_names`.
 
     Raises:
-        AtlasError: it is not there, or does not lie on the template, or left and right are swapped.
+        AtlasError: the atlas is missing, does not overlap the template, or has left and right swapped.
         ScanError, TableError: a file cannot be read.
     """
     if source is None:
@@ -77,7 +76,7 @@ def load_atlas(source: str | Path | None, grid: Grid, names: str | Path | None =
 
 
 def atlas_for(params: Saliency, store: Store, scans: Sequence[str]) -> Atlas | dict[str, Atlas]:
-    """What `atlas` names: one for all scans, or of `column:NAME` each scan's own, from that column of `cohort`.
+    """Load the atlas that the parameters name: one for all scans, or with `column:NAME` each scan's own label map.
 
     Raises:
         AtlasError: see `load_atlas` and `own_atlases`.
@@ -89,7 +88,7 @@ def atlas_for(params: Saliency, store: Store, scans: Sequence[str]) -> Atlas | d
 
 
 def placement(atlas: Atlas, grid: Grid) -> Placement:
-    """Measure how an atlas lies on the template's brain, and whether left is left."""
+    """Measure how an atlas overlaps the template's brain, and whether its left is left."""
     labelled, brain = np.isin(atlas.labels, atlas.table["label"]), template_on(grid)[1]
     side = _lookup(atlas, atlas.table["side"].map({"left": -1, "right": 1, BOTH: 0}))[labelled]
     right = np.broadcast_to(_right_of_midline(grid), brain.shape)[labelled]
@@ -99,16 +98,16 @@ def placement(atlas: Atlas, grid: Grid) -> Placement:
 
 
 def own_atlas(store: Store, scan: str, path: str | Path, names: str | Path | None = None) -> Atlas:
-    """Carry a scan's own label map onto the prepared grid, by the transform that its preparation stored.
+    """Resample a scan's own label map onto the prepared grid, using the transform stored at preparation.
 
     Args:
-        store: where the scan lies.
+        store: holds the scan.
         scan: its name in the index.
-        path: of its label map, a file in the scan's own millimetres, 0 where there is no region.
-        names: of the labels; see `label_names`. None: a label is called by its number.
+        path: of its label map, in the scan's native space; 0 is no region.
+        names: names of the labels; see `label_names`. None: labels are named by number.
 
     Raises:
-        AtlasError: the label map does not lie on the prepared scan.
+        AtlasError: the label map does not overlap the prepared brain.
         ScanError, StoreError, TableError: a file cannot be read.
     """
     stored, affine = read_scan(path)
@@ -122,14 +121,14 @@ def own_atlas(store: Store, scan: str, path: str | Path, names: str | Path | Non
 
 def own_atlases(store: Store, scans: list[str], cohort: str | Path, column: str,
                 names: str | Path | None = None) -> dict[str, Atlas]:
-    """Carry scans' own label maps, such as FreeSurfer's or DLMUSE's, onto the prepared grid; by scan.
+    """Resample scans' own label maps, such as FreeSurfer's or DLMUSE's, onto the prepared grid; by scan.
 
     Args:
-        store: where the scans lie.
+        store: holds the scans.
         scans: names from the index.
         cohort: the table that the store was prepared from.
         column: its column of paths, such as `dlmuse_path`.
-        names: of the labels; see `label_names`.
+        names: names of the labels; see `label_names`.
 
     Raises:
         AtlasError: the table lacks the column, or a scan's label map.
@@ -187,7 +186,7 @@ def _of_deepmriprep(source: str, grid: Grid) -> Atlas:
 
 
 def _harvard_oxford(grid: Grid) -> Atlas:
-    """Cortex over subcortical structures, the likeliest region above a probability of 25 %."""
+    """Harvard-Oxford: the most likely region above 25 % probability, cortex taking precedence over subcortex."""
     from nilearn.datasets import fetch_atlas_harvard_oxford
 
     try:
@@ -209,7 +208,7 @@ def _harvard_oxford(grid: Grid) -> Atlas:
 
 
 def _tissues(grid: Grid) -> Atlas:
-    """The likeliest tissue at each voxel's centre; fluid is what is neither grey nor white matter."""
+    """The most likely tissue at each voxel's centre; fluid is what is neither grey nor white matter."""
     grey, white = (tissue_share_on(grid, tissue) for tissue in ("grey", "white"))
     table = pd.DataFrame({"label": [1, 2, 3], "region": ["grey matter", "white matter", "fluid"], "side": BOTH})
     labels = 1 + np.argmax([grey, white, 1 - grey - white], axis=0).astype(np.int32)
@@ -220,7 +219,7 @@ def _tissues(grid: Grid) -> Atlas:
 
 
 def _split_at_midline(atlas: Atlas, grid: Grid) -> Atlas:
-    """Where no name says a side, x < 0 at a voxel's centre is left."""
+    """Split an atlas without sides: voxel centres with x < 0 are left."""
     step = int(atlas.table["label"].max())
     labels = np.where((atlas.labels > 0) & _right_of_midline(grid), atlas.labels + step, atlas.labels)
     table = pd.concat([atlas.table.assign(side="left"),
@@ -229,7 +228,7 @@ def _split_at_midline(atlas: Atlas, grid: Grid) -> Atlas:
 
 
 def _complete(named: pd.DataFrame | None, found: np.ndarray) -> pd.DataFrame:
-    """A table of all labels found, those without a name called by their number."""
+    """Complete a table of names with the labels found, those without a name named by number."""
     named = pd.DataFrame(columns=["label", "region", "side"]) if named is None else named
     missing = sorted(set(found.tolist()) - set(named["label"]))
     rest = pd.DataFrame({"label": missing, "region": [f"label {each}" for each in missing], "side": BOTH})
@@ -237,19 +236,19 @@ def _complete(named: pd.DataFrame | None, found: np.ndarray) -> pd.DataFrame:
 
 
 def _on(values: np.ndarray, affine: np.ndarray, matrix: np.ndarray, grid: Grid) -> np.ndarray:
-    """Labels (z, y, x) at the centres of a grid's voxels, int32; `matrix` takes MNI millimetres to the labels' own."""
+    """Sample labels (z, y, x) at a grid's voxel centres, int32; `matrix` maps MNI to the labels' own millimetres."""
     onto = np.linalg.inv(affine) @ matrix @ grid.affine  # both (x, y, z)
     moved = ndimage.affine_transform(values.T, onto, output_shape=grid.shape[::-1], order=0)
     return np.ascontiguousarray(np.rint(moved).astype(np.int32).T)
 
 
 def _right_of_midline(grid: Grid) -> np.ndarray:
-    """(width,) bool: whether a voxel's centre has x of 0 or more."""
+    """(width,) bool: whether voxel centres have x >= 0."""
     return grid.origin_mm[0] + grid.spacing_mm * np.arange(grid.shape[2]) >= 0
 
 
 def _lookup(atlas: Atlas, values: pd.Series) -> np.ndarray:
-    """Each voxel's value of a column of the table, 0 elsewhere."""
+    """Map labels to values of a table column, 0 for labels not in the table."""
     known = np.zeros(max(int(atlas.labels.max()), int(atlas.table["label"].max())) + 1, values.to_numpy().dtype)
     known[atlas.table["label"]] = values
     return known[atlas.labels]

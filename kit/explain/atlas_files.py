@@ -1,4 +1,4 @@
-"""The atlases in deepmriprep's wheel: its data files alone, for the package needs others to be imported."""
+"""The atlases in deepmriprep's wheel: only its data files, since importing the package needs further dependencies."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from kit.errors import KitError
 
-WHEEL = "KIT_DEEPMRIPREP"  # environment variable: deepmriprep's wheel, or a folder that it was unpacked into
+WHEEL = "KIT_DEEPMRIPREP"  # environment variable: path of deepmriprep's wheel, or of the folder it was unpacked into
 TEMPLATES = "deepmriprep/data/templates/"
 UNSTATED = "not stated there"
 
-# The wheel's own licence, MIT, is that of its code. Its atlases have the names and tables of CAT12's, and this is what
-# CAT12 says of each (github.com/ChristianGaser/cat12, templates_MNI152NLin2009cAsym/*.txt), or who is named.
+# The wheel's MIT licence covers its code. Its atlases have the names and tables of CAT12's; below is what CAT12 states
+# for each (github.com/ChristianGaser/cat12, templates_MNI152NLin2009cAsym/*.txt), or the source an entry names.
 LICENCES = {
     "Schaefer2018": "MIT (nilearn's description of the atlas)",
     "aal3": f"{UNSTATED}; nilearn says of AAL: unknown; cite Rolls et al. 2020",
@@ -38,17 +38,17 @@ class AtlasError(KitError, ValueError):
 
 
 def atlas_names() -> list[str]:
-    """Names of deepmriprep's atlases, none where it is not there."""
+    """List deepmriprep's atlases; empty if it is not available."""
     folder = templates()
     return [] if folder is None else sorted(path.name.removesuffix(".csv") for path in folder.iterdir()
                                             if path.name.endswith(".csv"))
 
 
 def wheel_file(name: str, ending: str) -> bytes:
-    """Read the file of an atlas: `.nii.gz`, its labels, or `.csv`, their names.
+    """Read a file of an atlas: its labels (`.nii.gz`) or their names (`.csv`).
 
     Raises:
-        AtlasError: deepmriprep is not there, or has no such atlas.
+        AtlasError: deepmriprep is not available, or has no such atlas.
     """
     folder = templates()
     if folder is None:
@@ -61,7 +61,7 @@ def wheel_file(name: str, ending: str) -> bytes:
 
 
 def templates() -> Path | zipfile.Path | None:
-    """Where deepmriprep's data lie; the package, which needs others, is not imported."""
+    """Find deepmriprep's data folder without importing the package; None if it is not available."""
     if named := os.environ.get(WHEEL):
         if Path(named).is_dir():
             return Path(named) / TEMPLATES

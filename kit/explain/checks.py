@@ -1,20 +1,20 @@
-"""Can a map be believed? Its method's checks, in numbers and in words.
+"""Sanity checks of saliency maps, as numbers and as a verdict in words.
 
-- randomisation: is the map another one once the weights are drawn anew, from the head down (cascading) and a layer at
-  a time (independent)? Adebayo et al., Sanity Checks for Saliency Maps, arXiv 1810.03292.
-- label randomisation: is it another one where the same network learned shuffled labels? (the same paper)
-- deletion, insertion: does the output go where the map says, faster than in random order? Petsiuk et al., RISE,
-  arXiv 1806.07421; here by cubes of brain, whose replacement is less of a texture than that of single voxels.
-- noise, shift: is it the same map after a little noise, and after a shift by one voxel?
-- outside: how much of it lies where there is no brain?
-- completeness: do integrated gradients sum to what they should?
-- agreement: how like is it to the other methods' maps? Told, not judged: all may be wrong together.
+- randomisation: does the map change when weights are randomised, from the head down (cascading) and one layer at a
+  time (independent)? Adebayo et al., Sanity Checks for Saliency Maps, arXiv 1810.03292.
+- label randomisation: does it change if the same network is trained on shuffled labels? (the same paper)
+- deletion, insertion: does the output fall or rise faster when following the map than in random order? Petsiuk et al.,
+  RISE, arXiv 1806.07421; here with cubes of brain, as replacing single voxels creates artificial texture.
+- noise, shift: does the map stay the same after slight noise, and after a shift by one voxel?
+- outside: how much of it lies outside the brain?
+- completeness: do integrated gradients sum to the scan's output minus the baseline's?
+- agreement: how similar is it to the other methods' maps? Reported, not judged: all may be wrong together.
 
-A rank correlation is Spearman's, of absolute values inside the brain. Methods that multiply by the scan have that
-factor in common whatever the weights are: for the first two checks theirs is the partial correlation, given the scan.
+Rank correlations are Spearman's, of absolute values inside the brain. Methods that multiply by the scan share that
+factor whatever the weights are, so the first two checks use the partial correlation given the scan for them.
 
-A map may be true to a model of random weights, and pass all of these: that the model itself predicts better than chance
-is asked, too.
+A map can be faithful to an untrained model and pass all of these, so the verdict also requires that the model itself
+predicts better than chance.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from kit.models.features import stages_of
 from kit.provenance import write_stamped
 from kit.runs import Run, progress
 
-FRACTIONS = np.linspace(0, 1, 9)  # of the brain that is deleted or inserted
-ORDERS = 3  # random ones
-NOISE_SD = 0.05  # of the brain's standard deviation: less than what a scanner adds between two scans
+FRACTIONS = np.linspace(0, 1, 9)  # of the brain, deleted or inserted
+ORDERS = 3  # random orders to compare with
+NOISE_SD = 0.05  # times the brain's standard deviation: less than scanner noise between two scans
 
 
 class Thresholds(NamedTuple):
-    """What a map must keep to be called supported. They are judgement, not theory; each says why.
+    """Limits for calling a map supported. They are judgement calls; the reason is given for each.
 
     Attributes:
-        randomised: largest rank correlation with the map of random weights. Half: the maps that Adebayo et al. call
-            unchanged stay far above it, those they accept fall to 0.2 and below; smooth maps agree by chance up to it.
-        shuffled: the same for a model of shuffled labels.
+        randomised: largest rank correlation with the map of random weights. Maps that Adebayo et al. call unchanged
+            stay far above 0.5, those they accept fall to 0.2 or below; smooth maps can reach 0.5 by chance.
+        shuffled: the same for a model trained on shuffled labels.
         faithful: smallest mean area by which deletion and insertion beat random order, as a share of the range of all
             curves; random orders differ from each other by about that much.
-        stable: smallest rank correlation after noise and shift. Half: below it most of the map is not about this brain.
-        outside: largest share outside the brain over that of an even map: above 1 the map prefers the empty box.
-        incomplete: largest relative error of integrated gradients' sum; 5 % is what their authors ask for.
+        stable: smallest rank correlation after noise and shift. Below 0.5 most of the map is not about this brain.
+        outside: largest share outside the brain relative to a uniform map; above 1 the map favours the background.
+        incomplete: largest relative error of integrated gradients' sum; their authors ask for 5 %.
     """
 
     randomised: float = 0.5
@@ -68,21 +68,21 @@ THRESHOLDS = Thresholds()
 
 
 def reinitialised(model: nn.Module, seed: int, only: Sequence[str] | None = None) -> nn.Module:
-    """Return a copy of a model with the weights of layers drawn anew; the model itself is left alone.
+    """Return a copy of a model with randomised layers; the model itself is unchanged.
 
-    Layers draw by their own `reset_parameters`; BatchNorm forgets its running statistics too. Parameters that
-    no such layer owns (class tokens, position embeddings) are drawn from a normal distribution of the mean
-    and standard deviation they had. Drawn on the CPU, so that a seed gives the same copy on every device.
+    Layers are reset by their own `reset_parameters`, which also clears BatchNorm's running statistics. Parameters
+    outside such layers (class tokens, position embeddings) are drawn from a normal distribution with their previous
+    mean and standard deviation. Drawing on the CPU makes a seed give the same copy on every device.
 
     Args:
         model: any.
         seed: of the weights.
-        only: names of modules, which stand for all within them; None: all.
+        only: names of modules to randomise with all their submodules; None: all.
     """
     device = next(model.parameters()).device
     fresh = copy.deepcopy(model).cpu()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        # A stream of its own: the plain seed could draw the very weights that training started from.
+        # A separate stream: the plain seed could reproduce the initial weights of training.
         torch.manual_seed(int(np.random.SeedSequence([1810, 3292, seed]).generate_state(1)[0]))
         for name, module in fresh.named_modules():
             if only is not None and not any(name == each or name.startswith(f"{each}.") for each in only):
@@ -96,9 +96,10 @@ def reinitialised(model: nn.Module, seed: int, only: Sequence[str] | None = None
 
 
 def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """The layers with weights from the head down, in groups: (what they are called, their modules' names).
+    """Group the layers with weights from the head down: (group name, module names).
 
-    Of the kit's networks head, four stages (a ViT's blocks in four) and what is before them; of others their children.
+    The kit's networks have a head, four stages (a ViT's blocks in four groups) and the layers before them; other
+    networks are grouped by their children.
     """
     names = {module: name for name, module in model.named_modules()}
     encoder = encoder_of(model)
@@ -119,10 +120,10 @@ def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
 def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, given: np.ndarray | None = None) -> float:
     """Spearman's rank correlation, -1 to 1, of two maps' absolute values inside a mask.
 
-    All are (depth, height, width). nan where a map is constant inside the mask: it then has no ranks.
+    All are (depth, height, width). nan if a map is constant inside the mask, as it then has no ranks.
 
     Args:
-        given: a third such array: the partial correlation, of what its absolute values do not explain.
+        given: a third such array; the result is then the partial correlation given its absolute values.
     """
     inside = np.asarray(mask, dtype=bool)
     ranked = [rankdata(np.abs(each[inside])) for each in (first, second, given) if each is not None]
@@ -136,24 +137,24 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, gi
 
 
 def _likeness(asked: Asked, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
-    """Of two models' maps of one scan: see the module's text."""
+    """Rank correlation of two models' maps of one scan, partial where the module's docstring says so."""
     image, mask = asked.read(scan)
     given = image - baseline_of(image, mask, asked.options) if method in TIMES_IMAGE else None
     return rank_correlation(found, other, mask, given)
 
 
 def randomisation(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
-    """Maps of one scan beside those of copies whose layers are drawn anew.
+    """Compare one scan's maps with those of copies of the model with randomised layers.
 
     Args:
-        asked: the model and what is asked of it.
-        scan: whose.
+        asked: the model and the output to explain.
+        scan: its name.
         maps: by method.
         seed: of the weights.
 
     Returns:
-        A row per method and copy: `method`, `scan`, `how` (cascading or independent), `layers` (drawn anew), `share`
-        of the model's weights that these are, `rank_correlation`.
+        One row per method and copy: `method`, `scan`, `how` (cascading or independent), `layers` (those randomised),
+        `share` (of the model's weights), `rank_correlation`.
     """
     groups = layer_groups(asked.model)
     plan = [("cascading", groups[: number + 1]) for number in range(len(groups))]
@@ -173,14 +174,14 @@ def randomisation(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: in
 
 
 def curves(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
-    """The output while cubes of brain are deleted from a scan or inserted into the baseline, the strongest first.
+    """Record the output while cubes of brain are deleted from a scan or inserted into the baseline, strongest first.
 
-    Cubes have half the side of occlusion's, two voxels at least, and are replaced by the baseline. Those that a signed
-    map says to push the output away from the baseline's come first.
+    Cubes have half the side of occlusion's, at least two voxels, and deleted ones take the baseline's values. For
+    signed contributions, cubes that push the output away from the baseline's output come first.
 
     Returns:
-        A row per order, kind and fraction: `method` (or `random 0`, ...), `kind` (deletion or insertion), `fraction` of
-        the cubes, `output`.
+        One row per order, kind and fraction: `method` (or `random 0`, ...), `kind` (deletion or insertion), `fraction`
+        of the cubes, `output`.
     """
     image, mask = asked.read(scan)
     score, side = asked.of(asked.model, scan), max(2, asked.options.patch // 2)
@@ -195,7 +196,7 @@ def curves(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) 
     rng = np.random.default_rng([seed, 1806])
     orders |= {f"random {turn}": rng.permutation(count) for turn in range(ORDERS)}
     jobs = [(name, kind, fraction) for name in orders for fraction in FRACTIONS for kind in ("deletion", "insertion")]
-    place = {name: np.append(np.argsort(order), count) for name, order in orders.items()}  # outside is the same in both
+    place = {name: np.append(np.argsort(order), count) for name, order in orders.items()}  # outside, both are 0
 
     def changed(name: str, kind: str, fraction: float) -> np.ndarray:
         first = place[name][number] < round(fraction * count)
@@ -206,11 +207,11 @@ def curves(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) 
 
 
 def areas(table: pd.DataFrame) -> pd.DataFrame:
-    """Areas between a method's curves and random order's, from `curves`.
+    """Compute the areas between a method's curves and those of random order, from `curves`.
 
     Returns:
-        A row a method: `deletion`, `insertion`: how much sooner the output falls, or rises, than in random order, as
-        a share of the range of all curves; 0 is random order's, below 0 is worse.
+        One row per method: `deletion`, `insertion`: how much sooner the output falls, or rises, than in random order,
+        as a share of the range of all curves; 0 equals random order, below 0 is worse.
     """
     wide = table.pivot_table(index=["method", "kind"], columns="fraction", values="output")
     span = float(np.ptp(wide.to_numpy()))
@@ -227,7 +228,7 @@ def areas(table: pd.DataFrame) -> pd.DataFrame:
 
 @torch.no_grad()
 def _outputs(score: nn.Module, images: object, asked: Asked, count: int | None = None) -> np.ndarray:
-    """(images,) what a module gives, some at a time."""
+    """Run a module over images in batches: (images,)."""
     where, size = next(score.parameters()).device, scans_at_a_time(asked.store.grid.shape)
     found, waiting = [], []
     with frozen(score), evaluation(where), progress(total=count, desc="deletion and insertion",
@@ -248,10 +249,10 @@ def _outputs(score: nn.Module, images: object, asked: Asked, count: int | None =
 
 
 def stability(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
-    """Rank correlations of a scan's maps with those after a little noise, and after a shift by one voxel along x.
+    """Rank correlations of a scan's maps with those after slight noise, and after a shift by one voxel along x.
 
     Returns:
-        A row a method: `noise`, `shift`.
+        One row per method: `noise`, `shift`.
     """
     image, mask = asked.read(scan)
     noise = np.random.default_rng([seed, 5]).normal(0, NOISE_SD * image[mask].std(), image.shape)
@@ -267,7 +268,7 @@ def stability(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 
 
 
 def outside_share(found: np.ndarray, mask: np.ndarray) -> float:
-    """Share of an uncut absolute map outside the brain, over that of an even map; nan where a map is zero."""
+    """Share of an unmasked absolute map outside the brain, relative to a uniform map; nan if the map is zero."""
     weight, out = np.abs(found.astype(np.float64)), ~np.asarray(mask, bool)
     if not (weight.sum() > 0 and out.any()):
         return float("nan")
@@ -275,7 +276,7 @@ def outside_share(found: np.ndarray, mask: np.ndarray) -> float:
 
 
 def incompleteness(asked: Asked, scan: str, found: np.ndarray) -> float:
-    """How far integrated gradients' sum is from what the scan's output has over the baseline's, as a share of that."""
+    """Relative error of integrated gradients' sum: it should equal the scan's output minus the baseline's."""
     image, mask = asked.read(scan)
     ends = _outputs(asked.of(asked.model, scan), [image, baseline_of(image, mask, asked.options)], asked)
     difference = float(ends[0] - ends[1])
@@ -283,21 +284,21 @@ def incompleteness(asked: Asked, scan: str, found: np.ndarray) -> float:
 
 
 def agreement(maps: dict[str, np.ndarray], mask: np.ndarray) -> pd.DataFrame:
-    """Rank correlations of all methods' maps with each other: (methods, methods)."""
+    """Rank correlations between all methods' maps: (methods, methods)."""
     names = list(maps)
     return pd.DataFrame([[rank_correlation(maps[one], maps[other], mask) for other in names] for one in names],
                         index=names, columns=names)
 
 
 class Checked(NamedTuple):
-    """All checks.
+    """Results of all checks.
 
     Attributes:
-        table: a row per method and scan: `randomised` and `head` (rank correlation with all layers drawn anew, and with
-            the head alone), `shuffled` (nan where no such model was given), `deletion`, `insertion`, `noise`, `shift`,
-            `outside`, `incomplete` (nan but for integrated gradients), `agreement` (mean with the other methods).
+        table: one row per method and scan: `randomised` and `head` (rank correlation with all layers randomised, and
+            with only the head), `shuffled` (nan without such a model), `deletion`, `insertion`, `noise`, `shift`,
+            `outside`, `incomplete` (nan except for integrated gradients), `agreement` (mean with the other methods).
         randomised: see `randomisation`.
-        agreement: see there, mean over scans.
+        agreement: see `agreement`; mean over scans.
         verdicts: see `verdicts`.
     """
 
@@ -309,16 +310,16 @@ class Checked(NamedTuple):
 
 def check_maps(asked: Asked, scans: Sequence[str], methods: Sequence[str], run: Run, *, learned: str = "",
                shuffled: nn.Module | None = None, seed: int = 0) -> Checked:
-    """Make all checks on some scans; leaves `checks.csv`, `randomisation.csv`, `agreement.csv` and `verdicts.csv`.
+    """Run all checks; writes `checks.csv`, `randomisation.csv`, `agreement.csv` and `verdicts.csv`.
 
     Args:
-        asked: the model and what is asked of it.
-        scans: names; the more, the longer.
+        asked: the model and the output to explain.
+        scans: names of the scans to check on.
         methods: of the maps.
-        run: that gets the tables.
-        learned: why the model itself is not to be believed, such as that it predicts no better than chance; see
-            `kit.explain.maps.no_better_than_chance`. Then no map of it is supported.
-        shuffled: a model of the same kind that learned shuffled labels.
+        run: receives the tables.
+        learned: reason not to trust the model itself, such as predicting no better than chance; see
+            `kit.explain.maps.no_better_than_chance`. If not empty, none of its maps is supported.
+        shuffled: the same network trained on shuffled labels.
         seed: of weights, orders and noise.
     """
     tables, copies, alike = [], [], []
@@ -360,10 +361,10 @@ def verdicts(table: pd.DataFrame, learned: str = "", least: Thresholds = THRESHO
     Args:
         table: see `Checked`.
         learned: see `check_maps`.
-        least: what must be kept.
+        least: the limits.
 
     Returns:
-        A row a method: `method`, `supported` (bool), `verdict` (plain words: what fails, or that nothing does).
+        One row per method: `method`, `supported` (bool), `verdict` (which checks fail, or that it passes).
     """
     means = table.groupby("method", sort=False).mean(numeric_only=True)
     rows = []
@@ -400,6 +401,6 @@ def _faults(row: pd.Series, least: Thresholds) -> list[str]:
 
 
 def caption(method: str, table: pd.DataFrame) -> str:
-    """What stands beside a method's map: its name, and "not supported" where `verdicts` says so."""
+    """Caption of a method's map: its name, with "not supported" if `verdicts` says so."""
     found = table.loc[table["method"] == method, "supported"]
     return method if found.all() else f"{method}: not supported"

@@ -1,4 +1,4 @@
-"""What the labels of an atlas are called, and which side they are on."""
+"""Names and sides of an atlas's labels."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import pandas as pd
 from kit.cohort.tabular import TableError, read_foreign
 from kit.explain.atlas_files import wheel_file
 
-BOTH = "both"  # the side of what lies on the midline, and of labels whose names say none
+BOTH = "both"  # side of midline regions, and of labels whose names state no side
 SIDES = {"left": "left", "lh": "left", "L": "left", "right": "right", "rh": "right", "R": "right", "bothside": BOTH}
 
 
 def label_names(source: str | Path) -> pd.DataFrame:
-    """Read what labels are called.
+    """Read the names and sides of labels.
 
     Args:
-        source: a CSV or TSV with the numbers in the first of the columns index, id, ROIid, value, label that it has,
-            the names in the first of name, ROIname, region, label, and perhaps `hemisphere` or `side`; or
+        source: a CSV or TSV with numbers in the first present of the columns index, id, ROIid, value, label; names in
+            the first present of name, ROIname, region, label; and optionally `hemisphere` or `side`. Or
             `deepmriprep:NAME`, the table of one of its atlases.
 
     Returns:
-        label (int), region (the name without its side), side: left, right or both. The name says it by Left, Right, lh
-        or rh, or by L or R as its first or last word; where it does not, the column of sides. (That of deepmriprep
-        0.3.0's neuromorphometrics has the basal forebrain's sides swapped; the names are right.)
+        label (int), region (the name without its side), side: left, right or both. The side comes from the name (Left,
+        Right, lh or rh, or L or R as first or last word), otherwise from the side column. The name takes precedence
+        because deepmriprep 0.3.0's neuromorphometrics has the basal forebrain's sides swapped in the column.
 
     Raises:
-        TableError: no such columns, or a label twice.
+        TableError: these columns are missing, or a label appears twice.
     """
     if str(source).startswith("deepmriprep:"):
         data = wheel_file(str(source).partition(":")[2], ".csv")
@@ -58,7 +58,7 @@ def label_names(source: str | Path) -> pd.DataFrame:
 
 
 def split_side(name: str) -> tuple[str, str]:
-    """A region's name without its side, and the side."""
+    """Split a region's name into the name without its side, and the side."""
     plain = re.sub(r"[\s_]+", " ", str(name)).strip()
     if found := re.search(r"(?:^|(?<=[ -]))(left|lh|right|rh|bothside)(?:[ -]|$)", plain, re.IGNORECASE):
         return (plain[:found.start()] + plain[found.end():]).strip(" -"), SIDES[found[1].casefold()]

@@ -1,4 +1,4 @@
-"""4_saliency: the model, whom to look at, and their maps."""
+"""4_saliency: the model, the scans to explain, and their maps."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ from kit.seeding import rng_for
 from kit.store.store import Store
 
 RESULTS = ("maps/*.nii.gz", "native/*.nii.gz", "figures/*.png", "viewer.html", "regions.csv", "truth.csv", "checks.csv",
-           "randomisation.csv", "agreement.csv", "verdicts.csv")  # of one model
+           "randomisation.csv", "agreement.csv", "verdicts.csv")  # removed if the model or the scans change
 EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
-BLUR_MM = 12.0  # standard deviation of the blurred baseline: no gyrus or ventricle is left, but left and right are
+BLUR_MM = 12.0  # standard deviation of the blurred baseline: gyri and ventricles vanish, left and right remain
 
 
 class Opened(NamedTuple):
-    """What is explained.
+    """A model to explain, and the scans to explain it on.
 
     Attributes:
         model: on the device, in evaluation mode.
-        record: its `task.json`; of an encoder its record, with `task` None and `kind` "encoder".
-        chosen: rows of the index to look at; see `scans_to_explain`.
+        record: its `task.json`; for an encoder its record, with `task` None and `kind` "encoder".
+        chosen: index rows of the scans; see `scans_to_explain`.
     """
 
     model: nn.Module
@@ -68,19 +68,19 @@ class Opened(NamedTuple):
 
 
 def open_model(params: Saliency, store: Store, run: Run) -> Opened:
-    """The model, its record, and the scans to look at; notes what the run is made from.
+    """Load the model and choose the scans to explain; records what the run is made from.
 
-    Results of another model or of other scans go first, with a line that says what changed.
+    Results made from another model or other scans are removed first, and the changes printed.
 
     Args:
-        params: whose `model` is a run of 3_finetune, or of 2_pretrain.
-        store: the scans that it was tested on.
+        params: its `model` is a run of 3_finetune, or of 2_pretrain.
+        store: the scans that the model was tested on.
 
     Raises:
         MisfitError: the scans were prepared differently, or are not those that the model was tested on.
         MethodError: a method cannot work with this network.
         EncoderError: see `kit.models.encoder_file.load_encoder`.
-        ValueError: there are no such people to look at.
+        ValueError: no test participant belongs to the requested groups.
     """
     if (params.model / "task.json").exists():
         allowed = check_model(params.model, store, params.allow_differences)
@@ -100,17 +100,17 @@ def open_model(params: Saliency, store: Store, run: Run) -> Opened:
 
 
 def ask(params: Saliency, opened: Opened, store: Store) -> Asked:
-    """What the parameters ask of a model, and how.
+    """Set up the output to explain and the methods' options from the parameters.
 
     Raises:
-        TargetError: it has no such output.
+        TargetError: the model has no such output.
     """
     asked = question(params.target, opened.model, opened.record, store, opened.chosen, params.like, params.seed)
     return Asked(opened.model, asked.of, asked.words, store, options_of(params, store))
 
 
 def options_of(params: Saliency, store: Store) -> Options:
-    """The methods' options as the parameters give them, in the store's voxels; the mean brain is that of 32 scans."""
+    """Convert the parameters to the methods' options, in the store's voxels; the mean brain averages up to 32 scans."""
     voxels = max(1, round(params.patch_mm / store.grid.spacing_mm))
     mean = None
     if params.baseline == "mean_brain":
@@ -121,18 +121,18 @@ def options_of(params: Saliency, store: Store) -> Options:
 
 
 def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[str]:
-    """Check a run of 3_finetune against the scans that it is to be shown.
+    """Check that a run of 3_finetune fits the scans it is to be explained on.
 
     Args:
         folder: of that run.
         store: the scans.
-        allow: in what the preparation may differ.
+        allow: differences in preparation to accept.
 
     Returns:
-        the differences that were allowed, a line each.
+        the differences accepted, one per line.
 
     Raises:
-        MisfitError: the scans were prepared differently, or tested scans are gone, or their voxels or labels have
+        MisfitError: the scans were prepared differently, or tested scans are missing, or their voxels or labels have
             changed.
     """
     record, made = json.loads((folder / "task.json").read_text(encoding="utf-8")), read_made_from(folder)
@@ -150,7 +150,7 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
     labels = read_labels(store.index, record["task"], record["kind"], codes).values
     labels = pd.Series(labels, store.index["scan"]).map(repr)
     changed = {"labels": [scan for scan in there if then["label"].get(scan) != labels[scan]]}
-    if not allowed:  # scans that were prepared otherwise on purpose are others
+    if not allowed:  # scans deliberately prepared differently have other voxels
         changed["voxels"] = [scan for scan in there if then["checksum"].get(scan) != str(store.checksum(scan))]
     lines += [f"{what} of {len(scans)} of {len(tested)} tested scans have changed: {', '.join(scans[:3])}"
               for what, scans in changed.items() if scans]
@@ -162,27 +162,27 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
 
 def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] = ("surest",),
                      seed: int = 0) -> pd.DataFrame:
-    """Rows of the index: test participants to look at, one scan each, in distribution only.
+    """Choose in-distribution test participants to explain, one scan each, as rows of the index.
 
-    - `surest`: the hits of which the model is surest. Of two classes the positive with the highest score; of more those
-      of whose class it is surest; of a number those with the highest prediction.
-    - `worst`: the errors of which it is surest; of a number the largest.
-    - `random`: drawn.
-    - `controls`: drawn of the first class; a number has none, which is printed.
+    - `surest`: most confident hits. Two classes: positives with the highest score; more classes: correct predictions
+      with the highest probability; regression: the highest predictions.
+    - `worst`: most confident errors; regression: the largest errors.
+    - `random`: drawn at random.
+    - `controls`: drawn at random from the first class; regression has none, and a message is printed.
 
     Args:
         model: a run of 3_finetune.
         store: the scans that it was tested on.
-        count: participants of each.
-        whom: of these.
-        seed: of those drawn.
+        count: participants per group.
+        whom: the groups.
+        seed: of the random draws.
 
     Returns:
-        Rows with two more columns: `whom`, such as "surest, random" (nobody is twice in the table), and `said`, what is
-        true and what the model says, in words.
+        Rows with two more columns: `whom`, the groups, such as "surest, random" (each scan has one row), and `said`,
+        truth and prediction in words.
 
     Raises:
-        ValueError: nobody there is.
+        ValueError: no test participant is in these groups.
     """
     task = json.loads((model / "task.json").read_text(encoding="utf-8")) if (model / "task.json").exists() else {}
     known = _predicted(model, list(task.get("classes") or ()))
@@ -206,7 +206,8 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
 def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
     """A run's predictions in distribution: scan, participant, true, predicted, chance (of the true class), right, said.
 
-    Of numbers `chance` is nan and `right` true; `predicted` is the surest class's chance of several classes.
+    `chance` is a probability. For regression it is nan and `right` is true. For more than two classes, `predicted` is
+    the highest class probability.
     """
     known = read_table(model / "predictions.csv", text=("scan", "participant"))
     known = known[known["distribution"] == "in_distribution"].reset_index(drop=True)
@@ -229,7 +230,7 @@ def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
 
 
 def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, first: np.ndarray, count: int, seed: int) -> list[str]:
-    """Names of scans of one group, at most `count` participants."""
+    """Names of one group's scans, at most `count` participants."""
     number = known["chance"].isna().all()
     if name in ("random", "controls"):
         keep = first & (np.ones(len(known), bool) if name == "random" else (known["true"] == 0).to_numpy())
@@ -245,21 +246,21 @@ def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, first: np.ndarray
 
 
 def _drawn(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Some rows, one of a participant, in the order that they were drawn in."""
+    """Draw rows at random, one per participant, in drawing order."""
     rows = rows[~participant_ids(rows).duplicated().to_numpy()]
     return rows.iloc[rng_for(seed).permutation(len(rows))[:count]]
 
 
 def no_better_than_chance(model: Path) -> str:
-    """Why a model's maps are not to be believed, by its own predictions of tested participants; "" where it predicts.
+    """Reason not to trust a model's maps, from its predictions for tested participants; "" if it beats chance.
 
-    A map of a model that has learned nothing may be true to that model and still means nothing.
+    A map can be faithful to a model that has learned nothing, and still mean nothing.
     """
     metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
     record = json.loads((model / "task.json").read_text(encoding="utf-8"))
     if record["kind"] == "classification":
         auc, low = metrics["in_distribution_auc"], metrics.get("in_distribution_auc_low")
-        low = auc if low is None or np.isnan(low) else low  # of too few participants there is no interval
+        low = auc if low is None or np.isnan(low) else low  # with too few participants there is no interval
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")
     known = _predicted(model, [])
@@ -271,13 +272,13 @@ def no_better_than_chance(model: Path) -> str:
 
 
 def saliency_maps(asked: Asked, rows: pd.DataFrame, methods: Sequence[str], run: Run) -> Maps:
-    """Maps of each scan by each method, written as `maps/<scan>_<method>.nii.gz` in MNI152 millimetres."""
+    """Make maps of each scan by each method, written as `maps/<scan>_<method>.nii.gz` in MNI152 space."""
     maps: Maps = {}
     masks = {scan: asked.store.read(scan)[1] for scan in rows["scan"]}
     total = sum(passes_of(method, mask, asked.options) for mask in masks.values() for method in methods)
     with progress(total=total, desc="maps", unit="pass") as bar:
         def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
-            bar.update(len(inputs[0]))  # what it returns must not: a hook's answer would take the model's place
+            bar.update(len(inputs[0]))  # not returned: a hook's return value replaces the model's output
 
         hook = asked.model.register_forward_hook(count)
         try:
@@ -293,15 +294,15 @@ def saliency_maps(asked: Asked, rows: pd.DataFrame, methods: Sequence[str], run:
 
 
 def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: Store, run: Run) -> Maps:
-    """Each method's mean map of each class and, of two, their difference, in MNI152; written to `maps/` too.
+    """Average each method's maps by class and, for two classes, take the difference; also written to `maps/`.
 
-    Each scan's map is divided by the mean of its absolute values in the brain first, so that no scan outweighs the
-    others: the unit is times an even map. Numbers are in two halves, up to their median and above.
+    Each map is first divided by its mean absolute value in the brain, so that no scan dominates; the unit is thus
+    multiples of a uniform map. Regression labels are split at their median.
 
     Args:
-        maps: of `saliency_maps`.
-        rows: the scans that they are of, with the label's column.
-        record: of the model; an encoder has no classes, and gets no means but that of `all`.
+        maps: from `saliency_maps`.
+        rows: their scans, with the label's column.
+        record: of the model; an encoder has no classes, and gets only the mean of `all`.
 
     Returns:
         (what, method): (depth, height, width) float32; what is `mean <class> (n=<scans>)` or `<class> less <class>`.
@@ -326,7 +327,7 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
 
 
 def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]:
-    """The scans of each class that has any, the classes in order."""
+    """Scans by class, in the classes' order, without empty ones."""
     if record.get("task") is None:
         return {"all": rows["scan"].tolist()}
     label, classes = rows[record["task"]], record.get("classes")
@@ -344,9 +345,9 @@ def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]
 
 def region_shares(maps: Maps, rows: pd.DataFrame, store: Store, atlas: Atlas | Mapping[str, Atlas],
                   run: Run) -> pd.DataFrame:
-    """Regions' shares of each method's maps over participants, see `region_intervals`; written to `regions.csv` too.
+    """Compute regions' shares of each method's maps, see `region_intervals`; also written to `regions.csv`.
 
-    Maps that are zero, such as Grad-CAM's where nothing raises the output, say nothing and are left out.
+    Maps that are zero, such as Grad-CAM's where nothing raises the output, are left out.
     """
     there = {key: values for key, values in maps.items() if values[store.read(key[0])[1]].any()}
     table = region_intervals(there, store, atlas, dict(zip(rows["scan"], participant_ids(rows), strict=True)))
@@ -355,7 +356,7 @@ def region_shares(maps: Maps, rows: pd.DataFrame, store: Store, atlas: Atlas | M
 
 
 def native_maps(maps: Maps, store: Store, cohort: str | None, run: Run) -> list[Path]:
-    """Maps on the voxels of the scans' own files, in `native/`, for a viewer in which these are open.
+    """Write maps on the voxels of the scans' original files to `native/`, to overlay them in any viewer.
 
     Args:
         cohort: the table or folder that the scans were prepared from; None: nothing is written.
@@ -369,15 +370,15 @@ def native_maps(maps: Maps, store: Store, cohort: str | None, run: Run) -> list[
 
 
 def known_place(store: Store, scan: str, task: str) -> np.ndarray | None:
-    """Where a task's effect is known to lie in a scan: what `1_preprocess` left in the store's `effects/`.
+    """Read the known location of a task's effect in a scan, which `1_preprocess` writes to the store's `effects/`.
 
     Args:
-        store: prepared scans; of the sample cohort, 1_preprocess knows where the generator put its effects.
-        scan: of the store.
+        store: prepared scans; locations are known for the sample cohort, whose generator placed the effects.
+        scan: its name in the store.
         task: a label column.
 
     Returns:
-        (depth, height, width) bool, or None where nothing is known.
+        (depth, height, width) bool, or None if unknown.
     """
     path = store.folder / "effects" / f"{scan}_{EFFECTS.get(task)}.nii.gz"
     return read_nifti(path)[0] > 0 if path.exists() else None

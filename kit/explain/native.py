@@ -1,4 +1,4 @@
-"""A map on the prepared grid, carried back to the voxels of the scan's own file, for a clinician's viewer."""
+"""Resample a map from the prepared grid to the voxels of the scan's original file, for a clinician's viewer."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from kit.store.store import Store, read_transform
 
 
 def native_map(store: Store, scan: str, saliency_map: np.ndarray, image_path: str | Path) -> nib.Nifti1Image:
-    """Resample a map linearly onto the voxels of the scan's original file, by the transform that its preparation
-    stored.
+    """Resample a map linearly onto the scan's original voxels, using the transform stored at preparation.
 
-    Values stay what they are; on voxels coarser than the grid's they are smoothed first, as scans are. What lies beyond
-    the prepared grid is 0.
+    Values are not rescaled. If the original voxels are coarser than the grid, the map is smoothed first, as scans are.
+    Outside the prepared grid the result is 0.
 
     Args:
-        store: where the scan lies.
+        store: holds the scan.
         scan: its name in the index.
         saliency_map: (depth, height, width) on the store's grid.
         image_path: the file or folder that the scan was prepared from: the cohort's `image_path`.
 
     Returns:
-        float32 (x, y, z). Of a NIfTI in the file's own order of voxels, with its header's sform and qform, so that any
-        program shows both in one place; of other formats in RAS order, with the scan's own affine.
+        float32 (x, y, z). For a NIfTI, in the file's own voxel order with its header's sform and qform, so that every
+        program overlays the two correctly. For other formats, in RAS order with the scan's own affine.
 
     Raises:
-        ValueError: the map is not on the store's grid, or none of it lies in the file: another scan's.
+        ValueError: the map is not on the store's grid, or does not overlap the file (it is another scan's).
         ScanError, StoreError: the file or the prepared scan cannot be read.
     """
     if saliency_map.shape != store.grid.shape:
@@ -61,14 +60,14 @@ def native_map(store: Store, scan: str, saliency_map: np.ndarray, image_path: st
 
 
 def write_native(path: str | Path, store: Store, scan: str, saliency_map: np.ndarray, image_path: str | Path) -> Path:
-    """Write `native_map` as `.nii.gz` or `.nii`, whole or not at all; see there for arguments and errors."""
+    """Write `native_map` atomically as `.nii.gz` or `.nii`; see there for arguments and errors."""
     data = native_map(store, scan, saliency_map, image_path).to_bytes()
     data = gzip.compress(data, compresslevel=6, mtime=0) if str(path).endswith(".gz") else data
     return write_whole(Path(path), lambda aside: aside.write_bytes(data))
 
 
 def _header(path: Path) -> nib.Nifti1Header | None:
-    """The header of a NIfTI that is one file, to be changed freely; None of other formats.
+    """Read the header of a single-file NIfTI, as a copy to modify; None for other formats.
 
     Raises:
         ScanError: the file is missing or damaged.

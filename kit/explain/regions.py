@@ -1,4 +1,4 @@
-"""How much of a saliency map falls into which region of the brain, of one scan and over participants."""
+"""Shares of saliency maps by brain region, for one scan and over participants."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from kit.explain.label_names import BOTH
 from kit.explain.saliency import Maps
 from kit.store.store import Store
 
-ELSEWHERE = "in no region"  # brain that the atlas leaves out
+ELSEWHERE = "in no region"  # brain not covered by the atlas
 COLUMNS = ["method", "region", "side", "share_of_saliency", "low", "high", "share_of_brain", "ratio", "participants"]
 
 
 def region_intervals(maps: Maps, store: Store, atlas: Atlas | Mapping[str, Atlas], participants: Mapping[str, str],
                      seed: int = 0) -> pd.DataFrame:
-    """Share maps out over regions, as means over participants with intervals from the bootstrap over participants.
+    """Compute regions' shares of maps: means over participants with bootstrap intervals over participants.
 
-    A participant with several scans counts once, by their mean. Intervals are about the participants alone: the model
-    is one and the same.
+    A participant with several scans counts once, by their mean. Intervals reflect only the sampling of participants;
+    the model is fixed.
 
     Args:
         maps: by (scan, method), (depth, height, width) on the store's grid.
-        store: of the scans, whose masks count.
-        atlas: on the store's grid; or one for each scan, as `kit.explain.atlas.own_atlases` gives: regions are then
-            matched by name and side.
+        store: of the scans; shares are taken inside its masks.
+        atlas: on the store's grid; or one per scan, as from `kit.explain.atlas.own_atlases`, with regions matched by
+            name and side.
         participants: each scan's participant; see `kit.cohort.identity.participant_ids`.
         seed: of the bootstrap.
 
     Returns:
         Columns method, region, side, share_of_saliency (mean share of the absolute map, 0-1), low and high (95 %
-        percentiles of its bootstrap; nan with one participant), share_of_brain, ratio (of the two means; 1 is what an
-        even map gives), participants. A method's regions are in the order of their share.
+        bootstrap percentile interval; nan with one participant), share_of_brain, ratio (of the two means; 1 for a
+        uniform map), participants. A method's regions are sorted by share, largest first.
 
     Raises:
         ValueError: shapes differ, or a map is zero inside its mask.
@@ -50,7 +50,7 @@ def region_intervals(maps: Maps, store: Store, atlas: Atlas | Mapping[str, Atlas
 
 
 def _with_intervals(shares: pd.DataFrame, method: str, seed: int) -> pd.DataFrame:
-    """One method's regions, the strongest first: means over the rows, which are participants, and their bootstrap."""
+    """One method's regions, strongest first: means over participants (rows) with bootstrap intervals."""
     saliency, count = shares["share_of_saliency"], len(shares)
     drawn = np.concatenate([weights @ saliency.to_numpy() / count for weights in bootstrap(count, seed=seed)])
     low, high = np.percentile(drawn, (2.5, 97.5), axis=0) if count > 1 else np.full((2, drawn.shape[1]), np.nan)
@@ -62,14 +62,14 @@ def _with_intervals(shares: pd.DataFrame, method: str, seed: int) -> pd.DataFram
 
 
 def shares_of(saliency_map: np.ndarray, mask: np.ndarray, atlas: Atlas) -> pd.DataFrame:
-    """Share one scan's absolute map out over an atlas's regions, left and right apart.
+    """Compute regions' shares of one scan's absolute map, left and right apart.
 
     Args:
-        saliency_map, mask: (depth, height, width) on the atlas's grid; voxels outside the mask count nowhere.
+        saliency_map, mask: (depth, height, width) on the atlas's grid; voxels outside the mask are ignored.
 
     Returns:
-        By region and side, share_of_saliency and share_of_brain (0-1, each summing to 1); labels of one name and side
-        count together. `in no region` is brain that the atlas leaves out.
+        By region and side, share_of_saliency and share_of_brain (0-1, each summing to 1); labels with the same name
+        and side are merged. `in no region` is brain that the atlas does not cover.
 
     Raises:
         ValueError: shapes differ, or the map is zero inside the mask.
@@ -77,7 +77,7 @@ def shares_of(saliency_map: np.ndarray, mask: np.ndarray, atlas: Atlas) -> pd.Da
     weight, brain = _inside(saliency_map, mask, atlas.labels.shape)
     table = pd.concat([pd.DataFrame({"label": [0], "region": ELSEWHERE, "side": BOTH}), atlas.table], ignore_index=True)
     labels = atlas.labels[brain]
-    row_of = np.zeros(max(labels.max(), table["label"].max()) + 1, int)  # row 0 for what the table lacks
+    row_of = np.zeros(max(labels.max(), table["label"].max()) + 1, int)  # row 0 for labels not in the table
     row_of[table["label"]] = np.arange(len(table))
     row, rows = row_of[labels], len(table)
     shares = pd.DataFrame({"share_of_saliency": np.bincount(row, weight[brain], rows) / weight.sum(),

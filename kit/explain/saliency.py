@@ -1,18 +1,18 @@
-"""Saliency maps of one scan, by nine methods; captum does the attribution where it can.
+"""Saliency maps of one scan, by nine methods; captum computes the attributions where it can.
 
 - `gradient`: |d output / d voxel| (Simonyan et al., arXiv 1312.6034); never negative.
 - `gradient_x_input`: the gradient times the voxel (Shrikumar et al., arXiv 1605.01713); signed.
-- `smoothgrad`: the mean gradient over noisy copies of the scan, absolute (Smilkov et al., arXiv 1706.03825).
+- `smoothgrad`: the absolute mean gradient over noisy copies of the scan (Smilkov et al., arXiv 1706.03825).
 - `integrated_gradients`: the mean gradient on the straight path from a baseline to the scan, times their difference
-  (Sundararajan et al., arXiv 1703.01365); signed, and sums to what the output has over the baseline's.
+  (Sundararajan et al., arXiv 1703.01365); signed, and sums to the scan's output minus the baseline's.
 - `grad_cam`, `grad_cam_pp`: a stage's channels, weighted by their gradients (Selvaraju et al., arXiv 1610.02391;
-  Chattopadhay et al., arXiv 1710.11063); only what raises the output; as coarse as the stage.
-- `guided_backpropagation`: the gradient without what lowers the output on its way through the ReLUs (Springenberg et
-  al., arXiv 1412.6806); signed. Adebayo et al. (arXiv 1810.03292) found it to show edges whatever the weights are.
-- `occlusion`: what the output loses where a cube of brain is replaced by the baseline (Zeiler & Fergus, arXiv
-  1311.2901); signed, as coarse as the cubes.
-- `attention_rollout`: which patches a ViT's brain tokens attend to, through all layers (Abnar & Zuidema, arXiv
-  2005.00928); it knows nothing of the head, so all outputs have the same map.
+  Chattopadhay et al., arXiv 1710.11063); shows only what raises the output; as coarse as the stage.
+- `guided_backpropagation`: the gradient, with negative values set to zero at each ReLU on the way back (Springenberg
+  et al., arXiv 1412.6806); signed. Adebayo et al. (arXiv 1810.03292) found that it shows edges whatever the weights.
+- `occlusion`: the drop in output when a cube of brain is replaced by the baseline (Zeiler & Fergus, arXiv 1311.2901);
+  signed, as coarse as the cubes.
+- `attention_rollout`: the patches that a ViT's brain tokens attend to, through all layers (Abnar & Zuidema, arXiv
+  2005.00928); it ignores the head, so all outputs have the same map.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from kit.models.features import stages_of
 from kit.params import METHODS
 
 SIGNED = frozenset({"gradient_x_input", "integrated_gradients", "guided_backpropagation", "occlusion"})
-CONTRIBUTIONS = SIGNED - {"guided_backpropagation"}  # which say how much a voxel adds to the output
-TIMES_IMAGE = frozenset({"gradient_x_input", "integrated_gradients"})  # which multiply by the scan less a baseline
+CONTRIBUTIONS = SIGNED - {"guided_backpropagation"}  # a value is a voxel's contribution to the output
+TIMES_IMAGE = frozenset({"gradient_x_input", "integrated_gradients"})  # multiplied by the scan minus a baseline
 CAMS = ("grad_cam", "grad_cam_pp")
-GRADIENT_VOXELS = 2**22  # run at a time with gradients: one scan of 150x192x192, 32 of the demo's
+GRADIENT_VOXELS = 2**22  # at a time with gradients: one scan of 150x192x192, or 32 demo scans
 Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, width) float32
 
 
@@ -58,21 +58,21 @@ class MethodError(KitError, ValueError):
 
 
 class Options(NamedTuple):
-    """How the methods work.
+    """Options of the methods.
 
     Attributes:
         steps: points on the path of integrated gradients (Gauss-Legendre quadrature).
-        samples: noisy copies of SmoothGrad.
-        noise: its standard deviation, in standard deviations of the brain's voxels. A z-scored brain spans about five:
-            0.5 is a tenth of its range, the lower end of what Smilkov et al. recommend.
-        baseline: what integrated gradients start from and occlusion fills in: `zero` (of a z-scored scan a brain of
-            one uniform, mean intensity), `mean_brain` (the cohort's), `blurred` (the scan itself without detail).
-        layer: of Grad-CAM: a stage's number from 1, or a module's name; None: the last stage.
-        patch: voxels of a side of occlusion's cubes.
+        samples: noisy copies for SmoothGrad.
+        noise: SmoothGrad's noise SD, in SDs of the brain's voxels. A z-scored brain spans about five SDs, so 0.5 is a
+            tenth of its range, the lower end of what Smilkov et al. recommend.
+        baseline: start of integrated gradients and fill for occlusion: `zero` (for a z-scored scan a uniform brain of
+            mean intensity), `mean_brain` (of the cohort), `blurred` (the scan itself without detail).
+        layer: for Grad-CAM: a stage's number from 1, or a module's name; None: the last stage.
+        patch: side of occlusion's cubes, voxels.
         blur: standard deviation of the blurred baseline, voxels.
-        mean_brain: (depth, height, width), where the baseline is that.
+        mean_brain: (depth, height, width), for the baseline `mean_brain`.
         seed: of SmoothGrad's noise.
-        batch: points, copies or cubes that run at a time; None: as many as the scan's size allows.
+        batch: points, copies or cubes per forward pass; None: as many as the scan's size allows.
     """
 
     steps: int = 16
@@ -94,22 +94,22 @@ def saliency(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str,
              options: Options = DEFAULTS) -> np.ndarray:
     """Map how one output of a model depends on each voxel of one scan, inside the brain.
 
-    The model is put into evaluation mode and otherwise left alone, as is the caller's random state.
+    The model is put into evaluation mode and is otherwise unchanged, as is the caller's random state.
 
     Args:
         model: maps (batch, 1, depth, height, width) float32 to (batch, outputs) or (batch,); on any device.
         image: (depth, height, width), 0 outside the mask, as prepared scans are.
         mask: (depth, height, width), true inside the brain.
         method: one of `kit.params.METHODS`.
-        target: which output is explained; None: of several the highest for this scan, so the class that is predicted.
-        options: see there.
+        target: number of the output to explain; None: the highest for this scan, which is the predicted class.
+        options: see `Options`.
 
     Returns:
-        (depth, height, width) float32, zero outside the mask; the module's text says of which methods it is signed.
+        (depth, height, width) float32, zero outside the mask; the module's docstring says which methods are signed.
 
     Raises:
         MethodError: the method is unknown or cannot work with this network.
-        ValueError: shapes, an image that is not zero outside its mask, or a map that is not finite.
+        ValueError: shapes differ, the image is not zero outside its mask, or the map is not finite.
     """
     found = attribution(model, image, mask, method, target, options)
     return np.where(np.asarray(mask, dtype=bool), found, np.float32(0))
@@ -117,18 +117,18 @@ def saliency(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str,
 
 def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str, target: int | None = None,
                 options: Options = DEFAULTS) -> np.ndarray:
-    """As `saliency`, outside the brain too: how much of a map lies there is one of its checks."""
+    """As `saliency`, but not masked: one of the checks is how much of a map lies outside the brain."""
     mask = np.asarray(mask, dtype=bool)
     check_methods(model, [method], options.layer)
     if image.ndim != 3 or image.shape != mask.shape:
         raise ValueError(f"image has shape {image.shape}, mask {mask.shape}: both must be the same (D, H, W)")
     if np.any(image[~mask]):
-        # What such voxels contribute would be lost when the map is cut to the mask.
+        # Masking the map would drop these voxels' contributions.
         raise ValueError("image is not zero outside its mask: multiply it by the mask first")
     where = next(model.parameters()).device
     scan = _batch_of_one(image, where).requires_grad_()
     with frozen(model), evaluation(where):
-        if target is None and not isinstance(model, (Output, Cosine, Along)):  # these give one number already
+        if target is None and not isinstance(model, (Output, Cosine, Along)):  # these already output one number
             with torch.no_grad():
                 answer = model(scan)
             target = int(answer[0].argmax()) if answer.ndim > 1 else 0
@@ -143,7 +143,7 @@ def check_methods(model: nn.Module, methods: Sequence[str], layer: int | str | N
     """Check, before any work, that methods can work with a network.
 
     Raises:
-        MethodError: the first that is unknown or cannot; it says why, and which can.
+        MethodError: for the first method that is unknown or cannot; it says why, and which can.
     """
     for method in methods:
         if method not in METHODS:
@@ -166,7 +166,7 @@ def _unfit(model: nn.Module, method: str, layer: int | str | None) -> str:
 
 
 def _layer(model: nn.Module, layer: int | str | None) -> tuple[nn.Module | None, str]:
-    """The module that Grad-CAM reads, or what is wrong."""
+    """Find the module for Grad-CAM; the second value says what is wrong, if anything."""
     if isinstance(layer, str):
         named = dict(model.named_modules())
         found = next((module for name, module in named.items()
@@ -184,7 +184,7 @@ def _layer(model: nn.Module, layer: int | str | None) -> tuple[nn.Module | None,
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode, and no gradients of its weights are kept: a third less time."""
+    """Put the model in evaluation mode and compute no gradients for its weights, which saves a third of the time."""
     model.eval()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learned:
@@ -197,7 +197,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _attribute(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, method: str, options: Options) -> torch.Tensor:
-    """(1, 1, depth, height, width) of a score (batch,), by one method."""
+    """Attribute a score (batch,) by one method: (1, 1, depth, height, width)."""
     shape = tuple(scan.shape[2:])
     with_gradients = options.batch or max(1, min(32, GRADIENT_VOXELS // scan[0].numel()))
     if method == "gradient":
@@ -237,9 +237,10 @@ def _smoothgrad(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, options:
 
 
 def _grad_cam_pp(score: nn.Module, scan: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Grad-CAM++ before it is enlarged, (1, 1, ...).
+    """Grad-CAM++ at the layer's resolution, (1, 1, ...).
 
-    MONAI's leaves its hooks on the network, and adds 1e-7 to a denominator that is smaller than that at 150x192x192.
+    MONAI's version is not used: it leaves hooks on the network, and adds 1e-7 to a denominator that is smaller than
+    that at 150x192x192.
     """
     kept: list[torch.Tensor] = []
     hook = layer.register_forward_hook(lambda _, __, output: kept.append(output))
@@ -256,7 +257,7 @@ def _grad_cam_pp(score: nn.Module, scan: torch.Tensor, layer: nn.Module) -> torc
 
 
 def _guided(score: nn.Module, scan: torch.Tensor) -> torch.Tensor:
-    """On a copy: captum's hooks want ReLUs that do not write into their input."""
+    """Guided backpropagation on a copy of the network, as captum's hooks need ReLUs that are not in-place."""
     network = copy.deepcopy(score)
     for module in network.modules():
         if isinstance(module, nn.ReLU):
@@ -268,7 +269,7 @@ def _guided(score: nn.Module, scan: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _rollout(encoder: ViTEncoder, scan: torch.Tensor) -> torch.Tensor:
-    """Attention to each patch, mean over the brain tokens that the features are the mean of."""
+    """Attention rollout to each patch, averaged over the brain tokens, as the features are."""
     attending = [block.attn for block in stages_of(encoder)]
     for block in attending:
         block.use_flash_attention, block.save_attn = False, True
@@ -278,7 +279,7 @@ def _rollout(encoder: ViTEncoder, scan: torch.Tensor) -> torch.Tensor:
         for block in attending:
             attention = block.att_mat.mean(1)  # over heads: (1, tokens, tokens)
             own = torch.eye(attention.shape[-1], device=scan.device)
-            step = (attention + own) / 2  # the residual connection; rows sum to 1 as before
+            step = (attention + own) / 2  # adds the residual connection; rows still sum to 1
             joint = step if joint is None else step @ joint
     finally:
         for block in attending:
@@ -293,7 +294,7 @@ def _rollout(encoder: ViTEncoder, scan: torch.Tensor) -> torch.Tensor:
 
 
 def baseline_of(image: np.ndarray, mask: np.ndarray, options: Options) -> np.ndarray:
-    """(depth, height, width) float32, zero outside the mask: what stands for a scan that says nothing."""
+    """Make the uninformative reference scan: (depth, height, width) float32, zero outside the mask."""
     if options.baseline == "zero":
         return np.zeros(image.shape, np.float32)
     if options.baseline == "mean_brain":
@@ -302,7 +303,7 @@ def baseline_of(image: np.ndarray, mask: np.ndarray, options: Options) -> np.nda
         return np.where(mask, options.mean_brain, 0).astype(np.float32)
     if options.baseline != "blurred":
         raise ValueError(f"baseline: got {options.baseline!r}; choose zero, mean_brain or blurred")
-    weight = gaussian_filter(mask.astype(np.float32), options.blur)  # the brain's edge does not bleed into it
+    weight = gaussian_filter(mask.astype(np.float32), options.blur)  # corrects for zeros outside the brain
     blurred = gaussian_filter(np.where(mask, image, 0).astype(np.float32), options.blur) / np.maximum(weight, 1e-6)
     return np.where(mask, blurred, 0).astype(np.float32)
 
@@ -312,9 +313,9 @@ def _baseline(scan: torch.Tensor, mask: np.ndarray, options: Options) -> torch.T
 
 
 def cubes(mask: np.ndarray, side: int) -> np.ndarray:
-    """Number the cubes of `side` voxels that hold brain: (depth, height, width) int64; others are one, the last.
+    """Number the cubes of `side` voxels: (depth, height, width) int64.
 
-    The numbers are whole and without gaps.
+    Cubes with brain are numbered from 0 without gaps; all others share the next number.
     """
     along = [np.arange(length) // side for length in mask.shape]
     counts = [int(each[-1]) + 1 for each in along]
@@ -326,7 +327,7 @@ def cubes(mask: np.ndarray, side: int) -> np.ndarray:
 
 
 def passes_of(method: str, mask: np.ndarray, options: Options) -> int:
-    """About how many scans go through the network for one map."""
+    """Approximate number of scans that go through the network for one map."""
     if method == "occlusion":
         return int(cubes(mask, options.patch).max()) + 3
     return 1 + {"smoothgrad": options.samples, "integrated_gradients": options.steps}.get(method, 1)

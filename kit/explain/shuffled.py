@@ -1,4 +1,4 @@
-"""The same network, fine-tuned once on shuffled labels: what its maps would look like had it learned nothing."""
+"""The same network fine-tuned on shuffled labels: how its maps look if there is nothing to learn."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kit.seeding import rng_for
 
 
 def shuffled_model(model: Path, steps: int, seed: int = 0) -> nn.Module:
-    """Fine-tune as a run of 3_finetune did, from the same encoder, on labels dealt out anew among the participants.
+    """Fine-tune as a run of 3_finetune did, from the same encoder, but on shuffled labels.
 
     Args:
-        model: that run, with its `params.yaml`; its stores and its encoder must be there still.
-        steps: at most; the run's own, if they are fewer. Nothing else is searched or repeated.
+        model: that run, with its `params.yaml`; its stores and its encoder must still exist.
+        steps: at most, and no more than the run's own. There is no hyperparameter search and no longer repeat.
         seed: of the shuffle.
 
     Raises:
@@ -42,7 +42,7 @@ def shuffled_model(model: Path, steps: int, seed: int = 0) -> nn.Module:
 
 
 def with_shuffled_labels(task: Task, seed: int = 0) -> Task:
-    """A task whose training and validation labels are dealt out anew; those that are tested stay."""
+    """Shuffle a task's training and validation labels among scans; test labels stay."""
     parts = {name: replace(part, labels=rng_for(seed, number).permutation(part.labels))
              if name in ("train", "validation") else part for number, (name, part) in enumerate(task.parts.items())}
     return replace(task, parts=parts)

@@ -1,7 +1,7 @@
-"""What is asked of a model: one number a scan, which a map then shares out over the voxels.
+"""The output to explain: one number per scan, which a map then attributes to voxels.
 
-Of a head: an output, or one class of several. Of an encoder, with a head or without: what makes a scan like another
-one, what makes it like its own views, or how far it lies along the embeddings' first principal direction.
+With a head: its output, or one of several classes. For any encoder: similarity to another scan, similarity to the
+scan's own views, or the position along the embeddings' first principal direction.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kit.store.dataset import PreparedScans, collate
 from kit.store.store import Store
 
 OF_ENCODERS = ("similarity", "views", "component")
-VIEWS = 8  # of a scan, whose mean direction it is compared with
+VIEWS = 8  # of a scan; it is compared with their mean direction
 
 
 class TargetError(KitError, ValueError):
@@ -47,10 +47,10 @@ class Output(nn.Module):
 
 
 class Cosine(nn.Module):
-    """Cosine of a scan's features to given ones, -1 to 1: (batch,).
+    """Cosine similarity of a scan's features to given ones, -1 to 1: (batch,).
 
     Args:
-        encoder: of the features.
+        encoder: computes the features.
         to: (features,).
     """
 
@@ -65,7 +65,7 @@ class Cosine(nn.Module):
 
 
 class Along(nn.Module):
-    """How far a scan's features lie from a centre along a direction, in the features' unit: (batch,)."""
+    """Position of a scan's features along a direction from a centre, in the features' unit: (batch,)."""
 
     def __init__(self, encoder: nn.Module, centre: torch.Tensor, direction: torch.Tensor) -> None:
         super().__init__()
@@ -79,12 +79,11 @@ class Along(nn.Module):
 
 
 class Question(NamedTuple):
-    """What is asked.
+    """The output to explain, applicable to models with different weights.
 
     Attributes:
-        words: for titles.
-        of: a model and a scan's name -> a module that gives one number a scan; the same question can so be put to a
-            model with other weights.
+        words: a description for titles.
+        of: (model, scan name) -> a module that outputs one number per scan.
     """
 
     words: str
@@ -92,26 +91,26 @@ class Question(NamedTuple):
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:
-    """The encoder inside a model, if it is one that the kit knows."""
+    """Find the encoder inside a model, if it is one of the kit's."""
     kinds = (ResNetEncoder, DenseNetEncoder, ViTEncoder)
     return next((module for module in model.modules() if isinstance(module, kinds)), None)
 
 
 def question(target: str, model: nn.Module, record: dict[str, Any], store: Store, rows: pd.DataFrame,
              like: str | None = None, seed: int = 0) -> Question:
-    """Put into a question what a notebook's `target` asks.
+    """Convert a notebook's `target` to a `Question`.
 
     Args:
-        target: `prediction` (log-odds of the second of two classes, the logit of the class that the model predicts, or
-            a number in units of the training labels' spread), a class's name, or one of `OF_ENCODERS`.
+        target: `prediction` (log-odds of the second of two classes, the logit of the predicted class of several, or a
+            number in standard deviations of the training labels), a class's name, or one of `OF_ENCODERS`.
         model: a `Predictor`, or an encoder.
-        record: its `task.json`; of an encoder its record.
+        record: its `task.json`; for an encoder its record.
         store, rows: the scans; `component` is fitted to their embeddings.
-        like: of `similarity`: a scan's name; None: the first of `rows` that is not the scan itself.
-        seed: of the views, which are made by the encoder's recipe, or by `weak`.
+        like: for `similarity`: a scan's name; None: the first of `rows` that is not the scan itself.
+        seed: of the views, which use the encoder's recipe, or else `weak`.
 
     Raises:
-        TargetError: the model has no such output, or the store no scan of that name.
+        TargetError: the model has no such output, the store no scan of that name, or there are too few scans.
     """
     if target == "similarity":
         return _similarity(store, rows, like)
@@ -140,7 +139,7 @@ def _output(target: str, model: Predictor, record: dict[str, Any], store: Store)
         return Question(f"logit of {task} = {target}", lambda model, scan: Output(model, classes.index(target)))
 
     @cache
-    def predicted(scan: str) -> int:  # by the model that is explained, also where others are asked
+    def predicted(scan: str) -> int:  # by the explained model, even for copies with other weights
         return int(_embed(model, store, [scan])[0].argmax())
 
     return Question(f"logit of the predicted {task}", lambda other, scan: Output(other, predicted(scan)))
@@ -164,7 +163,7 @@ def _similarity(store: Store, rows: pd.DataFrame, like: str | None) -> Question:
 
 def _like_its_views(encoder: nn.Module, store: Store, scan: str, seed: int,
                     recipe: Recipe) -> Cosine:
-    """The map lies in the scan's own space: the views' mean direction is held still."""
+    """Cosine of the scan to its views' mean direction, held constant so that the map is in the scan's own space."""
     item = PreparedScans(store, store.index[store.index["scan"] == scan])[0]
     batch = collate([item]).to(_device(encoder))
     with torch.no_grad():
@@ -183,7 +182,7 @@ def _component(store: Store, rows: pd.DataFrame) -> Question:
         features = _embed(encoder, store, rows["scan"])
         centre = features.mean(0)
         direction = np.linalg.svd(features - centre, full_matrices=False)[2][0]
-        direction *= np.sign(direction[np.abs(direction).argmax()])  # a sign that does not depend on the library
+        direction *= np.sign(direction[np.abs(direction).argmax()])  # a sign that does not depend on the SVD's
         return torch.from_numpy(centre).to(_device(encoder)), torch.from_numpy(direction).to(_device(encoder))
 
     return Question("first principal direction of the embeddings",
@@ -199,6 +198,6 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _embed(model: nn.Module, store: Store, scans: pd.Series | list[str]) -> np.ndarray:
-    """(scans, width) float32."""
+    """Run a model over named scans: (scans, width) float32."""
     rows = store.index.set_index("scan", drop=False).loc[list(scans)]
     return predict(model, PreparedScans(store, rows))

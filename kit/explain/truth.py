@@ -1,12 +1,12 @@
-"""Maps against places that are known: the sample cohort's effects, and lesions that are put into real scans.
+"""Compare maps with known locations: the sample cohort's effects, and lesions implanted into real scans.
 
-Per map, of its absolute values inside the brain:
+Measures per map, from its absolute values inside the brain:
 
-- pointing: does its strongest voxel lie in the place, or beside it? (Zhang et al., arXiv 1608.00507)
-- mass: the share of the map that lies in the place; rank: the share of its strongest voxels that do, as many as the
-  place has. (Arras et al., CLEVR-XAI, Information Fusion 2022)
+- pointing: is its strongest voxel in the place, or next to it? (Zhang et al., arXiv 1608.00507)
+- mass: the share of the map in the place; rank: of its n strongest voxels, the share in the place, where n is the
+  place's number of voxels. (Arras et al., CLEVR-XAI, Information Fusion 2022)
 
-An even map has the place's share of the brain in all three, by chance: each is also given over that.
+By chance each is about the place's share of the brain; mass and rank are therefore also given as ratios to it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ LEVEL = 0.95  # of the intervals
 
 
 def against_place(found: np.ndarray, place: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Hold one map against a known place; all are (depth, height, width).
+    """Compare one map with a known place; all are (depth, height, width).
 
     Returns:
-        `share_of_brain`, 0-1, of the place; `pointing` (0 or 1), `mass`, `rank` (0-1), and the last two over
-        `share_of_brain`. Of a map that is zero in the brain all but the share are nan: it says nothing.
+        `share_of_brain` of the place, 0-1; `pointing` (0 or 1), `mass`, `rank` (0-1); `mass_ratio`, `rank_ratio` (over
+        `share_of_brain`). If the map is zero in the brain, all but the share are nan.
 
     Raises:
         ValueError: shapes differ, or the place lies outside the brain.
@@ -60,17 +60,17 @@ def against_place(found: np.ndarray, place: np.ndarray, mask: np.ndarray) -> dic
         return {"share_of_brain": share, **dict.fromkeys(MEASURES, float("nan"))}
     weight = np.where(brain, np.abs(found.astype(np.float64)), 0)
     strongest = np.argsort(np.where(brain, -weight, 1), axis=None, kind="stable")[: known.sum()]
-    beside = binary_dilation(known)  # a voxel's tolerance, as the method's authors give some
+    beside = binary_dilation(known)  # one voxel of tolerance; the method's authors allow some too
     mass, rank = float(weight[known].sum() / weight.sum()), float(known.flat[strongest].mean())
     return {"share_of_brain": share, "pointing": float(beside.flat[strongest[0]]), "mass": mass,
             "mass_ratio": mass / share, "rank": rank, "rank_ratio": rank / share}
 
 
 def inside_known_places(maps: Maps, store: Store, task: str | None, run: Run) -> pd.DataFrame:
-    """Hold maps of scans against the place where a task's effect is known to lie; also written to `known_places.csv`.
+    """Compare scans' maps with the known place of a task's effect; also written to `known_places.csv`.
 
     Returns:
-        A row a map, see `against_place`; none where nothing is known.
+        One row per map, see `against_place`; no row for scans without a known place.
     """
     rows = []
     for (scan, method), values in maps.items():
@@ -83,18 +83,18 @@ def inside_known_places(maps: Maps, store: Store, task: str | None, run: Run) ->
 
 
 def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> pd.DataFrame:
-    """All methods of all models against known places; also written to `truth.csv`.
+    """Compare all methods' maps of all models with known places; also written to `truth.csv`.
 
-    Each model is held against tested participants of its own task in whom the place is known, drawn by the seed: the
-    same for all models of a task and a split.
+    Each model is judged on tested participants of its own task whose place is known, drawn by the seed: models with
+    the same task and split share them.
 
     Args:
-        params: whose `model` and `compare` are looked at, `truth_participants` each.
+        params: its `model` and `compare` are judged on `truth_participants` participants each.
         asked: of `model`.
         task: of `model`.
 
     Returns:
-        A row per model, task and method, see `summary`; none where nothing is known.
+        One row per model, task and method, see `summary`; empty if no place is known.
     """
     tables = []
     models = {"model": params.model, **params.compare} if task is not None else {}
@@ -119,7 +119,7 @@ def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> p
 
 
 def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int) -> list[str]:
-    """Scans of tested participants, in distribution, in whom the place of the task's effect is known, one of each."""
+    """Draw in-distribution tested participants whose place of the task's effect is known, one scan each."""
     tested = read_table(model / "predictions.csv", text=("scan", "participant"))
     tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
     rows = store.index.set_index("scan", drop=False).loc[sorted(tested)]
@@ -130,7 +130,7 @@ def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int
 
 
 def measure(asked: Asked, scans: Sequence[str], methods: Sequence[str], task: str) -> pd.DataFrame:
-    """A row per scan and method, see `against_place`."""
+    """Make maps and compare them with known places: one row per scan and method, see `against_place`."""
     rows = []
     for scan in progress(scans, desc="known places", disable=not scans):
         place, mask = known_place(asked.store, scan, task), asked.store.read(scan)[1]
@@ -140,16 +140,17 @@ def measure(asked: Asked, scans: Sequence[str], methods: Sequence[str], task: st
 
 
 def summary(table: pd.DataFrame, store: Store, seed: int = 0) -> pd.DataFrame:
-    """Means over participants with 95 % intervals, by the bootstrap over participants.
+    """Average over participants, with 95 % bootstrap intervals over participants.
 
     Args:
-        table: of `measure` or `inside_known_places`.
+        table: from `measure` or `inside_known_places`.
         store: of its scans.
         seed: of the bootstrap.
 
     Returns:
-        A row a method: `method`, `participants`, `silent` (maps that are zero in the brain, left out), and of each of
-        `MEASURES` the mean, `<measure>_low` and `<measure>_high` (nan of fewer than two participants).
+        One row per method: `method`, `participants`, `silent` (participants left out because their maps are zero in
+        the brain), and for each of `MEASURES` the mean, `<measure>_low` and `<measure>_high` (nan with fewer than two
+        participants).
     """
     rows = []
     person = dict(zip(store.index["scan"], participant_ids(store.index), strict=True))
@@ -167,7 +168,7 @@ def summary(table: pd.DataFrame, store: Store, seed: int = 0) -> pd.DataFrame:
 
 
 def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """Of the mean, by percentiles of the bootstrap."""
+    """Percentile bootstrap interval of the mean."""
     if len(values) < 2:
         return float("nan"), float("nan")
     drawn = np.concatenate([counts @ values / len(values) for counts in bootstrap(len(values), seed=seed)])
@@ -176,14 +177,14 @@ def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:
 
 def implant_lesion(image: np.ndarray, mask: np.ndarray, grid: Grid, place_mm: tuple[float, float, float],
                    radius_mm: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put a dark lesion, such as an old infarct on T1, into a scan: a ball with an uneven edge, as dark as fluid.
+    """Implant a dark lesion, like an old infarct on T1: a ball with an irregular edge, as dark as fluid.
 
     Args:
-        image: (depth, height, width), z-scored inside the mask and 0 outside; z-scored again afterwards, as prepared.
+        image: (depth, height, width), z-scored inside the mask and 0 outside; the result is z-scored again.
         mask: (depth, height, width), the brain.
-        grid: where they lie.
+        grid: of both.
         place_mm: (x, y, z) MNI millimetres of its centre.
-        radius_mm: about.
+        radius_mm: approximate radius.
         seed: of its edge and its texture.
 
     Returns:
@@ -197,8 +198,8 @@ def implant_lesion(image: np.ndarray, mask: np.ndarray, grid: Grid, place_mm: tu
              in zip(grid.origin_mm[::-1], grid.shape, place_mm[::-1], strict=True)]
     distance = np.sqrt(sum(each**2 for each in np.meshgrid(*apart, indexing="ij")))
     rough = gaussian_filter(rng.normal(size=grid.shape), max(1.0, 4 / grid.spacing_mm))
-    edge = distance + 0.15 * radius_mm * rough / rough.std()  # a sixth of the radius in and out
-    depth = np.clip(0.5 + (radius_mm - edge) / max(grid.spacing_mm, 2.0), 0, 1) * brain  # soft over a voxel
+    edge = distance + 0.15 * radius_mm * rough / rough.std()  # irregular: SD 15 % of the radius
+    depth = np.clip(0.5 + (radius_mm - edge) / max(grid.spacing_mm, 2.0), 0, 1) * brain  # soft edge, at least 2 mm wide
     lesion = depth >= 0.5
     if not lesion.any():
         raise ValueError(f"place_mm {place_mm}: no voxel within {radius_mm:g} mm lies in the brain")

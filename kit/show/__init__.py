@@ -1,18 +1,17 @@
-"""Pictures, curves, tables and the explorer's widgets. Figures are returned, neither shown nor kept by
-pyplot.
+"""Figures, tables and the explorer's widgets. Figures are returned; pyplot neither shows nor keeps them.
 
-- `planes`: cut a volume the right way up; millimetres to voxels; grey levels
-- `figure`: an empty figure with its title and its note ("procedural data"); figures as PNG
+- `planes`: cut slices the right way up; convert millimetres to voxels; scale grey levels
+- `figure`: an empty figure with a title and a note ("procedural data"); figures as PNG
 - `slices`: a scan in three planes with overlay and outline; many scans; views beside their original; a
   transform at several strengths
-- `quality`: prepared scans under the template's outline; quality figures by site
-- `curves`: a training's losses, learning rate and seconds
+- `quality_figures`: prepared scans with the template's outline; quality metrics by site
+- `curves`: losses, learning rate and seconds of a training run
 - `comparison`: the benchmark: forest plot of differences, tables, summary, label efficiency
-- `predictions`: ROC, calibration, scatter, confusion, the worst errors; embeddings on a map
-- `wording`: what they share: readable names, units, a score with its interval
+- `predictions`: ROC, calibration, scatter, confusion, worst errors; embeddings in two dimensions
+- `wording`: shared wording: readable names, units, a score with its interval
 - `live`: a figure that follows a run while it trains
 - `explorer`: the interactive explorer of augmentations
-- `recipe_controls`: its list of transforms, to be switched and dragged
-- `saliency_figures`: maps over scans, as mosaics, of groups, by region, and in a viewer to scroll through
-- `similarity`: how alike an encoder finds two views; the figure of it, beside the grey levels
+- `recipe_controls`: its transforms, with switches and sliders
+- `saliency_figures`: maps over scans, as mosaics, by group, by region, and in an interactive viewer
+- `similarity`: similarity of two views to an encoder, drawn beside their grey levels
 """

@@ -1,7 +1,7 @@
 """The benchmark's figures and tables: encoders against chance, baselines and each other.
 
-They read `scores` and `differences` as `kit.evaluate` writes them (`scores.csv`, `differences.csv`): intervals over
-participants and seeds. `title` and `note`: see `kit.show.figure.blank`.
+Inputs are `scores` and `differences` as `kit.evaluate` writes them (`scores.csv`, `differences.csv`), with intervals
+over participants and seeds. `title` and `note`: see `kit.show.figure.blank`.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from kit.evaluate.metrics import LEAST_PARTICIPANTS
 from kit.show.figure import MAX_WIDTH, TEXT, blank, label, shared_legend
 from kit.show.wording import in_units, need, need_one, readable, with_interval
 
-CHANCE = ("guess", "demographics", "site", "volumes", "voxels", "random init")  # what an encoder has to beat
+CHANCE = ("guess", "demographics", "site", "volumes", "voxels", "random init")  # an encoder has to beat these
 MODES = {"probe": "Linear probe on frozen features", "finetune": "All weights trained",
          "baseline": "Without an encoder"}
 METRICS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
 ERRORS = ("mean_absolute_error",)  # lower is better
-SIGNIFICANT = 0.05  # of p after Holm's correction
-PAGE = 130  # characters of a line in the summary
+SIGNIFICANT = 0.05  # for p after Holm's correction
+PAGE = 130  # characters per line of the summary
 _CELL = ["encoder", "mode", "task", "label_fraction", "metric", "distribution"]
 _PLACE = ["task", "metric", "distribution", "label_fraction"]
 
 
 def forest(differences: pd.DataFrame, title: str = "", note: str = "") -> Figure:
-    """Draw an encoder's difference to each rival with its interval: a panel per task and test set, AUC first.
+    """Draw an encoder's difference from each rival with its interval: a panel per task and test set, AUC first.
 
-    Right of zero the encoder is better, also where the metric is an error: its sign is turned. The marker is filled
-    where p < .05 after Holm's correction. At the right margin: participants, seeds.
+    Right of zero the encoder is better; for errors the sign is flipped. Markers are filled where p < .05 after Holm's
+    correction. The right margin gives the numbers of participants and seeds.
 
     Args:
-        differences: of one encoder, mode and label fraction: `encoder, rival, task, mode, label_fraction,
+        differences: for one encoder, mode and label fraction: `encoder, rival, task, mode, label_fraction,
             distribution, metric, difference` (encoder minus rival), `low, high` (nan without an interval), `p_holm,
             participants, seeds`.
 
@@ -48,7 +48,7 @@ def forest(differences: pd.DataFrame, title: str = "", note: str = "") -> Figure
     encoder, mode, fraction = differences.iloc[0][["encoder", "mode", "label_fraction"]]
     rivals, tested = ordered(differences["rival"]), list(differences["distribution"].unique())
     columns = min(2, len(tested))
-    rows = math.ceil(len(tested) / columns)  # of panels, for each task
+    rows = math.ceil(len(tested) / columns)  # of panels per task
     tasks = sorted(differences.groupby(["metric", "task"], sort=False), key=lambda each: each[0][0] in ERRORS)
     title = title or f"{encoder} against each rival ({MODES[mode].lower()}, {fraction:.0%} of the labels)"
     figure = blank(MAX_WIDTH if columns > 1 else 560, (17 * len(rivals) + 66) * rows * len(tasks) + 20,
@@ -89,14 +89,14 @@ def _forest_panel(axes: Axes, here: pd.DataFrame, rivals: list[str]) -> None:
 
 
 def _towards_better(differences: pd.DataFrame) -> pd.DataFrame:
-    """Columns low, difference and high with the sign such that above 0 the encoder is better."""
+    """Columns low, difference and high, signed so that above 0 the encoder is better."""
     columns = ["low", "difference", "high"]
     turned = differences[columns[::-1]].mul(-1).set_axis(columns, axis=1)
     return differences[columns].where(~differences["metric"].isin(ERRORS), turned)
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Each name once: what an encoder has to beat, then supervised ones, MAE, and the rest as they came."""
+    """Sort unique names: first what an encoder has to beat, then supervised, MAE, and the rest in their given order."""
     def rank(name: str) -> int:
         if name in CHANCE:
             return CHANCE.index(name)
@@ -108,9 +108,8 @@ def ordered(names: Iterable[str]) -> list[str]:
 def scores_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Pivot scores to a row per comparison and a column per encoder or baseline, as text "0.84 [0.77, 0.90]".
 
-    "[–]" stands for an interval that is not there, an empty cell for a score that is not. Baselines stand beside
-    every mode. The rows' index: task, metric, distribution, mode, share of labels, participants tested (of most;
-    a cell with fewer says so).
+    "[–]" is a missing interval, an empty cell a missing score. Baselines are repeated for every mode. The rows' index:
+    task, metric, distribution, mode, label fraction, participants tested (the largest number; cells with fewer say so).
 
     Args:
         scores: `encoder, mode, task, label_fraction, metric, distribution, value, low, high, participants`.
@@ -128,7 +127,7 @@ def scores_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown; several levels of a heading are joined by commas."""
+    """Format a table as Markdown; levels of a multi-level heading are joined by commas."""
     flat = _flat(table)
     escaped = [[cell.replace("|", r"\|") for cell in row] for row in [list(flat.columns), *flat.to_numpy().tolist()]]
     escaped.insert(1, ["---"] * flat.shape[1])
@@ -136,12 +135,12 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def as_latex(table: pd.DataFrame) -> str:
-    """A table as a LaTeX `tabular` for the package booktabs; text is escaped."""
+    """Format a table as a LaTeX `tabular` for the package booktabs; text is escaped."""
     return _flat(table).to_latex(index=False, escape=True, column_format="l" * _flat(table).shape[1])
 
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:
-    """The index as columns, everything as text."""
+    """Turn the index into columns and everything into text."""
     table = table.copy()
     if table.columns.nlevels > 1:
         table.columns = [", ".join(map(_plain, names)) for names in table.columns]
@@ -154,15 +153,15 @@ def _plain(value: object) -> str:
 
 
 def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> str:
-    """The main result as text, at most 130 characters wide, with one sentence of what it shows.
+    """Summarise the main result as text, at most 130 characters wide, with one sentence on what it shows.
 
-    For each mode, with its largest share of labels: the scores, what has to be beaten first; then the differences of
-    the reference encoder, the first in `differences`. The sentence counts all its differences, whoever wins.
+    For each mode, at its largest label fraction: the scores, baselines first; then the differences of the reference
+    encoder, which is the first in `differences`. The sentence counts all its differences, whichever side they favour.
 
     Args:
         scores: as for `scores_table`, with `trained` (False: more steps would change the validation score).
-        differences: as for `forest`, of any number of encoders, modes and label fractions; may be empty.
-        note: what must be said of the data.
+        differences: as for `forest`, for any number of encoders, modes and label fractions; may be empty.
+        note: a remark on the data, such as "procedural data".
     """
     need(scores, "scores", [*_CELL, "trained"])
     about, cells = f" ({note})" if note else "", _cells(scores)
@@ -192,7 +191,7 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
 
 
 def verdict(differences: pd.DataFrame) -> str:
-    """One sentence: how often the first encoder is better or worse than its rivals after Holm's correction."""
+    """Say in one sentence how often the first encoder is better or worse than its rivals after Holm's correction."""
     if differences.empty:
         return "What it shows: nothing is compared, as there are no differences."
     encoder = differences["encoder"].iloc[0]
@@ -216,20 +215,20 @@ def _difference_texts(differences: pd.DataFrame) -> list[str]:
 
 
 def _text_tables(cells: pd.DataFrame, metrics: dict[str, str]) -> Iterator[str]:
-    """Lines: of each metric a table with a row per encoder and a column per task and test set, folded at the page."""
+    """Yield text tables by metric: a row per encoder, a column per task and test set, wrapped at the page width."""
     for metric, scored in sorted(cells.groupby("metric", sort=False), key=lambda each: each[0] in ERRORS):
         yield f"  {metrics.get(metric, readable(metric))}"
         names, places = ordered(scored["encoder"]), scored.groupby(["task", "distribution"], sort=False)
         columns = {}
         for (task, where), here in places:
-            where = readable(where.replace("_distribution", ""))  # in, out of
+            where = readable(where.replace("_distribution", ""))  # "in" or "out of"
             texts = here.set_index("encoder")["text"].reindex(names, fill_value="")
             tested = [f"{number:.0f}" for number in sorted({here["participants"].min(), here["participants"].max()})]
             columns[task, where] = [readable(task), f"{where}, n = {'–'.join(tested)}", *texts]
         left = max(map(len, names)) + 6
         wide = max(len(cell) for column in columns.values() for cell in column) + 2
         at_once, together = max(1, (PAGE - left) // wide), scored["distribution"].nunique()
-        at_once -= at_once % together if at_once > together else 0  # a task's test sets stand side by side
+        at_once -= at_once % together if at_once > together else 0  # keeps a task's test sets together
         columns = list(columns.values())
         for start in range(0, len(columns), at_once):
             for head, *texts in zip(["", "", *names], *columns[start:start + at_once], strict=True):
@@ -237,10 +236,10 @@ def _text_tables(cells: pd.DataFrame, metrics: dict[str, str]) -> Iterator[str]:
 
 
 def label_efficiency(scores: pd.DataFrame, title: str = "", note: str = "") -> Figure:
-    """Draw each metric against the share of labels: a row per task and metric, a column per distribution.
+    """Draw each metric against the label fraction: a row per task and metric, a column per distribution.
 
-    A line per encoder and mode, with 95 % intervals over participants and seeds: baselines dotted and grey, probes
-    solid, fine-tuning dashed.
+    There is a line per encoder and mode with 95 % intervals over participants and seeds: baselines dotted and grey,
+    probes solid, fine-tuning dashed.
 
     Args:
         scores: `encoder, mode, task, metric, distribution, label_fraction` (0-1), `value`, `low` and `high`.
@@ -256,7 +255,7 @@ def label_efficiency(scores: pd.DataFrame, title: str = "", note: str = "") -> F
             here = of_task[of_task["distribution"] == distribution].sort_values("label_fraction", kind="stable")
             for number, (name, mode) in enumerate(models):
                 line = here[(here["encoder"] == name) & (here["mode"] == mode)]
-                beside = 1 + 0.02 * (number - (len(models) - 1) / 2)  # so that bars do not hide each other
+                beside = 1 + 0.02 * (number - (len(models) - 1) / 2)  # so that error bars do not overlap
                 reach = [(line["value"] - line["low"]).clip(0), (line["high"] - line["value"]).clip(0)]
                 if len(line):
                     axes.errorbar(line["label_fraction"] * beside, line["value"], yerr=reach,
@@ -283,7 +282,7 @@ def _style(name: str, mode: str, names: list[str]) -> dict:
 
 
 def _cells(scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores with `text`, and baselines beside every mode that has a score in their place."""
+    """Add `text`, and repeat baselines for each mode that has a score with the same `_PLACE`."""
     need(scores, "scores", [*_CELL, "value", "low", "high", "participants"])
     if (twice := scores[scores.duplicated(_CELL)]).size:
         raise ValueError(f"scores: {len(twice)} cells have several scores, the first {tuple(twice[_CELL].iloc[0])}; "

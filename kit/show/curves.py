@@ -1,4 +1,4 @@
-"""Curves of a training. `title` and `note`: see `kit.show.figure.blank`."""
+"""Training curves. `title` and `note`: see `kit.show.figure.blank`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def training_curves(log: pd.DataFrame, title: str = "", note: str = "") -> Figur
     """Draw losses, learning rate and seconds against epochs.
 
     Args:
-        log: a row per epoch: `epoch`, at least one column that ends in `loss` (validation may have gaps;
-            `mean_scan_loss` is dashed) and, drawn if present, `learning_rate` and `seconds`.
+        log: one row per epoch: `epoch`, at least one column ending in `loss` (validation may have gaps;
+            `mean_scan_loss` is dashed), and optionally `learning_rate` and `seconds`.
     """
     losses = [name for name in log.columns if name.endswith("loss")]
     need(log, "log", ["epoch", *(losses or ["loss"])])

@@ -1,6 +1,6 @@
-"""The interactive explorer of augmentations: choose scan and recipe, drag every range; look at two views.
+"""The interactive explorer of augmentations: choose a scan and a recipe, drag any range, and see two views.
 
-It knows nothing of how views are made: it takes a function `make_pair(scan, recipe, seed) -> Pair`.
+It does not depend on how views are made: it takes a function `make_pair(scan, recipe, seed) -> Pair`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ from kit.store.grid import Grid
 Asked = tuple[str, Recipe, int]  # scan, recipe, seed
 MakePair = Callable[[str, Recipe, int], Pair]
 
-_MARGIN, _HEADER, _GAP, _SLICES = 110, 20, 4, 600  # pixels: rows' names, columns' names, gaps, all slices
+_MARGIN, _HEADER, _GAP, _SLICES = 110, 20, 4, 600  # pixels: row names, column names, gaps, all slices
 _ROWS = ("original", "view 1", "view 2", "view 1 − view 2")
 
 
 def render_pair(pair: Pair, grid: Grid, position: Point | None = None, note: str = "") -> bytes:
     """Draw a pair of views as PNG: rows original, view 1, view 2, view 1 - view 2; columns the three planes.
 
-    All share the original's grey levels. In the difference red means that view 1 is brighter. By NumPy and
-    Pillow: matplotlib would take most of the time between a slider's move and its picture.
+    All share the original's grey levels. In the difference, red means that view 1 is brighter. It uses NumPy and
+    Pillow because matplotlib would dominate the delay after moving a slider.
 
     Args:
         pair: volumes (depth, height, width) on the grid.
-        position: (x, y, z) MNI mm of the voxel that all slices go through, marked by lines; without it the
-            grid's middle, unmarked.
+        position: (x, y, z) MNI mm through which all slices are cut, marked by lines; None: the grid's middle, unmarked.
         note: small print below, such as "procedural data".
     """
     depth, height, width = grid.shape
@@ -83,20 +82,20 @@ def explorer(
     make_pair: MakePair, scans: Sequence[str], recipes: Mapping[str, Recipe], grid: Grid, seed: int = 0,
     note: str = "", similarity: Similarity | None = None, recipe_path: str = "outputs/recipes/mine.yaml",
 ) -> widgets.VBox:
-    """Build the explorer; its first picture is made before this returns, and an error in making it is raised.
+    """Build the explorer. The first picture is made before this returns, and an error in making it is raised.
 
-    Moving a slice's slider redraws the pair at hand. Any other change makes a pair in a background thread:
-    requests overtaken by a later one are dropped, and an error is written in place of the pair's words. Grey
-    levels and similarity follow the picture, unless another request has come.
+    Moving a slice slider redraws the current pair. Any other change makes a new pair in a background thread. Requests
+    overtaken by a later one are dropped, and an error is shown in place of the pair's description. Grey levels and
+    similarity follow the picture unless another request has arrived.
 
     Args:
-        scans, recipes: what to choose from; the first of each is shown first.
+        scans, recipes: to choose from; the first of each is shown first.
         grid: of the pair's volumes.
-        seed: the first; "Draw again" takes the next.
+        seed: the first seed; "Draw again" takes the next.
         recipe_path: where "Save recipe" writes, unless another path is typed in.
 
     Returns:
-        A box of controls, picture, words and plots: give it to `display_explorer`.
+        A box of controls, picture, text and plots for `display_explorer`.
     """
     number = widgets.IntText(seed, description="seed")
     scan = widgets.Dropdown(options=list(scans), description="scan")
@@ -123,14 +122,14 @@ def explorer(
                 facts.value = png(pair_facts(now["pair"], found, note))
 
     def make(request: int, asked: Asked) -> None:
-        if request != now["request"]:  # overtaken while it waited
+        if request != now["request"]:  # overtaken while waiting
             return
         try:
             pair = make_pair(*asked)
             if request == now["request"]:
                 show(pair)
                 add_facts(request, asked)
-        except Exception as error:  # a thread's error would be seen by nobody
+        except Exception as error:  # an error in a thread would go unseen
             words.value = _wrong(error)
 
     def asked() -> Asked:
@@ -140,7 +139,7 @@ def explorer(
         now["request"] += 1
         try:
             worker.submit(make, now["request"], asked())
-        except ValueError as error:  # of a recipe that cannot be
+        except ValueError as error:  # an impossible recipe
             words.value = _wrong(error)
 
     controls = RecipeControls(ask)
@@ -169,7 +168,7 @@ def explorer(
 
 
 def _keep(recipe: Callable[[], Recipe], path: str) -> widgets.VBox:
-    """A row that writes the recipe as YAML, and one that shows it to be copied."""
+    """Build controls that save the recipe as YAML, or show it for copying."""
     where = widgets.Text(path, description="file")
     save, copy = widgets.Button(description="Save recipe"), widgets.Button(description="Copy")
     said = widgets.HTML()
@@ -199,7 +198,7 @@ def _wrong(error: Exception) -> str:
 
 
 def display_explorer(box: widgets.VBox) -> None:
-    """Show the explorer and, in the same output, its present picture as a small PNG for pages that run no widgets."""
+    """Show the explorer and, in the same output, its current picture as a small PNG for pages without widgets."""
     picture = base64.b64encode(small(bytes(box.children[0].children[1].value)).data).decode("ascii")
     display({**box._repr_mimebundle_(), "image/png": picture}, raw=True)
 
@@ -212,7 +211,7 @@ def _slice_slider(grid: Grid, plane: str) -> widgets.FloatSlider:
 
 
 def _red_blue(change: np.ndarray) -> np.ndarray:
-    """Colour a picture of -1..1 as RGB uint8: blue below 0, black at 0, red above."""
+    """Colour a picture with values -1 to 1 as RGB uint8: blue below 0, black at 0, red above."""
     red, blue = np.clip(change, 0, 1), np.clip(-change, 0, 1)
     return (255 * np.stack([red, 0.35 * (red + blue), blue], axis=-1)).astype(np.uint8)
 

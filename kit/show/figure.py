@@ -1,10 +1,10 @@
-"""An empty figure: at most 900 pixels wide, with room for its title and its note."""
+"""Empty figures at most 900 pixels wide, with a title and a note; helpers for axes, legends and PNG."""
 
 from __future__ import annotations
 
 import io
 
-import matplotlib_inline.backend_inline  # noqa: F401  a notebook then draws figures that pyplot never saw
+import matplotlib_inline.backend_inline  # noqa: F401  lets notebooks display figures made without pyplot
 import PIL.Image
 from IPython.display import Image
 from matplotlib.axes import Axes
@@ -17,31 +17,31 @@ LEGEND = {"fontsize": TEXT - 1, "title_fontsize": TEXT - 1, "frameon": False}
 
 
 def blank(width: float, height: float, title: str = "", note: str = "") -> Figure:
-    """Make a figure of width × height pixels that pyplot does not know, so that none piles up in memory.
+    """Make a figure of width × height pixels outside pyplot, so that figures do not accumulate in memory.
 
     Args:
-        width, height: pixels; the width is cut to `MAX_WIDTH`.
-        title: above the figure, which grows for it.
-        note: what a reader must know of the data, such as "procedural data", in the lower left corner.
+        width, height: pixels; the width is capped at `MAX_WIDTH`.
+        title: above the figure, which grows to make room.
+        note: what readers must know about the data, such as "procedural data"; lower left corner.
     """
     height += 25 * bool(title) + 20 * bool(note)
     figure = Figure(figsize=(min(width, MAX_WIDTH) / DPI, height / DPI), dpi=DPI, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=TEXT + 2)
-    if note:  # a label of the whole figure has its own room in the layout: nothing is drawn over it
+    if note:  # a figure-wide label has its own space in the layout, so nothing overlaps it
         figure.supxlabel(note, fontsize=TEXT - 1, color="#b03a2e", x=0.01, ha="left")
     return figure
 
 
 def png(figure: Figure, **options: str) -> bytes:
-    """A figure as PNG bytes, for a widget; options as for `savefig`."""
+    """Convert a figure to PNG bytes for a widget; options as for `savefig`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", **options)
     return buffer.getvalue()
 
 
 def small(figure: Figure | bytes, colours: int = 64) -> Image:
-    """A figure, or a PNG, as a PNG of few colours for a notebook's page: a third of the size, and looks the same."""
+    """Convert a figure or PNG to a PNG with few colours for notebooks: a third of the size, with the same look."""
     if isinstance(figure, Figure):
         figure = png(figure, bbox_inches="tight")
     picture, buffer = PIL.Image.open(io.BytesIO(figure)).convert("RGB"), io.BytesIO()
@@ -50,7 +50,7 @@ def small(figure: Figure | bytes, colours: int = 64) -> Image:
 
 
 def shared_legend(figure: Figure) -> None:
-    """One legend for all panels, at the upper right beside them; what several draw stands in it once."""
+    """Add one legend for all panels at the upper right, without duplicates."""
     lines = {}
     for axes in figure.axes:
         lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -58,14 +58,14 @@ def shared_legend(figure: Figure) -> None:
 
 
 def bare(axes: Axes, title: str = "") -> None:
-    """Take ticks and frame off axes that hold a picture, and give them a small title."""
+    """Remove ticks and frame from axes that hold a picture, and add a small title."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=TEXT)
 
 
 def label(axes: Axes, x: str, y: str, title: str = "") -> None:
-    """Label the axes of a plot in small type, and take away the upper and right frame."""
+    """Label the axes of a plot in small type, and remove the upper and right frame."""
     axes.set_xlabel(x, fontsize=TEXT)
     axes.set_ylabel(y, fontsize=TEXT)
     axes.set_title(title, fontsize=TEXT)

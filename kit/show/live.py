@@ -1,4 +1,4 @@
-"""A figure that follows a run while it trains, wherever its workers are: it reads the run's `live.json`."""
+"""A figure that follows a run while it trains, by reading its `live.json`; workers may run anywhere."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from matplotlib.figure import Figure
 
 from kit.show.figure import blank, label
 
-SECONDS = 3.0  # between two looks
+SECONDS = 3.0  # between updates
 
 
 def progress_figure(live: dict[str, Any], note: str = "") -> Figure:
-    """Draw the loss and the learning rate of a run so far, with its speed and the time left.
+    """Draw a run's loss and learning rate so far, with its speed and the time left.
 
     Args:
-        live: what `live.json` holds: `curve` of (step, loss, learning rate), `step`, `steps`, `epoch`,
+        live: contents of `live.json`: `curve` of (step, loss, learning rate), `step`, `steps`, `epoch`,
             `scans_per_second`, `waiting` (share of the time spent waiting for data), `seconds_left`.
-        note: on what data.
+        note: a remark on the data.
     """
     left = live["seconds_left"]
     left = f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
@@ -40,9 +40,9 @@ def progress_figure(live: dict[str, Any], note: str = "") -> Figure:
 
 @contextmanager
 def live_figure(folder: Path, note: str = "") -> Iterator[None]:
-    """Show `progress_figure` under the cell and renew it every few seconds until the block ends.
+    """Show `progress_figure` under the cell and update it every few seconds until the block ends.
 
-    ``KIT_PROGRESS=off`` shows none, as with bars.
+    ``KIT_PROGRESS=off`` disables it, like progress bars.
     """
     if os.environ.get("KIT_PROGRESS") == "off":
         yield
@@ -51,7 +51,7 @@ def live_figure(folder: Path, note: str = "") -> Iterator[None]:
 
     done, path = threading.Event(), folder / "live.json"
     handle = DisplayHandle()
-    handle.display({}, raw=True)  # a place to draw in
+    handle.display({}, raw=True)  # an empty display to update
 
     def follow() -> None:
         seen = None

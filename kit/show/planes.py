@@ -1,4 +1,4 @@
-"""Cut volumes into pictures the right way up: the one place that knows how slices lie on the page.
+"""Cut volumes into pictures the right way up: the only module that defines how slices are oriented.
 
 Neurological convention: the participant's left is on the picture's left. Points are (x, y, z) MNI mm.
 """
@@ -13,19 +13,19 @@ from scipy import ndimage
 from kit.store.grid import Grid
 
 Point = tuple[float, float, float]
-PLANES = {"axial": "z", "coronal": "y", "sagittal": "x"}  # each with the axis across it, in the arrays' order
-EDGES = {"axial": "LRA", "coronal": "LRS", "sagittal": "PAS"}  # what lies left, right and at the top
+PLANES = {"axial": "z", "coronal": "y", "sagittal": "x"}  # plane: axis across it, in the arrays' order
+EDGES = {"axial": "LRA", "coronal": "LRS", "sagittal": "PAS"}  # letters at the left, right and top
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two views of one scan, as explorer and sheet of views show them; volumes (depth, height, width)."""
+    """Two views of one scan, for the explorer and sheets of views; volumes (depth, height, width)."""
 
     original: np.ndarray
     view_1: np.ndarray
     view_2: np.ndarray
-    drawn: str = ""  # in words, what the random draws were
-    seconds: float = float("nan")  # what making both views took
+    drawn: str = ""  # the random draws in words
+    seconds: float = float("nan")  # time to make both views
 
 
 def cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
 
 
 def voxel_at(grid: Grid, position: Point | None = None) -> tuple[int, int, int]:
-    """Return the (z, y, x) index of the voxel nearest to a point; of the grid's middle without one.
+    """Return the (z, y, x) index of the voxel nearest to a point, or of the grid's middle if None.
 
     A point outside the grid gives the nearest voxel inside it.
     """
@@ -49,10 +49,10 @@ def voxel_at(grid: Grid, position: Point | None = None) -> tuple[int, int, int]:
 
 
 def focus(volume: np.ndarray, grid: Grid) -> Point:
-    """Return the point (x, y, z) in MNI mm to cut through: where a map or a mask, smoothed by 8 mm, is largest.
+    """Return the point (x, y, z) in MNI mm to cut through: where a map or mask, smoothed by 8 mm FWHM, is largest.
 
     Args:
-        volume: (depth, height, width) on the grid; signs don't count.
+        volume: (depth, height, width) on the grid; signs are ignored.
     """
     smooth = ndimage.gaussian_filter(np.abs(volume).astype(np.float32), 8 / 2.355 / grid.spacing_mm)
     z, y, x = np.unravel_index(smooth.argmax(), smooth.shape)
@@ -65,14 +65,14 @@ def slice_name(grid: Grid, plane: str, index: int) -> str:
 
 
 def slice_mm(grid: Grid, plane: str, index: int) -> float:
-    """Return the MNI millimetres of a slice: z for axial, y for coronal, x for sagittal."""
+    """Return a slice's MNI coordinate in mm: z for axial, y for coronal, x for sagittal."""
     return grid.origin_mm["xyz".index(PLANES[plane])] + index * grid.spacing_mm
 
 
 def window(volume: np.ndarray) -> tuple[float, float]:
     """Return the intensities to draw black and white: percentiles 0.5 and 99.5 of the voxels that are not 0.
 
-    From at most about 100,000 voxels, evenly spread. (0, 1) for an empty volume.
+    Large volumes are subsampled to 100,000 to 200,000 evenly spaced voxels. Returns (0, 1) for an empty volume.
     """
     sample = volume.ravel()[:: max(1, volume.size // 100_000)]
     sample = sample[sample != 0].astype(np.float32)
@@ -83,10 +83,10 @@ def window(volume: np.ndarray) -> tuple[float, float]:
 
 
 def grey(picture: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """Scale a picture to 0-1 float32 between two limits; exact zeros, outside the mask, become black.
+    """Scale a picture to 0-1 float32 between two limits; exact zeros, which lie outside the mask, become black.
 
-    After z-scoring 0 is a mid-grey: the air around the brain would be grey too. The darkest tissue is drawn a
-    little above black, so that the brain's edge stays visible.
+    After z-scoring, 0 is mid-grey, so the background would otherwise be grey. The darkest tissue is drawn slightly
+    above black to keep the brain's edge visible.
     """
     low, high = limits
     shown = 0.06 + 0.94 * np.clip((picture.astype(np.float32) - low) / (high - low), 0, 1)
@@ -94,5 +94,5 @@ def grey(picture: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
 
 
 def footer(note: str) -> str:
-    """Return the small print of every picture of slices: the note, and which side is left."""
+    """Return the small print under pictures of slices: the note, and which side is left."""
     return " · ".join(filter(None, (note, "neurological view: left is on the left")))

@@ -1,11 +1,11 @@
-"""Predictions against the truth: ROC curves, calibration, scatter, confusion, worst errors; embeddings on a map.
+"""Predictions against the truth: ROC curves, calibration, scatter, confusion, worst errors; embeddings in 2D.
 
-They read predictions with a row a scan: `true` and `predicted` (log-odds of class 1, or the number; of K > 2 classes
-`predicted_0 … predicted_{K-1}`, the logits). `participant`, with `dataset` or `alias_of` where names are not joined
-yet, says whose scan it is; without it each row is a participant. Rows are of one task and label fraction; there is a
-panel per `encoder` and `mode` and a colour per `distribution`, where there are such columns. Scans of a participant are
-joined as `kit.evaluate.metrics.score` joins them, so that a figure's numbers are its; each `seed` counts the same, and
-so does each `fold`'s model of those that tested a participant.
+The input has one row per scan: `true` and `predicted` (log-odds of class 1, or the number; for K > 2 classes the logits
+`predicted_0 … predicted_{K-1}`). `participant` identifies the person, with `dataset` or `alias_of` if names are not
+joined yet; without it each row is a participant. Rows are of one task and label fraction. There is a panel per
+`encoder` and `mode` and a colour per `distribution`, if those columns exist. A participant's scans are averaged as in
+`kit.evaluate.metrics.score`, so that figures agree with its numbers. Each `seed` counts equally, and so does each
+`fold`'s model that tested a participant.
 `title` and `note`: see `kit.show.figure.blank`.
 """
 
@@ -35,13 +35,13 @@ from kit.store.store import Store
 
 SPECIFICITY = 0.9  # of the operating point
 IN_A_ROW = 3  # panels
-DRAWS = 200  # of the bootstrap, for a band
+DRAWS = 200  # bootstrap draws for a band
 _ONE_CELL = ("task", "label_fraction")
 _FALSE_POSITIVES = np.linspace(0, 1, 501)
 
 
 def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = "") -> Figure:
-    """Draw predictions as fits the metric, titled by the task: ROC, confusion of several classes, or a scatter."""
+    """Draw predictions in the form that suits the metric, titled by the task: ROC, confusion matrix, or scatter."""
     if metric != "auc":
         return scatter(table, task, note=note)
     if len(predicted_columns(table)) > 1:
@@ -50,11 +50,11 @@ def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = ""
 
 
 def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
-    """Draw ROC curves of two classes with the point at 90 % specificity.
+    """Draw ROC curves for two classes with the point at 90 % specificity.
 
-    A curve is the mean sensitivity of the models (seeds, folds), each on its own scale. A seed's folds count by their
-    pairs of a 0 and a 1, so that the area is the AUC over pairs within folds. The band is the 95 % interval over
-    participants and seeds (percentile bootstrap); there is none with fewer than
+    A curve is the mean sensitivity of the models (seeds, folds), each on its own scale. A seed's folds are weighted by
+    their number of positive-negative pairs, so that the area is the AUC over pairs within folds. The band is the 95 %
+    interval over participants and seeds (percentile bootstrap). It is not drawn with fewer than
     `kit.evaluate.metrics.LEAST_PARTICIPANTS` of a class.
     """
     need(table, "predictions", ["true", *predicted_columns(table)])
@@ -78,18 +78,18 @@ def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
 
 
 def _curves(joined: pd.DataFrame, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of one seed, under the rows' weights (draws, rows): sensitivities (draws, rates) and areas (draws,)."""
+    """One seed's sensitivities (draws, rates) and areas (draws,) under row weights (draws, rows)."""
     curves, areas, total = 0, 0, 0
     for rows in joined.groupby("fold").indices.values():
         true, predicted = (joined[name].to_numpy()[rows] for name in ("true", "predicted"))
         order = np.argsort(-predicted, kind="stable")
-        ends = np.flatnonzero(np.diff(predicted[order], append=np.inf))  # ties cross a threshold together
+        ends = np.flatnonzero(np.diff(predicted[order], append=np.inf))  # tied predictions share a threshold
         up, across = ((weights[:, rows] * (true == of))[:, order].cumsum(1)[:, ends] for of in (1, 0))
         pairs = up[:, -1] * across[:, -1]
-        both = pairs > 0  # a fold, or a draw of it, that lacks a class has no pairs
+        both = pairs > 0  # a fold or draw that lacks a class has no pairs
         if both.any():
             curve, area = np.zeros((len(weights), len(_FALSE_POSITIVES))), np.zeros(len(weights))
-            for draw in np.flatnonzero(both):  # a hair to the right: on the upper end of a step
+            for draw in np.flatnonzero(both):  # 1e-9 to the right: the upper end of a step
                 curve[draw] = np.interp(_FALSE_POSITIVES + 1e-9, [0, *across[draw] / across[draw, -1]],
                                         [0, *up[draw] / up[draw, -1]])
             area[both] = auc(true, predicted, weights[both][:, rows])
@@ -99,7 +99,7 @@ def _curves(joined: pd.DataFrame, weights: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _band(seeds: list[pd.DataFrame]) -> np.ndarray:
-    """(2, rates): between which 95 % of the curves lie when participants and seeds are drawn with replacement."""
+    """95 % band (2, rates) of the curves, with participants and seeds drawn with replacement."""
     rng, people = np.random.default_rng(0), np.unique(pd.concat(seeds)["participant"])
     drawn = rng.multinomial(len(people), np.full(len(people), 1 / len(people)), size=DRAWS)
     curves = [_curves(each, drawn[:, np.searchsorted(people, each["participant"])] * each["weight"].to_numpy())[0]
@@ -109,10 +109,10 @@ def _band(seeds: list[pd.DataFrame]) -> np.ndarray:
 
 
 def calibration(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
-    """Draw, of two classes, how often class 1 is true where it is given a probability: on the diagonal if calibrated.
+    """Draw a calibration curve for two classes: the observed frequency of class 1 against its predicted probability.
 
-    Up to ten bins of equal numbers, of twenty participants or more where there are forty. The legend has the Brier
-    score.
+    There are two to ten equal-sized bins, with about twenty participants or more each if there are at least forty. The
+    legend has the Brier score.
     """
     need(table, "predictions", ["true", "predicted"])
     figure, panels = _panels(table, title, note)
@@ -131,10 +131,10 @@ def calibration(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
 
 
 def scatter(table: pd.DataFrame, task: str = "", title: str = "", note: str = "") -> Figure:
-    """Draw predicted against true numbers, with the identity and, dashed, a fitted line: a slope below 1 is bias.
+    """Draw predicted against true numbers, with the identity and a dashed fitted line: a slope below 1 is bias.
 
     Args:
-        task: whose unit the axes have (`kit.show.wording.UNITS`); the title, where none is given.
+        task: sets the axes' unit (`kit.show.wording.UNITS`), and the title if none is given.
     """
     need(table, "predictions", ["true", "predicted"])
     figure, panels = _panels(table, title or readable(task), note)
@@ -159,7 +159,7 @@ def scatter(table: pd.DataFrame, task: str = "", title: str = "", note: str = ""
 
 
 def confusion(table: pd.DataFrame, classes: Sequence[str] | None = None, title: str = "", note: str = "") -> Figure:
-    """Draw which class is taken for which, as shares of the true class: a panel per encoder, mode and distribution.
+    """Draw confusion matrices as shares of the true class: a panel per encoder, mode and distribution.
 
     Args:
         classes: their names, in the order of the numbers.
@@ -189,17 +189,17 @@ def worst_errors(table: pd.DataFrame, store: Store, count: int = 6, task: str = 
                  classes: Sequence[str] | None = None, title: str = "", note: str = "") -> Figure:
     """Draw the scans of the participants with the largest errors, in three planes, titled with truth and prediction.
 
-    An error is the distance to the true number, or what the true class lacks to a probability of 1. A participant
-    is drawn with the scan of the largest error, as a mean over seeds.
+    The error is the distance to the true number, or 1 minus the true class's probability. Predictions are averaged
+    over seeds, and each participant is shown by the scan with the largest error.
 
     Args:
-        table: of one encoder, mode and distribution, too, with `scan`.
+        table: as elsewhere, but for one encoder, mode and distribution, and with `scan`.
         store: holds these scans.
-        task: whose unit a number has.
+        task: sets the unit of a number.
         classes: their names, in the order of the numbers; None: predictions are numbers.
 
     Raises:
-        ValueError: the table holds several cells, or a scan that the store lacks.
+        ValueError: the table holds several encoders, modes or distributions, or a scan that the store lacks.
     """
     need(table, "predictions", ["scan", "true", *predicted_columns(table)])
     need_one(table, "predictions", [*_ONE_CELL, "encoder", "mode", "distribution"])
@@ -230,8 +230,8 @@ def embedding_map(
 
     Args:
         embeddings: (scans, features).
-        values: one per scan; more than two different numbers get a colour bar, anything else a legend.
-        name: what the values are.
+        values: one per scan; more than two distinct numbers get a colour bar, anything else a legend.
+        name: label of the values.
     """
     fit = PCA(n_components=2, random_state=0)
     points, values = fit.fit_transform(embeddings), pd.Series(list(values))
@@ -252,7 +252,7 @@ def embedding_map(
 
 def _panels(table: pd.DataFrame, title: str, note: str,
             by: Sequence[str] = ("encoder", "mode")) -> tuple[Figure, Iterator[tuple[Axes, pd.DataFrame]]]:
-    """A square panel per value of these columns, as far as the table has them, titled by it; and its rows."""
+    """Make a square panel for each combination of these columns' values, titled by them, and pair it with its rows."""
     need_one(table, "predictions", _ONE_CELL)
     names = [name for name in by if name in table.columns and table[name].nunique() > 1]
     groups = list(table.groupby(names, sort=False)) if names else [((), table)]
@@ -271,21 +271,22 @@ def _panels(table: pd.DataFrame, title: str, note: str,
 
 
 def _by_distribution(group: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Of each distribution, its name with the number of participants, and what `_joined` makes of its rows."""
+    """Yield each distribution's name with its number of participants, and its rows after `_joined`."""
     for name, rows in group.groupby("distribution") if "distribution" in group.columns else [("", group)]:
         joined = _joined(rows)
         yield ", ".join(filter(None, (readable(name), f"n = {joined['participant'].nunique()}"))), joined
 
 
 def _joined(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per participant, label and model: participant, true, weight (a participant's sum to 1), predictions, and
-    the model's seed and fold.
+    """Average scans to one row per participant, label and model: participant, true, weight, predictions, seed, fold.
+
+    Weights sum to 1 per participant.
     """
     parts, rows = [], rows.assign(**{name: 0 for name in ("seed", "fold") if name not in rows.columns})
     for (seed, fold), of_model in rows.groupby(["seed", "fold"]):
         who = _who(of_model)
         joined = [per_participant(of_model["true"], of_model[name], who).rename(columns={"predicted": name})
-                  for name in predicted_columns(rows)]  # the same rows for each class
+                  for name in predicted_columns(rows)]  # same rows for every class
         predicted = {name: each[name] for name, each in zip(predicted_columns(rows), joined, strict=True)}
         parts.append(joined[0].assign(**predicted, seed=seed, fold=fold, model=len(parts)))
     whole = pd.concat(parts, ignore_index=True)
@@ -300,7 +301,7 @@ def _who(rows: pd.DataFrame) -> pd.Series | np.ndarray:
 
 
 def _probabilities(rows: pd.DataFrame) -> np.ndarray:
-    """(rows, classes), from log-odds or from logits."""
+    """Convert log-odds or logits to probabilities (rows, classes)."""
     logits = rows[predicted_columns(rows)].to_numpy(np.float64)
     return softmax(np.hstack([0 * logits, logits]) if logits.shape[1] == 1 else logits, axis=1)
 

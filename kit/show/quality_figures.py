@@ -1,4 +1,4 @@
-"""Pictures for judging a preparation: prepared scans, heads under their masks, refused scans, QC metrics by site."""
+"""Figures for quality control of preprocessing: prepared scans, heads with masks, refused scans, metrics by site."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ IN_A_ROW = 5  # histograms
 
 def quality_montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], note: str = "",
                     title: str = "") -> Figure:
-    """Draw prepared scans in three planes each, the template's brain outlined; see `kit.show.slices.montage`."""
+    """Draw prepared scans in three planes with the template's brain outlined; see `kit.show.slices.montage`."""
     return montage(images, grid, titles, note, title, tuple(PLANES), [template_on(grid)[1]] * len(images))
 
 
 def head_montage(rows: pd.DataFrame, store: Store, note: str = "", title: str = "",
                  assume_ras: bool = False) -> Figure:
-    """Draw scans as their files have them, moved to the template, the brain mask outlined: what was cut off shows.
+    """Draw original scans registered to the template with their brain masks outlined, to judge the skull stripping.
 
     Args:
-        rows: a row a scan: scan (its name in the store), participant, image_path, flags.
+        rows: one row per scan: scan (its name in the store), participant, image_path, flags.
         store: of the prepared scans.
         assume_ras: see `no_codes_ok` of `kit.preprocess.scan_file.read_scan`.
     """
@@ -52,10 +52,10 @@ def head_montage(rows: pd.DataFrame, store: Store, note: str = "", title: str = 
 
 
 def refused_montage(failed: pd.DataFrame, note: str = "", title: str = "", assume_ras: bool = False) -> Figure:
-    """Draw scans that were refused, around the middle of their files; black where a file cannot be read.
+    """Draw scans that were refused, centred on the middle of their volumes; black if a file cannot be read.
 
     Args:
-        failed: a row a scan: participant, image_path, reason.
+        failed: one row per scan: participant, image_path, reason.
     """
     images, middle = [], apply_affine(QC_GRID.affine, (np.array(QC_GRID.shape[::-1]) - 1) / 2)
     for path in failed["image_path"]:
@@ -71,7 +71,7 @@ def refused_montage(failed: pd.DataFrame, note: str = "", title: str = "", assum
 
 
 def quality_histograms(index: pd.DataFrame, title: str = "", note: str = "") -> Figure:
-    """Count scans by each QC metric that differs between them; limits are dashed, flagged scans are marked below.
+    """Draw histograms of each QC metric that varies, by site; limits are dashed, flagged scans marked below.
 
     Args:
         index: of prepared scans, with the columns of `kit.preprocess.quality.QC_METRICS`, `flags`, and `site` or

@@ -1,4 +1,4 @@
-"""A recipe as widgets: each transform switched on and off, with its probability and its ranges."""
+"""A recipe as widgets: a switch, a probability and ranges for each transform."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import ipywidgets as widgets
 from kit.augment.recipe import Recipe, alone, transform_types
 from kit.augment.transforms import AXES, Transform
 
-_TRIPLES = ("smallest", "degrees", "mm")  # settings with a number along each of z, y and x
+_TRIPLES = ("smallest", "degrees", "mm")  # settings with one number for each of z, y and x
 
 
 class RecipeControls:
-    """Widgets of all transforms; `recipe()` is what they say.
+    """Widgets for all transforms; `recipe()` returns their settings as a recipe.
 
     Args:
-        changed: called after each change by hand, never while `show` sets the widgets.
+        changed: called after each change by the user, never while `show` sets the widgets.
 
     Attributes:
-        box: a row a transform, in the order in which they act: give it to a notebook.
-        rows: by the transform's name, its row.
+        box: one row per transform, in the order of application, to display in a notebook.
+        rows: rows by the transform's name.
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
@@ -44,13 +44,13 @@ class RecipeControls:
             self.quiet = False
 
     def recipe(self, strength: float | None = None) -> Recipe:
-        """What the widgets say, with the overall strength."""
+        """Return the recipe set by the widgets, with the overall strength."""
         chosen = {name: row.values() for name, row in self.rows.items() if row.on.value}
         return Recipe.model_validate({"strength": self.strength if strength is None else strength, **chosen})
 
 
 class _Row:
-    """One transform: a switch, its probability, and a slider for each number that it is drawn from."""
+    """One transform: a switch, its probability, and a slider for each range or setting."""
 
     def __init__(self, name: str, kind: type[Transform], changed: Callable[[object], None]) -> None:
         self.start = _start(name)
@@ -72,7 +72,7 @@ class _Row:
             widget.disabled = not self.on.value
 
     def show(self, values: dict[str, Any] | None) -> None:
-        """Set the row to a transform's plain values; switched off without, at values to start from."""
+        """Set the row to a transform's plain values; None switches it off, at its starting values."""
         self.kept = dict(values or self.start)
         self.on.value = values is not None
         self.probability.value = self.kept["probability"]
@@ -90,7 +90,7 @@ class _Row:
         self._enable()
 
     def values(self) -> dict[str, Any]:
-        """The transform's plain values; settings without a widget stay what the recipe said."""
+        """Return the transform's plain values; settings without a widget keep the recipe's."""
         values = self.kept | {"probability": self.probability.value}
         for (field, axis), slider in self.sliders.items():
             if field == "axes":
@@ -104,12 +104,12 @@ class _Row:
 
 
 def _moved(slider: widgets.Widget, new: float, old: float) -> float:
-    """A slider's number; the recipe's own where the browser only rounded it to the slider's steps."""
+    """Return a slider's number, or the recipe's own if the browser only rounded it to the slider's steps."""
     return old if abs(new - old) <= 0.51 * slider.step else round(new, 6)
 
 
 def _start(name: str) -> dict[str, Any]:
-    """Moderate values for a transform that is switched on by hand: from nothing to 0.4 of what the slider reaches."""
+    """Moderate starting values for a transform the user switches on: from no effect to 0.4 of the slider's maximum."""
     plain = alone(name, 0.4).plain()[name] | {"probability": 1.0}
     kind = transform_types()[name]
     if "range" in plain:
@@ -118,7 +118,7 @@ def _start(name: str) -> dict[str, Any]:
 
 
 def _sliders(kind: type[Transform]) -> dict[tuple[str, int | None], widgets.Widget]:
-    """The widgets of a transform's settings, by (setting, axis)."""
+    """Build the widgets of a transform's settings, by (setting, axis)."""
     style, wide = {"description_width": "60px"}, widgets.Layout(width="330px")
     found: dict[tuple[str, int | None], widgets.Widget] = {}
     for field in kind.model_fields:

@@ -1,4 +1,4 @@
-"""Saliency maps as pictures: over the scan, as a mosaic, of groups, by region, and to scroll through."""
+"""Figures of saliency maps: over the scan, as a mosaic, by group, by region, and in an interactive viewer."""
 
 from __future__ import annotations
 
@@ -31,49 +31,49 @@ if TYPE_CHECKING:
     from nilearn.plotting.html_stat_map import StatMapView
 
 FWHM_MM = 8.0  # of the smoothed copies
-TOP_PERCENTILE = 99.5  # of a map's absolute values that are not 0: full colour
+TOP_PERCENTILE = 99.5  # of a map's non-zero absolute values: full colour
 SHOWN_FROM = 0.2  # of full colour: weaker values are not drawn
-VIEWER_MB = 3.0  # a page beyond this is made on 2 mm
+VIEWER_MB = 3.0  # a larger page is made at 2 mm
 OUTLINE, CROSS, REFUSED = "#ffd54a", "#4fc3f7", "#b03a2e"
 
 
 class Scale(NamedTuple):
-    """The colours of a map: full colour at `top`, both signs where it is signed."""
+    """The colour scale of a map: full colour at `top`, and at -`top` if it is signed."""
 
     top: float
     signed: bool
 
     @classmethod
     def of(cls, *maps: np.ndarray) -> Scale:
-        """One scale for several maps."""
+        """Make one scale for several maps."""
         values = np.concatenate([values[values != 0] for values in maps])
         top = float(np.percentile(np.abs(values), TOP_PERCENTILE)) if values.size else 1.0
         return cls(top, bool((values < 0).any()))
 
     def colours(self) -> ScalarMappable:
-        """Red above 0 and blue below, or dark to bright."""
+        """The colour map: red above 0 and blue below if signed, else dark to bright."""
         norm = Normalize(-self.top if self.signed else 0, self.top)
         return ScalarMappable(norm, "RdBu_r" if self.signed else "inferno")
 
 
 def smoothed(saliency_map: np.ndarray, grid: Grid, mask: np.ndarray | None = None) -> np.ndarray:
-    """A map smoothed by a Gaussian of 8 mm full width at half maximum, float32, 0 outside the mask."""
+    """Smooth a map by a Gaussian of 8 mm FWHM; float32, 0 outside the mask."""
     smooth = ndimage.gaussian_filter(saliency_map.astype(np.float32), FWHM_MM / 2.355 / grid.spacing_mm)
     return smooth if mask is None else np.where(mask, smooth, np.float32(0))
 
 
 def scan_figure(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: str = "", unit: str = "",
                 outline: np.ndarray | None = None, note: str = "", at: Point | None = None) -> Figure:
-    """Draw a scan in three planes: plain, with the smoothed map over it, and with the map as it is.
+    """Draw a scan in three planes: plain, with the smoothed map over it, and with the unsmoothed map.
 
-    Weak values let the scan through. Both maps have one colour bar, on which 1 is the 99.5th percentile of each one's
-    absolute values; what that is in the map's unit stands beside it.
+    Weak values are transparent. Both maps share a colour bar on which 1 is the 99.5th percentile of each map's absolute
+    non-zero values; the bar's label gives that percentile in the map's unit.
 
     Args:
         image, saliency_map: (depth, height, width) on the grid; zeros of the image are drawn black.
-        title: see `kit.explain.checks.caption`; drawn in red where it says "not supported".
+        title: see `kit.explain.checks.caption`; drawn in red if it says "not supported".
         unit: of the map, such as "output / SD".
-        outline: (depth, height, width), a mask drawn as a contour: what is known of the effect's place.
+        outline: (depth, height, width), a mask drawn as a contour, such as the known place of the effect.
         note: see `kit.show.figure.blank`.
         at: (x, y, z) MNI mm to cut through; None: where the smoothed map is strongest.
 
@@ -101,10 +101,10 @@ def scan_figure(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: 
 
 def mosaic(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: str = "", unit: str = "",
            outline: np.ndarray | None = None, note: str = "", slices: int = 12, smooth: bool = True) -> Figure:
-    """Draw a map over axial slices from the brain's lowest to its highest, in rows of six.
+    """Draw a map over evenly spaced axial slices from the bottom to the top of the brain, in rows of six.
 
     Args:
-        smooth: draw the smoothed map; see `scan_figure` for the rest.
+        smooth: draw the smoothed map; see `scan_figure` for the other arguments.
 
     Raises:
         ValueError: an array's shape is not the grid's, or the image is empty.
@@ -135,13 +135,14 @@ def mosaic(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: str =
 def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
                  unit: str = "times an even map's mean", outline: np.ndarray | None = None, note: str = "",
                  background: np.ndarray | None = None, at: Point | None = None) -> Figure:
-    """Draw groups' mean maps over the template, smoothed, all in one place and in one colour scale; of two groups also
-    their difference, first minus second, in a scale of its own.
+    """Draw groups' smoothed mean maps over the template, in the same slices and with one colour scale.
+
+    For two groups their difference, first minus second, is added with its own scale.
 
     Args:
         means: (depth, height, width) on the grid, by group; see `kit.explain.maps.class_means`.
         background: (depth, height, width); None: the template's brain.
-        at: (x, y, z) MNI mm to cut through; None: where the difference, or the first mean, is strongest.
+        at: (x, y, z) MNI mm to cut through; None: where the difference, or else the first mean, is strongest.
 
     Raises:
         ValueError: an array's shape is not the grid's.
@@ -167,14 +168,14 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
 
 
 def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str = "") -> Figure:
-    """Draw the regions with the most attribution, a panel a method, with their intervals.
+    """Draw the regions with the most attribution and their intervals, a panel per method.
 
-    A bar is a region's share of the map, the black line its 95 % interval over participants, the diamond its share of
-    the brain: what an even map would give it.
+    A bar is a region's share of the map, the black line its 95 % interval over participants, and the diamond its share
+    of the brain, which is what a uniform map would give.
 
     Args:
-        table: of `kit.explain.regions.region_intervals`.
-        top: regions a method.
+        table: from `kit.explain.regions.region_intervals`.
+        top: regions per method.
 
     Raises:
         ValueError: the table lacks a column, or has no rows.
@@ -211,17 +212,19 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
 
 def viewer(saliency_map: np.ndarray, grid: Grid, template: np.ndarray | None = None, title: str = "",
            smooth: bool = True) -> StatMapView:
-    """Make nilearn's viewer of a map, to scroll through by clicking and dragging: the last value of a notebook's cell,
-    which the HTML report keeps, or a page of its own (`save_viewer`). It loads nothing from the network.
+    """Make nilearn's interactive viewer of a map, to browse by clicking and dragging.
+
+    Make it the last value of a notebook cell, which the HTML report keeps, or save it as a page (`save_viewer`). It
+    loads nothing from the network.
 
     Args:
         saliency_map: (depth, height, width) on the grid, in MNI millimetres.
         template: (depth, height, width) to draw it on; None: the template's brain.
-        title: short; of a map that failed its checks it must say so.
+        title: short; for a map that failed its checks it must say so.
         smooth: show the smoothed map.
 
     Returns:
-        nilearn's view, a page of at most about 3 MB: finer maps are shown on 2 mm.
+        nilearn's view, a page of at most about 3 MB: maps whose page would be larger are resampled to 2 mm.
 
     Raises:
         ValueError: an array's shape is not the grid's.
@@ -241,7 +244,7 @@ def viewer(saliency_map: np.ndarray, grid: Grid, template: np.ndarray | None = N
 
 
 def save_viewer(path: str | Path, view: StatMapView) -> Path:
-    """Write a viewer as a page of its own, whole or not at all."""
+    """Write a viewer as an HTML page, atomically."""
     return write_whole(path, lambda aside: aside.write_text(view.html, encoding="utf-8"))
 
 
@@ -254,13 +257,13 @@ def _view(values: np.ndarray, template: np.ndarray, affine: np.ndarray, title: s
                                                                                "symmetric_cmap": False}
     view = view_img(images[0], bg_img=images[1], threshold=SHOWN_FROM * scale.top, vmax=scale.top, title=title or None,
                     dim=0, black_bg=True, opacity=0.85, width_view=680, **colours)
-    # The page's icon is the one thing that nilearn's page would load from the network.
+    # The icon is the only thing that nilearn's page would load from the network.
     view.html = re.sub(r"<link[^>]*rel=.?icon[^>]*>", "", view.html)
     return view
 
 
 def _planes(grid: Grid, rows: int, title: str, note: str) -> tuple[Figure, np.ndarray]:
-    """A page of three planes a row."""
+    """Make a figure with three planes per row."""
     depth, height, width = grid.shape
     tall = max(depth, height) / (2 * width + height) * (MAX_WIDTH - 90)
     figure = blank(MAX_WIDTH, rows * (tall + 8) + 20, title, footer(note))
@@ -275,7 +278,7 @@ def _redden(figure: Figure) -> None:
 
 def _draw_planes(row: np.ndarray, image: np.ndarray, values: np.ndarray | None, scale: Scale | None, grid: Grid,
                  at: Point, outline: np.ndarray | None, name: str, smooth: bool = True) -> None:
-    """One row of a page: three planes through a point, with the row's name at its left."""
+    """Draw one row: three planes through a point, with the row's name at the left."""
     z, y, x = voxel_at(grid, at)
     depth, height, _ = grid.shape
     for axes, plane, index in zip(row, PLANES, (z, y, x), strict=True):
@@ -291,7 +294,7 @@ def _draw_planes(row: np.ndarray, image: np.ndarray, values: np.ndarray | None, 
 
 def _draw(axes: Axes, image: np.ndarray, values: np.ndarray | None, scale: Scale | None, limits: tuple[float, float],
           plane: str, index: int, outline: np.ndarray | None, smooth: bool = True) -> None:
-    """One slice: the scan, the map over it (the weaker the more transparent), the outline."""
+    """Draw one slice: the scan, the map over it (weaker is more transparent), the outline."""
     draw_grey(axes, cut(image, plane, index), limits)
     if values is not None:
         picture = cut(values, plane, index).astype(np.float32)

@@ -1,6 +1,6 @@
-"""What stands below a pair of views: their grey levels, and how alike an encoder finds them.
+"""Facts about a pair of views: their grey levels, and their similarity to an encoder.
 
-Beside it stands how alike the encoder finds views of different scans.
+Similarities between views of different scans are shown for comparison.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Similar:
     """Cosine similarities of an encoder's features.
 
     Attributes:
-        pair: of the two views that are shown.
+        pair: of the two views shown.
         pairs: (scans - 1,) of the two views of every other scan, under the same recipe.
-        strangers: (scans * (scans - 1),) of views of different scans. Where `pair` lies far above them the task
-            is easy; where it lies among them, hopeless.
-        encoder: which.
+        strangers: (scans * (scans - 1),) of views of different scans. If `pair` is far above them, the contrastive
+            task is easy; if it is among them, hopeless.
+        encoder: its name.
     """
 
     pair: float
@@ -44,12 +44,12 @@ Similarity = Callable[[int, Recipe, int], Similar]
 
 def similarity_under(encoder: nn.Module, name: str, scans: Batch, spacing_mm: float,
                      zscored: bool = True) -> Similarity:
-    """A function of (number of the scan shown, recipe, seed) that compares all scans' views.
+    """Make a function of (number of the scan shown, recipe, seed) that compares all scans' views.
 
     Args:
-        encoder: scans (batch, 1, depth, height, width) to features (batch, features).
+        encoder: maps scans (batch, 1, depth, height, width) to features (batch, features).
         name: of the encoder, for the figure.
-        scans: that are compared; with the same recipe and seed as the pair that is shown.
+        scans: to compare; all use the recipe and seed of the pair shown.
         spacing_mm, zscored: of their store.
     """
     encoder = encoder.eval()
@@ -68,11 +68,11 @@ def similarity_under(encoder: nn.Module, name: str, scans: Batch, spacing_mm: fl
 
 
 def pair_facts(pair: Pair, similar: Similar | None = None, note: str = "") -> Figure:
-    """Draw the histograms of original and views and, where given, the pair's similarity beside all others'.
+    """Draw histograms of the original and the views and, if given, the pair's similarity beside all others'.
 
     Args:
         pair: volumes (depth, height, width), z-scored, zero outside the mask.
-        similar: None while it is not known.
+        similar: None while not yet known.
     """
     figure = blank(760, 190, note=note)
     left, right = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Scans as pictures: three planes with a map over them, many scans on a sheet, views beside an original."""
+"""Figures of scans: three planes with a map over them, many scans on a sheet, views beside the original."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def three_planes(
     image: np.ndarray, grid: Grid, overlay: np.ndarray | None = None, outline: np.ndarray | None = None,
     title: str = "", note: str = "", crosshair: Point | None = None,
 ) -> Figure:
-    """Draw one scan in an axial, a coronal and a sagittal slice, left on the left.
+    """Draw one scan in an axial, a coronal and a sagittal slice, with left on the left.
 
     Args:
         image: (depth, height, width) on the grid; exact zeros are drawn black.
-        grid: where it lies in MNI152.
-        overlay: (depth, height, width), a map drawn in colour, the stronger the more opaque; a signed one in
-            red and blue around 0. Full colour from the 99.5th percentile of its absolute values, zeros apart.
+        grid: its position in MNI152.
+        overlay: (depth, height, width), a map drawn in colour, more opaque where stronger; red and blue around 0 if
+            signed. Full colour is the 99.5th percentile of its non-zero absolute values.
         outline: (depth, height, width), a mask drawn as a contour, such as the template's brain.
         title, note: see `kit.show.figure.blank`.
-        crosshair: (x, y, z) MNI mm to cut through, marked by lines; without it the grid's middle, unmarked.
+        crosshair: (x, y, z) MNI mm to cut through, marked by lines; None: the grid's middle, unmarked.
 
     Raises:
-        ValueError: if an array's shape is not the grid's.
+        ValueError: an array's shape is not the grid's.
     """
     same_shape(grid, image=image, overlay=overlay, outline=outline)
     depth, height, width = grid.shape
@@ -65,12 +65,12 @@ def three_planes(
 
 def montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], note: str = "", title: str = "",
             planes: Sequence[str] = ("axial",), outlines: Sequence[np.ndarray] | None = None) -> Figure:
-    """Draw a middle slice of each scan, three scans to a row.
+    """Draw the middle slice of each scan, three scans per row.
 
     Args:
         images: (depth, height, width) each, on the grid; each with its own grey levels.
         titles: a short line per scan.
-        planes: of `kit.show.planes.PLANES`; several slices of a scan stand side by side.
+        planes: of `kit.show.planes.PLANES`; several slices of a scan are drawn side by side.
         outlines: (depth, height, width) each, masks drawn as contours, such as the template's brain.
     """
     tall, wide = _beside(np.empty(grid.shape, dtype=bool), grid, planes).shape
@@ -95,12 +95,12 @@ def views_sheet(
 ) -> Figure:
     """Draw an axial row per pair: original, view 1, view 2, and view 1 minus view 2 (red where view 1 is brighter).
 
-    All of a row share the original's grey levels, so that changes of contrast show.
+    A row shares the original's grey levels, so that contrast changes are visible.
 
     Args:
-        pairs: what to draw; volumes (depth, height, width) on the grid.
+        pairs: to draw; volumes (depth, height, width) on the grid.
         titles: one per row, such as the scan or the transform.
-        height: pixels of a slice as high as it is wide.
+        height: of a square slice, pixels; taller slices get more.
     """
     index, (_, rows, columns) = voxel_at(grid)[0], grid.shape
     figure = blank(height * 29 / 7, len(pairs) * (height * rows / columns + 6) + 20, note=footer(note))
@@ -122,11 +122,11 @@ def views_sheet(
 
 def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndarray, grid: Grid,
                     note: str = "") -> Figure:
-    """Draw, for each transform, one axial slice at each of its strengths, weak to strong from left to right.
+    """Draw one axial slice per transform and strength, weak to strong from left to right.
 
     Args:
         views: by the transform's name; volumes (depth, height, width) on the grid.
-        original: whose grey levels all share.
+        original: its grey levels are used for all.
     """
     index, limits, count = voxel_at(grid)[0], window(original), len(next(iter(views.values())))
     for name, volumes in views.items():
@@ -144,7 +144,7 @@ def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndar
 
 
 def _beside(volume: np.ndarray, grid: Grid, planes: Sequence[str]) -> np.ndarray:
-    """The middle slices side by side, (rows, columns) float32; lower ones centred."""
+    """Place the middle slices side by side, (rows, columns) float32; shorter ones are centred."""
     cuts = [cut(volume, plane, voxel_at(grid)[list(PLANES).index(plane)]) for plane in planes]
     tall = max(len(each) for each in cuts)
     padded = []

@@ -1,4 +1,4 @@
-"""Words and checks that figures and tables share: readable names, units, a score with its interval, missing columns."""
+"""Wording and checks shared by figures and tables: readable names, units, scores with intervals, missing columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-UNITS = {"age": "years"}  # of labels that are numbers; of others nothing is said
+UNITS = {"age": "years"}  # of numeric labels; others are shown without a unit
 
 
 def readable(name: str) -> str:
@@ -18,10 +18,10 @@ def in_units(words: str, task: str) -> str:
 
 
 def with_interval(value: float, low: float | None, high: float | None, digits: int = 2, sign: str = "") -> str:
-    """A score as text: `0.73 [0.65, 0.79]`, or `0.73 [–]` where there is no interval (None or nan).
+    """Format a score as text: `0.73 [0.65, 0.79]`, or `0.73 [–]` without an interval (None or nan).
 
     Args:
-        sign: "+" for a difference, whose sign is always written.
+        sign: "+" for a difference, to always write its sign.
     """
     known = not pd.isna(low) and not pd.isna(high)
     form = f"{sign}.{digits}f"
@@ -37,7 +37,7 @@ def need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
 
 
 def need_one(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
-    """Raise ValueError if a column holds several values: a figure of both would mix what cannot be compared."""
+    """Raise ValueError if a column holds several values, which should not be mixed in one figure."""
     for column in [name for name in columns if name in table.columns]:
         if len(values := table[column].unique()) > 1:
             raise ValueError(f"{name} holds several of {column}: {', '.join(map(str, values))}; select one")
