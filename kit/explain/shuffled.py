@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from torch import nn
 
 from kit.cohort.identity import read_aliases
@@ -42,7 +44,12 @@ def shuffled_model(model: Path, steps: int, seed: int = 0) -> nn.Module:
 
 
 def with_shuffled_labels(task: Task, seed: int = 0) -> Task:
-    """Shuffle a task's training and validation labels among scans; test labels stay."""
-    parts = {name: replace(part, labels=rng_for(seed, number).permutation(part.labels))
-             if name in ("train", "validation") else part for number, (name, part) in enumerate(task.parts.items())}
+    """Give the training and validation participants each other's labels, the same for all scans of one; test labels
+    stay."""
+    parts = dict(task.parts)
+    for number, (name, part) in enumerate(task.parts.items()):
+        if name in ("train", "validation"):
+            person, people = pd.factorize(part.participants)
+            first = part.labels[np.unique(person, return_index=True)[1]]
+            parts[name] = replace(part, labels=rng_for(seed, number).permutation(first)[person])
     return replace(task, parts=parts)

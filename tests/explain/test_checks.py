@@ -251,11 +251,13 @@ def test_a_trained_model_passes_and_a_randomised_one_fails(store, task, tmp_path
             assert not checked.verdicts["supported"].any(), checked.verdicts["verdict"].tolist()
 
 
-def test_shuffled_labels_stay_what_they_are_and_tested_ones_stay_where(task):
+def test_people_swap_labels_and_tested_ones_keep_theirs(task):
     shuffled = with_shuffled_labels(task, 3)
     for name in ("train", "validation"):
-        before, after = task.parts[name].labels, shuffled.parts[name].labels
-        assert sorted(before) == sorted(after)
+        before, after = (pd.Series(each.parts[name].labels).groupby(each.parts[name].participants.to_numpy())
+                         for each in (task, shuffled))
+        assert sorted(before.first()) == sorted(after.first())
+        assert (after.nunique() == 1).all()  # one person, one label, in all scans
     assert not np.array_equal(task.parts["train"].labels, shuffled.parts["train"].labels)
     assert np.array_equal(task.parts["test"].labels, shuffled.parts["test"].labels)
 
