@@ -30,6 +30,7 @@ import nbformat
 import yaml
 
 from kit.cells import assigned_names, literals
+from kit.errors import KitError
 from kit.machine import keep_to, shares_of_cores
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError, Parameters, built, check, filled, read_options, read_yaml
@@ -100,6 +101,29 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
     return page
 
 
+def fill(values: dict[str, Any], bar: dict[str, Any] | None = None) -> Path:
+    """Compute a shard's cells of `5_benchmark` in this process, without the notebook.
+
+    Args:
+        values, bar: see `run`.
+
+    Returns:
+        the shard's folder.
+
+    Raises:
+        ParameterError, RunError: before any work.
+    """
+    from kit.evaluate.benchmark import fill_cells
+
+    params = parameters("5_benchmark", values)
+    record = Run.of(params)
+    try:
+        fill_cells(params, record, bar)
+    finally:
+        record.close()
+    return params.run_dir
+
+
 class Step(NamedTuple):
     """One run of a folder of parameter files."""
 
@@ -161,7 +185,9 @@ def run_folder(folder: Path) -> None:
     for _, group in groupby(enumerate(steps, start=1), key=lambda numbered: numbered[1].file):
         lines += _run_file(list(group), len(steps))
     above = Path(os.path.commonpath([where for *_, where in lines]))
-    overview = write_overview(above, [(name, where) for name, _, where in lines])
+    overview = above / "index.html"  # of one run its own
+    if len(lines) > 1:
+        write_overview(above, [(name, where) for name, _, where in lines])
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. To open in a browser: {shown(overview)}, "
           "or a report, each with its executed notebook beside it:")
     for name, seconds, where in lines:
@@ -225,8 +251,10 @@ def _run_on(step: Step, line: int, own: set[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "values.yaml"
         file.write_text(yaml.safe_dump(step.values), encoding="utf-8")
-        process = subprocess.Popen([sys.executable, "-m", "kit.execute", step.notebook, "-f", str(file), "--line",
-                                    str(line), step.name], stdout=subprocess.DEVNULL)
+        # of a benchmark's shards the cells are enough: the run that follows makes the tables and figures
+        cells = ["--cells"] if step.notebook == "5_benchmark" and step.values.get("shards", 1) > 1 else []
+        process = subprocess.Popen([sys.executable, "-m", "kit.execute", step.notebook, "-f", str(file), *cells,
+                                    "--line", str(line), step.name], stdout=subprocess.DEVNULL)
         keep_to(process.pid, own)  # it is still importing; its kernel inherits them
         if code := process.wait():
             raise RunError(f"{step.name}: ended with {code}; what it said stands above")
@@ -259,6 +287,7 @@ def main() -> int:
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("-o", "--output", type=Path, help="the executed notebook; its report lies beside it")
     parser.add_argument("--log", action="store_true", help="print what the cells print, for the log of a job")
+    parser.add_argument("--cells", action="store_true", help="of 5_benchmark: compute a shard's cells, and no tables")
     parser.add_argument("--line", nargs=2, metavar=("NUMBER", "NAME"), help="of the bar, where several run at once")
     parser.add_argument("--check", action="store_true", help="check the parameters and print the run's folder")
     arguments = parser.parse_args()
@@ -269,11 +298,15 @@ def main() -> int:
             values = read_yaml(arguments.file) if arguments.file else {}
             values.update(read_options(arguments.parameter))
             bar = {"position": int(arguments.line[0]), "desc": arguments.line[1]} if arguments.line else None
-            print(parameters(notebook, values).run_dir if arguments.check
-                  else shown(run(notebook, values, arguments.output, arguments.log, bar)))
+            if arguments.check:
+                print(parameters(notebook, values).run_dir)
+            else:
+                done = (fill(values, bar) if arguments.cells
+                        else run(notebook, values, arguments.output, arguments.log, bar))
+                print(shown(done))
         else:
             parser.error(f"name a notebook ({', '.join(NOTEBOOKS)}) or a folder of parameter files")
-    except (ParameterError, RunError) as error:
+    except KitError as error:
         print(f"kit.execute: {error}", file=sys.stderr)
         return 2
     return 0

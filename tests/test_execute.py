@@ -13,6 +13,7 @@ from kit.execute import FOLDER, _losses, defaults, notebook_of, run_folder, step
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError
 from kit.runs import ROOT, RunError
+from tests.conftest import make_store
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,23 @@ def test_runs_at_once_have_a_core_each_and_after_a_failure_no_other_starts(tmp_p
         run_folder(tmp_path)
     assert "sample_participants: the folder has 41, asked for 42" in capfd.readouterr().err
     assert not (tmp_path / "outputs" / "of43").exists()
+
+
+@pytest.mark.slow
+def test_shards_fill_the_cells_of_the_table_that_the_last_run_makes(tmp_path, capfd):
+    make_store(tmp_path / "store", 40)
+    (tmp_path / "budget.yaml").write_text("5_benchmark: {seconds: 9, shards: 2}\n")
+    (tmp_path / "5_benchmark.yaml").write_text(yaml.safe_dump({
+        "prepared": str(tmp_path / "store"), "encoders": {"ResNet": "random:resnet18_narrow"}, "tasks": ["lesion"],
+        "baselines": ["guess", "voxels"], "label_fractions": [1.0], "finetune_tasks": ["lesion"],
+        "finetune_fractions": [1.0], "steps": 4, "out_of_distribution": None, "output_dir": "outputs/table"}))
+    run_folder(tmp_path)
+    table = tmp_path / "outputs/table"
+    made = [path.stat().st_mtime for path in table.glob("cells/**/seed*.csv")]
+    assert len(made) == 3 and max(made) < (table / "scores.csv").stat().st_mtime
+    assert {path.name for path in (table / "shards").iterdir()} == {"0-of-2", "1-of-2"}
+    assert not list(table.glob("shards/*/*.ipynb")) and (table / "report.html").exists()
+    assert "outputs/table/index.html, or a report" in capfd.readouterr().out
 
 
 def test_the_last_files_mistakes_are_told_before_the_first_runs(tmp_path):

@@ -103,14 +103,31 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
             what does not fit.
         Stopped: the run was asked to stop; the same parameters resume it.
     """
+    bench = _fill(params, run)
+    write_table(run / "overlap.csv", bench.overlap())
+    return _tables(bench, run)
+
+
+def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None) -> None:
+    """Compute this shard's cells, and no tables.
+
+    Args:
+        bar: options of tqdm for the progress bar.
+
+    Raises:
+        see `run_benchmark`.
+    """
+    _fill(params, run, bar)
+
+
+def _fill(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None) -> _Bench:
     bench = _Bench(params)
     remove_stale_cells(bench, run)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]
-    for cell in progress(todo, desc="cells"):
+    for cell in progress(todo, **{"desc": "cells", **(bar or {})}):
         bench.fill(cell, run.folder)
-    write_table(run / "overlap.csv", bench.overlap())
-    return _tables(bench, run)
+    return bench
 
 
 def cells_of(params: Benchmark, folds: Mapping[str, Iterable[int]]) -> list[Cell]:
