@@ -1,4 +1,4 @@
-"""Check the files that parameters name, before any work; each function returns a list of problems, empty if none."""
+"""Check the files that parameters name, before any work; checks return a list of problems, empty if there are none."""
 
 from __future__ import annotations
 

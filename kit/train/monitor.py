@@ -226,7 +226,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
 
 
 def _no_better_than_the_mean(log: pd.DataFrame) -> str:
-    """The verdict on an MAE that is no better than the mean scan; empty if it is, or if the two cannot be compared."""
+    """The verdict on an MAE that is no better than the mean scan; empty if it is better, or cannot be compared."""
     known = log.dropna(subset=["validation_loss", "mean_scan_loss"])
     if known.empty or known["validation_loss"].iloc[-1] < known["mean_scan_loss"].iloc[-1]:
         return ""

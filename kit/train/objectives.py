@@ -26,7 +26,7 @@ Report = dict[str, torch.Tensor]  # scalars: `loss`, and whatever else is worth 
 
 
 class Objective(Protocol):
-    """Interface of an objective, besides `nn.Module`, for the loop, its chunks, validation and the monitor.
+    """What the loop, its chunks, validation and the monitor need from an objective, in addition to `nn.Module`.
 
     Attributes:
         encoder: the encoder that is trained.
