@@ -42,7 +42,7 @@ class MaskedAutoencoder(nn.Module):
         return self.fill_in(images, seen_tokens(masked))
 
     def fill_in(self, images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Like `forward`, from the indices of the seen tokens (batch, seen tokens) int64, whose shape fixes their count."""
+        """Like `forward`, from indices of the seen tokens (batch, seen tokens) int64; their shape gives the count."""
         network, tokens = self.encoder.autoencoder, self.encoder.tokens(images)
         count = tokens.shape[1]
         tokens = self.encoder.encode(tokens.gather(1, seen[..., None].expand(-1, -1, tokens.shape[-1])))
