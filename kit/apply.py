@@ -1,10 +1,10 @@
-"""6_apply: from scans as they are to embeddings, or to the predictions of a fine-tuned model.
+"""6_apply: turn scans as they are into embeddings, or into a fine-tuned model's predictions.
 
     python -m kit.apply --input scan.nii.gz --encoder outputs/demo/2_pretrain/seed0 --output embedding.npy
     python -m kit.apply --input bids/ --encoder outputs/demo/3_finetune --output predictions.csv
 
-The encoder's own record says how scans are prepared. `.npy` holds one scan's features (features,) float32; `.csv` and
-`.parquet` hold a scan a row. Without `--encoder`, `$KIT_ENCODER` is taken, as in a container.
+The encoder's own record says how to prepare the scans. `.npy` holds one scan's features (features,) float32; `.csv` and
+`.parquet` hold one row per scan. Without `--encoder`, `$KIT_ENCODER` is used, as in a container.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from kit.store.grid import PAPER_GRID, Grid
 from kit.store.store import Store, StoreError
 
 SCANS = (".nii", ".nii.gz", ".mgh", ".mgz", ".nrrd", ".nhdr", ".mha", ".mhd")
-THICK_MM = 3.0  # longest side of a voxel beyond which a scan is called coarse: half of what is asked of it is made up
-SAID = {  # of a flag, in words for people who do not know the metric
+THICK_MM = 3.0  # a scan with longer voxels is called coarse: too much of it would be interpolated
+SAID = {  # QC flags in plain words
     "contrast low": "grey matter is not darker than white: not T1-weighted, or no brain",
     "template_similarity low": "unlike the template: not registered well, not T1-weighted, or no brain",
     "outside_share high": "part of the brain lies outside the scan",
@@ -68,16 +68,17 @@ TABLE = ("scan", "participant", "session", "dataset", "warnings", "unusable", "a
 
 
 class Applied(NamedTuple):
-    """What came of it.
+    """Result of `apply`.
 
     Attributes:
         store: the prepared scans.
-        table: a row a scan: scan, participant, session, dataset; warnings (in words), unusable (QC metrics, as in the
-            index); as_far (share of validation scans at least as far from the training scans), outside (whether that
-            is less than 5 %; empty where it cannot be told); fingerprint; of a fine-tuned model its predictions.
+        table: one row per scan: scan, participant, session, dataset; warnings (in words), unusable (QC metrics, as in
+            the index); as_far (share of validation scans at least as far from the training scans), outside (whether
+            that is at most 5 %; empty if unknown); fingerprint; a fine-tuned model's predictions.
         features: (scans, features) float32.
         failed: scans that could not be prepared, with reasons.
-        seconds: what took how long.
+        seconds: duration of each step.
+        made: what the result was made from.
     """
 
     store: Store
@@ -89,7 +90,7 @@ class Applied(NamedTuple):
 
     @property
     def embeddings(self) -> pd.DataFrame:
-        """participant, session, fingerprint, scan, and a column a feature, f0 …"""
+        """participant, session, fingerprint, scan, and one column per feature, f0 …"""
         names = [f"f{number}" for number in range(self.features.shape[1])]
         rows = self.table[["participant", "session", "fingerprint", "scan"]]
         return pd.concat([rows, pd.DataFrame(self.features, rows.index, names)], axis=1)
@@ -99,12 +100,12 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | None = None) -> App
     """Prepare scans as the encoder's were, embed them, and predict if it is a fine-tuned model.
 
     Args:
-        params: see there.
-        folder: prepared scans lie in its `prepared/`, and are not prepared again.
+        params: see `kit.params.Apply`.
+        folder: prepared scans are kept in its `prepared/`, and not prepared again.
         scans: a cohort, in place of `params.input`.
 
     Raises:
-        CohortError, PreparationError: nothing could be read; a single scan that fails stands in `failed`.
+        CohortError, PreparationError: nothing could be read; single scans that fail are listed in `failed`.
         EncoderError, MisfitError, FeatureError: the encoder, or scans that were prepared before, do not fit.
     """
     started, spec = perf_counter(), params.encoder
@@ -143,12 +144,12 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | None = None) -> App
 
 
 def model_record(model: Path) -> dict[str, Any]:
-    """What a run of 3_finetune says of its model."""
+    """Read the record of a model from its 3_finetune run."""
     return json.loads((model / "task.json").read_text(encoding="utf-8"))
 
 
 def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
-    """A cohort from whatever lies at a path: a scan, a folder of scans, a DICOM series, BIDS, a table.
+    """Make a cohort of whatever is at a path: a scan, a folder of scans, a DICOM series, BIDS, a table.
 
     Raises:
         CohortError: nothing is there.
@@ -172,13 +173,13 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
 
 
 def settings_for(record: Mapping[str, Any] | None, params: Apply) -> Preparation:
-    """How scans are prepared for an encoder of this preparation.
+    """Settings that prepare scans like those of an encoder with this record.
 
-    Where its own scans were not registered, for they lay in MNI space already, others are moved there rigidly; where
-    masks were given, or may be any tool's, deepbet makes them.
+    If the encoder's scans were not registered, because they were in MNI space already, new scans are registered
+    rigidly. If their masks were given, or may come from any tool, the mask is `auto`.
 
     Raises:
-        EncoderError: it is not known how they were.
+        EncoderError: the encoder's preparation is unknown.
     """
     if record is None:
         raise EncoderError(f"{params.encoder}: how its scans were prepared is not known; prepare yours likewise with "
@@ -193,7 +194,7 @@ def settings_for(record: Mapping[str, Any] | None, params: Apply) -> Preparation
 
 
 def coarse_scans(cohort: pd.DataFrame, index: pd.DataFrame) -> pd.Series:
-    """Warnings of scans whose voxels are longer than `THICK_MM`, by the scan's name."""
+    """Warnings about scans with voxels longer than `THICK_MM`, by the scan's name."""
     found, keys = {}, ["participant", "session", "dataset"]
     paths = cohort.set_index(keys)["image_path"].to_dict()
     for row in index.itertuples():
@@ -222,7 +223,7 @@ def _table(store: Store, features: np.ndarray, encoder: Path, coarse: pd.Series)
 
 
 def said_of(flag: str) -> str:
-    """A flag of `kit.preprocess.quality.flagged`, with what its metric is."""
+    """A flag of `kit.preprocess.quality.flagged`, with a description of its metric."""
     metric, _, side = flag.rpartition(" ")
     return f"{flag} ({QC_METRICS[metric].what})" if metric in QC_METRICS and side in ("low", "high") else flag
 
@@ -237,7 +238,7 @@ def _predictions(values: np.ndarray, record: Mapping[str, Any], model: Path) -> 
 
 
 def write_output(applied: Applied, path: Path) -> None:
-    """Write features, or a fine-tuned model's predictions as a table, by the file's ending."""
+    """Write one scan's features (`.npy`), or a table of predictions or else features (`.csv`, `.parquet`)."""
     if path.suffix == ".npy":
         def save(aside: Path) -> None:
             with aside.open("wb") as file:
@@ -253,7 +254,7 @@ def write_output(applied: Applied, path: Path) -> None:
 
 
 def main() -> int:
-    """The command line; see the module's text."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m kit.apply", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--input", required=True, help="a scan, a folder of scans or of a DICOM series, BIDS, a table, "
                                                        "or a prepared cohort")

@@ -1,4 +1,4 @@
-"""The cells `# Parameters` of the running notebook: which of them count, and what they say."""
+"""The `# Parameters` cells of the running notebook: which of them count, and the values they set."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 from kit.errors import KitError
 
-MARK = "# Parameters"  # papermill begins the cell that it injects with it, and the notebooks their own
+MARK = "# Parameters"  # first line of a notebook's own cell, and of the cell that papermill injects
 
 
 class CellError(KitError, ValueError):
-    """The cells do not say what the names hold; the message says which to run again."""
+    """A value differs from what its cell says; the message says which cell to run again."""
 
 
 def current_values(shell: Any) -> dict[str, Any]:
-    """The names assigned in a notebook's cells of parameters as they stand now, with their values.
+    """Names assigned in a notebook's parameters cells, with their current values.
 
     Args:
         shell: IPython's.
 
     Raises:
-        CellError: a name holds something else than its cell says, or papermill's cell ran before the notebook's own.
+        CellError: a value differs from what its cell says, or papermill's cell ran before the notebook's own.
     """
     sources, values = _counting(shell), {}
     said = literals(sources)
@@ -43,7 +43,7 @@ def assigned_names(sources: Iterable[str]) -> list[str]:
 
 
 def literals(sources: Iterable[str]) -> dict[str, Any]:
-    """What each name is assigned last, where that is a literal: what an expression gave is not known afterwards."""
+    """The last value assigned to each name, if it is a literal; the value of an expression is unknown afterwards."""
     values: dict[str, Any] = {}
     for node in (node for source in sources for node in ast.parse(source).body):
         for name in _targets(node):
@@ -60,9 +60,9 @@ def _targets(node: ast.stmt) -> list[str]:
 
 
 def _counting(shell: Any) -> list[str]:
-    """The notebook's own cell as it was last run, then the one that papermill injected, if it did."""
+    """The notebook's own cell as last run, then the one that papermill injected, if any."""
     ran = [cell for cell in shell.history_manager.input_hist_raw if cell.lstrip().startswith(MARK)]
-    if not ran:  # run without history, as nbval does: IPython keeps the sources for its tracebacks, too
+    if not ran:  # no history, as under nbval: IPython also keeps the sources for its tracebacks
         kept = [entry[2] for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
         ran = [cell for cell in map("".join, kept) if cell.lstrip().startswith(MARK)]
     own = [place for place, cell in enumerate(ran) if not _papermills(cell)][-1:]
@@ -74,7 +74,7 @@ def _counting(shell: Any) -> list[str]:
 
 
 def _papermills(cell: str) -> bool:
-    """Whether papermill wrote a cell of parameters: no comment but the first line."""
+    """Whether papermill wrote a parameters cell: its first line is the only comment."""
     tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
     return sum(token.type == tokenize.COMMENT for token in tokens) == 1
 

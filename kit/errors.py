@@ -1,4 +1,4 @@
-"""The base of the kit's own errors."""
+"""The base class of the kit's own errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 class KitError(Exception):
     """An error whose message says what happened, where, and what to do.
 
-    Notebooks show the message alone, not a page of traceback; `%tb` shows that of other errors as always.
+    Notebooks show the message alone, not a page of traceback. Other errors keep their traceback.
     """
 
     def _render_traceback_(self) -> list[str]:  # IPython asks an exception for this

@@ -1,15 +1,15 @@
-"""Write an encoder for others: one folder that model hubs, MONAI, plain torch and this kit read; without network.
+"""Export an encoder to one folder that model hubs, MONAI, plain torch and this kit can read, without network access.
 
     python -m kit.export outputs/2_pretrain --output outputs/export/simclr --benchmark outputs/5_benchmark
 
 The folder holds
 
     README.md             the model card
-    config.json           MONAI's class and its arguments, what it takes, the whole preparation, fingerprint
-    model.safetensors     weights under MONAI's names
-    program.pt2           the encoder as `torch.export` has it, for any batch
+    config.json           MONAI's class and its arguments, the input, the whole preparation, the fingerprint
+    model.safetensors     weights with MONAI's parameter names
+    program.pt2           the encoder as a `torch.export` program, for any batch size
     configs/, models/     a MONAI bundle: metadata.json, inference.json, model.pt
-    encoder.safetensors   a copy, by which the kit takes the folder as `encoder`
+    encoder.safetensors   a copy, so that the kit accepts the folder as `encoder`
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from kit.runs import MADE_FROM, resolve, shown, write_json, write_whole
 
 
 class ExportError(KitError, ValueError):
-    """An export that cannot be made; the message says why and what to do."""
+    """An export cannot be made; the message says why and what to do."""
 
 
 def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None = None, licence: str = "") -> Path:
-    """Write an encoder's folder for others, see the module's text: whole or not at all.
+    """Write the folder that the module's docstring describes; nothing appears in it before everything is made.
 
     Args:
-        encoder: an encoder.safetensors, or a run of 2_pretrain; from the run the card takes data and losses.
+        encoder: an encoder.safetensors, or a run of 2_pretrain, from which the card takes data and losses.
         output: the folder, new or empty (hidden files aside, such as a hub's `.git`).
-        benchmark: a run of 5_benchmark; its scores of this encoder join the card.
-        licence: of the weights, as hubs name it (`cc-by-4.0`); empty: the card says that it is to be filled in.
+        benchmark: a run of 5_benchmark, whose scores of this encoder join the card.
+        licence: of the weights, by the name that hubs use (`cc-by-4.0`); if empty, the card says to fill it in.
 
     Returns:
         the folder.
 
     Raises:
-        ExportError: the encoder is not there, the folder holds something, or the benchmark has no score of it.
-        EncoderError: the file is no encoder of this kit.
+        ExportError: the encoder does not exist, the folder is not empty, or the benchmark has no score of the encoder.
+        EncoderError: the file is not an encoder of this kit.
     """
     path, folder = _file_of(encoder), resolve(output)
     _check_empty(folder)
@@ -102,11 +102,10 @@ def _check_empty(folder: Path) -> None:
 
 
 def scores_of(benchmark: str | Path, weights: str) -> pd.DataFrame:
-    """The rows of a benchmark's `scores.csv` that are of an encoder with these weights (or, of several seeds, with it
-    among them).
+    """Rows of a benchmark's `scores.csv` for the encoder with these weights, or for several seeds that include it.
 
     Raises:
-        ExportError: the benchmark is not finished, or none of its rows are of this encoder.
+        ExportError: the benchmark is not finished, or has no row for this encoder.
     """
     run = resolve(benchmark)
     try:
@@ -128,7 +127,7 @@ def scores_of(benchmark: str | Path, weights: str) -> pd.DataFrame:
 
 
 def _weights_by_fold(spec: str, seeds: list[int]) -> list[list[str]]:
-    """The digests of each fold's encoders, a seed each; up to the first fold that is not there."""
+    """Weight digests of each fold's encoders, one per seed, up to the first fold that does not exist."""
     found: list[list[str]] = []
     for fold in itertools.count() if "{fold}" in spec else (0,):
         try:
@@ -143,7 +142,7 @@ def _digest(encoder: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; see the module's text."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m kit.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("encoder", help="an encoder.safetensors, or a run of 2_pretrain")
     parser.add_argument("--output", required=True, help="a new or empty folder")

@@ -1,4 +1,4 @@
-"""What the system under the kit offers or lacks: file locks, cores, the nodes of a Slurm job."""
+"""What the system provides: file locks, cores, the nodes of a Slurm job."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import weakref
 from pathlib import Path
 from typing import ClassVar
 
-NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}  # what file systems without locks answer
+NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}  # errors of file systems without locks
 
 
 class Lock:
     """An exclusive lock on a file, which this process holds for as long as something refers to the lock.
 
-    It belongs to the process: asked for again (a cell that is run twice, a second notebook of the same kernel), the
-    same lock is handed out.
+    It belongs to the process: taking it again (a cell that is run twice, a second notebook in the same kernel) returns
+    the same lock.
     """
 
     _held: ClassVar[weakref.WeakValueDictionary[tuple[int, int], Lock]] = weakref.WeakValueDictionary()
@@ -28,7 +28,7 @@ class Lock:
 
     @classmethod
     def take(cls, path: str | Path) -> Lock:
-        """Lock a file, which is made if absent. On a file system without locks, warn and go on.
+        """Lock a file, creating it if absent. On a file system without locks, warn and go on.
 
         Raises:
             BlockingIOError: another process holds it.
@@ -53,24 +53,24 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def cores() -> int:
-    """Cores that this process may use; all of the machine's where the system does not say which (macOS)."""
+    """Number of cores that this process may use; all of the machine's if the system does not say (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shares_of_cores(parts: int) -> list[set[int]]:
-    """Split the cores that this process may use; a core is shared where there are fewer than parts."""
+    """Split the cores that this process may use into parts, which share cores if there are too few."""
     own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     return [set(own[part::parts]) or {own[part % len(own)]} for part in range(parts)]
 
 
 def keep_to(process: int, own: set[int]) -> None:
-    """Let a process, and what it starts from now on, use these cores only, where the system can (not on macOS)."""
+    """Restrict a process, and those it starts from now on, to these cores, where the system can (not on macOS)."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process, own)
 
 
 def slurm_nodes() -> tuple[int, list[str]]:
-    """How many nodes the Slurm job has that this process runs in, 1 outside a job; and what is missing to use them."""
+    """Number of nodes of the Slurm job that this process runs in (1 outside a job), and what is missing to use them."""
     told = os.environ.get("SLURM_JOB_NUM_NODES", "")
     if not told.strip() and not os.environ.get("SLURM_JOB_ID"):
         return 1, []
@@ -80,15 +80,15 @@ def slurm_nodes() -> tuple[int, list[str]]:
 
 
 def why_alone() -> str:
-    """Why the nodes of this Slurm job are not trained on, or nothing."""
+    """Why training cannot use the nodes of this Slurm job; empty if it can."""
     nodes, missing = slurm_nodes()
     return (f"training on this machine alone: of a Slurm job {' and '.join(missing)}"
             + f", so its {nodes} nodes cannot be used" * (nodes > 1)) if missing else ""
 
 
 def missing_of_slurm() -> list[str]:
-    """What is missing to start processes on the nodes of a Slurm job: programs, variables."""
-    met = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")  # else Slurm is asked where rank 0 is
+    """Programs and variables that are missing to start processes on the nodes of a Slurm job."""
+    met = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")  # else Slurm is asked for rank 0's address
     missing = [f"{program} is not found" for program in (["srun"] if met else ["srun", "scontrol"])
                if not shutil.which(program)]
     missing += [f"{name} is not set" for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if not os.environ.get(name)]

@@ -1,7 +1,7 @@
 """Every parameter of every notebook: its name, unit, default and bounds; one pydantic model a notebook.
 
-The defaults are those recommended. A notebook's cell of parameters repeats them, but for the paths of the quick runs on
-the sample cohort; those are quick because that cohort is small.
+The defaults are the recommended values. A notebook's parameters cell repeats them, except for the paths of the quick
+runs on the sample cohort, which are quick because that cohort is small.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Explore(Parameters):
     sample_participants: Annotated[int, Field(ge=40)] = 80  # size of the sample cohort
     scans: Annotated[int, Field(ge=2)] = 6  # scans to look at; similarity compares them
     recipe: str = "weak"  # a recipe's name, or a YAML file
-    encoder: str = "random:resnet18_narrow"  # whose similarity is shown: as in 3_finetune
+    encoder: str = "random:resnet18_narrow"  # shows the similarity of its features; as in 3_finetune
     seed: Seed = 0
     spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0  # of the grid that `cohort` is prepared on
     shape: Shape = (36, 48, 40)  # voxels (z, y, x)
@@ -79,30 +79,30 @@ class Explore(Parameters):
 class Preprocess(Parameters):
     """1_preprocess: from files to prepared scans."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({  # of these the scans remember what they were made with
+    may_change: ClassVar[frozenset[str]] = frozenset({  # scans store what they were prepared with
         "workers", "max_failed_fraction", "bias_correction", "registration", "mask", "intensity",
         "orientation_unknown", "brain_ml", "spacing_mm", "shape"})
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV), a BIDS folder, FOMO60K, FOMO300K or OpenMind
-    contrast: str = "T1w"  # which scans of a folder: T1w, T2w, FLAIR, T1ce, ...; a table's are all taken
+    contrast: str = "T1w"  # scans to take from a folder: T1w, T2w, FLAIR, T1ce, ...; from a table all are taken
     sample_participants: Annotated[int, Field(ge=40)] = 80
     seed: Seed = 0
     bias_correction: BiasCorrection = "none"
     registration: Registration = "none"
     mask: Mask = "auto"
     intensity: Intensity = "zscore"
-    orientation_unknown: OrientationUnknown = "refuse"  # scans whose header does not say where they lie
-    brain_ml: tuple[Positive, Positive] = (700, 2100)  # volumes (ml) between which a brain is not flagged; adults'
+    orientation_unknown: OrientationUnknown = "refuse"  # for scans whose header does not say where they lie
+    brain_ml: tuple[Positive, Positive] = (700, 2100)  # ml; brains smaller or larger are flagged; for adults
     spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0
     shape: Shape = (36, 48, 40)  # voxels (z, y, x); the paper: 150, 192, 192 at 1 mm
-    max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # above it the last cell fails
+    max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # if more scans fail, the last cell raises
     workers: Positive = 2  # processes, one thread each
-    shards: Positive = 1  # parts that a cohort is prepared in, such as the tasks of a Slurm array
+    shards: Positive = 1  # parts to prepare the cohort in, such as the tasks of a Slurm array
     shard: Annotated[int, Field(ge=0)] = 0  # this run's part, from 0
 
     @property
     def run_dir(self) -> Path:
-        """A shard's own folder, in `shards/` of the one that all shards are merged into."""
+        """A shard's own folder, in `shards/` of the folder that all shards are merged into."""
         return self.output_dir / "shards" / f"{self.shard}-of-{self.shards}" if self.shards > 1 else self.output_dir
 
     def problems(self) -> list[str]:
@@ -117,22 +117,22 @@ class Preprocess(Parameters):
 
 
 class Training(Parameters):
-    """What all training takes."""
+    """Parameters of all training."""
 
     may_change: ClassVar[frozenset[str]] = frozenset({
         "workers", "nodes", "loader_workers", "checkpoint_minutes", "retry_minutes"})
 
     batch_size: Annotated[int, Field(ge=2)] = 16  # scans, over all workers
-    chunk: Annotated[int, Field(ge=0)] = 0  # scans of a worker that run at a time; 0: all; BatchNorm sees the chunk
-    accumulate: Positive = 1  # batches whose mean gradient makes one step
-    clip: Annotated[float, Field(ge=0)] = 0.0  # largest norm of the gradient; 0: as it is
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' moving average that is kept; 0: none
-    precision: Precision = "fp32"  # of the network while it trains: fp32, bf16 (products and convolutions only)
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # besides one at each epoch's end
-    retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long a full disk may last
-    workers: Positive = 1  # processes of a node; 1 on one node trains in the kernel
-    nodes: Annotated[int, Field(ge=0)] = 0  # 0: those of the Slurm job that the notebook runs in, or one
-    loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes of each worker
+    chunk: Annotated[int, Field(ge=0)] = 0  # scans per worker that run at a time; 0: all; BatchNorm sees one chunk
+    accumulate: Positive = 1  # batches averaged into one step
+    clip: Annotated[float, Field(ge=0)] = 0.0  # largest norm of the gradient; 0: no clipping
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' moving average, which is kept; 0: none
+    precision: Precision = "fp32"  # of the network in training: fp32, bf16 (matrix products and convolutions only)
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # between checkpoints, besides one after each epoch
+    retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long the disk may stay full
+    workers: Positive = 1  # processes per node; 1 on one node trains in the kernel
+    nodes: Annotated[int, Field(ge=0)] = 0  # 0: all nodes of the Slurm job that the notebook runs in, or one
+    loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes per worker
     seed: Seed = 0
 
     def processes(self) -> int:
@@ -140,7 +140,7 @@ class Training(Parameters):
         return self.workers * self.all_nodes()
 
     def all_nodes(self) -> int:
-        """Nodes to train on; those of the Slurm job unless `nodes` says."""
+        """Nodes to train on: `nodes`, or else those of the Slurm job."""
         job, missing = slurm_nodes()
         return self.nodes or (1 if missing else job)
 
@@ -156,27 +156,27 @@ class Training(Parameters):
 
 
 class Pretrain(Training):
-    """2_pretrain: an encoder from unlabelled scans."""
+    """2_pretrain: train an encoder on unlabelled scans."""
 
     may_change: ClassVar[frozenset[str]] = Training.may_change | {"verify"}
 
     prepared: ProjectPath
-    split: str = "pretrain"  # rows of the index to learn from, where it has a column `split`
-    leave_out_test: bool = True  # in folds, or without a column `split`: not those who will be tested
-    folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation, as in 3 and 5; 0: one split
+    split: str = "pretrain"  # rows to learn from, if the index has a column `split`
+    leave_out_test: bool = True  # in folds, or without a column `split`: leave out participants who will be tested
+    folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation, as in 3_finetune and 5_benchmark; 0: one split
     leave_one_site_out: bool = False  # folds are sites
     fold: Annotated[int, Field(ge=0)] = 0  # whose test participants are left out, from 0
-    split_seed: Seed = 0  # of who is tested
-    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group, if there
+    split_seed: Seed = 0  # decides who is tested
+    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group if present
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
-    accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
+    accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # also use scans unusable for these
     objective: Literal["simclr", "mae"] = "simclr"
     architecture: Architecture = "resnet18_narrow"
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
-    mae_recipe: str = "none"  # the MAE's one view: likewise; He et al. found masking to be augmentation enough
-    epochs: Annotated[int, Field(ge=0)] = 30  # 0: only say what a run would need
-    sampling: Literal["all", "balanced"] = "all"  # an epoch: every scan once, or as many of each dataset
-    session_pairs: bool = False  # SimCLR: the two views are of two sessions, where a participant has them
+    mae_recipe: str = "none"  # the MAE's single view, likewise; He et al. found masking to be augmentation enough
+    epochs: Annotated[int, Field(ge=0)] = 30  # 0: only estimate what a run needs
+    sampling: Literal["all", "balanced"] = "all"  # per epoch: every scan once, or equally many of each dataset
+    session_pairs: bool = False  # SimCLR: take the two views from two sessions, if a participant has them
     optimizer: Literal["adam", "adamw", "lars"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -185,15 +185,15 @@ class Pretrain(Training):
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999  # of adam and adamw; 0.95 for an MAE (He et al. 2022)
     temperature: Annotated[float, Field(gt=0)] = 0.1  # NT-Xent
     projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # patches with brain that the MAE must fill in
-    normalise_patches: bool = True  # MAE: targets are patches less their mean, over their spread
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # share of brain patches that the MAE must fill in
+    normalise_patches: bool = True  # MAE: targets are patches minus their mean, over their SD
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
-    verify: bool = False  # check every scan's checksum before training, not only that it is there (minutes to hours)
+    verify: bool = False  # before training, check every scan's checksum, not only its header (minutes to hours)
 
     @property
     def run_dir(self) -> Path:
-        """A plan lies in `plan/` of the folder that the real run will have."""
+        """A plan (`epochs: 0`) goes to `plan/` in the real run's folder."""
         return self.output_dir if self.epochs else self.output_dir / "plan"
 
     def problems(self) -> list[str]:
@@ -212,13 +212,13 @@ class Pretrain(Training):
 
 
 class TestSet(BaseModel):
-    """Prepared scans of others, to test on, and the tasks that they test."""
+    """A further set of prepared scans to test on, and its tasks."""
 
-    __test__: ClassVar[bool] = False  # for pytest
+    __test__: ClassVar[bool] = False  # no test class for pytest
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prepared: ProjectPath
-    tasks: list[str] = []  # label columns; none: all tasks of which it has the column
+    tasks: list[str] = []  # label columns; empty: all tasks for which it has a column
 
 
 def _of_path(value: object) -> object:
@@ -226,41 +226,41 @@ def _of_path(value: object) -> object:
 
 
 class Tuning(Training):
-    """What fine-tuning takes, of one encoder and of many."""
+    """Parameters of fine-tuning, for one encoder or many."""
 
     prepared: ProjectPath
-    # prepared scans of other sites, tested besides; null: rows of `prepared` whose split says so, if there are any
+    # prepared scans of other sites, also tested; null: rows of `prepared` whose split says so, if there are any
     out_of_distribution: ProjectPath | None = None
-    # more test sets, by name: prepared scans, or {prepared: ..., tasks: [...]} for some tasks
+    # more test sets, by name: prepared scans, or {prepared: ..., tasks: [...]} for only some tasks
     tests: dict[str, Annotated[TestSet, BeforeValidator(_of_path)]] = {}
     folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation; 0: one split
     leave_one_site_out: bool = False  # cross-validation whose folds are sites
-    split_seed: Seed = 0  # of who is tested and who is for validation
-    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group, if there
-    # of the participants who are not tested; without folds a column `split` says who they are
+    split_seed: Seed = 0  # decides who is tested and who is for validation
+    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group if present
+    # of the participants who are not tested; without folds, a column `split` takes precedence
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # take scans unusable for these, too
-    steps: Positive = 400  # at most; a step is of `accumulate` batches
-    check_steps: Positive = 20  # between two looks at the validation scans: an epoch of the log
+    accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # also use scans unusable for these
+    steps: Positive = 400  # at most; each step averages `accumulate` batches
+    check_steps: Positive = 20  # between two looks at the validation scans: one epoch of the log
     patience: Annotated[int, Field(ge=0)] = 5  # looks without a lower validation loss before it stops; 0: never
     learning_rates: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1e-3]
     weight_decays: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-2]
     optimizer: Literal["adam", "adamw"] = "adamw"
-    schedule: Literal["constant", "cosine"] = "constant"  # constant: more steps go on along the same path
+    schedule: Literal["constant", "cosine"] = "constant"  # constant: more steps continue the same trajectory
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, from stage to stage below the head
-    select_by: Literal["loss", "score"] = "loss"  # on validation; score: AUC (of numbers the loss all the same)
-    # where it did not stop early, train once more with three times the steps, to see whether they would change it
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning-rate factor from stage to stage below the head
+    select_by: Literal["loss", "score"] = "loss"  # on validation; score: AUC (for numbers, still the loss)
+    # if it did not stop early, train again with three times the steps, to see whether that changes the result
     check_trained: bool = True
     flip: bool = True  # mirror left and right at random while fine-tuning
-    standardise: bool = True  # learn numbers less their mean, over their spread; false: as they are
+    standardise: bool = True  # z-score numeric labels for training; false: as they are
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on
-    rows_are_people: bool = False  # a cohort without a column participant has one scan of each person
+    rows_are_people: bool = False  # a cohort without a column `participant` has one scan per person
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
-    allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
+    allow_differences: list[Allowed] = []  # where preparations may differ: registration, mask, bias_correction
 
     def test_sets(self) -> dict[str, TestSet]:
-        """All test sets by name, `out_of_distribution` among them."""
+        """All test sets by name, including `out_of_distribution`."""
         others = self.out_of_distribution
         return self.tests | ({} if others is None else {"out_of_distribution": TestSet(prepared=others)})
 
@@ -278,23 +278,23 @@ class Tuning(Training):
         return problems + sum(missing.values(), []) + test_set_problems(there, self.task_names())
 
     def task_names(self) -> list[str]:
-        """The label columns that are predicted."""
+        """The label columns to predict."""
         return []
 
     def encoder_problems(self, name: str, spec: str, seeds: list[int]) -> list[str]:
-        """What is wrong with an encoder, or with those of each fold and seed that `{fold}` and `{seed}` stand for."""
+        """Problems with an encoder, or with those of each fold and seed that `{fold}` and `{seed}` stand for."""
         folds = range(fold_total(self.prepared, self)) if "{fold}" in spec else [0]
         every = dict.fromkeys(encoder_at(spec, fold, seed) for fold in folds for seed in seeds)
         return [problem for encoder in every for problem in encoder_problems(name, encoder, ARCHITECTURES)]
 
 
 class Finetune(Tuning):
-    """3_finetune: a label predicted from an encoder."""
+    """3_finetune: predict a label with an encoder."""
 
-    # `random`, `random:ARCHITECTURE`, an encoder.safetensors, a run of 2_pretrain, or others' weights as PATH or
+    # `random`, `random:ARCHITECTURE`, an encoder.safetensors, a run of 2_pretrain, or third-party weights as PATH or
     # FORMAT:PATH (docs/weights.md); `{fold}` and `{seed}` in it stand for this run's
     encoder: str
-    fold: Annotated[int, Field(ge=0)] = 0  # that is tested, from 0, where there are folds
+    fold: Annotated[int, Field(ge=0)] = 0  # the fold to test, from 0, if there are folds
     task: str = "stroke"  # a label column
     task_type: TaskType = "auto"
     missing_codes: list[Code] = []  # values of the label that mean missing, such as 9, 999 or NA
@@ -312,35 +312,35 @@ class Finetune(Tuning):
 
 
 class Saliency(Parameters):
-    """4_saliency: where a model looks, and whether the picture is to be believed."""
+    """4_saliency: where a model looks, and whether its maps can be trusted."""
 
     prepared: ProjectPath
-    model: ProjectPath  # a run of 3_finetune in mode finetune, or an encoder's: a run of 2_pretrain
-    # besides: gradient_x_input, grad_cam_pp, guided_backpropagation, occlusion, attention_rollout (ViTs)
+    model: ProjectPath  # a run of 3_finetune in mode finetune, or of 2_pretrain for an encoder
+    # also: gradient_x_input, grad_cam_pp, guided_backpropagation, occlusion, attention_rollout (ViTs)
     methods: Annotated[list[Method], Field(min_length=1)] = ["gradient", "smoothgrad", "integrated_gradients",
                                                              "grad_cam"]
-    target: str = "prediction"  # or a class; of an encoder similarity, views, component
-    like: str | None = None  # target similarity: like which scan; null: the first shown
+    target: str = "prediction"  # or a class; for an encoder: similarity, views, component
+    like: str | None = None  # for target similarity: the scan to be similar to; null: the first shown
     whom: Annotated[list[Literal["surest", "worst", "random", "controls"]], Field(min_length=1)] = ["surest",
                                                                                                     "controls"]
-    participants: Positive = 2  # test participants of each of these
+    participants: Positive = 2  # test participants for each of these
     steps: Positive = 32  # of integrated gradients
     samples: Positive = 8  # of SmoothGrad
     noise: Annotated[float, Field(gt=0, le=5)] = 0.5  # of SmoothGrad, in SD of the brain's voxels
     baseline: Literal["zero", "mean_brain", "blurred"] = "zero"  # of integrated gradients and occlusion
-    layer: int | str | None = None  # of Grad-CAM: a stage from 1, or a module's name; null: the last stage
+    layer: int | str | None = None  # of Grad-CAM: a stage, from 1, or a module's name; null: the last stage
     patch_mm: Annotated[float, Field(gt=0, le=100)] = 24.0  # side of occlusion's cubes
-    check_scans: Positive = 1  # scans that the checks are made on
-    label_randomised: bool = False  # check against a model that is fine-tuned once on shuffled labels
-    label_steps: Positive = 100  # of it, at most
-    truth_participants: Annotated[int, Field(ge=0)] = 6  # tested, whose effect's place is known; 0: none
-    compare: dict[str, ProjectPath] = {}  # more runs of 3_finetune for the table of known places, by name
-    # of the regions: deepmriprep:NAME, harvard-oxford, tissues, a NIfTI, or column:NAME, where a column of the cohort
-    # names each scan's own label map; null: deepmriprep's AAL3 if it is installed
+    check_scans: Positive = 1  # scans that the sanity checks use
+    label_randomised: bool = False  # also check against a model fine-tuned on shuffled labels
+    label_steps: Positive = 100  # most training steps of that model
+    truth_participants: Annotated[int, Field(ge=0)] = 6  # test participants with an effect at a known place; 0: none
+    compare: dict[str, ProjectPath] = {}  # more runs of 3_finetune, by name, for the table of known places
+    # regions: deepmriprep:NAME, harvard-oxford, tissues, a NIfTI, or column:NAME, if a column of the cohort names each
+    # scan's own label map; null: deepmriprep's AAL3 if it is installed
     atlas: str | None = None
     atlas_names: ProjectPath | None = None  # a table of a label map's labels: index, label
-    cohort: str | None = None  # that was prepared: maps are then written in the scans' own space, too
-    allow_differences: list[Allowed] = []  # what preparations may differ in: registration, mask, bias_correction
+    cohort: str | None = None  # the cohort that was prepared; if given, maps are also written in the scans' own space
+    allow_differences: list[Allowed] = []  # where preparations may differ: registration, mask, bias_correction
     seed: Seed = 0
 
     def problems(self) -> list[str]:
@@ -369,33 +369,33 @@ def _model_problems(name: str, folder: Path) -> list[str]:
 
 
 class Benchmark(Tuning):
-    """5_benchmark: encoders against each other, on several tasks, in and out of distribution."""
+    """5_benchmark: compare encoders on several tasks, in and out of distribution."""
 
     may_change: ClassVar[frozenset[str]] = Tuning.may_change | {"shards", "shard"}
 
-    # a family's name: as `encoder` of 3_finetune; `random:ARCHITECTURE`, fine-tuned, is a supervised baseline; of each
-    # fold and seed another where `{fold}` and `{seed}` stand in it
+    # by a name for the table: as `encoder` of 3_finetune; `random:ARCHITECTURE`, fine-tuned, is a supervised baseline;
+    # `{fold}` and `{seed}` in it give each fold and seed its own encoder
     encoders: dict[str, str]
-    baselines: list[Baseline] = list(BASELINES)  # rows that need no training of networks
-    demographics: list[str] | None = None  # columns of the baseline; null: age, sex and gender, if there
+    baselines: list[Baseline] = list(BASELINES)  # rows of the table that need no network training
+    demographics: list[str] | None = None  # columns of that baseline; null: age, sex and gender, if present
     volumes: ProjectPath | None = None  # a table of volumes, such as FreeSurfer's; null: tissues of the prepared scans
-    atlas: ProjectPath | None = None  # regions of these tissues, a NIfTI in MNI space; null: cubes of 30 mm
+    atlas: ProjectPath | None = None  # regions for these tissues, a NIfTI in MNI space; null: cubes of 30 mm
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
     label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for probes and baselines
-    finetune_tasks: list[str] = ["stroke"]  # tasks to fine-tune on besides
+    finetune_tasks: list[str] = ["stroke"]  # tasks to also fine-tune on
     finetune_fractions: list[Fraction] = [0.2]
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each of other labels, heads and `{seed}` encoders
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each has its own label subset, head and `{seed}` encoder
     task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
-    missing_codes: dict[str, list[Code]] = {}  # of a task, as in 3_finetune
-    age_bands: list[float] = [20, 40, 60, 90]  # edges in years: scores among people of one band, besides; []: none
-    match_age_sex: bool = True  # of two classes, besides: the score of pairs of one sex and about one age
-    correct_bias: bool = False  # undo the pull of predicted numbers to the mean, as it is in validation
-    shards: Positive = 1  # parts that the table is filled in, such as the tasks of a Slurm array
+    missing_codes: dict[str, list[Code]] = {}  # by task, as in 3_finetune
+    age_bands: list[float] = [20, 40, 60, 90]  # edges in years; also score within each band; []: none
+    match_age_sex: bool = True  # for two classes, also score pairs of the same sex and similar age
+    correct_bias: bool = False  # undo the pull of predicted numbers towards the mean, as measured on validation
+    shards: Positive = 1  # parts to fill the table in, such as the tasks of a Slurm array
     shard: Annotated[int, Field(ge=0)] = 0  # this run's part, from 0
 
     @property
     def run_dir(self) -> Path:
-        """A shard's own folder; the cells of all lie in the `cells/` of the one above."""
+        """A shard's own folder; all shards put their results into `cells/` of `output_dir`."""
         return self.output_dir / "shards" / f"{self.shard}-of-{self.shards}" if self.shards > 1 else self.output_dir
 
     def problems(self) -> list[str]:
@@ -426,26 +426,26 @@ class Benchmark(Tuning):
 
 
 class Apply(Parameters):
-    """6_apply: embeddings or predictions of any scans."""
+    """6_apply: embeddings or predictions for any scans."""
 
     feeds_others: ClassVar[bool] = False
     may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
 
     # a scan, a folder of scans or with a DICOM series, BIDS, a table, a prepared cohort; or `sample`: six scans of the
-    # sample cohort that nothing was learned from
+    # sample cohort that were not used for training
     input: str = "sample"
-    encoder: str  # as in 3_finetune, but not random; or a run of 3_finetune, which predicts besides
-    contrast: str = "T1w"  # which scans of a BIDS folder
-    registration: Registration | None = None  # null: as the encoder's; where that is none, rigid
-    mask: Mask | None = None  # null: as the encoder's; where that is given, auto
-    orientation_unknown: OrientationUnknown = "refuse"  # scans whose header does not say where they lie
-    pool: Literal["default", "mean", "class"] = "default"  # of a ViT: mean of brain tokens, or class token
-    stages: list[Positive] = []  # features of these stages, from 1 on, joined; none: the encoder's end
-    flips: bool = False  # mean of a scan's features and of its mirror image's
-    allow_differences: list[Allowed] = []  # what a prepared cohort may differ in from the encoder's
+    encoder: str  # as in 3_finetune, but not random; or a run of 3_finetune, which also predicts
+    contrast: str = "T1w"  # scans to take from a BIDS folder
+    registration: Registration | None = None  # null: like the encoder's; if that is none, rigid
+    mask: Mask | None = None  # null: like the encoder's; if that is given, auto
+    orientation_unknown: OrientationUnknown = "refuse"  # for scans whose header does not say where they lie
+    pool: Literal["default", "mean", "class"] = "default"  # for a ViT: mean of brain tokens, or class token
+    stages: list[Positive] = []  # concatenate the features of these stages, from 1; empty: the encoder's output
+    flips: bool = False  # average the features of a scan and of its mirror image
+    allow_differences: list[Allowed] = []  # where a prepared cohort may differ from the encoder's preparation
     sample_participants: Annotated[int, Field(ge=40)] = 80
     seed: Seed = 0
-    workers: Positive = 2  # processes that prepare, one thread each
+    workers: Positive = 2  # processes for preparation, one thread each
 
     def problems(self) -> list[str]:
         there = self.input == "sample" or resolve(self.input).exists()
@@ -487,7 +487,7 @@ def _cohort_problems(cohort: str, contrast: str = "T1w") -> list[str]:
     from kit.cohort.tabular import CohortError
 
     try:
-        with redirect_stdout(None):  # what it counts is printed where the cohort is used
+        with redirect_stdout(None):  # its counts are printed when the cohort is used
             read_cohort(cohort, contrast)
     except CohortError as error:
         return [f"cohort: {error}"]

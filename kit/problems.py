@@ -1,4 +1,4 @@
-"""What is wrong with files that parameters name, looked at before any work; an empty list where nothing is."""
+"""Check the files that parameters name, before any work; checks return a list of problems, empty if there are none."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from kit.reading import ParameterError, filled
 from kit.runs import resolve, shown
 
 RESERVED = ("prepared", "pretrain", "train", "validation", "test", "in_distribution", "kit", "encoder", "model",
-            "labels", "aliases", "allowed", "fingerprint")  # no names of test sets: records use them
-WEIGHTS = ("neuro_simclr", "brainiac", "brainiac_resnet50", "medicalnet")  # published ones; see `kit.models.formats`
+            "labels", "aliases", "allowed", "fingerprint")  # not allowed for test sets: records use them
+WEIGHTS = ("neuro_simclr", "brainiac", "brainiac_resnet50", "medicalnet")  # published; see `kit.models.formats`
 
 
 def encoder_at(spec: str, fold: int, seed: int) -> str:
-    """The encoder of a fold and a seed: `{fold}` and `{seed}` in its name are replaced."""
+    """Name of the encoder for a fold and a seed, which replace `{fold}` and `{seed}` in `spec`."""
     return filled(spec, {"fold": fold, "seed": seed})
 
 
 def encoder_parts(encoder: str | Path) -> tuple[str, str]:
-    """What an encoder's words mean: (`random`, architecture or nothing), (format, path), or (`auto`, path)."""
+    """Split an encoder's name into (`random`, architecture or nothing), (format, path), or (`auto`, path)."""
     kind, colon, rest = str(encoder).partition(":")
     if kind == "random" or (colon and len(kind) > 1 and not {"/", "\\"} & set(kind)  # C: is a drive
                             and not resolve(encoder).exists()):
@@ -28,7 +28,7 @@ def encoder_parts(encoder: str | Path) -> tuple[str, str]:
 
 
 def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...]) -> list[str]:
-    """What is wrong with an encoder's words, or that its file is not there."""
+    """Problems with an encoder's name, or that its file does not exist."""
     kind, rest = encoder_parts(encoder)
     if kind == "random":
         known = not rest or rest in architectures
@@ -44,7 +44,7 @@ def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...]) ->
 
 
 def recipe_problems(name: str, recipe: str) -> list[str]:
-    """What is wrong with a recipe, or that there is none of that name."""
+    """Problems with a recipe, or that there is none of that name."""
     from kit.augment.recipe import names, read_recipe
 
     if recipe not in names() and not resolve(recipe).is_file():
@@ -57,7 +57,7 @@ def recipe_problems(name: str, recipe: str) -> list[str]:
 
 
 def split_problems(prepared: Path, params: Any) -> list[str]:
-    """What is wrong with the folds that parameters ask for."""
+    """Problems with the folds that parameters ask for."""
     if params.folds == 1:
         return ["folds: 1; one fold is none: 0 for one split, 2 or more for cross-validation"]
     if params.folds and params.leave_one_site_out:
@@ -76,7 +76,7 @@ def split_problems(prepared: Path, params: Any) -> list[str]:
 
 
 def fold_total(prepared: Path, params: Any) -> int:
-    """How many folds parameters ask for; 1 for one split.
+    """Number of folds that parameters ask for; 1 for a single split.
 
     Raises:
         SplitError: see `kit.cohort.split.site_folds`.
@@ -87,7 +87,7 @@ def fold_total(prepared: Path, params: Any) -> int:
 
 
 def test_set_problems(tests: dict[str, Any], tasks: list[str]) -> list[str]:
-    """What is wrong with test sets, whose folders are there, and the tasks that they are for."""
+    """Problems with test sets whose folders exist, and with their tasks."""
     problems = []
     for name, test in tests.items():
         if name in RESERVED or not name.isprintable() or "/" in name:
@@ -108,7 +108,7 @@ def _index(prepared: Path) -> Any:
 
 
 def alias_problems(aliases: Path | None) -> list[str]:
-    """What is wrong with the table of people with several names."""
+    """Problems with the table of people with several names."""
     from kit.cohort.identity import IdentityError, read_aliases
 
     try:
@@ -119,7 +119,7 @@ def alias_problems(aliases: Path | None) -> list[str]:
 
 
 def label_problems(name: str, prepared: Path, task: str, task_type: str, missing_codes: list[Any]) -> list[str]:
-    """What is wrong with a label column of prepared scans."""
+    """Problems with a label column of prepared scans."""
     from kit.cohort.labels import LabelError, read_labels
     from kit.cohort.tabular import read_table
 

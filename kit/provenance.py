@@ -1,12 +1,12 @@
-"""What a run was made from: the weights, scans, labels and preparations that it read; and what has changed since.
+"""What a run was made from (weights, scans, labels and preparations), and what has changed since.
 
 A run's folder holds
 
-    made_from.json  kit, encoder, of each store its preparation and digests of the rows used; a fingerprint of all that
+    made_from.json  kit version, encoder, preparation and digests of the rows used of each store; fingerprint of it all
     made_from.csv   the rows used: store, part, scan, participant, session, dataset, checksum (of the array), label
 
-Only what is read counts: other rows and columns of a store may change. Where things lie, and the libraries that a
-store was prepared with, are noted and not compared: a store that was moved is the same store.
+Only what is read counts: other rows and columns of a store may change. Paths and the versions of the libraries that
+prepared a store are noted but not compared: a store that was moved is the same store.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from kit.preprocess.settings import Allowed
 from kit.runs import MADE_FROM, shown, write_json, write_table
 from kit.store.store import Store, StoreError
 
-# what all that meets must have in common; see `kit.preprocess.settings.Preparation.record`
+# preparation fields that must agree; see `kit.preprocess.settings.Preparation.record`
 FIELDS = ("axes", "shape", "spacing_mm", "origin_mm", "bias_correction", "intensity", "template", "registration",
           "mask")
 COLUMNS = ("store", "part", "scan", "participant", "session", "dataset", "checksum", "label")
-# of the rows used: the columns that are digested together, and what they are called
+# digests of the rows used: their columns, and what messages call them
 ASPECTS = {"scans": (["checksum"], "scans"), "parts": (["part"], "split"), "labels": (["label"], "labels"),
            "people": (["participant", "session", "dataset"], "participants, sessions or datasets")}
 NOTED = frozenset({"from", "name", "versions", "mask_sources", "allowed", "changed", "fingerprint"})  # not compared
@@ -38,15 +38,15 @@ OLDER = "of an older kit, which did not note what it was made from"
 
 
 class MisfitError(KitError, ValueError):
-    """Scans, or a model and scans, were prepared differently or are others; the message lists all differences."""
+    """Scans, or a model and scans, do not fit together; the message lists all differences."""
 
 
 class Side(NamedTuple):
-    """One of those that meet: a store, or what an encoder or a model was trained on."""
+    """One side of a comparison: a store, or the scans that an encoder or a model was trained on."""
 
     where: str
     preparation: Mapping[str, Any]
-    mask_sources: Sequence[str] = ()  # where its masks are from; empty: not known
+    mask_sources: Sequence[str] = ()  # where its masks come from; empty: unknown
 
     @classmethod
     def of(cls, store: Store) -> Side:
@@ -54,9 +54,9 @@ class Side(NamedTuple):
 
 
 def compare(records: Mapping[str, Mapping[str, Any]], fields: Iterable[str] = FIELDS) -> dict[str, str]:
-    """What differs between preparations: by field a line with the value of each, such as `mask: encoder auto, ...`.
+    """Differences between preparations: for each field a line with all values, such as `mask: encoder auto, ...`.
 
-    `any`, which stands in the records of published weights (`kit.models.formats`), is like everything.
+    `any`, which the records of published weights use (`kit.models.formats`), matches everything.
     """
     return {field: f"{field}: " + ", ".join(f"{name} {record.get(field)}" for name, record in records.items())
             for field in fields
@@ -64,7 +64,7 @@ def compare(records: Mapping[str, Mapping[str, Any]], fields: Iterable[str] = FI
 
 
 def misfit(sides: Mapping[str, Side], allow: Sequence[str] = ()) -> str:
-    """The message that refuses those that do not fit together; empty where they do, or differ only in `allow`."""
+    """Error message if the preparations do not fit together; empty if they do, or differ only in `allow`."""
     lines = {field: line for field, line in compare({name: side.preparation for name, side in sides.items()}).items()
              if field not in allow}
     if not lines:
@@ -77,17 +77,17 @@ def misfit(sides: Mapping[str, Side], allow: Sequence[str] = ()) -> str:
 
 
 def check_fit(sides: Mapping[str, Side], allow: Sequence[str] = ()) -> list[str]:
-    """Check that all were prepared alike, and print what differs without harm or is allowed.
+    """Check that all sides were prepared alike, and print differences that are harmless or allowed.
 
     Args:
         sides: by name.
         allow: fields of the preparation that may differ.
 
     Returns:
-        the differences that were allowed, a line each.
+        the allowed differences, one line each.
 
     Raises:
-        MisfitError: with all differences that are not allowed.
+        MisfitError: lists all differences that are not allowed.
     """
     if message := misfit(sides, allow):
         raise MisfitError(message)
@@ -99,7 +99,7 @@ def check_fit(sides: Mapping[str, Side], allow: Sequence[str] = ()) -> list[str]
 
 
 def _remarks(sides: Mapping[str, Side]) -> list[str]:
-    """What differs and is no reason to refuse: libraries, and sources of masks that one word stands for."""
+    """Harmless differences: library versions, and different sources of masks under the same setting."""
     remarks = []
     versions = {name: side.preparation.get("versions", {}) for name, side in sides.items()}
     versions = {name: each for name, each in versions.items() if each != "any"}
@@ -118,7 +118,7 @@ def _remarks(sides: Mapping[str, Side]) -> list[str]:
 
 
 class Used(NamedTuple):
-    """Rows that a run reads of a store."""
+    """Rows of a store that a run reads."""
 
     name: str  # of the store: `prepared`, or the test set's
     part: str  # train, test, ...
@@ -132,7 +132,7 @@ class MadeFrom(NamedTuple):
     """What a run was made from."""
 
     record: dict[str, Any]  # JSON values
-    rows: pd.DataFrame | None = None  # see `COLUMNS`; all text; None: not known
+    rows: pd.DataFrame | None = None  # see `COLUMNS`; all text; None: unknown
 
     @property
     def fingerprint(self) -> str:
@@ -141,13 +141,13 @@ class MadeFrom(NamedTuple):
 
 def made_from(parts: Sequence[Used], aliases: Aliases | None = None, memo: dict[Path, str] | None = None,
               **more: Any) -> MadeFrom:
-    """Take down what a run reads. It costs 0.2 ms a scan, 0.4 from a cold disk.
+    """Record what a run reads. This takes 0.2 ms per scan, 0.4 ms from a cold disk.
 
     Args:
         parts: rows of stores.
-        aliases: who is known under several names.
-        memo: checksums that are known, by file; those read join it.
-        more: what else counts, by name: `encoder`, `model`, `labels`; and `allowed` differences, which are noted.
+        aliases: people with several names.
+        memo: known checksums by file; those read here are added.
+        more: other inputs by name: `encoder`, `model`, `labels`, `settings`; `allowed` differences are only noted.
     """
     rows = pd.concat([_rows(part, {} if memo is None else memo) for part in parts], ignore_index=True)
     rows = rows.sort_values(["store", "scan", "part"], ignore_index=True)
@@ -174,13 +174,13 @@ def _checksum(store: Store, scan: str, memo: dict[Path, str]) -> str:
     if path not in memo:
         try:
             memo[path] = str(store.checksum(scan))
-        except StoreError:  # training passes over such a scan; one that is tested ends the run later
+        except StoreError:  # training skips such a scan; in testing it ends the run later
             memo[path] = "unreadable"
     return memo[path]
 
 
 def _section(store: Store, rows: pd.DataFrame, indexes: list[pd.DataFrame]) -> dict[str, Any]:
-    """Of a store: what was read of it."""
+    """What was read from a store."""
     aspects = {aspect: _digest(rows[["scan", *columns]].to_numpy().tolist()) for aspect, (columns, _) in ASPECTS.items()
                if aspect != "labels" or (rows["label"] != "").any()}
     return {"from": shown(store.folder), "count": len(rows), "participants": rows["participant"].nunique(), **aspects,
@@ -197,18 +197,18 @@ def _digest(values: Any) -> str:
 
 
 def compared(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a record that counts."""
+    """The part of a record that is compared."""
     return {name: compared(value) if isinstance(value, Mapping) else value for name, value in record.items()
             if name not in NOTED}
 
 
 def fingerprint(record: Mapping[str, Any]) -> str:
-    """Ten hexadecimal digits for all that counts; the first is f, so that no table's reader takes it for a number."""
+    """Ten hexadecimal digits for all that is compared; the first is f, so that no table reader sees a number."""
     return f"f{_digest(compared(record))[:9]}"
 
 
 def changes(before: MadeFrom, now: MadeFrom) -> list[str]:
-    """What has changed, a line each; of scans how many, where their rows are known."""
+    """What has changed, one line each; for scans, how many, if both sets of rows are known."""
     old, new = before.record, now.record
     if compared(old) == compared(new):
         return []
@@ -234,13 +234,13 @@ def changes(before: MadeFrom, now: MadeFrom) -> list[str]:
 
 
 def _stores(*records: Mapping[str, Any]) -> list[str]:
-    """Names of the stores that records tell of, in their order."""
+    """Names of the stores in these records, in order."""
     return list(dict.fromkeys(name for record in records for name, part in record.items()
                               if isinstance(part, Mapping) and "preparation" in part))
 
 
 def _changed_rows(name: str, task: str, before: MadeFrom, now: MadeFrom) -> list[str]:
-    """What changed of the rows of a store: of how many scans, where they are known."""
+    """What has changed in a store's rows; for how many scans, if both sets of rows are known."""
     one, other = before.record.get(name, {}), now.record.get(name, {})
     differ = [aspect for aspect in ASPECTS if one.get(aspect) != other.get(aspect)]
     words = {aspect: f"labels of {task}" if aspect == "labels" and task else ASPECTS[aspect][1] for aspect in differ}
@@ -268,14 +268,14 @@ def _some(names: Iterable[str]) -> str:
 
 
 def write(folder: Path, made: MadeFrom) -> None:
-    """Leave `made_from.csv`, then `made_from.json`."""
+    """Write `made_from.csv`, then `made_from.json`."""
     if made.rows is not None:
         write_table(folder / "made_from.csv", made.rows)
     write_json(folder / MADE_FROM, made.record)
 
 
 def read_made_from(folder: Path) -> MadeFrom | None:
-    """What a run's folder says that it was made from; None where it says nothing that can be read."""
+    """Read what a run's folder was made from; None if it has no readable record."""
     try:
         record = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -288,12 +288,12 @@ def read_made_from(folder: Path) -> MadeFrom | None:
 
 
 def remove_stale(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
-    """Remove a run's results where they were made from something else, saying what changed, and note the new inputs.
+    """Remove a run's results if they were made from other inputs, print what changed, and record the new inputs.
 
     Args:
         folder: of the run.
-        now: what it is to be made from.
-        results: patterns of its files.
+        now: what it will be made from.
+        results: glob patterns of its result files.
     """
     before, there = read_made_from(folder), [path for pattern in results for path in folder.glob(pattern)]
     changed = changes(before, now) if before else [f"it is {OLDER}"]
@@ -307,13 +307,13 @@ def remove_stale(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
 
 
 def write_stamped(path: Path, table: pd.DataFrame) -> None:
-    """Write a run's table; with a column `fingerprint`, where its folder says what the run was made from."""
+    """Write a run's table, with a column `fingerprint` if the folder records what the run was made from."""
     made = read_made_from(path.parent)
     write_table(path, table.assign(fingerprint=made.fingerprint) if made else table)
 
 
 def words(folder: Path) -> str:
-    """In a line what a run was made from; then what was allowed to differ, a line each."""
+    """One line on what a run was made from, then one line for each allowed difference."""
     made = read_made_from(folder)
     models = list(made.record.get("models", {"": made.record}).values())
     named = {model["encoder"].get("name", ""): model["encoder"] for model in models if "encoder" in model}

@@ -1,4 +1,4 @@
-"""Parameters from a notebook's cells or a YAML file, refused where they cannot be used, all faults in one message."""
+"""Read and check parameters from a notebook's cells, YAML or a command line; one message reports all problems."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Parameters(BaseModel):
-    """What all notebooks share: unknown names are errors, and paths mean the project's root."""
+    """Base of all notebooks' parameters: unknown names are errors, and relative paths start at the project's root."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
-    feeds_others: ClassVar[bool] = True  # whether other notebooks read what this one leaves
+    feeds_others: ClassVar[bool] = True  # whether other notebooks read this one's output
 
     output_dir: ProjectPath
 
     @property
     def run_dir(self) -> Path:
-        """The folder of this run: `output_dir`, or a part of it."""
+        """The folder of this run: `output_dir`, or a folder inside it."""
         return self.output_dir
 
     def problems(self) -> list[str]:
-        """What is wrong with the files that the parameters name; looked at before any work."""
+        """Problems with the files that the parameters name, checked before any work."""
         return []
 
     def plain(self) -> dict[str, Any]:
-        """The parameters as YAML values, paths as the project's people write them."""
+        """The parameters as YAML values, with paths as `kit.runs.shown` writes them."""
         return {name: _plain(value) for name, value in self}
 
 
@@ -59,14 +59,14 @@ Model = TypeVar("Model", bound=Parameters)
 
 
 def read(model: type[Model]) -> Model:
-    """The running notebook's parameters, checked.
+    """Read and check the running notebook's parameters.
 
-    Takes the names assigned in the notebook's cells that start with ``# Parameters``, as they were last run: the cell
-    of defaults, and the one that papermill injects.
+    Takes the names assigned in the notebook's cells that start with ``# Parameters``, as last run: the cell of
+    defaults, and the one that papermill injects.
 
     Raises:
-        ParameterError: with every unknown name, wrong type, impossible value and unusable file; a name holds
-            something else than its cell says; papermill's cell ran before the other one.
+        ParameterError: lists every unknown name, wrong type, impossible value and unusable file; or a value differs
+            from what its cell says; or papermill's cell ran before the other one.
     """
     try:
         values = current_values(sys.modules["IPython"].get_ipython())
@@ -76,10 +76,10 @@ def read(model: type[Model]) -> Model:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Names and values of a YAML file.
+    """Read names and values from a YAML file.
 
     Raises:
-        ParameterError: the file is missing, is no YAML, does not map names to values, names one twice, or has numbers
+        ParameterError: the file is missing, is not YAML, does not map names to values, repeats a name, or has numbers
             that YAML reads as other numbers.
     """
     path = resolve(path)
@@ -98,10 +98,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_options(options: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Names and values of a command line, each value YAML.
+    """Read names and values from a command line; each value is YAML.
 
     Raises:
-        ParameterError: values that are no YAML, or numbers that YAML reads as other numbers.
+        ParameterError: lists values that are not YAML, and numbers that YAML reads as other numbers.
     """
     values, problems = {}, []
     for name, text in options:
@@ -116,7 +116,7 @@ def read_options(options: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def filled(value: Any, choice: Mapping[str, Any]) -> Any:
-    """A parameter with the values of a choice in place of their names: `runs/seed{seed}` with {"seed": 1}."""
+    """Fill the values of a choice into a parameter: `runs/seed{seed}` with {"seed": 1} becomes `runs/seed1`."""
     for name, chosen in choice.items() if isinstance(value, str) else ():
         value = value.replace(f"{{{name}}}", str(chosen))
     return value
@@ -126,7 +126,7 @@ OCTAL, SIXTIES = re.compile(r"[-+]?0[0-7_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[
 
 
 def _misread(node: yaml.Node | None, name: str = "") -> list[str]:
-    """Numbers that YAML 1.1 takes for others than a person who typed them, and names that stand twice."""
+    """Problems with numbers that YAML 1.1 reads differently from a person, and with repeated names."""
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = sorted({key for key in keys if keys.count(key) > 1})
@@ -151,22 +151,22 @@ def _dotted(name: str, part: str) -> str:
 
 
 def check(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """Build the model, then look at the files that it names.
+    """Build the model, then check the files that it names.
 
     Raises:
-        ParameterError: one message that lists all that is wrong.
+        ParameterError: lists everything that is wrong.
     """
     params = built(model, values)
     if isinstance(params, Parameters) and (problems := _of_the_sample(params) or params.problems()):
-        raise ParameterError(_listing(problems))  # a recipe has nothing outside itself to check
+        raise ParameterError(_listing(problems))  # a recipe names no files to check
     return params
 
 
 def built(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """The model of these values, whatever the files that it names.
+    """Build the model from these values, without checking the files that it names.
 
     Raises:
-        ParameterError: one message that lists unknown names, wrong types and impossible values.
+        ParameterError: lists unknown names, wrong types and impossible values.
     """
     try:
         params = model.model_validate(dict(values))
@@ -178,7 +178,7 @@ def built(model: type[Model], values: Mapping[str, Any]) -> Model:
 
 
 def _of_the_sample(params: Parameters) -> list[str]:
-    """The sample cohort's quick runs, named beside another cohort: a cell's defaults that nobody changed."""
+    """Problems with paths of the sample's quick runs beside another cohort: a cell's defaults that nobody changed."""
     values, quick = dict(params), resolve("outputs/quick")
     source = "cohort" if values.get("prepared") is None else "prepared"
     if source not in values or values[source] == "sample" or _is_within(values[source], quick):
@@ -194,12 +194,12 @@ def _is_within(value: Any, folder: Path) -> bool:
 
 
 def _odd(given: Any, read: Any, name: str = "") -> list[str]:
-    """Values that pydantic takes and nobody means: true for a number.
+    """Problems with values that pydantic accepts and nobody means: true for a number.
 
     Args:
         given: the values.
         read: what the model made of them.
-        name: of the part.
+        name: dotted name of the part that is checked.
     """
     read = dict(read) if isinstance(read, BaseModel) else read
     if isinstance(given, Mapping) and isinstance(read, Mapping):

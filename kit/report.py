@@ -1,4 +1,4 @@
-"""Pages to read in a browser: an executed notebook's report, and the index of a run's folder."""
+"""HTML pages: an executed notebook's report, and the index of a run's folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kit.runs import shown, write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEADING = re.compile(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', re.DOTALL)
-METRICS = 40  # of a run, shown in its index
+METRICS = 40  # most metrics that a run's index shows
 
 STYLE = """<style>
 body { font: 1rem/1.5 sans-serif; max-width: 60rem; margin: 1rem auto; padding: 0 0.7rem; }
@@ -25,7 +25,7 @@ td { padding-right: 1.5rem; } td + td { text-align: right; font-variant-numeric:
 
 
 def write_report(executed: Path, page: Path) -> None:
-    """Render an executed notebook as one self-contained web page: contents on top, code folded, nothing loaded.
+    """Render an executed notebook as one self-contained web page: contents on top, code folded, no external files.
 
     nbconvert's own pages fetch MathJax and RequireJS; no notebook of the kit needs them.
     """
@@ -71,7 +71,7 @@ def write_overview(folder: Path, runs: Iterable[tuple[str, Path]]) -> Path:
 
     Args:
         folder: above all runs.
-        runs: a name and a folder each, in the order in which they ran.
+        runs: (name, folder) of each, in the order in which they ran.
     """
     items = "".join(f'<li><a href="{_address(path / "index.html", folder)}">{escape(name)}</a></li>'
                     for name, path in runs)
@@ -102,7 +102,7 @@ def _figure(path: Path, folder: Path) -> str:
 
 
 def _address(path: Path, folder: Path) -> str:
-    """A link that holds when the folder is moved, if the file lies in it."""
+    """A link that survives moving the folder, if the file lies in it."""
     return quote(path.relative_to(folder).as_posix()) if path.is_relative_to(folder) else path.resolve().as_uri()
 
 

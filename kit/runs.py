@@ -1,7 +1,7 @@
-"""A run's folder: what a notebook leaves behind, each file whole or not at all.
+"""A run's folder: what a notebook writes, each file atomically.
 
 ``params.yaml`` (enough to run again), ``environment.txt``, ``metrics.json`` (flat names to numbers),
-``made_from.json``, ``figures/*.png`` and whatever the notebook itself names. One writer at a time holds ``.lock``.
+``made_from.json``, ``figures/*.png`` and the notebook's own files. One writer at a time holds ``.lock``.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.pr
 
 
 class RunError(KitError, RuntimeError):
-    """A run folder cannot be used: another writer, or other parameters, as the message says."""
+    """A run folder cannot be used; the message says whether it has another writer or other parameters."""
 
 
 def outputs_dir() -> Path:
-    """Folder that all runs lie under: ``$KIT_OUTPUTS``, or ``outputs`` at the project's root."""
+    """Folder of all runs: ``$KIT_OUTPUTS``, or ``outputs`` at the project's root."""
     return Path(os.environ.get("KIT_OUTPUTS") or ROOT / "outputs").resolve()
 
 
 def resolve(path: str | Path) -> Path:
-    """Absolute path: relative ones mean the project's root, and ``outputs/...`` follows ``$KIT_OUTPUTS``."""
+    """Make a path absolute: relative ones start at the project's root, and ``outputs/...`` follows ``$KIT_OUTPUTS``."""
     path = Path(path).expanduser()
     if path.is_absolute():
         return path
@@ -49,7 +49,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def shown(path: str | Path) -> str:
-    """The path as the project's people write it, the same on every machine (the inverse of `resolve`)."""
+    """Write a path relative to the project, the same on every machine (the inverse of `resolve`)."""
     path = Path(path)
     for folder, prefix in ((outputs_dir(), Path("outputs")), (ROOT, Path())):
         if path.is_relative_to(folder):
@@ -58,7 +58,7 @@ def shown(path: str | Path) -> str:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Make a file that appears whole or not at all: written aside by `write(aside)`, fsynced, renamed."""
+    """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
@@ -73,20 +73,20 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically."""
     return write_whole(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> Path:
-    """Write a CSV without its row numbers, whole or not at all. Text is in quotes: `kit.cohort.tabular.read_table`."""
+    """Write a CSV atomically, with text in quotes and without row numbers; `kit.cohort.tabular.read_table` reads it."""
     table = table.astype({name: str for name in table.select_dtypes(bool)})
     return write_whole(path, lambda aside: table.to_csv(aside, index=False, quoting=csv.QUOTE_NONNUMERIC))
 
 
 def progress(items: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> Any:
-    """A tqdm bar with the time left, gone when it is done; ``KIT_PROGRESS=off`` hides all bars.
+    """A tqdm bar with the time left, removed when it is done; ``KIT_PROGRESS=off`` hides all bars.
 
-    Bars are hidden where outputs are compared or committed: a stored bar stands frozen at 0 %.
+    Hide bars where outputs are compared or committed: a stored bar stays frozen at 0 %.
     """
     from tqdm.auto import tqdm
 
@@ -95,29 +95,29 @@ def progress(items: Iterable[Any] | None = None, *, disable: bool = False, **opt
 
 
 def environment() -> str:
-    """Python, machine type and the installed packages with their versions, a line each."""
+    """Python, machine type and the installed packages with their versions, one per line."""
     lines = [f"python=={platform.python_version()}", f"machine {platform.machine()} {platform.system()}"]
     return "\n".join(lines + sorted({_named(dist) for dist in metadata.distributions()}, key=str.lower)) + "\n"
 
 
 def _named(dist: metadata.Distribution) -> str:
-    """A package with its version; one whose metadata cannot be read is named by its folder."""
+    """A package with its version, or its folder if its metadata cannot be read."""
     try:
         name, version = dist.metadata["Name"], dist.metadata["Version"]
-    except Exception:  # what is wrong with it is not ours to say
+    except Exception:  # damaged metadata may raise anything
         name = version = None
     folder = Path(getattr(dist, "_path", "a package")).name
     return f"{name}=={version}" if name and version else f"{folder} (its metadata are broken)"
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run's folder holds work; where it does not, parameters that were refused may be mended."""
+    """Whether a run's folder holds work; until it does, its parameters may change."""
     before = {"params.yaml", "environment.txt", ".lock"}
     return any(path.name not in before and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
 
 
 class Run:
-    """A run folder that this process holds, until the last `Run` of it is closed or gone. Open one with `Run.open`."""
+    """A run folder that this process holds until its last `Run` is closed or deleted. Open one with `Run.open`."""
 
     def __init__(self, folder: Path, lock: Lock) -> None:
         self.folder = folder
@@ -128,12 +128,12 @@ class Run:
         """Take the folder for these parameters; the same parameters resume what is there.
 
         Args:
-            folder: the run's folder, made if absent.
+            folder: the run's folder, created if absent.
             params: resolved parameters, plain YAML values.
             may_change: names that may differ when a run is resumed (such as ``workers``).
 
         Raises:
-            RunError: another process holds the folder, or it holds a run of other parameters that has begun
+            RunError: another process holds the folder, or it contains a run with other parameters that has begun
                 (every difference is listed).
         """
         folder = resolve(folder)
@@ -165,19 +165,19 @@ class Run:
         return self.folder / name
 
     def close(self) -> None:
-        """Let another process write this run, where this one has no other `Run` of it. Leaving it does the same."""
+        """Release the folder, unless this process has another `Run` of it. Deleting the object does the same."""
         self._lock = None
 
     def figure(self, figure: Figure, name: str) -> Figure:
-        """Save `figures/<name>.png` and hand the figure back, to be shown."""
+        """Save `figures/<name>.png` and return the figure, to be shown."""
         write_whole(self.folder / "figures" / f"{name}.png",
                     lambda aside: figure.savefig(aside, format="png", bbox_inches="tight"))
         return figure
 
     def metrics(self, values: Mapping[str, float | None]) -> dict[str, Any]:
-        """Add flat names and numbers to `metrics.json`, nan as null; returns all that it holds now.
+        """Add flat names and numbers to `metrics.json`, nan as null; return all that it now holds.
 
-        Its `fingerprint` is that of `made_from.json`, where the run has one.
+        Its `fingerprint` is that of `made_from.json`, if the run has one.
         """
         path, made_from = self.folder / "metrics.json", self.folder / MADE_FROM
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -190,7 +190,7 @@ class Run:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str, within: str = "") -> str:
-    """What differs between parameters that stand somewhere and those asked for, a line each; of a part its own."""
+    """List differences between stored and requested parameters, one line each, nested ones by dotted name."""
     lines = []
     for name in {**old, **new}:
         one, other = old.get(name), new.get(name)

@@ -1,4 +1,4 @@
-"""Keyed random numbers: what decides a draw is named, not how often somebody drew before."""
+"""Keyed random numbers: a draw depends on its key, not on how many draws came before."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def scan_key(scan: str) -> int:
-    """63-bit number of a scan's name, the same on every machine."""
+    """63-bit key of a scan's name, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(scan.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def rng_for(*numbers: int) -> np.random.Generator:
-    """Random numbers that these decide, the same on every machine."""
+    """Random generator keyed by these numbers, the same on every machine."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))

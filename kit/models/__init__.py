@@ -1,16 +1,16 @@
-"""Networks: MONAI's, with one way in and one way out.
+"""Networks, mostly MONAI's, and the files that hold their weights.
 
 - ``encoders``   (batch, 1, depth, height, width) -> (batch, features)
-- ``rivals``     networks of others, which make their own input of the kit's scans
-- ``pooling``    the mean over places
-- ``features``   which numbers are a scan's features: pooling, stages, mirrored copies
-- ``reference``  what a model has seen, and how far from that a scan lies
+- ``rivals``     published third-party networks, which convert the kit's scans to their own input
+- ``pooling``    global average pooling
+- ``features``   which activations count as a scan's features: pooling, stages, mirrored copies
+- ``reference``  a model's training features, and how far another scan lies from them
 - ``heads``      the projection head, and an encoder with a prediction head
 - ``mae``        the masked autoencoder
-- ``encoder_file``  encoder.safetensors: weights with the record of how to use them again
-- ``formats``    published encoders: names in their files, preparation, data, licence
-- ``foreign``    a file of theirs, or any state dict, as an encoder with a record
-- ``weights``    released files, downloaded when somebody asks
-- ``export``     an encoder in MONAI's own classes, as a MONAI bundle, as an exported program
-- ``card``       its model card
+- ``encoder_file``  encoder.safetensors: weights with the record of how to use them
+- ``formats``    published encoders: parameter names, preparation, data, licence
+- ``foreign``    a published file, or any state dict, as an encoder with a record
+- ``weights``    downloads released weights on request
+- ``export``     an encoder as a MONAI network, a MONAI bundle and a `torch.export` program
+- ``card``       the model card of an encoder
 """

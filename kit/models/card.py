@@ -1,4 +1,4 @@
-"""The model card of an encoder: README.md as model hubs read it, from its record and its run. No participant's name."""
+"""The model card of an encoder: a README.md for model hubs, from its record and run. It names no participants."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import yaml
 
 from kit.provenance import read_made_from
 
-PROCEDURAL = "procedural"  # how the sample cohort's datasets begin: no person was scanned
-# what decides an encoder besides its scans, by objective
+PROCEDURAL = "procedural"  # prefix of the sample cohort's dataset names: no person was scanned
+# training settings that the card lists; OWN has those of one objective
 SETTINGS = ("epochs", "batch_size", "optimizer", "learning_rate", "schedule", "warmup_fraction", "weight_decay", "ema",
             "sampling", "precision", "seed")
 OWN = {"simclr": ("recipe", "temperature", "projection", "session_pairs"),
@@ -21,20 +21,20 @@ PREPARED = {"shape": "voxels (z, y, x)", "spacing_mm": "spacing, mm", "origin_mm
             "axes": "order of the axes", "intensity": "intensity", "mask": "mask", "registration": "registration",
             "bias_correction": "bias correction", "template": "template"}
 SCORED = ("task", "mode", "label_fraction", "distribution", "metric", "value", "low", "high", "participants", "seeds")
-NO_RESULT = ("epoch", "learning_rate", "seconds")  # of a log's columns
+NO_RESULT = ("epoch", "learning_rate", "seconds")  # log columns that are not results
 TO_FILL = "TO BE FILLED IN"
 
 
 def card(record: Mapping[str, Any], config: Mapping[str, Any], run: Path, licence: str = "",
          scores: pd.DataFrame | None = None) -> str:
-    """The card's text.
+    """Return the text of the card.
 
     Args:
         record: the encoder's.
         config: see `kit.models.export.config_of`.
-        run: the folder that its file lies in; `made_from.csv` and `log.csv` are read there where they are this run's.
-        licence: of the weights, as hubs name it; empty: to be filled in.
-        scores: rows of a benchmark's `scores.csv`, all of this encoder.
+        run: folder of the encoder's file; its `made_from.csv` and `log.csv` are used if they belong to this encoder.
+        licence: of the weights, by the name that hubs use; if empty, the card says that it is to be filled in.
+        scores: rows of a benchmark's `scores.csv` for this encoder.
     """
     tags = ["brain", "mri", "3d", "self-supervised-learning", *filter(None, [config["objective"]])]
     front = {"license": licence or "unknown", "library_name": "monai", "pipeline_tag": "image-feature-extraction",
@@ -51,7 +51,7 @@ def card(record: Mapping[str, Any], config: Mapping[str, Any], run: Path, licenc
 
 
 def description(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """What the encoder is, in two sentences; a third where its data are procedural."""
+    """Describe the encoder in two sentences, and in a third say if it was trained on procedural data."""
     side = "×".join(map(str, config["shape"]))
     text = (f"An encoder of 3D brain MRI: a scan of {side} voxels of {config['spacing_mm']:g} mm becomes "
             f"{config['features']} features. Made by kit {config['kit']}, fingerprint {config['fingerprint']}, weights "
@@ -70,7 +70,7 @@ def _procedural(record: Mapping[str, Any]) -> str:
 
 
 def _data(record: Mapping[str, Any], run: Path) -> list[str]:
-    """Who was learned from, by dataset and number; participants only where the run's own table is there."""
+    """Count the scans of each dataset, and its participants if the run's own table is present."""
     made, known = read_made_from(run), record.get("made_from", {})
     head = ["## Data"]
     if made and made.rows is not None and made.fingerprint == known.get("fingerprint"):

@@ -1,8 +1,8 @@
-"""encoder.safetensors: an encoder's weights with the record of how to use them again.
+"""encoder.safetensors: an encoder's weights with the record of how to use them.
 
-The record says the architecture, the preparation of the scans that it was trained on, and hashed ids of the
-participants and scans that it saw (`kit.store.leakage`). It is read without the weights, so that a misfit is refused
-before work starts. Weights of others (`kit.models.foreign`) are read by the same functions.
+The record holds the architecture, the preparation of the training scans, and hashed ids of the participants and scans
+seen in training (`kit.store.leakage`). It can be read without the weights, so a mismatch is refused before work starts.
+The same functions read third-party weights (`kit.models.foreign`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from kit.models.encoders import build_encoder
 from kit.models.foreign import EncoderError as EncoderError
 from kit.models.foreign import fill, foreign_record
-from kit.problems import encoder_at as encoder_at  # which needs no torch
+from kit.problems import encoder_at as encoder_at  # defined there because it needs no torch
 from kit.problems import encoder_parts
 from kit.provenance import OLDER, Side, misfit
 from kit.runs import resolve, shown, write_whole
@@ -28,7 +28,7 @@ from kit.store.grid import Grid
 
 
 def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -> Path:
-    """Write weights and record, whole or not at all.
+    """Write weights and record to one file, atomically.
 
     Args:
         path: of the file.
@@ -40,13 +40,13 @@ def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -
 
 
 def read_record(encoder: str | Path) -> dict[str, Any]:
-    """The record of an encoder, without its weights; of others' weights what is known of them.
+    """Read an encoder's record without its weights; for third-party weights, return what is known about them.
 
     Args:
-        encoder: an encoder.safetensors, a run of 2, or others' weights: PATH or FORMAT:PATH.
+        encoder: an encoder.safetensors, a run of 2_pretrain, or third-party weights as PATH or FORMAT:PATH.
 
     Raises:
-        EncoderError: the file is no encoder of this kit, nor of a format that it knows.
+        EncoderError: the file is neither an encoder of this kit nor in a known format.
     """
     kind, rest = encoder_parts(encoder)
     path = _file(rest)
@@ -56,21 +56,21 @@ def read_record(encoder: str | Path) -> dict[str, Any]:
                 held = file.metadata() or {}
                 if "record" in held:
                     return json.loads(held["record"])
-        except Exception as error:  # of the system, of safetensors, or of a record that is not ours
+        except Exception as error:  # from the OS, from safetensors, or a record that is not ours
             raise EncoderError(f"{shown(path)} is no encoder of this kit ({type(error).__name__}: {error})") from None
     return foreign_record(kind, path)
 
 
 def _file(rest: str) -> Path:
-    """The file that an encoder's words mean, after those before a colon."""
+    """Path of the weights file, given a file or a run folder (the part after FORMAT: in an encoder's name)."""
     path = resolve(rest)
     return path / "encoder.safetensors" if path.is_dir() else path
 
 
 def side_of(encoder: str | Path) -> dict[str, Side]:
-    """What an encoder brings to `kit.provenance.check_fit`, as `encoder`.
+    """The encoder's side for `kit.provenance.check_fit`, under the key `encoder`.
 
-    Nothing if its weights are random, or if it is not known how their scans were prepared.
+    Empty if the weights are random, or if the preparation of their training scans is unknown.
     """
     kind, rest = encoder_parts(encoder)
     if kind == "random":
@@ -85,7 +85,7 @@ def side_of(encoder: str | Path) -> dict[str, Side]:
 
 
 def weights_digest(network: nn.Module) -> str:
-    """Hexadecimal digits that other weights do not have."""
+    """Hash the weights (names, shapes, dtypes, values) to 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in network.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -94,25 +94,25 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def noted(encoder: str | Path, network: nn.Module, record: dict[str, Any]) -> dict[str, str]:
-    """What stands of an encoder in what a run was made from."""
+    """What a run's `made_from.json` notes about its encoder."""
     path = str(encoder) if record["objective"] == "random" else shown(resolve(encoder_parts(encoder)[1]))
     return {"from": path, "weights": weights_digest(network), "objective": record["objective"]}
 
 
 def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0,
                  allow: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
-    """An encoder with its record, checked against the scans that it is to read.
+    """Load an encoder with its record, and check it against the scans that it will read.
 
     Args:
-        encoder: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, a run of 2, or others'
-            weights: PATH or FORMAT:PATH (`kit.models.formats.FORMATS`).
+        encoder: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, a run of 2_pretrain,
+            or third-party weights as PATH or FORMAT:PATH (`kit.models.formats.FORMATS`).
         preparation: the record of the prepared scans.
         seed: of random weights.
-        allow: in what the preparation may differ; see `kit.provenance.check_fit`.
+        allow: fields in which the preparations may differ; see `kit.provenance.check_fit`.
 
     Raises:
-        EncoderError: the file is none, its weights do not fit its architecture, or the scans were prepared otherwise
-            (every difference is listed).
+        EncoderError: the file is not an encoder, its weights do not fit its architecture, or the scans were prepared
+            differently (every difference is listed).
     """
     grid = Grid(preparation["shape"], preparation["spacing_mm"])
     kind, rest = encoder_parts(encoder)

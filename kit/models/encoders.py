@@ -19,20 +19,20 @@ from kit.preprocess.template import template_on
 from kit.store.grid import Grid
 
 Shape = tuple[int, int, int]
-PATCH_MM = 16.0  # wanted side of a ViT's patch: 16 voxels of 1 mm, as He et al.'s 16 pixels
-DENSENET_LEAST = 29  # voxels of a side
-LEAST_BRAIN = 0.05  # share of a patch that must be brain
+PATCH_MM = 16.0  # target side of a ViT's patch: 16 voxels of 1 mm, like the 16 pixels of He et al.
+DENSENET_LEAST = 29  # voxels of the shortest side
+LEAST_BRAIN = 0.05  # a patch with at least this share of brain voxels counts as brain
 
-# hidden width, layers, heads, decoder width, decoder layers; `vit` as ViT-B and its decoder in He et al. 2022
+# hidden width, layers, heads, decoder width, decoder layers; `vit` is ViT-B, its decoder of MONAI's default size
 VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (96, 4, 4, 96, 1)}
 
 
 class ResNetEncoder(nn.Module):
     """MONAI's 3D ResNet without its last layer; `network` keeps MONAI's parameter names.
 
-    `resnet18` is the paper's: `monai.networks.nets.resnet18(spatial_dims=3, n_input_channels=1)`, whose state
-    dict is the released model's. `resnet18_narrow` has the same blocks at a quarter of the width, a first
-    convolution of 3 voxels at stride 2, and no max-pool, which small grids do not survive.
+    `resnet18` is the paper's: `monai.networks.nets.resnet18(spatial_dims=3, n_input_channels=1)`, with the same
+    state dict as the released model. `resnet18_narrow` suits small grids: the same blocks at a quarter of the width,
+    a first convolution of 3 voxels at stride 2, and no max-pool.
     """
 
     def __init__(self, architecture: str) -> None:
@@ -41,7 +41,7 @@ class ResNetEncoder(nn.Module):
         widths = [16, 32, 64, 128] if narrow else [64, 128, 256, 512]
         stem = {"conv1_t_size": 3, "conv1_t_stride": 2, "no_max_pool": True} if narrow else {}
         self.arguments = {"block": "basic", "layers": [2, 2, 2, 2], "block_inplanes": widths, "n_input_channels": 1,
-                          "feed_forward": False, **stem}  # of MONAI's class, which weights that are exported name
+                          "feed_forward": False, **stem}  # of MONAI's class; exported weights name them
         self.network = ResNet(**self.arguments)
         self.network.avgpool = AveragePool(1)
         self.features = widths[-1]
@@ -55,7 +55,7 @@ class DenseNetEncoder(nn.Module):
     """MONAI's 3D DenseNet121 (Huang et al. 2017) before its class layer; `network` keeps MONAI's parameter names.
 
     Raises:
-        ValueError: a side is too short for its five halvings.
+        ValueError: a side is too short to be halved five times.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -74,11 +74,11 @@ class DenseNetEncoder(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-    """The encoder of MONAI's masked autoencoder on the patches that hold brain; features are the mean of their tokens.
+    """The encoder of MONAI's masked autoencoder, run on brain patches only; features are the mean of their tokens.
 
     Attributes:
-        patch: voxels of a patch, see `patch_size`.
-        places: (tokens,) int64, the patches that are tokens at all, see `brain_patches`; the grid decides.
+        patch: voxels of a patch along each axis, see `patch_size`.
+        places: (tokens,) int64, indices of the patches that become tokens; fixed by the grid, see `brain_patches`.
     """
 
     def __init__(self, architecture: str, grid: Grid) -> None:
@@ -91,22 +91,22 @@ class ViTEncoder(nn.Module):
             "decoder_mlp_dim": 4 * decoder_width, "decoder_num_layers": decoder_layers, "decoder_num_heads": heads,
             "qkv_bias": True}
         self.autoencoder = MaskedAutoEncoderViT(**self.arguments)
-        # MONAI's sines and cosines are where positions begin: each place of registered scans has anatomy of its own
+        # learn positions, starting from MONAI's sines and cosines: in registered scans each place has its own anatomy
         self.autoencoder.patch_embedding.position_embeddings.requires_grad_(True)
         self.autoencoder.decoder_pos_embedding.requires_grad_(True)
         for block in self.autoencoder.modules():
             if isinstance(block, SABlock):
-                block.use_flash_attention = True  # the same attention without its matrix in memory
+                block.use_flash_attention = True  # the same attention without its full matrix in memory
         self.register_buffer("places", torch.from_numpy(brain_patches(grid)), persistent=False)
         self.features = width
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """(batch, 1, depth, height, width) -> embedded patches with their positions (batch, tokens, features)."""
+        """(batch, 1, depth, height, width) -> embedded patches with positions (batch, tokens, features)."""
         return self.autoencoder.patch_embedding(images).index_select(1, self.places)
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Some of a scan's tokens (batch, some, features) -> class token and theirs (batch, 1 + some, features)."""
-        first = self.autoencoder.cls_token.expand(tokens.shape[0], -1, -1)  # len would fix the batch in an export
+        """Encode any subset of tokens: (batch, some, features) -> class token first (batch, 1 + some, features)."""
+        first = self.autoencoder.cls_token.expand(tokens.shape[0], -1, -1)  # `len` would fix an export's batch size
         return self.autoencoder.blocks(torch.cat([first, tokens], dim=1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -115,9 +115,9 @@ class ViTEncoder(nn.Module):
 
 
 def patch_size(grid: Grid) -> Shape:
-    """For each side the divisor whose millimetres are nearest to 16 by their ratio, and between 8 and 32.
+    """Choose for each side the divisor whose length is closest to 16 mm by ratio, within 8 to 32 mm.
 
-    4, 4, 4 for 36x48x40 voxels of 4 mm; 15, 16, 16 for 150x192x192 of 1 mm, as 16 does not divide 150.
+    Gives 4, 4, 4 for 36x48x40 voxels of 4 mm, and 15, 16, 16 for 150x192x192 of 1 mm, as 16 does not divide 150.
 
     Raises:
         ValueError: a side has no divisor in that range.
@@ -137,19 +137,19 @@ def patch_size(grid: Grid) -> Shape:
 
 
 def patches(values: torch.Tensor | np.ndarray, size: Shape) -> torch.Tensor | np.ndarray:
-    """(batch, 1, depth, height, width) -> (batch, patches, voxels of a patch), in the network's order."""
+    """Cut into patches: (batch, 1, depth, height, width) -> (batch, patches, voxels of a patch), in network order."""
     a, b, c = size
     return rearrange(values, "n 1 (d a) (h b) (w c) -> n (d h w) (a b c)", a=a, b=b, c=c)
 
 
 def brain_patches(grid: Grid) -> np.ndarray:
-    """The numbers of the patches that hold brain in the template (5 % of a patch's voxels), (tokens,) int64.
+    """Indices (tokens,) int64 of the patches that are at least 5 % brain in the template.
 
-    610 of 1080 on the demo's grid, 667 of 1440 on the paper's. The template decides and not each scan: all scans have
-    the same tokens, so that a batch needs no padding and no scan's features depend on the others.
+    610 of 1080 on the demo's grid, 667 of 1440 on the paper's. Using the template instead of each scan's mask gives all
+    scans the same tokens: a batch needs no padding, and a scan's features do not depend on the rest of its batch.
 
     Raises:
-        ValueError: the grid lies beside the brain.
+        ValueError: there are fewer than two, because the grid misses the brain.
     """
     brain = patches(template_on(grid)[1][None, None], patch_size(grid))[0]
     places = np.flatnonzero(brain.mean(-1) >= LEAST_BRAIN)
@@ -159,15 +159,15 @@ def brain_patches(grid: Grid) -> np.ndarray:
 
 
 def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> nn.Module:
-    """An encoder with random weights that the seed decides.
+    """Build an encoder with random weights drawn from the seed.
 
     Args:
         architecture: see `kit.params.Architecture` and `kit.models.rivals.RIVALS`.
-        grid: of the scans that it is for; a ViT takes no other.
-        seed: of the weights; the caller's random state stays as it was.
+        grid: of the scans that it will read; a ViT works on no other.
+        seed: of the weights; the caller's random state is left unchanged.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 calls it in the way that torch will change
+        warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 omits `indexing`, which torch will require
         torch.manual_seed(seed)
         if architecture in RIVALS:
             return build_rival(architecture, grid)

@@ -1,7 +1,7 @@
-"""An encoder's weights for those who do not have this kit: plain MONAI, a MONAI bundle, an exported program.
+"""Export an encoder's weights for use without this kit: plain MONAI, a MONAI bundle, an exported program.
 
-MONAI's classes read `model.safetensors` and `models/model.pt` as they are. A ViT's features are the mean of the tokens
-that hold brain, which MONAI's class does not compute by itself: its bundle runs the exported program instead.
+MONAI's classes load `model.safetensors` and `models/model.pt` directly. A ViT's features are the mean of its brain
+tokens, which MONAI's class does not compute, so its bundle runs the exported program instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kit.runs import write_json, write_whole
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"  # the newest for any network, Nov 2026
 PROGRAM = "program.pt2"
-FACTS = ("shape", "spacing_mm", "origin_mm", "intensity")  # of a preparation, that stand first in config.json
+FACTS = ("shape", "spacing_mm", "origin_mm", "intensity")  # of the preparation, repeated at the top of config.json
 
 
 class Plain(NamedTuple):
@@ -35,17 +35,17 @@ class Plain(NamedTuple):
     name: str
     arguments: dict[str, Any]  # JSON values
     weights: dict[str, torch.Tensor]
-    tokens: list[int] | None = None  # of a ViT: the patches whose tokens are averaged; else forward gives the features
+    tokens: list[int] | None = None  # ViT: patches whose tokens are averaged; None: forward returns the features
 
 
 def plain(encoder: nn.Module) -> Plain:
-    """An encoder under MONAI's names.
+    """Describe an encoder by MONAI's class and parameter names.
 
-    A DenseNet's class layer becomes the identity, so that MONAI's own forward ends in the features: its class cannot
-    be built without one.
+    MONAI's DenseNet cannot be built without a class layer. Here that layer is the identity, so MONAI's forward returns
+    the features.
 
     Raises:
-        EncoderError: it is none of the kit's networks.
+        EncoderError: it is not one of the kit's own networks.
     """
     if isinstance(encoder, ResNetEncoder):
         return Plain("ResNet", encoder.arguments, _weights(encoder.network))
@@ -65,11 +65,10 @@ def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def config_of(encoder: nn.Module, record: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says: the network, what it takes, and how scans must be prepared for it.
+    """Contents of config.json: the network, its input, and how scans must be prepared for it.
 
     Args:
-        encoder: from `kit.models.encoder_file.load_encoder`, like the next.
-        record: the encoder's.
+        encoder, record: from `kit.models.encoder_file.load_encoder`.
     """
     preparation, as_monai = record["preparation"], plain(encoder)
     config = {
@@ -85,28 +84,28 @@ def config_of(encoder: nn.Module, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_weights(path: Path, encoder: nn.Module) -> Path:
-    """Write `model.safetensors`, under MONAI's names."""
-    values = save(plain(encoder).weights, metadata={"format": "pt"})  # its own writer's files are the owner's alone
+    """Write `model.safetensors` with MONAI's parameter names."""
+    values = save(plain(encoder).weights, metadata={"format": "pt"})  # `save_file` lets only the owner read its files
     return write_whole(path, lambda aside: aside.write_bytes(values))
 
 
 def write_program(path: Path, encoder: nn.Module, config: dict[str, Any]) -> Path:
-    """Write an encoder as `torch.export` has it: scans (any batch, 1, z, y, x) float32 -> (batch, features) float32.
+    """Write an encoder as a `torch.export` program: (any batch, 1, z, y, x) float32 -> (batch, features) float32.
 
-    `torch.export.load(path).module()` runs it without this kit and without MONAI; a scan of another shape is refused.
-    Its `extra_files` hold config.json.
+    `torch.export.load(path).module()` runs it without this kit or MONAI, and refuses a scan of another shape. Its
+    `extra_files` hold config.json.
     """
     scans = torch.zeros(2, 1, *config["preparation"]["shape"])
     with torch.no_grad():
         program = torch.export.export(encoder.eval(), (scans,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+        node.meta.pop("stack_trace", None)  # holds paths of this machine
     return _written(path, lambda file: torch.export.save(program, file, extra_files={
         "config.json": json.dumps(config)}))
 
 
 def _written(path: Path, save_to: Callable[[BytesIO], None]) -> Path:
-    """Write in memory first: torch names an archive after its file, which aside has this machine's name in it."""
+    """Serialise in memory first: torch names the archive after its file, and a temporary name holds the host's name."""
     memory = BytesIO()
     save_to(memory)
     return write_whole(path, lambda aside: aside.write_bytes(memory.getbuffer()))
@@ -115,8 +114,8 @@ def _written(path: Path, save_to: Callable[[BytesIO], None]) -> Path:
 def write_bundle(folder: Path, encoder: nn.Module, config: dict[str, Any], description: str, licence: str) -> None:
     """Write a MONAI bundle into a folder: `configs/metadata.json`, `configs/inference.json`, `models/model.pt`.
 
-    Its classes and functions are MONAI's and torch's. A ViT's runs `program.pt2` of the same folder, on the CPU, and
-    has no `model.pt`.
+    It uses only classes and functions of MONAI and torch. A ViT's bundle has no `model.pt`; it runs `program.pt2` from
+    the same folder, on the CPU.
     """
     write_json(folder / "configs/metadata.json", metadata_of(config, description, licence))
     write_json(folder / "configs/inference.json", inference_of(config))
@@ -125,7 +124,7 @@ def write_bundle(folder: Path, encoder: nn.Module, config: dict[str, Any], descr
 
 
 def metadata_of(config: dict[str, Any], description: str, licence: str) -> dict[str, Any]:
-    """What `metadata.json` of a bundle says, by MONAI's schema; the preparation stands with the input."""
+    """Contents of a bundle's `metadata.json`, by MONAI's schema; the preparation is part of the input's entry."""
     tensor = {"dtype": "float32", "value_range": [], "is_patch_data": False}
     image = {"type": "image", "format": "magnitude", "modality": "MR", "num_channels": 1,
              "spatial_shape": config["shape"], **tensor, "channel_def": {"0": "prepared scan"},
@@ -145,7 +144,7 @@ def metadata_of(config: dict[str, Any], description: str, licence: str) -> dict[
 
 
 def inference_of(config: dict[str, Any]) -> dict[str, Any]:
-    """What `inference.json` of a bundle says: prepared scans as NIfTI in, `features.csv` out, a row a scan."""
+    """Contents of a bundle's `inference.json`: prepared NIfTI scans in, `features.csv` out, one row per scan."""
     network = {"network_def": {"_target_": config["class"].rpartition(".")[2], **config["arguments"]},
                "network": "$[@network_def.load_state_dict(torch.load(@bundle_root + '/models/model.pt', "
                           "weights_only=True)), @network_def.eval().requires_grad_(False).to(@device)][1]",
@@ -162,7 +161,7 @@ def inference_of(config: dict[str, Any]) -> dict[str, Any]:
             {"_target_": "LoadImaged", **keys, "ensure_channel_first": True, "image_only": True},
             {"_target_": "Orientationd", **keys, "axcodes": "RAS", "labels": None},
             {"_target_": "Transposed", **keys, "indices": [0, 3, 2, 1]},  # x, y, z of the file -> z, y, x
-            {"_target_": "Lambdad", **keys,  # a scan of another shape is an error that names both
+            {"_target_": "Lambdad", **keys,  # a scan of another shape raises an error that names both
              "func": f"$lambda image: image.expand(1, {', '.join(map(str, config['shape']))})"}]},
         "dataset": {"_target_": "Dataset", "data": "$[{'image': name} for name in @images]",
                     "transform": "@preprocessing"},

@@ -1,7 +1,7 @@
-"""Which numbers of an encoder are a scan's features: pooling, stages, and mirrored copies.
+"""Which activations of an encoder count as a scan's features: pooling, stages, and mirrored copies.
 
-Public comparisons of encoders differ in this, so each way has a name. The default is what the encoder was trained and
-evaluated with here.
+Published comparisons of encoders differ in this, so each option has a name. The default is what the encoder was trained
+and evaluated with here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Pool = Literal["default", "mean", "class"]
 
 
 class FeatureError(KitError, ValueError):
-    """An encoder has no such features; the message says which it has."""
+    """An encoder lacks the requested features; the message says which it has."""
 
 
 def stages_of(encoder: nn.Module) -> list[nn.Module]:
-    """The stages of an encoder, from the scan on: 4 of a ResNet or DenseNet, one a transformer block of a ViT."""
+    """Stages of an encoder, from input to output: 4 of a ResNet or DenseNet, each transformer block of a ViT."""
     if isinstance(encoder, ResNetEncoder):
         return [getattr(encoder.network, f"layer{number}") for number in range(1, 5)]
     if isinstance(encoder, DenseNetEncoder):
@@ -35,13 +35,13 @@ def stages_of(encoder: nn.Module) -> list[nn.Module]:
 
 
 class FeatureReader(nn.Module):
-    """Features of scans as asked for.
+    """Read the requested features of scans.
 
     Args:
-        encoder: from `kit.models.encoders`, or another's.
-        pool: "mean" over places or brain tokens, "class" token of a ViT, or "default": what the encoder gives.
-        stages: numbers of `stages_of`, from 1, whose features are joined; none: the encoder's end.
-        flips: mean of a scan's features and of its mirror image's.
+        encoder: from `kit.models.encoders`, or a third-party network.
+        pool: "mean" over places or brain tokens, "class" token of a ViT, or "default": the encoder's own output.
+        stages: numbers in `stages_of`, from 1, whose features are concatenated; none: the encoder's output.
+        flips: average the features of a scan and of its mirror image.
 
     Raises:
         FeatureError: the encoder has no class token, or no such stage.
@@ -63,11 +63,11 @@ class FeatureReader(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether these are what the encoder itself gives."""
+        """Whether these are the encoder's own output."""
         return not (self._read_at or self.flips)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(batch, 1, depth, height, width) -> (batch, features), float32 at least."""
+        """(batch, 1, depth, height, width) -> (batch, features), at least float32."""
         features = self._read(images)
         return (features + self._read(images.flip(-1))) / 2 if self.flips else features
 
@@ -83,7 +83,7 @@ class FeatureReader(nn.Module):
         return torch.cat(found, 1) if found else whole
 
     def _pooled(self, output: torch.Tensor) -> torch.Tensor:
-        """A stage's (batch, channel, depth, height, width), or (batch, 1 + tokens, features) -> (batch, features)."""
+        """Stage (batch, channel, depth, height, width) or (batch, 1 + tokens, features) -> (batch, features)."""
         output = at_least_float32(output)
         if output.ndim == 5:
             return output.mean((2, 3, 4))

@@ -1,7 +1,7 @@
-"""Weights of others: a foreign file becomes an encoder with a record, as the kit's own encoder.safetensors does.
+"""Third-party weights: load a foreign file as an encoder with a record, like the kit's own encoder.safetensors.
 
-Files of `torch.save` and safetensors are read, tensors only; every name in them is accounted for. What is known of a
-file's format stands in `kit.models.formats`.
+Reads files of `torch.save` and safetensors, tensors only, and accounts for every name in them. `kit.models.formats`
+holds what is known of each format.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kit.runs import shown
 Shapes = dict[str, tuple[int, ...]]
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
-MOST_NAMES = 20  # of each kind in an error
+MOST_NAMES = 20  # listed of each kind in an error
 
 
 class EncoderError(KitError, ValueError):
@@ -37,20 +37,20 @@ class EncoderError(KitError, ValueError):
 
 
 def foreign_record(kind: str, path: Path) -> dict[str, Any]:
-    """What is known of a foreign file, with the fields that an encoder's record has.
+    """Describe a foreign file, with the fields of an encoder's record.
 
-    Once for each file it prints what it is, whether its hash is known, its licence, and what of it is left aside.
+    Prints, once for each file, what it is, whether its hash is known, its licence, and which of its parts are ignored.
 
     Args:
-        kind: one of `kit.models.formats.FORMATS`, or `auto`: found by the names in it.
+        kind: one of `kit.models.formats.FORMATS`, or `auto` to recognise it by the names in the file.
         path: of the file.
 
     Returns:
-        format, architecture, objective, preparation (None: not known), participants (none listed), datasets, licence,
+        format, architecture, objective, preparation (None: unknown), participants (always empty), datasets, licence,
         source, differences, unverified, sha256.
 
     Raises:
-        EncoderError: it cannot be read, or is of no known format.
+        EncoderError: it cannot be read, or its format is unknown.
     """
     try:
         status = path.stat()
@@ -101,17 +101,18 @@ def fill(network: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
     """Load a foreign file into its network; nothing may be missing, left over or of another shape.
 
     Args:
-        network: `build_encoder` of the record's architecture.
-        record: see `foreign_record`.
+        network: from `build_encoder`, with the record's architecture.
+        path: of the file.
+        record: from `foreign_record`.
 
     Raises:
-        EncoderError: all names that do not fit, by kind.
+        EncoderError: lists all names that do not fit, by kind.
     """
     weights, _ = _sorted_out(_read(path)[0], FORMATS[record["format"]])
     inner = "autoencoder." if record["architecture"] in VIT_SIZES else "network."
     weights = {name if name.startswith(inner) else inner + name: value for name, value in weights.items()}
     wanted = network.state_dict()
-    # BatchNorm's counters, which old files lack, are never read
+    # old files lack BatchNorm's counters, which are never read
     missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     left = [name for name in weights if name not in wanted]
     bent = [f"{name.removeprefix(inner)} {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
@@ -131,7 +132,7 @@ def _some(names: list[str]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of a file by name, without DataParallel's `module.`, and the names of what lies beside them."""
+    """Tensors of a file by name, without DataParallel's `module.`, and the names of its other entries."""
     held = _unpickled(path) if path.suffix != ".safetensors" else _safe(path)
     if not isinstance(held, Mapping):
         raise EncoderError(f"{shown(path)} holds a {type(held).__name__}, not weights by name: save the network's "
@@ -153,13 +154,13 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
 def _safe(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
-    except Exception as error:  # of the system or of safetensors
+    except Exception as error:  # from the OS or safetensors
         raise EncoderError(f"{shown(path)} is no encoder of this kit, nor weights of others "
                            f"({type(error).__name__}: {error})") from None
 
 
 def _unpickled(path: Path) -> Any:
-    """What `torch.save` left in a file, if these are tensors, numbers, text, lists and dicts only."""
+    """Load a file of `torch.save` that holds only tensors, numbers, text, lists and dicts."""
     if tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             inside = [archive.next() for _ in range(3)]
@@ -174,7 +175,7 @@ def _unpickled(path: Path) -> Any:
                                "where it is from, save its state_dict alone in a place where nothing can be harmed, "
                                "and give that file") from None
         raise EncoderError(_no_weights(path)) from None
-    except Exception as error:  # of the system, of a zip that was cut off, of an empty file
+    except Exception as error:  # from the OS, a truncated zip, an empty file
         raise EncoderError(f"{_no_weights(path)} ({type(error).__name__}: {str(error).partition('. ')[0]})") from None
 
 
@@ -186,12 +187,12 @@ def _no_weights(path: Path) -> str:
 
 
 def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any], list[str]]:
-    """The encoder's part of a file, without its prefix; and what is expected besides and left aside, in words."""
+    """Select the encoder's weights, without prefix; also return the expected parts that are ignored, with counts."""
     prefix = known.prefix if any(name.startswith(known.prefix) for name in state) else ""
     weights, aside = {}, Counter()
     for name, value in state.items():
         own = name.removeprefix(prefix)
-        if own == name and (prefix or not known.prefix):  # it may lie beside the encoder
+        if own == name and (prefix or not known.prefix):  # outside the encoder
             part = name.partition(".")[0] if re.match(known.heads, name) else None
         else:
             found = re.match(known.unused, own)
@@ -204,10 +205,10 @@ def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any]
 
 
 def _format_of(shapes: Shapes, path: Path) -> str:
-    """The format that the names in a file show.
+    """Recognise a file's format by its parameter names.
 
     Raises:
-        EncoderError: none that the kit knows.
+        EncoderError: no known format has these names.
     """
     if "encoder.conv1.weight" in shapes and any(name.startswith("projector.") for name in shapes):
         return "neuro_simclr"
@@ -233,10 +234,10 @@ def _format_of(shapes: Shapes, path: Path) -> str:
 
 
 def _medicalnet(weights: Mapping[str, Any], path: Path) -> str:
-    """The architecture of MedicalNet's that has as many blocks.
+    """Find the MedicalNet architecture with these blocks.
 
     Raises:
-        EncoderError: none has.
+        EncoderError: there is none.
     """
     blocks = [len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})
               for stage in (1, 2, 3, 4)]

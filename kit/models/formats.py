@@ -1,7 +1,7 @@
-"""Published encoders: of each format what its files look like, and the record of how to use them.
+"""Published encoders: what the files of each format look like, and the record of how to use them.
 
-Read in the public repositories of each (`source`) and their copies in November 2026. No released file was at hand but
-for the hash and the names of neuro_simclr's; `unverified` says what follows from code alone, or from less.
+Taken from their public repositories (`source`) and copies of these in November 2026. No released file was available,
+only the hash and parameter names of neuro_simclr's; `unverified` lists what rests on code alone, or on less.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from kit.params import ARCHITECTURES
 from kit.preprocess.settings import TEMPLATE_NAME
 from kit.store.grid import PAPER_GRID
 
-ANY = "any"  # in a preparation: whatever the scans have; see `kit.provenance.compare`
+ANY = "any"  # value in a preparation that matches every scan; see `kit.provenance.compare`
 PLAIN_HEADS = r"(fc|class_layers\.out)\."  # MONAI's classifiers
 
 
 class Format(NamedTuple):
-    """One kind of file, and what is known of the encoder in it."""
+    """A file format, and what is known of the encoder in it."""
 
-    architecture: str  # see `kit.models.encoders.build_encoder`; "" where the file decides
+    architecture: str  # see `kit.models.encoders.build_encoder`; "": depends on the file
     objective: str
-    preparation: dict[str, Any] | None  # fields of `kit.provenance.FIELDS`; None: not known
-    differences: str = ""  # between that and the published preparation
+    preparation: dict[str, Any] | None  # fields of `kit.provenance.FIELDS`; None: unknown
+    differences: str = ""  # between `preparation` and the published one
     unverified: str = ""
-    datasets: tuple[str, ...] = ()  # that it was trained on; none: not known here
+    datasets: tuple[str, ...] = ()  # that it was trained on; empty: unknown
     licence: str = "not known"
     source: str = ""
     hashes: tuple[str, ...] = ()  # sha256 of released files
-    prefix: str = ""  # of the encoder's names, after DataParallel's `module.`
-    heads: str = "(?!)"  # how names begin that are expected besides, and left aside; a regular expression
-    unused: str = "(?!)"  # how names in the encoder begin that nothing reads; likewise
+    prefix: str = ""  # of the encoder's parameter names, after DataParallel's `module.`
+    heads: str = "(?!)"  # regular expression: how expected names outside the encoder begin, which are ignored
+    unused: str = "(?!)"  # regular expression: how names inside the encoder begin that nothing reads
 
 
 _BOX = {"axes": "zyx", "shape": list(PAPER_GRID.shape), "spacing_mm": PAPER_GRID.spacing_mm,
@@ -44,7 +44,7 @@ _BRAINIAC = Format(
                "the projection head's names; the datasets",
     licence="non-commercial academic research only (Mass General Brigham; earlier versions of the repository: "
             "CC BY-NC 4.0)",
-    source="https://github.com/AIM-KannLab/BrainIAC", prefix="backbone.", heads="",  # their loader takes nothing else
+    source="https://github.com/AIM-KannLab/BrainIAC", prefix="backbone.", heads="",  # their loader reads nothing else
     unused=r"blocks\.\d+\.(norm_)?cross_attn\.")
 
 PUBLISHED: dict[str, Format] = {

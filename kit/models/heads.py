@@ -1,4 +1,4 @@
-"""What stands on an encoder: the projection head of SimCLR, and a prediction head."""
+"""Heads on top of an encoder: SimCLR's projection head, and a linear prediction head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kit.device import at_least_float32, no_autocast
 
 
 class Head(nn.Sequential):
-    """Layers in float32 at least, whatever autocast says."""
+    """Layers that run in at least float32, even under autocast."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(batch, features) -> (batch, width of the last layer)."""
@@ -20,10 +20,10 @@ class Head(nn.Sequential):
 
 
 def projection_head(features: int, widths: Sequence[int]) -> Head:
-    """Linear layers without bias and ReLU between them (SimCLR, Chen et al. 2020; sizes as in the paper's code).
+    """Linear layers without bias, with ReLU in between (SimCLR, Chen et al. 2020; sizes as in the paper's code).
 
     Args:
-        features: the encoder's.
+        features: width of the encoder's output.
         widths: of the layers, such as 512, 512, 64; the last is the embedding's.
     """
     layers: list[nn.Module] = []
@@ -34,7 +34,7 @@ def projection_head(features: int, widths: Sequence[int]) -> Head:
 
 
 class Predictor(nn.Module):
-    """An encoder and a linear layer: a logit, K logits, or a number in units of the training labels' spread.
+    """An encoder and a linear layer that predicts one logit, K logits, or a number standardised by the training labels.
 
     Attributes:
         outputs: 1 for two classes and for numbers, K for K > 2 classes; see `kit.cohort.labels.Labels.outputs`.

@@ -1,7 +1,7 @@
 """The masked autoencoder (He et al. 2022) around MONAI's network: masks, targets, loss, reconstruction.
 
-Only the patches that hold brain in the template are tokens (`kit.models.encoders.brain_patches`): only they are masked
-and filled in. Of a scan's own, those are scored that hold brain in its mask.
+Only patches that hold brain in the template become tokens (`kit.models.encoders.brain_patches`), so only they are
+masked and filled in. The loss counts those that also hold brain in the scan's own mask.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from kit.seeding import rng_for
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT encoder with the decoder that fills in what was masked."""
+    """A ViT encoder with a decoder that fills in the masked patches."""
 
     def __init__(self, encoder: ViTEncoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Encode the tokens that are seen, and predict all.
+        """Encode the seen tokens and predict all tokens.
 
-        MONAI's `MaskedAutoEncoderViT.forward` on the encoder's tokens, with the masks given instead of drawn from
-        torch's random state.
+        Same as MONAI's `MaskedAutoEncoderViT.forward` on the encoder's tokens, but with given masks instead of masks
+        drawn from torch's random state.
 
         Args:
             images: (batch, 1, depth, height, width) float.
-            masked: (batch, tokens) bool, as many in each row.
+            masked: (batch, tokens) bool, equally many in each row.
 
         Returns:
             predicted patches (batch, tokens, voxels of a patch).
@@ -42,7 +42,7 @@ class MaskedAutoencoder(nn.Module):
         return self.fill_in(images, seen_tokens(masked))
 
     def fill_in(self, images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """`forward`, with the numbers of the seen tokens (batch, seen tokens) int64, whose shape says how many."""
+        """Like `forward`, from indices of the seen tokens (batch, seen tokens) int64; their shape gives the count."""
         network, tokens = self.encoder.autoencoder, self.encoder.tokens(images)
         count = tokens.shape[1]
         tokens = self.encoder.encode(tokens.gather(1, seen[..., None].expand(-1, -1, tokens.shape[-1])))
@@ -55,11 +55,11 @@ class MaskedAutoencoder(nn.Module):
             return network.decoder_pred(at_least_float32(decoded))[:, 1:]
 
     def targets(self, images: torch.Tensor, normalise: bool) -> torch.Tensor:
-        """What is to be predicted, (batch, tokens, voxels of a patch).
+        """Targets of the prediction, (batch, tokens, voxels of a patch).
 
         Args:
             images: (batch, 1, depth, height, width) float.
-            normalise: each patch less its mean, over its standard deviation, as He et al. 2022 found best.
+            normalise: subtract each patch's mean and divide by its SD, which He et al. 2022 found best.
         """
         true = patches(images, self.encoder.patch).index_select(1, self.encoder.places)
         if not normalise:
@@ -67,12 +67,12 @@ class MaskedAutoencoder(nn.Module):
         return (true - true.mean(-1, keepdim=True)) / (true.var(-1, keepdim=True) + 1e-6).sqrt()
 
     def hold_brain(self, masks: torch.Tensor) -> torch.Tensor:
-        """Which tokens hold brain in the scans' own masks (batch, 1, depth, height, width) bool: (batch, tokens)."""
+        """Which tokens hold brain in the scans' masks: (batch, 1, depth, height, width) bool -> (batch, tokens)."""
         share = patches(masks.float(), self.encoder.patch).mean(-1)
         return share.index_select(1, self.encoder.places) >= LEAST_BRAIN
 
     def images_of(self, values: torch.Tensor) -> torch.Tensor:
-        """The inverse of `targets` without their normalisation: zero where there is no token."""
+        """Invert `targets`, except for their normalisation; zero where there is no token."""
         (a, b, c), shape = self.encoder.patch, self.encoder.autoencoder.img_size
         every = values.new_zeros(len(values), shape[0] // a * (shape[1] // b) * (shape[2] // c), a * b * c)
         every = every.index_copy(1, self.encoder.places, values)
@@ -81,27 +81,27 @@ class MaskedAutoencoder(nn.Module):
 
 
 def seen_tokens(masked: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens) bool, as many in each row -> the numbers of those not masked, (batch, seen tokens) int64."""
+    """(batch, tokens) bool, equally many in each row -> indices of unmasked tokens, (batch, seen tokens) int64."""
     return (~masked).nonzero()[:, 1].view(len(masked), -1)
 
 
 def masks_for(keys: Sequence[int], tokens: int, ratio: float, *, seed: int, epoch: int) -> torch.Tensor:
-    """Masks of scans, (batch, tokens) bool, keyed by (seed, epoch, scan): the same in any batch, worker and rank.
+    """Draw masks (batch, tokens) bool, keyed by (seed, epoch, scan): the same in any batch, worker and rank.
 
     Args:
         keys: (batch,) the scans' keys, see `kit.seeding.scan_key`.
-        tokens: of a scan.
-        ratio: share of them that is masked.
+        tokens: number of tokens of a scan.
+        ratio: share of tokens to mask.
     """
     return torch.from_numpy(np.stack([masked_patches(tokens, ratio, rng_for(seed, epoch, key)) for key in keys]))
 
 
 def reconstruction_loss(true: torch.Tensor, predicted: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over each scan's scored patches, mean over scans (He et al. 2022).
+    """Mean squared error over each scan's scored patches, averaged over scans (He et al. 2022).
 
     Args:
         true: see `MaskedAutoencoder.targets`.
-        predicted: (batch, tokens, voxels of a patch), or one answer to all scans (tokens, voxels of a patch).
+        predicted: (batch, tokens, voxels of a patch), or one prediction for all scans (tokens, voxels of a patch).
         scored: (batch, tokens) bool: masked, and holding brain.
     """
     wrong = (predicted.float() - true).square().mean(-1) * scored
@@ -111,10 +111,10 @@ def reconstruction_loss(true: torch.Tensor, predicted: torch.Tensor, scored: tor
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, masked: torch.Tensor,
                 normalise: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scans, what the network sees of them, and that with its own predictions where patches are masked.
+    """Return the scans, what the network sees of them, and the same with its predictions in the masked patches.
 
-    All of the images' shape and on the scale of the targets: with `normalise`, each patch less its mean and over its
-    standard deviation. Nothing of the true scan is lent to what is predicted. Zero where there is no token.
+    All have the images' shape and the targets' scale: with `normalise`, each patch minus its mean, over its SD.
+    Predicted patches borrow nothing from the true scan. Voxels without a token are zero.
     """
     true, hidden = model.targets(images, normalise), masked[..., None]
     parts = (true, true * ~hidden, torch.where(hidden, model(images, masked).float(), true))

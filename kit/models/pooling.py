@@ -1,4 +1,4 @@
-"""The pooling that ends convolutional encoders."""
+"""Global average pooling at the end of convolutional encoders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kit.device import at_least_float32
 
 
 class AveragePool(nn.AdaptiveAvgPool3d):
-    """The mean over all places, in float32 at least."""
+    """Mean over all places, in at least float32."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, channel, depth, height, width) -> (batch, channel, 1, 1, 1)."""

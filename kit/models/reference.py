@@ -1,8 +1,8 @@
-"""What a model has seen, as a Gaussian of its training features, and how far another scan lies from that.
+"""A model's training features as a Gaussian, and how far another scan lies from them.
 
-`reference.safetensors` lies beside an encoder or a fine-tuned model. The distance is Mahalanobis's, as Lee et al. 2018
-(arXiv 1807.03888) use it to tell what a network was not trained on; the covariance is shrunk by Ledoit and Wolf's rule,
-for there may be fewer scans than features.
+`reference.safetensors` lies beside an encoder or a fine-tuned model. The distance is the Mahalanobis distance, which
+Lee et al. 2018 (arXiv 1807.03888) use to detect out-of-distribution inputs. The covariance is shrunk by the
+Ledoit-Wolf method, since there may be fewer scans than features.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from sklearn.covariance import LedoitWolf
 from kit.runs import write_whole
 
 FILE = "reference.safetensors"
-SCANS = 1000  # training scans that are enough for the Gaussian
-LEAST = 19  # validation scans without which no scan can be among the farthest 5 %
-OUTSIDE = 0.05  # a scan farther than all but this share of the validation scans is called outside
+SCANS = 1000  # most training scans that the Gaussian is fitted to
+LEAST = 19  # fewest validation scans with which the p-value can be as low as 5 %
+OUTSIDE = 0.05  # a scan with a p-value up to this is called outside
 
 
 class Reference(NamedTuple):
-    """Features of training scans, in short.
+    """Summary of the training features.
 
     Attributes:
-        mean, sd: (features,) float64; a feature that never varied has an sd of 1.
-        precision: (features, features) float64, of features less their mean, over their sd.
-        validation: (scans,) float64, distances of scans that nothing was learned from.
+        mean, sd: (features,) float64; sd is 1 for a feature that never varied.
+        precision: (features, features) float64, inverse covariance of the standardised features.
+        validation: (scans,) float64, distances of the validation scans.
     """
 
     mean: np.ndarray
@@ -37,25 +37,25 @@ class Reference(NamedTuple):
     validation: np.ndarray
 
     def distances(self, features: np.ndarray) -> np.ndarray:
-        """(scans, features) -> (scans,), in standard deviations."""
+        """Mahalanobis distances: (scans, features) -> (scans,), in standard deviations."""
         scaled = (np.asarray(features, np.float64) - self.mean) / self.sd
         return np.sqrt(np.einsum("nf,fg,ng->n", scaled, self.precision, scaled))
 
     def at_least_as_far(self, features: np.ndarray) -> np.ndarray:
-        """(scans, features) -> (scans,): a conformal p-value, small for scans unlike those that the model has seen.
+        """Conformal p-values, small for scans unlike the training scans: (scans, features) -> (scans,).
 
-        The share of validation scans at least as far from the training scans, the scan itself counted among them.
+        The share of validation scans at least as far from the training scans, counting the scan itself.
         """
         farther = (self.validation >= self.distances(features)[:, None]).sum(1)
         return (1 + farther) / (1 + len(self.validation))
 
 
 def fit_reference(learned: np.ndarray, validation: np.ndarray) -> Reference:
-    """Describe what a model has seen.
+    """Fit the Gaussian to a model's training features.
 
     Args:
-        learned: (scans, features) of scans that it was trained on.
-        validation: (scans, features) of scans that it was not trained on, of the same kind; may be empty.
+        learned: (scans, features) of training scans.
+        validation: (scans, features) of validation scans from the same population; may be empty.
     """
     learned = np.asarray(learned, np.float64)
     mean, sd = learned.mean(0), learned.std(0)
@@ -66,12 +66,12 @@ def fit_reference(learned: np.ndarray, validation: np.ndarray) -> Reference:
 
 
 def save_reference(folder: Path, reference: Reference) -> None:
-    """Leave `reference.safetensors`."""
+    """Write `reference.safetensors`."""
     arrays = {name: np.ascontiguousarray(value) for name, value in reference._asdict().items()}
     write_whole(folder / FILE, lambda aside: save_file(arrays, aside))
 
 
 def read_reference(model: Path) -> Reference | None:
-    """What lies beside a model (its folder or its file), if anything does."""
+    """Read the reference beside a model (given its folder or file); None if there is none."""
     path = (model if model.is_dir() else model.parent) / FILE
     return Reference(**load_file(path)) if path.is_file() else None

@@ -1,9 +1,8 @@
-"""Networks of others whose weights are published: they take the kit's scans and make their own input of them.
+"""Published third-party networks, which take the kit's scans and convert them to their own input.
 
-BrainIAC (Tak et al., Nature Neuroscience 2026) and MedicalNet (Chen et al. 2019, arXiv 1904.00625) were trained on
-other axes, sizes and scales. What their public code does to a scan that lies on their grid is done here to a z-scored
-one of the kit: axes in their order, their size, their intensities, then their features. `kit.models.formats` says what
-could not be checked.
+BrainIAC (Tak et al., Nature Neuroscience 2026) and MedicalNet (Chen et al. 2019, arXiv 1904.00625) were trained with
+other axes, sizes and intensity scales. Each class applies to the kit's z-scored scans what their public code does to a
+scan on their grid: axis order, size, intensities, then features. `kit.models.formats` lists what could not be checked.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ Shape = tuple[int, int, int]
 
 DEPTHS = tuple(int(name.removeprefix("resnet")) for name in resnet_params)  # 10 to 200
 RIVALS = ("brainiac", "brainiac_resnet50", *(f"medicalnet_resnet{depth}" for depth in DEPTHS))
-# ICBM152 2009a, whose size BrainIAC's sample scans have: the first voxel (x, y, z) in mm, and the shape (z, y, x)
+# grid of ICBM152 2009a, the size of BrainIAC's sample scans: first voxel (x, y, z) in mm, and shape (z, y, x)
 WHOLE_HEAD = ((-98.0, -134.0, -72.0), (189, 233, 197))
 SLAB: Shape = (56, 448, 448)  # MedicalNet's input (depth, height, width)
 
 
 class BrainIACViT(nn.Module):
-    """BrainIAC's ViT-B/16 at 96x96x96, without class token: features are the first patch's token after the norm.
+    """BrainIAC's ViT-B/16 at 96x96x96, without class token; features are the first patch's token after the norm.
 
-    `network` keeps MONAI's parameter names, without the norms of a cross-attention that does not run.
+    `network` keeps MONAI's parameter names, except for the norms of the unused cross-attention.
     """
 
     features = 768
@@ -51,7 +50,7 @@ class BrainIACViT(nn.Module):
 
 
 class BrainIACResNet(nn.Module):
-    """BrainIAC's ResNet-50 of 2024 at 128x128x128 on intensities from 0 to 1; features are the mean over places.
+    """BrainIAC's ResNet-50 of 2024 at 128x128x128, on intensities from 0 to 1; features are the mean over places.
 
     `network` keeps MONAI's parameter names.
     """
@@ -73,8 +72,8 @@ class BrainIACResNet(nn.Module):
 class MedicalNet(nn.Module):
     """MedicalNet's ResNet without its segmentation head; features are the mean over places.
 
-    As published, and unlike MONAI's, the last two stages keep their size and are dilated by 2 and 4. `network` keeps
-    MONAI's parameter names.
+    As published, and unlike in MONAI, the last two stages keep their input's size and use dilations of 2 and 4.
+    `network` keeps MONAI's parameter names.
 
     Args:
         depth: one of `DEPTHS`.
@@ -99,7 +98,7 @@ class MedicalNet(nn.Module):
 
 
 def _dilate(stage: nn.Sequential, rate: int) -> None:
-    """Let a ResNet's stage keep its input's size and look `rate` voxels apart."""
+    """Make a ResNet's stage keep its input's size and dilate its convolutions by `rate`."""
     for block in stage:
         for layer in block.modules():
             if isinstance(layer, nn.Conv3d):
@@ -111,7 +110,7 @@ def _dilate(stage: nn.Sequential, rate: int) -> None:
 
 
 def whole_head(images: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Put scans into `WHOLE_HEAD` by whole voxels, zero where there is nothing, with the axes of a NIfTI file.
+    """Place scans on `WHOLE_HEAD` by padding or cropping whole voxels (zero outside), in a NIfTI file's axis order.
 
     (batch, 1, depth, height, width) on `grid` -> (batch, 1, width, height, depth): x, y, z.
     """
@@ -124,7 +123,7 @@ def whole_head(images: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def nearest(images: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Resize the last three axes by nearest neighbours, first and last voxels onto each other (scipy's `zoom`)."""
+    """Resize the last three axes by nearest neighbour, aligning first and last voxels as scipy's `zoom` does."""
     for axis, size in enumerate(shape, start=2):
         places = torch.linspace(0, images.shape[axis] - 1, size, dtype=torch.float64).add(0.5).floor().long()
         images = images.index_select(axis, places.to(images.device))
@@ -132,7 +131,7 @@ def nearest(images: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 
 def brain_zscored(images: torch.Tensor) -> torch.Tensor:
-    """Z-score each scan (batch, 1, depth, height, width) over its voxels that are not zero; the others stay zero."""
+    """Z-score each scan (batch, 1, depth, height, width) over its non-zero voxels; the others stay zero."""
     brain, every = images != 0, (1, 2, 3, 4)
     count = brain.sum(every, keepdim=True).clamp(min=1)
     centred = (images - images.sum(every, keepdim=True) / count) * brain
@@ -141,7 +140,7 @@ def brain_zscored(images: torch.Tensor) -> torch.Tensor:
 
 
 def zero_to_one(images: torch.Tensor) -> torch.Tensor:
-    """Scale each scan's voxels that are not zero from 0, the darkest, to 1; the others stay zero."""
+    """Scale each scan's non-zero voxels to the range 0 (darkest) to 1; the others stay zero."""
     brain, every = images != 0, (1, 2, 3, 4)
     low = torch.where(brain, images, torch.inf).amin(every, keepdim=True)
     high = torch.where(brain, images, -torch.inf).amax(every, keepdim=True)
@@ -149,11 +148,11 @@ def zero_to_one(images: torch.Tensor) -> torch.Tensor:
 
 
 def build_rival(architecture: str, grid: Grid) -> nn.Module:
-    """One of `RIVALS`, with random weights.
+    """Build one of `RIVALS` with random weights.
 
     Args:
         architecture: its name.
-        grid: of the scans that it is to read.
+        grid: of the scans that it will read.
     """
     if architecture == "brainiac":
         return BrainIACViT(grid)

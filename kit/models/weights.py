@@ -1,8 +1,8 @@
-"""Released files of weights, downloaded when somebody asks, and checked.
+"""Download released weights on request, and check them.
 
     python -m kit.models.weights neuro_simclr weights/
 
-Nothing else in the kit downloads weights. What is read of a file, and how, stands in `kit.models.foreign`.
+Nothing else in the kit downloads weights. `kit.models.foreign` reads the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kit.models.formats import FORMATS
 from kit.runs import resolve, shown, write_whole
 
 _MEDICALNET = "https://huggingface.co/TencentMedicalNet/MedicalNet-Resnet{0}/resolve/main/resnet_{0}{1}.pth"
-# what `fetch` knows, by name: where it lies, and its sha256, "" where nobody has said it
+# what `fetch` can download, by name: URL, and sha256 ("" if unknown)
 DOWNLOADS = {
     "neuro_simclr": ("https://github.com/emilykaczmarek/3D-Neuro-SimCLR/releases/download/v1.0.0/"
                      "simclr_3d_brain_foundation.tar", FORMATS["neuro_simclr"].hashes[0]),
@@ -34,14 +34,14 @@ def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
     Args:
         name: one of `DOWNLOADS`.
         to: the folder.
-        sha256: of the file, for those whose hash the kit does not know.
+        sha256: of the file, if the kit does not know it.
 
     Returns:
-        its path.
+        the file's path.
 
     Raises:
-        EncoderError: no such name, no hash to check it by, another hash, or no network; the last says how to do it by
-            hand.
+        EncoderError: unknown name, no hash to check against, wrong hash, or no network (the message then says how to
+            download it by hand).
     """
     if name not in DOWNLOADS:
         raise EncoderError(f"got {name!r}; what can be downloaded is {', '.join(DOWNLOADS)}; for others see "
@@ -60,10 +60,10 @@ def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
 
 
 def keep(source: BinaryIO, path: Path, sha256: str) -> Path:
-    """Write what a source gives to a file, which appears only if it has this sha256 (hexadecimal).
+    """Write a stream to a file, which appears only if it has this sha256 (hexadecimal).
 
     Raises:
-        EncoderError: it has another.
+        EncoderError: it has another hash.
     """
     def write(aside: Path) -> None:
         with open(aside, "wb") as file:

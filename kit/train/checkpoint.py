@@ -1,4 +1,4 @@
-"""Checkpoints of a run: `last.pt`, `previous.pt`, `best.pt`, each whole or not at all, without pickle."""
+"""Checkpoints of a run: `last.pt`, `previous.pt`, `best.pt`, each written atomically, without pickled objects."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from kit.errors import KitError
 from kit.runs import differences, shown, write_whole
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
-AGAIN_SECONDS = 10.0  # between two tries on a full disk
+AGAIN_SECONDS = 10.0  # between two attempts while the disk is full
 
 
 class CheckpointError(KitError, RuntimeError):
-    """A checkpoint could not be written, or is of other parameters; the message says what to do."""
+    """A checkpoint could not be written, or was made with other parameters; the message says what to do."""
 
 
 def save(folder: Path, state: dict[str, Any], best: bool = False) -> None:
-    """Write `last.pt` and keep the one before it; with `best`, keep this one as `best.pt` too.
+    """Write `last.pt`, keeping the one before as `previous.pt`; with `best`, keep this one as `best.pt` too.
 
     Args:
         folder: of the checkpoints.
         state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`.
-        best: whether the monitored value was never better.
+        best: whether the monitored value is the best so far.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()  # written by Python, a full disk is an OSError that says so; torch's writer says anything
+    buffer = io.BytesIO()  # serialise in memory first: `torch.save` to a file hides ENOSPC
     torch.save(state, buffer)
     new = write_whole(folder / "new.pt", lambda aside: aside.write_bytes(buffer.getbuffer()))
     if best:
@@ -47,23 +47,23 @@ def save(folder: Path, state: dict[str, Any], best: bool = False) -> None:
 
 
 class Saver:
-    """Writes a run's checkpoints when they are due, and outlives a full disk for a while.
+    """Write a run's checkpoints when they are due, and keep trying for a while if the disk is full.
 
     Args:
         folder: of the run; None writes nothing.
         minutes: between two checkpoints.
-        retry_minutes: how long a full disk may last before the run gives up.
+        retry_minutes: how long the disk may stay full before the run gives up.
     """
 
     def __init__(self, folder: Path | None, minutes: float, retry_minutes: float) -> None:
         self.folder, self.minutes, self.retry_minutes = folder, minutes, retry_minutes
         self._saved = self._tried = time.monotonic()
         self._full_since: float | None = None
-        for aside in (folder / "checkpoints").glob(".*.pt") if folder else []:  # of a process that was killed
+        for aside in (folder / "checkpoints").glob(".*.pt") if folder else []:  # left by a killed process
             aside.unlink()
 
     def due(self) -> bool:
-        """Whether the last checkpoint is old enough, or a failed one should be tried again."""
+        """Whether a checkpoint is due, or a failed one should be tried again."""
         now = time.monotonic()
         if self.folder is None:
             return False
@@ -73,12 +73,12 @@ class Saver:
 
     def save(self, state: dict[str, Any], best: bool = False, wait: bool = False,
              also: Callable[[], Any] | None = None) -> bool:
-        """Write a checkpoint, then what `also` writes.
+        """Write a checkpoint, then call `also`.
 
         Args:
             state, best: see `save`.
-            wait: stay until it is written; otherwise a full disk is left for later.
-            also: other files that must keep step with the checkpoint.
+            wait: retry until it is written; otherwise give up on a full disk for now.
+            also: writes other files that must stay in step with the checkpoint.
 
         Returns:
             whether it was written.
@@ -101,7 +101,7 @@ class Saver:
         return False
 
     def _failed(self, error: OSError) -> None:
-        """Say what happened; raise when it is no full disk, or has been one for too long."""
+        """Warn about a full disk; raise if it has been full for too long, or for any other error."""
         free = shutil.disk_usage(self.folder).free / 1e6
         if error.errno not in FULL:
             raise error
@@ -118,32 +118,32 @@ class Saver:
 
 
 def read_checkpoint(folder: Path, name: str | None = None) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or the named one; None where there is none.
+    """Read the newest readable checkpoint, or the named one; None if there is none.
 
-    A checkpoint that cannot be read is named in a warning and left where it is.
+    A checkpoint that cannot be read is named in a warning and left in place.
     """
     for path in [folder / f"{name}.pt"] if name else [folder / "last.pt", folder / "previous.pt"]:
         if path.exists():
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises several kinds for a damaged file
+            except Exception as error:  # torch raises several kinds of error for a damaged file
                 warnings.warn(f"{shown(path)} cannot be read ({type(error).__name__}); it is left as it is",
                               stacklevel=2)
     return None
 
 
 def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights that a checkpoint's run keeps: their moving average where it has one."""
+    """Weights to keep from a checkpoint: their moving average if there is one."""
     average = {name.removeprefix("module."): value for name, value in state.get("average", {}).items()
                if name.startswith("module.")}
     return average or state["model"]
 
 
 def check_same(state: dict[str, Any], params: dict[str, Any], folder: Path) -> None:
-    """Refuse a checkpoint of other parameters.
+    """Refuse a checkpoint made with other parameters.
 
     Raises:
-        CheckpointError: every difference is listed.
+        CheckpointError: lists every difference.
     """
     if listed := differences(state.get("params", {}), params, "the checkpoint"):
         raise CheckpointError(f"{shown(folder / 'checkpoints')} are of other parameters:\n  {listed}\n"

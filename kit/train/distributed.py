@@ -1,4 +1,4 @@
-"""Processes that train together: on this machine, on the nodes of a Slurm job; and what they exchange."""
+"""Processes that train together, on this machine or on the nodes of a Slurm job, and what they exchange."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from kit.errors import KitError
 from kit.train.stop import NAME as STOP
 from kit.train.stop import PREEMPTED
 
-# DDP is told to look for unused parameters on purpose (see `kit.train.loop.State`), and warns at every start
+# silences DDP's warning about `find_unused_parameters`, which `kit.train.loop.State` sets on purpose
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-PATIENCE = timedelta(hours=2)  # one process may validate, or wait for a full disk, while the others stand by
+PATIENCE = timedelta(hours=2)  # the others wait while one process validates or retries on a full disk
 
 
 def rank() -> int:
-    """This process's number among those that train together, from 0."""
+    """Rank of this process; 0 if it trains alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it is gone, however it went: no stray workers."""
+    """Have Linux kill this process when its parent ends, for whatever reason, so that no workers are left behind."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -51,34 +51,34 @@ def die_with_parent() -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that the launcher started: NCCL where each has a CUDA device, else gloo.
+    """Join the processes that the launcher started, by NCCL if there is CUDA, else by gloo.
 
-    An interrupt (JupyterLab's Stop button reaches the kernel's whole process group) is left to the process that
-    launched them; see `kit.train.stop`. What is wrapped in DistributedDataParallel must not outlive it: freed later,
-    it takes gloo's threads down while it holds the GIL that they wait for, and the process hangs (torch 2.13, seen).
+    Interrupts are ignored here (JupyterLab's Stop button reaches the kernel's whole process group) and left to the
+    launching process; see `kit.train.stop`. No DistributedDataParallel module may outlive this context: freed later, it
+    shuts down gloo's threads while holding the GIL that they wait for, and the process hangs (seen with torch 2.13).
     """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # Slurm may show each its own
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # Slurm may show only one
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     set_threads()
     try:
         yield
         gc.collect()
-        dist.barrier()  # with gloo, one that leaves early aborts the others
+        dist.barrier()  # with gloo, a process that leaves early aborts the others
     finally:
         dist.destroy_process_group()
 
 
 def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
-    """Run `function(*arguments)` in `workers` processes of this machine, through torch elastic.
+    """Run `function(*arguments)` in `workers` processes on this machine, through torch elastic.
 
     Args:
-        function: lives in a module: a worker cannot find what a notebook defines.
-        arguments: for each worker, picklable.
-        workers: processes.
+        function: must live in a module, because workers cannot find what a notebook defines.
+        arguments: passed to each worker; picklable.
+        workers: number of processes.
 
     Returns:
         what rank 0 returned.
@@ -88,12 +88,12 @@ def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.update(QUIET)  # for the workers; torch has read its own by now
+    os.environ.update(QUIET)  # for the workers; torch has already read it here
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
     run_id = secrets.token_hex(8)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, run_id=run_id, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.1,
-                          start_method="spawn", signals_to_handle="SIGQUIT")  # interrupts and TERM ask to stop
+                          start_method="spawn", signals_to_handle="SIGQUIT")  # SIGINT and SIGTERM ask to stop
     try:
         return elastic_launch(config, function)(*arguments)[0]
     finally:  # torch elastic leaves its own handlers behind
@@ -102,7 +102,7 @@ def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
 
 
 def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Scalars that each process holds, as their mean over the processes; the same numbers in all of them."""
+    """Average each scalar over the processes; all of them get the same numbers."""
     stacked = torch.stack([value.detach().double() for value in values.values()])
     if world_size() > 1:
         dist.all_reduce(stacked)
@@ -110,7 +110,7 @@ def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def of_first_process(value: float) -> float:
-    """What rank 0 holds, in all processes."""
+    """Broadcast rank 0's value to all processes."""
     if world_size() == 1:
         return value
     held = torch.tensor(value, dtype=torch.float64, device=device())
@@ -119,12 +119,12 @@ def of_first_process(value: float) -> float:
 
 
 def gather(value: torch.Tensor) -> torch.Tensor:
-    """(rows, ...) of each process -> (rows x processes, ...) in the order of their ranks; gradients are summed."""
+    """Concatenate over processes, (rows, ...) -> (rows x processes, ...) in rank order; gradients are summed."""
     return torch.cat(all_gather(value))
 
 
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:
-    """BatchNorm over the whole batch of all processes: torch's on CUDA, `AllReducedBatchNorm` on the CPU."""
+    """Replace BatchNorm by one over the global batch: torch's on CUDA, `AllReducedBatchNorm` on the CPU."""
     if torch.cuda.is_available():
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
@@ -138,18 +138,18 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
 class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over all processes, for CPUs: torch's SyncBatchNorm takes CUDA tensors only.
 
-    It is there so that N processes can be tested against one: written plainly, in float64, not for speed.
+    It exists to test N processes against one, so it is written for clarity, in float64, and not for speed.
     """
 
     @classmethod
     def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> AllReducedBatchNorm:
-        """The same weights and running statistics, shared with `norm`."""
+        """Make one that shares the weights and running statistics of `norm`."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         new.__dict__.update(norm.__dict__)
         return new
 
     def _check_input_dim(self, images: torch.Tensor) -> None:
-        """Any number of dimensions, channels second."""
+        """Accept any number of dimensions, channels second."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, channel, ...) -> the same shape."""
@@ -170,13 +170,13 @@ class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class NodesError(KitError, RuntimeError):
-    """The workers on the nodes failed; the message ends with what they said last."""
+    """Workers on the nodes failed or could not start; the message says why, or ends with their last output."""
 
 
 def launch_on_nodes(module: str, folder: Path, nodes: int, workers: int) -> None:
     """Run `python -m module FOLDER WORKERS` in `workers` processes on each of `nodes` nodes of this Slurm job.
 
-    From inside the job, `srun` starts them; each then calls `worker_of_slurm`.
+    `srun` starts them from inside the job; each then calls `worker_of_slurm`.
 
     Raises:
         NodesError: a worker failed.
@@ -187,7 +187,7 @@ def launch_on_nodes(module: str, folder: Path, nodes: int, workers: int) -> None
                f"--ntasks={nodes * workers}", f"--ntasks-per-node={workers}", "--kill-on-bad-exit=1", *cores,
                sys.executable, "-m", module, str(folder), str(workers)]
     said: collections.deque[str] = collections.deque(maxlen=30)
-    # its own session: the Stop button's interrupt, sent to the kernel's group, must not end srun
+    # own session: the Stop button interrupts the kernel's process group, and must not end srun
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
                           stdin=subprocess.DEVNULL,
                           env={**os.environ, **meeting_point(), **QUIET, "KIT_PROGRESS": "off"},
@@ -205,7 +205,7 @@ def launch_on_nodes(module: str, folder: Path, nodes: int, workers: int) -> None
 
 
 def meeting_point() -> dict[str, str]:
-    """Address and port of rank 0: exported already, else asked of Slurm (node names may not resolve).
+    """Address and port of rank 0 from Slurm, because node names may not resolve; empty if they are already exported.
 
     Raises:
         NodesError: Slurm does not answer, or the job is over.
@@ -229,9 +229,9 @@ def _scontrol(*arguments: str) -> str:
 
 
 def worker_of_slurm(folder: Path, workers: int, train: Callable[[Path], None]) -> None:
-    """Run `train(folder)` as one worker that `srun` started: rank and world from Slurm."""
-    # scancel and preemption send TERM to the steps at once: it asks for a checkpoint, and tells the batch script,
-    # which hears of a preemption only when it is too late, that this was no stop by hand
+    """Run `train(folder)` as one worker started by `srun`, with rank and world size from Slurm."""
+    # scancel and preemption send SIGTERM to the job's steps at once, but the batch script hears of it too late: STOP
+    # asks for a checkpoint, and PREEMPTED tells the batch script that nobody stopped the run by hand
     signal.signal(signal.SIGTERM, lambda number, frame: [(folder / name).touch() for name in (PREEMPTED, STOP)])
     world = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=world, LOCAL_RANK=os.environ["SLURM_LOCALID"],

@@ -1,7 +1,7 @@
-"""The loop: read it from top to bottom.
+"""The training loop, to be read from top to bottom.
 
-One loop trains all objectives. Its state is (epoch, step, weights, optimiser); everything random is keyed by
-(seed, epoch, step), so that a resumed run goes on bit for bit with the same workers and threads.
+One loop trains all objectives. Its state is (epoch, step, weights, optimiser). All randomness is keyed by (seed, epoch,
+step), so with the same workers and threads a resumed run continues bit-exactly.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from kit.train.optimizers import build_optimizer, learning_rate
 from kit.train.progress import Progress
 from kit.train.stop import Stopped
 
-Chunks = list[list[int]]  # this process's scans of one batch, in chunks
-Place = Callable[[int, int], tuple[int, int]]  # an epoch and a batch's number in it -> what keys the batch's draws
-MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # when a run is resumed
+Chunks = list[list[int]]  # this process's share of one batch, in chunks
+Place = Callable[[int, int], tuple[int, int]]  # (epoch, batch number) -> the two numbers that key the batch's draws
+MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # may differ when a run is resumed
 
 
 class TrainingError(KitError, RuntimeError):
@@ -45,7 +45,7 @@ class TrainingError(KitError, RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop reads; the names are those of the notebooks' parameters."""
+    """Settings of the loop, named like the notebooks' parameters."""
 
     epochs: int
     batch_size: int
@@ -55,21 +55,21 @@ class Settings:
     schedule: str
     seed: int
     warmup_fraction: float = 0.0
-    layer_decay: float = 1.0  # of the learning rate, from each stage of the encoder to the one before; 1: none
-    patience: int = 0  # epochs without a lower validation loss after which training stops; 0: never
+    layer_decay: float = 1.0  # learning-rate factor from each stage of the encoder to the one before; 1: none
+    patience: int = 0  # epochs without improvement after which training stops; 0: never
     beta2: float = 0.999  # of Adam and AdamW
-    accumulate: int = 1  # batches whose mean gradient makes one step
+    accumulate: int = 1  # batches averaged into one step
     chunk: int = 0  # scans of a process that run at a time; 0: its whole share
-    clip: float = 0.0  # largest norm of the gradient; 0: as it is
-    ema: float = 0.0  # decay of the moving average of the weights that is kept; 0: none
+    clip: float = 0.0  # largest norm of the gradient; 0: no clipping
+    ema: float = 0.0  # decay of the moving average of the weights, which is kept; 0: none
     checkpoint_minutes: float = 10.0
-    retry_minutes: float = 30.0  # how long a full disk may last
+    retry_minutes: float = 30.0  # how long the disk may stay full
     loader_workers: int = 0
     precision: str = "fp32"  # of the network while it trains, see `kit.device`
 
     @classmethod
     def of(cls, params: Any, **changes: Any) -> Settings:
-        """Take what the loop reads from a notebook's parameters."""
+        """Take the loop's settings from a notebook's parameters."""
         names = [field.name for field in fields(cls)]
         return cls(**{**{name: getattr(params, name) for name in names if hasattr(params, name)}, **changes})
 
@@ -80,9 +80,9 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         params: dict[str, Any] | None = None, stop: Path | None = None, live: bool = False,
         monitor: Callable[[nn.Module, int], dict[str, float]] | None = None,
         place: Place = lambda epoch, number: (epoch, number)) -> pd.DataFrame:
-    """Train an objective; the best epoch is that of the lowest validation loss.
+    """Train an objective; the best epoch is the one with the lowest validation loss.
 
-    An epoch is what lies between two looks at the validation scans: one pass over the scans, or what `batches` says.
+    An epoch is the interval between two validations: one pass over the scans, or whatever `batches` returns.
 
     Args:
         objective: see `kit.train.objectives.Objective`.
@@ -90,31 +90,31 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         batches: the global batches of an epoch, as scan numbers.
         validation: scans of other participants; may be empty.
         settings: see `Settings`.
-        folder: of the run: `log.csv` and `checkpoints/`, which are resumed; None keeps nothing on disk.
-        params: what must be the same when the run is resumed; the settings if not given.
-        stop: the file that asks it to stop.
+        folder: of the run, for `log.csv` and `checkpoints/`, from which it resumes; None writes nothing.
+        params: what must be the same when the run is resumed; by default the settings.
+        stop: file that asks the run to stop.
         live: write `live.json` and TensorBoard's files.
-        monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1; what it
-            returns joins the log's row; `monitor` among it takes the place of the validation loss: lowest is best.
-        place: of a batch, by epoch and number: the pass over the scans and the number in it, which key its draws.
+        monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1. Its result joins
+            the log's row. If it has a `monitor`, that is minimised instead of the validation loss.
+        place: maps a batch's epoch and number to the pass over the scans and the number in it, which key its draws.
 
     Returns:
-        one row an epoch: epoch, loss, validation_loss, what else the objective reports, learning_rate, seconds.
-        `objective` holds the last epoch's weights (their moving average with `ema`); `best.pt` the best's
-        (without a folder, `objective` does).
+        one row per epoch: epoch, loss, whatever else the objective reports, learning_rate, validation_loss, what
+        `monitor` returned, monitor (the value to minimise), seconds. `objective` holds the last epoch's weights (their
+        moving average with `ema`), and `best.pt` the best epoch's; without a folder, `objective` holds the best.
 
     Raises:
-        TrainingError: the loss is not finite; the scans of that step are named.
-        StoreError: a scan could not be read; the checkpoint is written.
-        MemoryError: a step does not fit; the chunk to try is named.
-        CheckpointError: checkpoints of other parameters lie there, or the disk was full for too long.
+        TrainingError: the loss is not finite; names the scans of that step.
+        StoreError: a scan could not be read; a checkpoint was written.
+        MemoryError: a step does not fit into memory; names a chunk size to try.
+        CheckpointError: the folder holds checkpoints of other parameters, or the disk was full for too long.
         LoaderError: loading processes cannot be started, or one died.
-        Stopped: the stop file was there; the checkpoint is written.
+        Stopped: the stop file was there; a checkpoint was written.
     """
     state = State(objective, settings, folder, params)
     state.restore()
     if state.log and rank() == 0:
-        state.write_log()  # a run killed between the checkpoint and the log
+        state.write_log()  # in case the run was killed between checkpoint and log
     saver = checkpoint.Saver(folder if rank() == 0 else None, settings.checkpoint_minutes, settings.retry_minutes)
     an_epoch = math.ceil(len(batches(0)) / settings.accumulate)
     progress = Progress(folder if live else None, an_epoch * settings.epochs, state.step(an_epoch))
@@ -173,7 +173,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
 
 def _scans_of(objective: Objective, train: PreparedScans, batches: list[list[int]], settings: Settings,
               done: int) -> tuple[list[list[Chunks]], Waiting]:
-    """This process's scans of an epoch's steps, batches of chunks each; and those not done yet, as they are loaded."""
+    """Steps of an epoch (this process's chunks of each batch), and a loader stream for the steps not done yet."""
     chunked = [chunks_of(batch, settings.chunk * objective.scans_per_item, objective.compares) for batch in batches]
     steps = [chunked[start:start + settings.accumulate] for start in range(0, len(chunked), settings.accumulate)]
     parts = [part for step in steps[done:] for part in reads(step, objective.compares)]
@@ -197,13 +197,13 @@ class Waiting:
 
 
 class State:
-    """One run of the loop: all that a checkpoint holds, and what changes it."""
+    """State of a run: everything a checkpoint holds, and the methods that change it."""
 
     def __init__(self, objective: Objective, settings: Settings, folder: Path | None,
                  params: dict[str, Any] | None) -> None:
         self.threads = set_threads()
         self.objective, self.settings, self.folder = on_device(objective), settings, folder
-        # with `find_unused_parameters`, gradients are summed in one order from the first step on: a resumed run's bits
+        # `find_unused_parameters` fixes DDP's bucket order from step 1, so resumed runs are bit-identical
         self.model = (DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
                       if world_size() > 1 else objective)
         self.optimizer = build_optimizer(objective, settings)
@@ -211,33 +211,33 @@ class State:
                         if settings.ema else None)
         self.kept: nn.Module = self.average.module if self.average else objective
         self.params = params or {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
-        self.log: list[dict[str, float]] = []  # a row an epoch
-        self.reports: list[dict[str, float]] = []  # of the steps of the unfinished epoch
+        self.log: list[dict[str, float]] = []  # one row per epoch
+        self.reports: list[dict[str, float]] = []  # one per step of the unfinished epoch
         self.rate = 0.0  # learning rate
 
     def step(self, an_epoch: int) -> int:
-        """Steps that are done, of so many an epoch."""
+        """Steps done so far, given the number of steps in an epoch."""
         return an_epoch * len(self.log) + len(self.reports)
 
     def set_rate(self, epoch: float) -> None:
-        """The learning rate at so many epochs."""
+        """Set the learning rate for a (fractional) epoch."""
         self.rate = learning_rate(self.settings, epoch / self.settings.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * group.get("scale", 1.0)
 
     def worn_out(self) -> bool:
-        """Whether the last `patience` epochs were no better than one before."""
+        """Whether the last `patience` epochs brought no improvement."""
         values = [row["monitor"] for row in self.log]
         return 0 < self.settings.patience <= len(values) - 1 - int(np.argmin(values)) if values else False
 
     def gradients(self, stream: Iterator[Batch], step: list[Chunks], epoch: int, number: int) -> Report:
-        """Fresh gradients of a step, see `gradients`."""
+        """Compute the gradients of a step afresh, see `gradients`."""
         self.optimizer.zero_grad(set_to_none=True)
         return gradients(self.model, self.objective, stream, step, epoch, number, self.settings.seed,
                          self.settings.precision)
 
     def update(self, report: dict[str, float]) -> None:
-        """One step down the gradients."""
+        """Clip the gradients if asked, step the optimiser and the moving average, and keep the report."""
         if self.settings.clip:
             report["gradient_norm"] = float(nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip))
         self.optimizer.step()
@@ -246,16 +246,16 @@ class State:
         self.reports.append(report)
 
     def row(self, epoch: int) -> dict[str, float]:
-        """Of the log: the means over an epoch's steps so far."""
+        """Log row of an epoch: means over its steps so far."""
         means = {name: float(np.mean([report[name] for report in self.reports])) for name in self.reports[0]}
         return {"epoch": epoch + 1, **means, "learning_rate": self.rate}
 
     def write_log(self) -> None:
-        """`log.csv` of the finished epochs."""
+        """Write `log.csv` of the finished epochs."""
         write_table(self.folder / "log.csv", pd.DataFrame(self.log))
 
     def plain(self) -> dict[str, Any]:
-        """As a checkpoint holds it."""
+        """The state as a checkpoint holds it."""
         return {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict() if self.average else {}, "scaler": {},  # bfloat16 needs none
                 "scheduler": {"rate": self.rate},
@@ -265,10 +265,10 @@ class State:
                 "threads": self.threads, "versions": versions()}
 
     def restore(self) -> None:
-        """Take up the newest checkpoint, if there is one.
+        """Load the newest checkpoint, if there is one.
 
         Raises:
-            CheckpointError: it is of other parameters.
+            CheckpointError: it was made with other parameters.
         """
         found = checkpoint.read_checkpoint(self.folder / "checkpoints") if self.folder else None
         if found is None:
@@ -293,8 +293,8 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True) -> Chunks:
     Args:
         batch: scan numbers.
         chunk: scans at a time; 0 takes the whole share.
-        equal: leave out the scans that are too many for equal shares, as objectives that compare scans need; else
-            shares differ by one scan at most.
+        equal: drop scans so that all shares are equal, which objectives that compare scans need; otherwise shares
+            differ by one scan at most.
 
     Raises:
         ValueError: there are more processes than scans.
@@ -310,27 +310,27 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True) -> Chunks:
 
 
 def reads(step: list[Chunks], twice: bool) -> Chunks:
-    """The order in which `gradients` takes scans from the loader; chunks that are run again are read again."""
+    """Order in which `gradients` takes scans from the loader; with `twice`, chunks that run twice are read twice."""
     return [part for chunks in step for part in (chunks * 2 if twice and len(chunks) > 1 else chunks)]
 
 
 def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], step: list[Chunks], epoch: int,
               number: int, seed: int, precision: str = "fp32") -> Report:
-    """Add the gradient of the mean loss of a step's batches to the weights' gradients.
+    """Accumulate the gradient of a step's loss, averaged over its batches.
 
-    A batch in chunks: an objective that compares scans (SimCLR) embeds chunk by chunk without graph, takes
-    the loss's gradient at the embeddings, and runs each chunk again with it (gradient caching, Gao et al. 2021,
-    arXiv 2101.06983); memory is that of one chunk, and BatchNorm sees the chunk. Any other objective's loss is a
-    mean over scans, whose chunks just add up.
+    Batches may be split into chunks. An objective that compares scans (SimCLR) then embeds chunk by chunk without a
+    graph, computes the loss's gradient with respect to the embeddings, and runs each chunk again to backpropagate it
+    (gradient caching, Gao et al. 2021, arXiv 2101.06983). Memory is that of one chunk, and BatchNorm sees one chunk at
+    a time. Any other objective's loss is a mean over scans, so the gradients of its chunks add up.
 
     Args:
         model: `objective`, or its DistributedDataParallel.
-        stream: of the batches that `reads` names.
+        stream: batches in the order of `reads`.
         step: the batches, in chunks.
-        number: of the step's first batch within the epoch; with seed and epoch it keys the random state.
+        number: of the step's first batch within the epoch; with seed, epoch and rank it seeds the random state.
 
     Returns:
-        means over the step of what the objective reports, on this process.
+        what the objective reports, averaged over the step on this process.
     """
     reports = []
     for place, chunks in enumerate(step):
@@ -340,7 +340,7 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
             reports.append(_cached(model, objective, stream, seeds, epoch, len(step), last, precision))
             continue
         own = torch.tensor(float(sum(len(part) for part in chunks)), device=device())
-        scans = mean_over_processes({"scans": own})["scans"]  # of a process: DDP takes the mean over processes
+        scans = mean_over_processes({"scans": own})["scans"]  # mean of the processes, over which DDP averages
         parts = []
         for part, part_seed in zip(chunks, seeds, strict=True):
             weight = len(part) / scans
@@ -367,7 +367,7 @@ def _cached(model: nn.Module, objective: Objective, stream: Iterator[Batch], see
 
 
 def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, precision: str, **options: bool):
-    """What an objective makes of a batch in "fp32" or "bf16"; the seed is of torch's random state."""
+    """Run an objective on a batch in "fp32" or "bf16", with torch's random state seeded by `seed`."""
     torch.manual_seed(seed)
     where = next(model.parameters()).device
     with autocast(precision, where):
@@ -375,13 +375,13 @@ def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, precision: 
 
 
 def _exchange(model: nn.Module, now: bool):
-    """Processes exchange gradients only when the last part of a step goes backward."""
+    """Let processes exchange gradients only in the last backward pass of a step."""
     return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
 
 
 @contextmanager
 def _still_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics stay as they are: the second pass over a chunk counts, not the first."""
+    """Freeze BatchNorm's running statistics, so that only the second pass over a chunk updates them."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     try:
@@ -396,14 +396,14 @@ def _still_statistics(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fitting(step: list[Chunks]) -> Iterator[None]:
-    """Where a step does not fit into memory, name the chunk to try.
+    """If a step does not fit into memory, name the chunk size to try.
 
     Raises:
         MemoryError: in place of torch's error.
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no type of its own
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator has no own type
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
         scans = max(len(part) for chunks in step for part in chunks)
@@ -414,10 +414,10 @@ def fitting(step: list[Chunks]) -> Iterator[None]:
 
 @torch.no_grad()
 def validate(objective: Objective, scans: PreparedScans, batch_size: int) -> dict[str, float]:
-    """Means over validation scans of what the objective reports, in evaluation mode and float32, with the same draws.
+    """Average what the objective reports over validation scans, in evaluation mode and float32, with the same draws.
 
-    As many run at a time as fit (`scans_at_a_time`). Where the objective compares scans, it does so in equal groups of
-    at most `batch_size`, so that no group is a lone scan, which always finds its partner.
+    `scans_at_a_time` of them run together. An objective that compares scans does so in near-equal groups of at most
+    `batch_size`, so that no group is a single scan, which always finds its partner. Empty for fewer than two scans.
     """
     if len(scans) < 2:
         return {}
@@ -437,5 +437,5 @@ def validate(objective: Objective, scans: PreparedScans, batch_size: int) -> dic
 
 
 def versions() -> dict[str, str]:
-    """What a run's bits depend on besides its parameters."""
+    """Versions that a run's exact bits depend on."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}

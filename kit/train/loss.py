@@ -11,18 +11,18 @@ from kit.train import distributed
 
 def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float,
             gather: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each view must find the other view of its scan among all other views of the batch.
+    """Score how well each view finds the other view of its scan among all other views of the batch.
 
     Args:
-        first, second: (scans, width) embeddings of the two views; of this process's share of the batch. Half
-            precision is raised to float32, float64 stays, and autocast has no say.
+        first, second: (scans, width) embeddings of the two views, of this process's share of the batch. Half
+            precision is raised to float32 and float64 is kept, even under autocast.
         temperature: divides the cosine similarities.
-        gather: compare with the embeddings of all processes; their gradients are summed over processes, so
-            that with DDP's mean, N processes equal one process with the whole batch.
+        gather: compare with the embeddings of all processes. Their gradients are summed over processes, so with DDP's
+            mean, N processes equal one process with the whole batch.
 
     Returns:
-        the mean loss over this process's views, and the share of views whose most similar view is the
-        right one; scalars of at least float32.
+        the mean loss over this process's views, and the share of views whose most similar view is the right one;
+        scalars of at least float32.
     """
     scans = len(first)
     views = torch.cat([first, second])

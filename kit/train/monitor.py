@@ -1,9 +1,9 @@
-"""Is it learning? What embeddings of validation scans say, and a verdict in plain words.
+"""Is it learning? Measures on embeddings of validation scans, and a verdict in plain words.
 
 - alignment and uniformity of the two views: Wang & Isola 2020 (arXiv 2005.10242), alpha 2, t 2
 - effective rank of the features: RankMe, Garrido et al. 2023 (arXiv 2210.02885)
-- std: each embedding dimension's standard deviation on the unit sphere, times the root of the width; 1 is even
-- probes: what a nearest-neighbour or ridge model reads off the features, across participants
+- std: mean standard deviation of the embedding's dimensions on the unit sphere, times sqrt(width); 1 is evenly spread
+- probes: how well a nearest-neighbour or ridge model predicts a label from the features, across participants
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from kit.store.sampler import in_order
 from kit.train.loss import nt_xent
 from kit.train.objectives import MaskedReconstruction, Objective
 
-LABELS = ("age", "sex", "site", "dataset")  # columns of the index that are probed where they are
-MEAN_SCANS = 512  # training scans whose mean is taken
-LEAST = 20  # participants of a probe, validation scans of a verdict on the validation loss; fewer say nothing
+LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, if present
+MEAN_SCANS = 512  # most training scans that `mean_scan_loss` averages
+LEAST = 20  # fewest participants for a probe, and validation scans for a verdict on the validation loss
 
 
 def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict[str, float]:
@@ -44,9 +44,9 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
         scans, rows: validation scans, and their rows of the index in the same order.
 
     Returns:
-        rank (at most scans - 1); for SimCLR alignment, uniformity, std, found (share of views whose nearest
-        among all views of all scans is the right one; by chance 1 / (2 scans - 1));
-        `probe_LABEL` for each label: balanced accuracy, or the coefficient of determination of a number.
+        rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view,
+        among those of all scans, is the right one; by chance 1 / (2 scans - 1)); `probe_LABEL` for each label:
+        balanced accuracy, or R² for a number.
     """
     features, views = embed(objective, scans)
     found = {"rank": effective_rank(features)}
@@ -64,7 +64,7 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
 
 @torch.no_grad()
 def embed(objective: Objective, scans: PreparedScans, views: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features of the scans as they are (scans, width), and for SimCLR the views' embeddings (2, scans, width)."""
+    """Features of the unaugmented scans (scans, width), and for SimCLR the views' embeddings (2, scans, width)."""
     objective.eval()
     features, embeddings = [], []
     for batch in load_batches(scans, in_order(len(scans), scans_at_a_time(scans.store.grid.shape))):
@@ -77,33 +77,33 @@ def embed(objective: Objective, scans: PreparedScans, views: bool = True) -> tup
 
 
 def alignment(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean squared distance of the two views of a scan, unit vectors (scans, width); 0 is perfect."""
+    """Mean squared distance between the two views of a scan, unit vectors (scans, width); 0 is perfect."""
     return float((first - second).square().sum(1).mean())
 
 
 def uniformity(points: torch.Tensor) -> float:
-    """Log of the mean Gaussian potential between unit vectors (points, width); lower is more even, 0 is one point."""
+    """Log of the mean Gaussian potential of unit vectors (points, width); lower is more even, 0 is a single point."""
     return float(torch.pdist(points).square().mul(-2).exp().mean().log())
 
 
 def std(points: torch.Tensor) -> float:
-    """Mean standard deviation of unit vectors (points, width) per axis, times sqrt(width): 0 collapsed, 1 even."""
+    """Mean per-axis standard deviation of unit vectors (points, width), times sqrt(width): 0 collapsed, 1 even."""
     return float(points.std(0).mean() * math.sqrt(points.shape[1]))
 
 
 def effective_rank(features: torch.Tensor) -> float:
-    """RankMe: exp of the entropy of the singular values of centred features (scans, width)."""
+    """RankMe: exponential of the entropy of the normalised singular values of centred features (scans, width)."""
     values = torch.linalg.svdvals((features - features.mean(0)).double())
     share = values / values.sum().clamp_min(1e-12) + 1e-7
     return float((-(share * share.log()).sum()).exp())
 
 
 def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarray) -> float | None:
-    """How well a label is read off features (scans, width), across participants (five folds).
+    """How well features (scans, width) predict a label, in five folds of participants.
 
     Returns:
-        balanced accuracy of five nearest neighbours, or for a number the coefficient of determination of a ridge
-        regression; None where there are too few participants or one class.
+        balanced accuracy of five nearest neighbours, or for a number R² of a ridge regression; None if there are too
+        few participants or only one class.
     """
     known = labels.notna().to_numpy()
     features, labels, participants = features[known], labels[known], participants[known]
@@ -121,10 +121,10 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
 
 @torch.no_grad()
 def mean_scan_loss(objective: MaskedReconstruction, learned: PreparedScans, validation: PreparedScans) -> float:
-    """The validation loss of always answering with the mean training scan: what an MAE must get below.
+    """Validation loss of always predicting the mean training scan, which an MAE must beat.
 
-    The mean is that of the targets, patch by patch over the scans whose patch holds brain; it is scored on the masked
-    patches that the MAE is scored on. Of more than `MEAN_SCANS` training scans so many are drawn, by the seed.
+    Targets are averaged patch by patch, over the scans whose patch holds brain, and scored on the same masked patches
+    as the MAE. At most `MEAN_SCANS` training scans are used, drawn by the seed.
     """
     objective.eval()
     where, model, size = device(), objective.autoencoder, scans_at_a_time(learned.store.grid.shape)
@@ -144,15 +144,17 @@ def mean_scan_loss(objective: MaskedReconstruction, learned: PreparedScans, vali
 
 def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataFrame, every: int,
                epochs: int) -> Callable[[Objective, int], dict[str, float]]:
-    """What `kit.train.loop.fit` calls after an epoch: a look at every `every`-th, the first and the last.
+    """Make the monitor for `kit.train.loop.fit`: it looks after the first, the last and every `every`-th epoch.
 
-    An MAE's rows have `mean_scan_loss` besides, wherever they have a `validation_loss`.
+    For an MAE it also returns `mean_scan_loss` after every epoch with a `validation_loss`.
 
     Args:
         learned, validation: scans.
         rows: of the validation scans in the index.
+        every: epochs between two looks; 0: never look.
+        epochs: of the whole run.
     """
-    constant: dict[str, float] = {}  # found at the first call, and the same all through a run
+    constant: dict[str, float] = {}  # computed at the first call, and the same throughout a run
 
     def monitor(objective: Objective, epoch: int) -> dict[str, float]:
         if isinstance(objective, MaskedReconstruction) and len(validation) > 1 and not constant:
@@ -164,23 +166,24 @@ def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataF
 
 
 def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: int = 0) -> str:
-    """One line in plain words: learning, not learning, collapsed, memorising site or the scans; and why.
+    """Say in one line whether it is learning, not learning, collapsed, memorising site or overfitting, and why.
 
-    - Few partners are found: less than twice chance, and less than chance and a tenth (at batch 2, 43 % of views).
-    - Collapsed: few partners are found, and std is below 0.1 or uniformity above -0.05; or the effective rank is
-      below 1.5 and below half of what it was at first (it is less than the number of validation scans).
-    - Not learning: the loss is less than 1 % down, few partners are found, or an MAE's validation loss is not below
-      that of always answering with the mean training scan (`mean_scan_loss`).
-    - Memorising site: of the way from chance to certainty the probe of site went 60 %, 10 % of it in training.
-    - Overfitting: in each of the last three epochs the validation loss lay above its best by a fifth of its first
-      value, and the training loss is lower than at that best. Only with at least 20 validation scans: that of fewer
-      jumps by itself.
+    - Few partners found: the share of views that find their partner is below twice chance or, if that is lower, below
+      chance plus 0.1 (at batch 2: 43 %).
+    - Collapsed: few partners found, and std below 0.1 or uniformity above -0.05; or an effective rank below 1.5 and
+      below half its first value (it is less than the number of validation scans).
+    - Not learning: the loss fell by less than 1 %, few partners found, or an MAE's validation loss is not below that
+      of always predicting the mean training scan (`mean_scan_loss`).
+    - Memorising site: chance-corrected site accuracy above 0.6 and up by more than 0.1 since the first epoch.
+    - Overfitting: in each of the last three epochs the validation loss was above its best by more than a fifth of its
+      first value, and the training loss is lower than at that best. Needs at least 20 validation scans, since the
+      loss of fewer is too noisy.
 
     Args:
-        log: a row an epoch, from `pretrain`.
+        log: one row per epoch, from `pretrain`.
         chance: share of views that find their partner by chance, see `kit.train.pretrain.by_chance`.
-        sites: how many sites the validation scans come from; 0 or 1: unknown.
-        validation_scans: how many there are; 0: unknown.
+        sites: number of sites that the validation scans come from; 0 or 1: unknown.
+        validation_scans: their number; 0: unknown.
     """
     if len(log) < 2:
         return "too early to say: less than two epochs"
@@ -223,7 +226,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
 
 
 def _no_better_than_the_mean(log: pd.DataFrame) -> str:
-    """The verdict on an MAE that is no better than the mean scan, or that cannot be compared with it, or nothing."""
+    """The verdict on an MAE that is no better than the mean scan; empty if it is better, or cannot be compared."""
     known = log.dropna(subset=["validation_loss", "mean_scan_loss"])
     if known.empty or known["validation_loss"].iloc[-1] < known["mean_scan_loss"].iloc[-1]:
         return ""
@@ -233,7 +236,7 @@ def _no_better_than_the_mean(log: pd.DataFrame) -> str:
 
 
 def _by_heart(log: pd.DataFrame, validation_scans: int) -> str:
-    """The verdict on scans that are memorised, or nothing; see `verdict` for when."""
+    """The verdict on overfitting, or nothing; see `verdict` for the rule."""
     known = log.dropna(subset=["validation_loss"]) if "validation_loss" in log else log.iloc[:0]
     if len(known) < 4:
         return ""

@@ -1,6 +1,6 @@
-"""What is learned: a batch and the epoch in, `{"loss": ...}` and what else is worth logging out.
+"""Training objectives: a batch and the epoch in, `{"loss": ...}` and whatever else is worth logging out.
 
-A new objective is a module with what `Objective` asks for; `kit.train.loop.fit` trains it as it is.
+A new objective is a module that follows `Objective`; `kit.train.loop.fit` trains it without further changes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from kit.models.mae import MaskedAutoencoder, masks_for, reconstruction_loss
 from kit.store.dataset import Batch
 from kit.train.loss import nt_xent
 
-VALIDATION_EPOCH = 2**31 - 1  # keys the views of validation scans, which stay the same all through a run
-Report = dict[str, torch.Tensor]  # scalars: `loss`, and what else is worth logging
+VALIDATION_EPOCH = 2**31 - 1  # keys the views of validation scans, which stay the same throughout a run
+Report = dict[str, torch.Tensor]  # scalars: `loss`, and whatever else is worth logging
 
 
 class Objective(Protocol):
-    """What the loop, its chunks, validation and the monitor ask of an objective, besides being an `nn.Module`.
+    """What the loop, its chunks, validation and the monitor need from an objective, in addition to `nn.Module`.
 
     Attributes:
-        encoder: what is learned.
+        encoder: the encoder that is trained.
         compares: whether the loss compares the scans of a batch with each other. If so, a batch in chunks is embedded
-            chunk by chunk, and the embeddings of all are compared; if not, the loss is a mean over scans.
-        scans_per_item: scans of a batch that stand for one item: 2 where the views are of two sessions.
+            chunk by chunk, then all embeddings are compared; if not, the loss is a mean over scans.
+        scans_per_item: scans of a batch that form one item: 2 if the views come from two sessions.
     """
 
     encoder: nn.Module
@@ -40,10 +40,10 @@ class Objective(Protocol):
     scans_per_item: int
 
     def __call__(self, batch: Batch, epoch: int, embed: bool = False) -> Report | torch.Tensor:
-        """Report on a batch; with `embed`, asked only where it `compares`: embeddings (2, items, width)."""
+        """Report on a batch; with `embed`, used only if it `compares`, return embeddings (2, items, width)."""
 
     def compare(self, first: torch.Tensor, second: torch.Tensor) -> Report:
-        """Report on the two views' embeddings (items, width); asked only where it `compares`."""
+        """Report on the two views' embeddings (items, width); used only if it `compares`."""
 
     def train(self, mode: bool = True) -> nn.Module: ...
 
@@ -57,7 +57,7 @@ class Objective(Protocol):
 
 
 class SimCLR(nn.Module):
-    """Two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020)."""
+    """Make two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020)."""
 
     def __init__(self, encoder: nn.Module, recipe: Recipe, *, projection: list[int], temperature: float, seed: int,
                  spacing_mm: float, paired: bool = False, zscored: bool = True) -> None:
@@ -65,8 +65,8 @@ class SimCLR(nn.Module):
         self.encoder = encoder
         self.head = projection_head(encoder.features, projection)
         self.recipe, self.temperature, self.seed, self.spacing_mm = recipe, temperature, seed, spacing_mm
-        self.zscored = zscored  # the scale of the scans, which their views keep; see `make_views`
-        self.compares, self.scans_per_item = True, 2 if paired else 1  # paired: scans come in twos while training
+        self.zscored = zscored  # intensity scale of the scans, which their views keep; see `make_views`
+        self.compares, self.scans_per_item = True, 2 if paired else 1  # paired: training scans come in pairs
 
     def forward(self, batch: Batch, epoch: int, embed: bool = False) -> Report | torch.Tensor:
         """Loss and the share of views that find their partner, see `compare`; with `embed`, only the embeddings.
@@ -78,7 +78,7 @@ class SimCLR(nn.Module):
         return torch.stack([first, second]) if embed else self.compare(first, second)
 
     def views(self, batch: Batch, epoch: int) -> list[torch.Tensor]:
-        """The two views, each (scans, 1, depth, height, width); validation scans keep theirs all through a run."""
+        """The two views, each (scans, 1, depth, height, width); for validation scans, the same throughout a run."""
         key = epoch if self.training else VALIDATION_EPOCH
         parts = [batch, batch]
         if self.scans_per_item == 2 and self.training:
@@ -89,15 +89,15 @@ class SimCLR(nn.Module):
                                spacing_mm=self.spacing_mm, zscored=self.zscored)[0] for view, part in enumerate(parts)]
 
     def compare(self, first: torch.Tensor, second: torch.Tensor) -> Report:
-        """Loss and top-1 of two views' embeddings (scans, width); over all processes while training."""
+        """Loss and top-1 accuracy of two views' embeddings (scans, width); over all processes while training."""
         loss, top1 = nt_xent(first, second, self.temperature, gather=self.training)
         return {"loss": loss, "top1": top1}
 
 
 class MaskedReconstruction(nn.Module):
-    """Masked patches are filled in from the rest (He et al. 2022); the whole scan is the one view.
+    """Fill in masked patches from the rest (He et al. 2022); the whole scan is the only view.
 
-    With a recipe the scan is changed by it first, while training; validation scans stay as they are.
+    A recipe, if given, augments the training scans first; validation scans stay as they are.
     """
 
     def __init__(self, encoder: nn.Module, mask_ratio: float, *, seed: int, normalise: bool = True,
@@ -110,11 +110,11 @@ class MaskedReconstruction(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """What `3_finetune` takes over."""
+        """The part that `3_finetune` reuses."""
         return self.autoencoder.encoder
 
     def masks(self, batch: Batch, epoch: int) -> torch.Tensor:
-        """Which tokens are masked, (batch, tokens) bool; validation scans keep theirs all through a run."""
+        """Which tokens are masked, (batch, tokens) bool; for validation scans, the same throughout a run."""
         key = epoch if self.training else VALIDATION_EPOCH
         masks = masks_for(batch.keys, len(self.encoder.places), self.mask_ratio, seed=self.seed, epoch=key)
         return masks.to(batch.images.device)
@@ -126,12 +126,12 @@ class MaskedReconstruction(nn.Module):
         return self.score(batch, self.autoencoder(batch.images, masked), masked)
 
     def score(self, batch: Batch, predicted: torch.Tensor, masked: torch.Tensor) -> Report:
-        """Compare what is predicted (see `reconstruction_loss`) with the scans."""
+        """Score predicted patches against the scans, see `reconstruction_loss`."""
         true = self.autoencoder.targets(batch.images, self.normalise)
         return {"loss": reconstruction_loss(true, predicted, masked & self.autoencoder.hold_brain(batch.masks))}
 
     def view(self, batch: Batch, epoch: int) -> Batch:
-        """The batch as the recipe changes it while training."""
+        """The batch, augmented by the recipe while training."""
         if not self.training or self.recipe == Recipe():
             return batch
         with no_autocast(batch.images.device):
@@ -141,7 +141,7 @@ class MaskedReconstruction(nn.Module):
 
 
 class Supervised(nn.Module):
-    """A label is predicted: cross-entropy for classes, squared error for a standardised number."""
+    """Predict a label: cross-entropy for classes, squared error for a standardised number."""
 
     def __init__(self, predictor: Predictor, kind: str, *, flip: bool, seed: int, zscored: bool = True) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Supervised(nn.Module):
         return self.predictor.encoder
 
     def forward(self, batch: Batch, epoch: int) -> Report:
-        """Loss; scans are mirrored at random while training, if so asked."""
+        """Loss; with `flip`, training scans are mirrored left-right at random."""
         images = batch.images
         if self.training:
             with no_autocast(images.device):

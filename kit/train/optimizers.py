@@ -14,8 +14,8 @@ from torch import nn
 class Lars(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al. 2017, arXiv 1708.03888) with momentum, as SimCLR uses them.
 
-    A kernel or matrix moves by `lr * trust * |w| / |g + decay w|` times its gradient; groups with `adapt` false
-    (biases, norms) move by plain momentum SGD.
+    A kernel or matrix has the learning rate `lr * trust * |w| / |g + decay w|`; groups with `adapt` false (biases,
+    norms) follow plain momentum SGD.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
@@ -25,7 +25,7 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One step from the gradients that are there."""
+        """Take one step with the current gradients."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -40,13 +40,13 @@ class Lars(torch.optim.Optimizer):
 
 
 def build_optimizer(objective: nn.Module, settings: Any) -> torch.optim.Optimizer:
-    """Weight decay acts on matrices and kernels, not on biases and norms.
+    """Build the optimiser; weight decay acts on matrices and kernels, not on biases and norms.
 
     With `layer_decay`, a group's learning rate is the run's times its `scale`: 1 for the head, `layer_decay` for the
     encoder's last stage, its square for the one before (layer-wise decay, as in BEiT, Bao et al. 2022).
 
     Args:
-        objective: whose weights are trained.
+        objective: module to train.
         settings: `kit.train.loop.Settings`.
     """
     weights = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
@@ -73,7 +73,7 @@ STAGE = re.compile(r"\.(?:layer|blocks\.|denseblock|transition)(\d+)\.")  # of R
 
 
 def depths_of(names: list[str]) -> dict[str, int]:
-    """How deep each parameter lies: 0 in the stem, then a ResNet's stages or a ViT's or DenseNet's blocks, the head.
+    """Depth of each parameter: 0 in the stem, then a ResNet's stages or a ViT's or DenseNet's blocks, then the head.
 
     Args:
         names: of the parameters, in the network's order.
@@ -86,7 +86,7 @@ def depths_of(names: list[str]) -> dict[str, int]:
 
 
 def learning_rate(settings: Any, progress: float) -> float:
-    """The rate at a share (0 to 1) of the run: linear warm-up, then constant or half a cosine to zero."""
+    """Learning rate at a fraction (0 to 1) of the run: linear warm-up, then constant or a half cosine to zero."""
     if progress < settings.warmup_fraction:
         return settings.learning_rate * max(progress / settings.warmup_fraction, 0.01)
     if settings.schedule == "constant":

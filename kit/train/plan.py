@@ -1,4 +1,4 @@
-"""What a run would need, before it is started: memory of a device, hours, and scans a second from the store."""
+"""Estimate what a run needs before it starts: device memory, hours, and scans per second from the store."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from kit.store.store import Store
 from kit.train.objectives import VALIDATION_EPOCH
 from kit.train.pretrain import batches_for, build_objective, choose_scans
 
-SUSTAINED = 50e12  # operations a second that a device is ASSUMED to sustain where none could be measured
+SUSTAINED = 50e12  # operations per second, ASSUMED for a device when none can be measured
 DEVICES = (1, 4, 12)
 
 
 class Need(NamedTuple):
-    """What one training step takes; a scan of SimCLR is its two views."""
+    """What one training step needs; for SimCLR a scan means its two views."""
 
-    parameters: int  # that training changes
-    operations: float  # multiplications and additions of a scan forward and backward, counted
+    parameters: int  # trainable
+    operations: float  # multiplications and additions per scan, forward and backward, counted
     fixed_bytes: float  # weights, gradients and the optimiser's state, float32
-    scan_bytes: float  # what the forward pass of a scan keeps for the backward pass, counted in the run's precision
+    scan_bytes: float  # activations that a scan keeps for the backward pass, counted in the run's precision
 
     def memory(self, scans: int) -> float:
-        """Bytes of a device that runs `scans` at a time, without what cuDNN takes as work space."""
+        """Device memory in bytes with `scans` at a time, without cuDNN's workspace."""
         return self.fixed_bytes + scans * self.scan_bytes
 
 
 def need(params: Pretrain, store: Store) -> Need:
-    """Count operations and kept memory at the store's own shape, without computing or allocating either.
+    """Count operations and stored activations at the store's shape, without computing or allocating anything.
 
     Args:
         params: of the run.
@@ -50,7 +50,7 @@ def need(params: Pretrain, store: Store) -> Need:
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective = build_objective(params, store).train()
         parameters = sum(weight.numel() for weight in objective.parameters() if weight.requires_grad)
-        state = {"adam": 2, "adamw": 2, "lars": 1}[params.optimizer] + 2 + bool(params.ema)  # in float32 copies
+        state = {"adam": 2, "adamw": 2, "lars": 1}[params.optimizer] + 2 + bool(params.ema)  # float32 copies
         own = {weight.untyped_storage()._cdata for weight in objective.parameters()}
         kept: dict[int, int] = {}
 
@@ -71,9 +71,9 @@ def need(params: Pretrain, store: Store) -> Need:
 
 
 def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[float, str]:
-    """Seconds of training a scan takes on one device, and where the number is from.
+    """Seconds of training per scan on one device, and where the number comes from.
 
-    Measured where there is a CUDA device; else the counted operations over an assumed speed.
+    Measured if there is a CUDA device, else estimated from the counted operations and an assumed speed.
     """
     where = device()
     if where.type != "cuda":
@@ -81,7 +81,7 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[floa
                 f"ESTIMATED from counted operations at an assumed {SUSTAINED / 1e12:g} Tflop/s a device; nothing was "
                 "measured here; views are not counted")
     objective = build_objective(params, store).to(where).train()
-    scans = 2  # the whole share may not fit, which is what is asked
+    scans = 2  # the whole share may not fit into memory
     shape = (scans, 1, *store.grid.shape)
     batch = Batch(torch.randn(shape, device=where), torch.ones(shape, dtype=torch.bool, device=where),
                   list(range(scans)), torch.zeros(scans, device=where))
@@ -97,14 +97,14 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[floa
 
 
 def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
-    """Hours of the whole run on 1, 4 and 12 devices, and what else it needs.
+    """Estimate hours of the whole run on 1, 4 and 12 devices, and what else it needs.
 
     Args:
         params: of the run; with `epochs: 0` the plan is for 1000 epochs.
 
     Returns:
-        a row a number of devices: devices, scans_at_a_time, memory_gb, hours, gpu_hours, scans_per_second (that the
-        store must give); and what is known in words.
+        one row per number of devices: devices, scans_at_a_time, memory_gb, hours, gpu_hours, scans_per_second (that the
+        store must deliver); and a summary in words.
     """
     store = Store.open(params.prepared)
     learned = choose_scans(params, store)[0]
@@ -117,7 +117,7 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
     for devices in DEVICES:
         share = max(params.batch_size // devices, 1)
         at_a_time = min(params.chunk or share, share)
-        twice = at_a_time < share and params.objective == "simclr"  # chunks are read and go forward twice
+        twice = at_a_time < share and params.objective == "simclr"  # chunks are read and run forward twice
         seconds = scans * each * (4 / 3 if twice else 1) / devices
         rows.append({"devices": devices, "scans_at_a_time": at_a_time, "memory_gb": wanted.memory(at_a_time) / 1e9,
                      "hours": seconds / 3600, "gpu_hours": seconds / 3600 * devices,

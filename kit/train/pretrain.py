@@ -1,4 +1,4 @@
-"""2_pretrain: an encoder from unlabelled scans, in this process or in several."""
+"""2_pretrain: train an encoder on unlabelled scans, in one process or several."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ DAMAGED = "damaged.csv"  # scans that cannot be read
 
 
 def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
-    """Pretrain an encoder, or go on where the run stopped; a finished run is only read.
+    """Pretrain an encoder, or resume where the run stopped; a finished run is only read.
 
-    Leaves `made_from.json`, `checkpoints/`, `log.csv`, `tensorboard/`, `reference.safetensors` (what it has seen, see
-    `kit.models.reference`) and `encoder.safetensors`, the last epoch's encoder with its record. Asked to stop (a file
-    `stop` in the run's folder, or one interrupt), it writes a checkpoint and `unfinished.csv` and returns; the same
-    parameters go on from there. With `epochs: 0` it trains nothing.
+    Writes `made_from.json`, `checkpoints/`, `log.csv`, `tensorboard/`, `reference.safetensors` (its training features,
+    see `kit.models.reference`) and `encoder.safetensors`, the last epoch's encoder with its record. When asked to stop
+    (by a file `stop` in the run's folder, or one interrupt), it writes a checkpoint and `unfinished.csv` and returns;
+    the same parameters resume from there. With `epochs: 0` it trains nothing.
 
     Returns:
-        one row an epoch, see `kit.train.loop.fit`; of an unfinished epoch the means so far.
+        one row per epoch, see `kit.train.loop.fit`; for an unfinished epoch, the means so far.
 
     Raises:
-        CheckpointError: the run is of other parameters, its recipe's file says something else now, or the scans that
-            it learned from, or who they are of, have changed since.
-        LeakageError: a scan that will be tested is there under another name, too.
+        CheckpointError: the run has other parameters, or its recipe's file, the scans that it learned from or their
+            participants have changed since.
+        LeakageError: a scan that will be tested would be learned from under another name.
     """
     if (run / "encoder.safetensors").exists():
         if "views" in (record := read_record(run.folder)):
@@ -98,10 +98,10 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
 
 
 def check_files(params: Pretrain, folder: Path) -> None:
-    """Look at the scans' files before training; those that are missing or damaged are named, noted and left out.
+    """Check the scans' files before training; warn of missing or damaged ones and leave them out.
 
-    Leaves `damaged.csv` (scan, reason), which the processes that train read. What was left out when a run began stays
-    out when it goes on, though it may have been mended.
+    Writes `damaged.csv` (scan, reason), which the training processes read. A scan left out when a run began stays out
+    when it resumes, even if it has been repaired.
     """
     store = Store.open(params.prepared)
     left_out = _damaged(folder) if _has_checkpoint(folder) else {}
@@ -115,7 +115,7 @@ def check_files(params: Pretrain, folder: Path) -> None:
 
 
 def readable_scans(params: Pretrain, store: Store, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What `choose_scans` chooses, without what `check_files` found damaged when the run of a folder began."""
+    """Like `choose_scans`, without the scans that `check_files` found damaged when the folder's run began."""
     damaged = _damaged(folder)
     learned, validation = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
     if participant_ids(learned).nunique() < 2:
@@ -136,19 +136,19 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def pretrain_inputs(params: Pretrain, store: Store, folder: Path) -> MadeFrom:
-    """What an encoder is made from: of the index only what decides who is learned from, and whose scans they are."""
+    """What an encoder is made from; from the index, only which scans are learned from and whose they are."""
     parts = zip(("learned from", "validation"), readable_scans(params, store, folder), strict=True)
     return made_from([Used("prepared", part, store, rows, participant_ids(rows)) for part, rows in parts],
                      read_aliases(params.aliases))
 
 
 def check_inputs(params: Pretrain, folder: Path) -> None:
-    """Check that a run that has begun goes on from what it began with; note that of one that begins.
+    """Check that a resumed run has the inputs that it began with; record those of a new run.
 
-    The processes that train read what is noted here, and each checkpoint holds it, too.
+    The training processes read this record, and each checkpoint holds it too.
 
     Raises:
-        CheckpointError: everything that has changed is listed.
+        CheckpointError: lists everything that has changed.
     """
     now = pretrain_inputs(params, Store.open(params.prepared), folder)
     finished = (folder / "encoder.safetensors").exists()
@@ -156,7 +156,7 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
     if not finished and begun is None:
         write(folder, now)
         return
-    kept = read_record(folder) if finished else begun["params"]  # what lies with the weights knows best
+    kept = read_record(folder) if finished else begun["params"]  # the record beside the weights counts
     if "made_from" not in kept:
         raise CheckpointError(f"{shown(folder)} is {OLDER}; give another output_dir, or delete that folder")
     before = read_made_from(folder)
@@ -173,7 +173,7 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
 
 
 def status(params: Pretrain, run: Run) -> str:
-    """In one line, how far a run is."""
+    """Say in one line how far a run is."""
     if (run / "encoder.safetensors").exists():
         return f"finished: {params.epochs} epochs"
     state = checkpoint.read_checkpoint(run / "checkpoints")
@@ -185,9 +185,9 @@ def status(params: Pretrain, run: Run) -> str:
 
 
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of the index to learn from, and those of the participants that are for validation.
+    """Rows of the index to learn from, and rows of the validation participants.
 
-    Those that are tested, in this fold or (without a column `split`) in the one split, are in neither, unless
+    Neither has participants who are tested, in this fold or (without a column `split`) in the single split, unless
     `leave_out_test` is false; see `kit.cohort.split.left_out`.
 
     Raises:
@@ -211,12 +211,12 @@ def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataF
 
 
 def _leaves_out(params: Pretrain, index: pd.DataFrame) -> bool:
-    """Whether participants are left out because they will be tested; a column `split` has said so already."""
+    """Whether test participants must be left out here; outside cross-validation, a column `split` already does so."""
     return params.leave_out_test and (Splitting.of(params).crossed or "split" not in index)
 
 
 def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
-    """Which rows are of participants that will be tested, as the index of everybody decides."""
+    """Which rows are of participants who will be tested, decided on the whole index."""
     if not _leaves_out(params, every):
         return pd.Series(False, rows.index)
     ids = participant_ids(every)
@@ -224,7 +224,7 @@ def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Ser
 
 
 def check_start(params: Pretrain) -> None:
-    """Say who is left out of pretraining, and look for their scans under other names.
+    """Print who is left out of pretraining, and look for their scans under other names.
 
     Raises:
         LeakageError: a scan that is left out for testing would be learned from under another name.
@@ -243,7 +243,7 @@ def check_start(params: Pretrain) -> None:
 
 
 def build_objective(params: Pretrain, store: Store) -> nn.Module:
-    """The objective with an encoder of random weights, both decided by the seed."""
+    """Build the objective, with random weights drawn from the seed."""
     encoder = build_encoder(params.architecture, store.grid, params.seed)
     if params.objective == "mae":
         return MaskedReconstruction(
@@ -257,7 +257,7 @@ def build_objective(params: Pretrain, store: Store) -> nn.Module:
 
 
 def batches_for(params: Pretrain, learned: pd.DataFrame) -> Callable[[int], list[list[int]]]:
-    """The global batches of each epoch, as the parameters ask for them."""
+    """The global batches of each epoch, as set by the parameters."""
     participants, datasets = participant_ids(learned).tolist(), learned["dataset"].astype(str).tolist()
     if params.session_pairs:
         return lambda epoch: session_batches(participants, params.batch_size, params.seed, epoch)
@@ -265,7 +265,7 @@ def batches_for(params: Pretrain, learned: pd.DataFrame) -> Callable[[int], list
 
 
 def by_chance(params: Pretrain, learned: pd.DataFrame) -> float:
-    """Share of views that find their partner by chance, mean over batches: those of few participants are smaller."""
+    """Share of views that find their partner by chance, averaged over batches, as their sizes may differ."""
     sizes = [len(batch) // (2 if params.session_pairs else 1) for batch in batches_for(params, learned)(0)]
     return float(np.mean([1 / (2 * size - 1) for size in sizes]))
 
@@ -279,10 +279,10 @@ def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
 
 
 def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Validation scans of an MAE run: the scan, what the network sees, and that with what it predicts filled in.
+    """Validation scans of an MAE run: the scan, what the network sees, and the same with its predictions filled in.
 
-    Each (depth, height, width) on the scale of its targets, see `kit.models.mae.reconstruct`: with `normalise_patches`
-    each patch less its mean, over its standard deviation. Where none are for validation, scans that were learned from.
+    Each is (depth, height, width) on the scale of the targets, see `kit.models.mae.reconstruct`: with
+    `normalise_patches`, each patch minus its mean, over its SD. Without validation scans, training scans are shown.
     """
     model, store = _restored(params, run)
     learned, validation = readable_scans(params, store, run.folder)
@@ -294,7 +294,7 @@ def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np
 
 
 def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The encoder that a run left, with its record; with `params`, that of the last checkpoint of an unfinished run."""
+    """Load a run's encoder with its record; with `params`, an unfinished run's from its last checkpoint."""
     if params and not (run / "encoder.safetensors").exists():
         model, store = _restored(params, run)
         return model.encoder, record_of(params, store, model, read_made_from(run.folder), run.folder)
@@ -303,17 +303,17 @@ def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Mod
 
 
 def recipe_of(params: Pretrain) -> str:
-    """Which recipe the objective's views are made by."""
+    """Name or file of the recipe for the objective's views."""
     return params.mae_recipe if params.objective == "mae" else params.recipe
 
 
 def views_of(objective: nn.Module) -> dict[str, Any]:
-    """What the recipe said when the objective was built, as `views`: a file of the same name may say else later."""
+    """The recipe as it was when the objective was built, under `views`, because its file may change later."""
     return {"views": objective.recipe.plain()}
 
 
 def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom, folder: Path) -> dict[str, Any]:
-    """What an encoder's file says of itself, see `kit.models.encoder_file`; the folder is the run's."""
+    """Record for an encoder's file, see `kit.models.encoder_file`; the folder is the run's."""
     rows = pd.concat(readable_scans(params, store, folder))
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
             "preparation": store.record, "params": params.plain(),
@@ -322,14 +322,14 @@ def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFr
 
 
 def train(params: Pretrain, folder: Path) -> None:
-    """Train in this process, alone or as one of several; see `pretrain`, which starts them."""
+    """Train in this process, alone or as one of several that `pretrain` started."""
     store = Store.open(params.prepared)
     learned, validation = readable_scans(params, store, folder)
     objective = build_objective(params, store)
     if world_size() > 1:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
-    made = read_made_from(folder)  # noted by the process that started this one
+    made = read_made_from(folder)  # written by the process that started this one
     same |= views_of(objective) | {"made_from": made.record}
     try:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
@@ -350,7 +350,7 @@ def train(params: Pretrain, folder: Path) -> None:
 
 
 def _seen(objective: nn.Module, store: Store, learned: pd.DataFrame, validation: pd.DataFrame) -> Reference:
-    """What the encoder has seen; of many training scans some, drawn by the seed."""
+    """Fit the encoder's reference features; of many training scans a subset, drawn by the seed."""
     drawn = rng_for(objective.seed).permutation(len(learned))[:SCANS]
     features = [embed(objective, PreparedScans(store, rows), views=False)[0].numpy() if len(rows) else None
                 for rows in (learned.iloc[drawn], validation)]
@@ -358,7 +358,7 @@ def _seen(objective: nn.Module, store: Store, learned: pd.DataFrame, validation:
 
 
 def _worker(plain: dict[str, Any], folder: str) -> None:
-    """One of several processes; see `kit.train.distributed.launch`."""
+    """Train as one of several processes; see `kit.train.distributed.launch`."""
     with process_group():
         train(Pretrain.model_validate(plain), Path(folder))
 
@@ -367,5 +367,5 @@ def _train_noted(folder: Path) -> None:
     train(Pretrain.model_validate(read_yaml(folder / "params.yaml")), folder)
 
 
-if __name__ == "__main__":  # python -m kit.train.pretrain FOLDER WORKERS, which `launch_on_nodes` has srun start
+if __name__ == "__main__":  # python -m kit.train.pretrain FOLDER WORKERS, started by `launch_on_nodes`
     worker_of_slurm(Path(sys.argv[1]), int(sys.argv[2]), _train_noted)

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: `live.json` for the notebook's figure, TensorBoard's files, a bar."""
+"""Live progress of a run: `live.json` for the notebook's figure, TensorBoard's files, a progress bar."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from kit.runs import progress as bar
 from kit.runs import write_whole
 from kit.train.distributed import rank
 
-EVERY_SECONDS = 1.0  # between two writings of live.json
-POINTS = 400  # of a curve in live.json; a longer one is thinned
+EVERY_SECONDS = 1.0  # between two updates of live.json
+POINTS = 400  # most points of the curve in live.json; a longer one is thinned
 
 
 class Progress:
-    """Step by step: a progress bar, `live.json` and `tensorboard/`. Rank 0 keeps it; the others' does nothing.
+    """Report each step in a progress bar, `live.json` and `tensorboard/`, on rank 0 only.
 
-    A full disk stops no run here: what could not be written is written at the next turn.
+    A full disk does not stop the run here; writing is tried again at the next update.
 
     Args:
-        folder: of the run; None keeps a bar only.
+        folder: of the run; None shows only the bar.
         steps: of the whole run.
-        done: steps that a resumed run has behind it.
+        done: steps that a resumed run has already done.
     """
 
     def __init__(self, folder: Path | None, steps: int, done: int) -> None:
@@ -35,19 +35,19 @@ class Progress:
         self.bar = bar(total=steps, initial=done, desc="training", unit="step", disable=rank() > 0)
         self.board = None
         if self.folder:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports, not for small fits
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done or None)
 
     def note(self, epoch: int, report: dict[str, float], rate: float, scans: int, waited: float) -> None:
-        """Write down one step.
+        """Report one step.
 
         Args:
             epoch: from 0.
-            report: of the step; `loss` is drawn.
+            report: of the step; `loss` is plotted.
             rate: learning rate.
-            scans: of all processes, in this step.
-            waited: seconds that the step waited for data.
+            scans: in this step, over all processes.
+            waited: mean seconds that a step of this epoch waited for data.
         """
         self.step += 1
         self.bar.set_postfix(loss=f"{report['loss']:.3f}", refresh=False)
@@ -71,14 +71,14 @@ class Progress:
             return
 
     def add(self, values: dict[str, Any], kind: str) -> None:
-        """Numbers for TensorBoard, at the present step."""
+        """Send numbers to TensorBoard, at the current step."""
         if self.board:
             for name, value in values.items():
                 if isinstance(value, float) and math.isfinite(value):
                     self.board.add_scalar(f"{kind}/{name}", value, self.step)
 
     def close(self) -> None:
-        """Take the bar away, close TensorBoard's file."""
+        """Remove the bar and close TensorBoard's file."""
         self.bar.close()
         if self.board:
             try:

@@ -1,4 +1,4 @@
-"""Asking a run to stop: a file in its folder, touched by a batch script, by a person, or by an interrupt.
+"""Ask a run to stop, by a file in its folder that a batch script, a person or an interrupt creates.
 
 The processes agree on it at each step, rank 0 writes a checkpoint, all return, and the notebook ends normally.
 """
@@ -15,7 +15,7 @@ import pandas as pd
 
 NAME = "stop"  # in the run's folder
 UNFINISHED = "unfinished.csv"  # the log so far of a run that was asked to stop
-PREEMPTED = "preempted"  # there, too: Slurm asked, and the job is to be requeued; see slurm/papermill.sbatch
+PREEMPTED = "preempted"  # also there: Slurm asked, and the job is to be requeued; see slurm/papermill.sbatch
 
 
 class Stopped(Exception):
@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 @contextmanager
 def interrupt_stops(file: Path) -> Iterator[None]:
-    """The first interrupt (JupyterLab's Stop button, Ctrl-C) touches the stop file; a second one interrupts."""
+    """Make the first interrupt (JupyterLab's Stop button, Ctrl-C) create the stop file; a second one interrupts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
