@@ -64,7 +64,7 @@ class Explore(Parameters):
     scans: Annotated[int, Field(ge=2)] = 6  # scans to look at; similarity compares them
     recipe: str = "weak"  # a recipe's name, or a YAML file
     encoder: str = "random:resnet18_narrow"  # shows the similarity of its features; as in 3_finetune
-    seed: Seed = 0
+    seed: Seed = 0  # of all that is random
     spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0  # of the grid that `cohort` is prepared on
     shape: Shape = (36, 48, 40)  # voxels (z, y, x)
     workers: Positive = 2  # processes
@@ -85,15 +85,15 @@ class Preprocess(Parameters):
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV), a BIDS folder, FOMO60K, FOMO300K or OpenMind
     contrast: str = "T1w"  # scans to take from a folder: T1w, T2w, FLAIR, T1ce, ...; from a table all are taken
-    sample_participants: Annotated[int, Field(ge=40)] = 80
-    seed: Seed = 0
-    bias_correction: BiasCorrection = "none"
-    registration: Registration = "none"
-    mask: Mask = "auto"
-    intensity: Intensity = "zscore"
+    sample_participants: Annotated[int, Field(ge=40)] = 80  # size of the sample cohort
+    seed: Seed = 0  # of all that is random
+    bias_correction: BiasCorrection = "none"  # none or n4 (SimpleITK)
+    registration: Registration = "none"  # to the ICBM152 template: none, rigid or affine
+    mask: Mask = "auto"  # brain mask: auto, given, nonzero, deepbet, hd-bet, mri_synthstrip
+    intensity: Intensity = "zscore"  # normalisation inside the mask: zscore or whitematter
     orientation_unknown: OrientationUnknown = "refuse"  # for scans whose header does not say where they lie
     brain_ml: tuple[Positive, Positive] = (700, 2100)  # ml; brains smaller or larger are flagged; for adults
-    spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0
+    spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0  # mm, of the isotropic grid
     shape: Shape = (36, 48, 40)  # voxels (z, y, x); the paper: 150, 192, 192 at 1 mm
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # if more scans fail, the last cell raises
     workers: Positive = 2  # processes, one thread each
@@ -133,7 +133,7 @@ class Training(Parameters):
     workers: Positive = 1  # processes per node; 1 on one node trains in the kernel
     nodes: Annotated[int, Field(ge=0)] = 0  # 0: all nodes of the Slurm job that the notebook runs in, or one
     loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes per worker
-    seed: Seed = 0
+    seed: Seed = 0  # of all that is random
 
     def processes(self) -> int:
         """Processes over all nodes."""
@@ -160,7 +160,7 @@ class Pretrain(Training):
 
     may_change: ClassVar[frozenset[str]] = Training.may_change | {"verify"}
 
-    prepared: ProjectPath
+    prepared: ProjectPath  # a run of 1_preprocess
     split: str = "pretrain"  # rows to learn from, if the index has a column `split`
     leave_out_test: bool = True  # in folds, or without a column `split`: leave out participants who will be tested
     folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation, as in 3_finetune and 5_benchmark; 0: one split
@@ -170,18 +170,18 @@ class Pretrain(Training):
     stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group if present
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # also use scans unusable for these
-    objective: Literal["simclr", "mae"] = "simclr"
-    architecture: Architecture = "resnet18_narrow"
+    objective: Literal["simclr", "mae"] = "simclr"  # contrastive views, or masked autoencoder
+    architecture: Architecture = "resnet18_narrow"  # resnet18 is the paper's; an MAE takes vit or vit_narrow
     recipe: str = "weak"  # views of SimCLR: a recipe's name, or a YAML file
     mae_recipe: str = "none"  # the MAE's single view, likewise; He et al. found masking to be augmentation enough
     epochs: Annotated[int, Field(ge=0)] = 30  # 0: only estimate what a run needs
     sampling: Literal["all", "balanced"] = "all"  # per epoch: every scan once, or equally many of each dataset
     session_pairs: bool = False  # SimCLR: take the two views from two sessions, if a participant has them
-    optimizer: Literal["adam", "adamw", "lars"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
+    optimizer: Literal["adam", "adamw", "lars"] = "adamw"  # adam, adamw or lars
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3  # its highest value, after warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after warm-up
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of all steps
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4  # of weights, not of biases and norms
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999  # of adam and adamw; 0.95 for an MAE (He et al. 2022)
     temperature: Annotated[float, Field(gt=0)] = 0.1  # NT-Xent
     projection: list[Positive] = [128, 128, 64]  # widths of the projection head; the paper: 512, 512, 64
@@ -217,7 +217,7 @@ class TestSet(BaseModel):
     __test__: ClassVar[bool] = False  # no test class for pytest
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prepared: ProjectPath
+    prepared: ProjectPath  # a run of 1_preprocess
     tasks: list[str] = []  # label columns; empty: all tasks for which it has a column
 
 
@@ -228,7 +228,7 @@ def _of_path(value: object) -> object:
 class Tuning(Training):
     """Parameters of fine-tuning, for one encoder or many."""
 
-    prepared: ProjectPath
+    prepared: ProjectPath  # a run of 1_preprocess
     # prepared scans of other sites, also tested; null: rows of `prepared` whose split says so, if there are any
     out_of_distribution: ProjectPath | None = None
     # more test sets, by name: prepared scans, or {prepared: ..., tasks: [...]} for only some tasks
@@ -243,9 +243,11 @@ class Tuning(Training):
     steps: Positive = 400  # at most; each step averages `accumulate` batches
     check_steps: Positive = 20  # between two looks at the validation scans: one epoch of the log
     patience: Annotated[int, Field(ge=0)] = 5  # looks without a lower validation loss before it stops; 0: never
+    # each is tried with each weight decay; validation chooses
     learning_rates: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1e-3]
+    # of weights, not of biases and norms
     weight_decays: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [1e-2]
-    optimizer: Literal["adam", "adamw"] = "adamw"
+    optimizer: Literal["adam", "adamw"] = "adamw"  # adam or adamw
     schedule: Literal["constant", "cosine"] = "constant"  # constant: more steps continue the same trajectory
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning-rate factor from stage to stage below the head
@@ -296,9 +298,9 @@ class Finetune(Tuning):
     encoder: str
     fold: Annotated[int, Field(ge=0)] = 0  # the fold to test, from 0, if there are folds
     task: str = "stroke"  # a label column
-    task_type: TaskType = "auto"
+    task_type: TaskType = "auto"  # auto, classification or regression
     missing_codes: list[Code] = []  # values of the label that mean missing, such as 9, 999 or NA
-    mode: Literal["probe", "finetune"] = "finetune"
+    mode: Literal["probe", "finetune"] = "finetune"  # a linear model on frozen features, or all weights
     label_fraction: Fraction = 1.0  # of the training and validation participants
 
     def problems(self) -> list[str]:
@@ -314,13 +316,14 @@ class Finetune(Tuning):
 class Saliency(Parameters):
     """4_saliency: where a model looks, and whether its maps can be trusted."""
 
-    prepared: ProjectPath
+    prepared: ProjectPath  # a run of 1_preprocess
     model: ProjectPath  # a run of 3_finetune in mode finetune, or of 2_pretrain for an encoder
     # also: gradient_x_input, grad_cam_pp, guided_backpropagation, occlusion, attention_rollout (ViTs)
     methods: Annotated[list[Method], Field(min_length=1)] = ["gradient", "smoothgrad", "integrated_gradients",
                                                              "grad_cam"]
     target: str = "prediction"  # or a class; for an encoder: similarity, views, component
     like: str | None = None  # for target similarity: the scan to be similar to; null: the first shown
+    # test participants to show: the surest hits, the worst errors, random ones, controls
     whom: Annotated[list[Literal["surest", "worst", "random", "controls"]], Field(min_length=1)] = ["surest",
                                                                                                     "controls"]
     participants: Positive = 2  # test participants for each of these
@@ -341,7 +344,7 @@ class Saliency(Parameters):
     atlas_names: ProjectPath | None = None  # a table of a label map's labels: index, label
     cohort: str | None = None  # the cohort that was prepared; if given, maps are also written in the scans' own space
     allow_differences: list[Allowed] = []  # where preparations may differ: registration, mask, bias_correction
-    seed: Seed = 0
+    seed: Seed = 0  # of all that is random
 
     def problems(self) -> list[str]:
         problems = _prepared_problems("prepared", self.prepared)
@@ -383,7 +386,7 @@ class Benchmark(Tuning):
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
     label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for probes and baselines
     finetune_tasks: list[str] = ["stroke"]  # tasks to also fine-tune on
-    finetune_fractions: list[Fraction] = [0.2]
+    finetune_fractions: list[Fraction] = [0.2]  # of the training participants, for fine-tuning
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each has its own label subset, head and `{seed}` encoder
     task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
     missing_codes: dict[str, list[Code]] = {}  # by task, as in 3_finetune
@@ -443,8 +446,8 @@ class Apply(Parameters):
     stages: list[Positive] = []  # concatenate the features of these stages, from 1; empty: the encoder's output
     flips: bool = False  # average the features of a scan and of its mirror image
     allow_differences: list[Allowed] = []  # where a prepared cohort may differ from the encoder's preparation
-    sample_participants: Annotated[int, Field(ge=40)] = 80
-    seed: Seed = 0
+    sample_participants: Annotated[int, Field(ge=40)] = 80  # size of the sample cohort
+    seed: Seed = 0  # of all that is random
     workers: Positive = 2  # processes for preparation, one thread each
 
     def problems(self) -> list[str]:

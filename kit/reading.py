@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterable, Mapping
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -39,7 +44,7 @@ class Parameters(BaseModel):
     may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
     feeds_others: ClassVar[bool] = True  # whether other notebooks read this one's output
 
-    output_dir: ProjectPath
+    output_dir: ProjectPath  # folder of this run
 
     @property
     def run_dir(self) -> Path:
@@ -54,8 +59,39 @@ class Parameters(BaseModel):
         """The parameters as YAML values, with paths as `kit.runs.shown` writes them."""
         return {name: _plain(value) for name, value in self}
 
+    def table(self) -> Any:
+        """All parameters as a folded HTML table: value, default, and what each one means."""
+        from IPython.display import HTML
+
+        meaning, fields, rows = meanings(type(self)), type(self).model_fields, []
+        for name, value in self.plain().items():
+            default = "" if fields[name].is_required() else _text(_plain(fields[name].default))
+            cells = [name, _text(value), "" if default == _text(value) else default, meaning.get(name, "")]
+            rows.append("".join(f'<td style="text-align:left">{escape(cell)}</td>' for cell in cells))
+        head = "".join(f"<th>{title}</th>" for title in ("parameter", "value", "default, if another", "meaning"))
+        return HTML(f"<details><summary>{len(rows)} parameters</summary><table><tr>{head}</tr>"
+                    f"{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>")
+
 
 Model = TypeVar("Model", bound=Parameters)
+
+
+def meanings(model: type[Parameters]) -> dict[str, str]:
+    """Read what each field means from the comments beside or above it, those of base classes included."""
+    found = {}
+    for kind in reversed([each for each in model.__mro__ if issubclass(each, Parameters)]):
+        source = inspect.getsource(kind)
+        comments = {token.start[0]: token.string.lstrip("# ") for token in
+                    tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+        whole = {number for number, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                above = node.lineno - 1
+                while above in whole:
+                    above -= 1
+                lines = [*range(above + 1, node.lineno), *range(node.lineno, node.end_lineno + 1)]
+                found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
+    return found
 
 
 def read(model: type[Model]) -> Model:
@@ -235,3 +271,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     value = dict(value) if isinstance(value, BaseModel) else value
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _text(value: Any) -> str:
+    """A value as it stands in a YAML file, on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

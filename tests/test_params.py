@@ -1,5 +1,6 @@
 """Parameters: unknown names, wrong types and impossible values are refused, all in one message."""
 
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import yaml
 
 from kit.augment.recipe import names, read_recipe
 from kit.params import NOTEBOOKS, Explore, Preprocess, Pretrain
-from kit.reading import ParameterError, check, read_yaml
+from kit.reading import ParameterError, check, meanings, read_yaml
 from kit.runs import ROOT, outputs_dir, resolve, shown
 
 
@@ -191,3 +192,19 @@ def test_parameter_files_fit_their_models(file):
     from kit.execute import notebook_of
 
     NOTEBOOKS[notebook_of(file)].model_validate(yaml.safe_load(file.read_text()))  # alone, without the defaults
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_every_parameter_says_what_it_means(notebook):
+    model = NOTEBOOKS[notebook]
+    said = meanings(model)
+    assert [name for name in model.model_fields if len(said.get(name, "")) < 5] == []
+
+
+def test_the_table_shows_what_differs_from_the_defaults(prepared, tmp_path):
+    html = Pretrain(prepared=prepared, output_dir=tmp_path / "out", epochs=7, recipe="<weak>").table().data
+    rows = re.findall(r"<tr>(.*?)</tr>", html)
+    cells = {row[0]: row[1:] for row in (re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows) if row}
+    assert list(cells) == list(Pretrain.model_fields)
+    assert cells["epochs"] == ["7", "30", "0: only estimate what a run needs"] and cells["seed"][1] == ""
+    assert cells["recipe"][:2] == ["&lt;weak&gt;", "weak"]
