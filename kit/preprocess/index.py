@@ -20,7 +20,7 @@ from kit.store.store import claim, read_index, scan_path
 
 # Columns that the index adds to the cohort.
 QUALITY_COLUMNS = ("mask_source", *QC_METRICS, "seconds")
-FAILED = ("scan", "participant", "session", "image_path", "reason")  # columns of failed.csv
+FAILED = ("scan", "participant", "session", "dataset", "image_path", "reason")  # columns of failed.csv
 ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")
 
 

@@ -4,6 +4,7 @@
 - `figure`: an empty figure with a title and a note ("procedural data"); figures as PNG
 - `slices`: a scan in three planes with overlay and outline; many scans; views beside their original; a
   transform at several strengths
+- `cohort_figures`: a cohort by dataset, split and label, and what became of its scans
 - `quality_figures`: prepared scans with the template's outline; quality metrics by site
 - `curves`: losses, learning rate and seconds of a training run
 - `comparison`: the benchmark: forest plot of differences, tables, summary, label efficiency

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -223,31 +223,42 @@ def worst_errors(table: pd.DataFrame, store: Store, count: int = 6, task: str = 
                    tuple(PLANES))
 
 
-def embedding_map(
-    embeddings: np.ndarray, values: Sequence, title: str = "", note: str = "", name: str = ""
-) -> Figure:
-    """Draw embeddings on their first two principal components, coloured by a number or a category.
+def embedding_maps(embeddings: Mapping[str, np.ndarray], labels: pd.DataFrame, title: str = "",
+                   note: str = "") -> Figure:
+    """Draw each encoder's embeddings on their first two principal components, coloured by each label.
 
     Args:
-        embeddings: (scans, features).
-        values: one per scan; more than two distinct numbers get a colour bar, anything else a legend.
-        name: label of the values.
+        embeddings: (scans, features) by the encoder's name, a row of panels each.
+        labels: one row per scan, a column of panels each; more than two distinct numbers get a colour bar, anything
+            else a legend. Scans without a value are grey.
     """
-    fit = PCA(n_components=2, random_state=0)
-    points, values = fit.fit_transform(embeddings), pd.Series(list(values))
-    figure = blank(540, 380, title, note)
-    axes = figure.subplots()
+    names = list(labels.columns)
+    figure = blank(max(400, 260 * len(names)), 250 * len(embeddings) + 30, title, note)
+    panels = figure.subplots(len(embeddings), len(names), squeeze=False)
+    for row, (encoder, values) in zip(panels, embeddings.items(), strict=True):
+        fit = PCA(n_components=2, random_state=0)
+        points = fit.fit_transform(values)
+        first, second = 100 * fit.explained_variance_ratio_
+        for axes, name in zip(row, names, strict=True):
+            _coloured(axes, points, labels[name].reset_index(drop=True), name)
+            label(axes, f"component 1 ({first:.0f} %)", f"component 2 ({second:.0f} %)")
+            axes.set_title(encoder)
+    return figure
+
+
+def _coloured(axes: Axes, points: np.ndarray, values: pd.Series, name: str) -> None:
+    """Scatter points coloured by a number or a category."""
+    known = values.notna().to_numpy() & (values.astype(str) != "").to_numpy()
+    axes.scatter(*points[~known].T, s=8, color="0.8")
+    points, values = points[known], values[known].reset_index(drop=True)
     if pd.api.types.is_numeric_dtype(values) and values.nunique() > 2:
-        bar = figure.colorbar(axes.scatter(*points.T, c=values, s=14), ax=axes)
+        bar = axes.figure.colorbar(axes.scatter(*points.T, c=values, s=12), ax=axes)
         bar.set_label(name, fontsize=TEXT)
         bar.ax.tick_params(labelsize=TEXT - 1)
     else:
         for value, rows in values.groupby(values).groups.items():
-            axes.scatter(*points[rows].T, s=14, label=str(value))
+            axes.scatter(*points[rows].T, s=12, label=str(value))
         axes.legend(title=name, **LEGEND)
-    first, second = 100 * fit.explained_variance_ratio_
-    label(axes, f"component 1 ({first:.0f} % of variance)", f"component 2 ({second:.0f} %)")
-    return figure
 
 
 def _panels(table: pd.DataFrame, title: str, note: str,

@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.metrics import brier_score_loss, roc_auc_score, roc_curve
 
 from kit.evaluate.metrics import score
-from kit.show.predictions import calibration, confusion, embedding_map, predictions, roc, scatter, worst_errors
+from kit.show.predictions import calibration, confusion, embedding_maps, predictions, roc, scatter, worst_errors
 
 NOTE = "procedural data"
 
@@ -183,19 +183,23 @@ def test_the_worst_errors_of_classes_are_those_that_were_surest(store):
         "made/003\ntrue lesion, predicted healthy (0.98)", "made/004\ntrue healthy, predicted lesion (0.73)"]
 
 
-def test_embedding_map_finds_the_direction_that_varies():
+def test_embedding_maps_find_the_direction_that_varies():
     rng = np.random.default_rng(0)
     age = rng.uniform(50, 80, 40)
     embeddings = 0.01 * rng.normal(size=(40, 6))
     embeddings[:, 4] += age
-    figure = embedding_map(embeddings, age, note=NOTE, name="age (years)")
-    first = figure.axes[0].collections[0].get_offsets()[:, 0]
+    labels = pd.DataFrame({"age (years)": age, "site": ["A", "B"] * 20, "diagnosis": ["CN"] * 10 + [None] * 30})
+    figure = embedding_maps({"SimCLR": embeddings, "random weights": rng.normal(size=(40, 6))}, labels, note=NOTE)
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["SimCLR"] * 3 + ["random weights"] * 3
+    first = panels[0].collections[1].get_offsets()[:, 0]
     assert abs(np.corrcoef(first, age)[0, 1]) > 0.999
-    assert figure.axes[0].get_xlabel() == "component 1 (100 % of variance)"
-    assert figure.axes[1].get_ylabel() == "age (years)" and figure.get_supxlabel() == NOTE
-    by_site = embedding_map(embeddings, ["A", "B"] * 20, name="site").axes[0]
-    assert names(by_site) == ["A", "B"] and by_site.get_legend().get_title().get_text() == "site"
-    assert [len(dots.get_offsets()) for dots in by_site.collections] == [20, 20]
+    assert panels[0].get_xlabel() == "component 1 (100 %)" and figure.get_supxlabel() == NOTE
+    assert {axes.get_ylabel() for axes in figure.axes} >= {"age (years)"}
+    assert names(panels[1]) == ["A", "B"] and panels[1].get_legend().get_title().get_text() == "site"
+    # nobody is grey where all have a value; of those without a diagnosis there are thirty
+    assert [len(dots.get_offsets()) for dots in panels[1].collections] == [0, 20, 20]
+    assert [len(dots.get_offsets()) for dots in panels[2].collections] == [30, 10]
 
 
 def test_pyplot_keeps_no_figure():
