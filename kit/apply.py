@@ -96,13 +96,13 @@ class Applied(NamedTuple):
         return pd.concat([rows, pd.DataFrame(self.features, rows.index, names)], axis=1)
 
 
-def apply(params: Apply, folder: Path, scans: pd.DataFrame | None = None) -> Applied:
+def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None) -> Applied:
     """Prepare scans as the encoder's were, embed them, and predict if it is a fine-tuned model.
 
     Args:
         params: see `kit.params.Apply`.
         folder: prepared scans are kept in its `prepared/`, and not prepared again.
-        scans: a cohort, in place of `params.input`.
+        scans: what `scans_of` found, or another cohort, in place of `params.input`.
 
     Raises:
         CohortError, PreparationError: nothing could be read; single scans that fail are listed in `failed`.
@@ -112,15 +112,15 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | None = None) -> App
     model = resolve(spec) if is_model(spec) else None
     record = model_record(model) if model else read_record(spec)
     coarse, failed, allow = pd.Series(dtype=str), pd.DataFrame(), list(params.allow_differences)
-    if scans is None and is_prepared(resolve(params.input)):
-        store = Store.open(resolve(params.input))
+    scans = scans_of(params) if scans is None else scans
+    if isinstance(scans, Store):
+        store = scans
     else:
-        cohort = scans_at(resolve(params.input), params.contrast) if scans is None else scans
         settings = settings_for(record["preparation"], params)
         allow += [field for field in ("registration", "mask", "bias_correction")
                   if record["preparation"][field] not in (settings.record()[field], ANY)]
-        index, failed = prepare(cohort, folder / "prepared", settings, params.workers)
-        store, coarse = Store.open(folder / "prepared"), coarse_scans(cohort, index)
+        index, failed = prepare(scans, folder / "prepared", settings, params.workers)
+        store, coarse = Store.open(folder / "prepared"), coarse_scans(scans, index)
     sides = {"model": Side(shown(model), record["preparation"])} if model else side_of(spec)
     check_fit(sides | {"scans": Side.of(store)}, allow)
     prepared = perf_counter()
@@ -146,6 +146,16 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | None = None) -> App
 def model_record(model: Path) -> dict[str, Any]:
     """Read the record of a model from its 3_finetune run."""
     return json.loads((model / "task.json").read_text(encoding="utf-8"))
+
+
+def scans_of(params: Apply) -> pd.DataFrame | Store:
+    """Open the prepared cohort that `input` names, or list the raw scans that lie there.
+
+    Raises:
+        CohortError, StoreError: nothing is there, or it cannot be read.
+    """
+    path = resolve(params.input)
+    return Store.open(path) if is_prepared(path) else scans_at(path, params.contrast)
 
 
 def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
@@ -273,9 +283,8 @@ def main() -> int:
             values = {"input": str(Path(arguments.input).absolute()), "encoder": arguments.encoder,
                       "output_dir": folder, **read_options(arguments.parameter)}
             params = check(Apply, values)
-            prepared = is_prepared(resolve(params.input))
-            scans = None if prepared else scans_at(resolve(params.input), params.contrast)
-            count = len(Store.open(resolve(params.input)).index) if prepared else len(scans)
+            scans = scans_of(params)
+            count = len(scans.index)  # of a store's table, or of the cohort's
             if arguments.output.suffix == ".npy" and count != 1:
                 raise ParameterError(f"--output: {arguments.output} is for one scan, and {shown(params.input)} has "
                                      f"{count}; name a .csv or .parquet")
