@@ -84,18 +84,28 @@ def test_a_parameter_file_is_named_after_its_notebook(tmp_path):
         notebook_of(tmp_path / "pretrain.yaml")
 
 
-def test_a_folder_of_parameters_runs_in_order_and_ends_with_where_things_lie(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def quick_pretraining(tmp_path_factory):
+    """Parameters of a pretraining of seconds, whose folder says its seed."""
+    store = make_store(tmp_path_factory.mktemp("store"), 12)
+    return {"prepared": str(store.folder), "epochs": 1, "batch_size": 4, "monitor_epochs": 0, "leave_out_test": False,
+            "output_dir": "outputs/of{seed}"}
+
+
+def test_a_folder_of_parameters_runs_in_order_and_ends_with_where_things_lie(quick_pretraining, tmp_path, capsys):
     params = tmp_path / "params"
     params.mkdir()
-    (params / "budget.yaml").write_text("1_preprocess: 60\n")
-    (params / "1_preprocess.yaml").write_text("sample_participants: 40\noutput_dir: outputs/few\n")
+    (params / "budget.yaml").write_text("2_pretrain: 60\n")
+    values = quick_pretraining | {"output_dir": "outputs/few"}
+    (params / "2_pretrain.yaml").write_text(yaml.safe_dump(values))
     run_folder(params)
     text = capsys.readouterr().out
-    assert "[1/1] 1_preprocess, about 60 s" in text and "outputs/few/report.html" in text
+    assert "[1/1] 2_pretrain, about 60 s" in text and "outputs/few/report.html" in text
+    assert "2_pretrain: loss" in text
     names = {path.name for path in (tmp_path / "outputs" / "few").iterdir()}
-    assert names >= {"1_preprocess.ipynb", "report.html", "params.yaml", "metrics.json", "index.csv"}
-    (params / "1_preprocess.yaml").write_text("sample_participants: 41\noutput_dir: outputs/few\n")
-    with pytest.raises(RunError, match="sample_participants: the folder has 40, asked for 41"):
+    assert names >= {"2_pretrain.ipynb", "report.html", "index.html", "params.yaml", "metrics.json", "log.csv"}
+    (params / "2_pretrain.yaml").write_text(yaml.safe_dump(values | {"batch_size": 6}))
+    with pytest.raises(RunError, match="batch_size: the folder has 4, asked for 6"):
         run_folder(params)
 
 
@@ -114,24 +124,25 @@ def test_a_file_is_run_once_for_each_combination(tmp_path):
         assert f"budget.yaml: 2_pretrain: got {entry}; give seconds" in str(error.value)
 
 
-def test_runs_at_once_have_a_core_each_and_after_a_failure_no_other_starts(tmp_path, capfd):
-    (tmp_path / "1_preprocess.yaml").write_text("output_dir: outputs/of{sample_participants}\n")
-    entry = "1_preprocess: {{seconds: 9, each: {{sample_participants: {}}}, at_once: 2}}\n"
+def test_runs_at_once_have_a_core_each_and_after_a_failure_no_other_starts(quick_pretraining, tmp_path, capfd):
+    (tmp_path / "2_pretrain.yaml").write_text(yaml.safe_dump(quick_pretraining))
+    entry = "2_pretrain: {{seconds: 9, each: {{seed: {}}}, at_once: 2}}\n"
     (tmp_path / "budget.yaml").write_text(entry.format([40, 41]))
     run_folder(tmp_path)
     said = capfd.readouterr()
-    assert "[2/2] 1_preprocess sample_participants 41" in said.out and "outputs/of41/report.html" in said.out
-    for participants in (40, 41):
-        assert f"1_preprocess sample_participants {participants}: 100%" in said.err
-        index = read_table(tmp_path / "outputs" / f"of{participants}" / "index.csv")
-        assert (~index["participant"].drop_duplicates().str.startswith("T")).sum() == participants  # T: travelling
+    assert "[2/2] 2_pretrain seed 41" in said.out and "outputs/of41/report.html" in said.out
+    overview = (tmp_path / "outputs/index.html").read_text()
+    for seed in (40, 41):
+        assert f"2_pretrain seed {seed}: 100%" in said.err and f"of{seed}/index.html" in overview
+        assert yaml.safe_load((tmp_path / f"outputs/of{seed}/params.yaml").read_text())["seed"] == seed
+        assert len(read_table(tmp_path / f"outputs/of{seed}/log.csv")) == 1
     (tmp_path / "outputs" / "of42").mkdir()
-    (tmp_path / "outputs" / "of42" / "params.yaml").write_text("sample_participants: 41\n")
-    (tmp_path / "outputs" / "of42" / "index.csv").write_text("of another run\n")
+    (tmp_path / "outputs" / "of42" / "params.yaml").write_text("seed: 41\n")
+    (tmp_path / "outputs" / "of42" / "log.csv").write_text("of another run\n")
     (tmp_path / "budget.yaml").write_text(entry.format([42, 41, 43]))
-    with pytest.raises(RunError, match="1_preprocess sample_participants 42: ended with 2; what it said stands above"):
+    with pytest.raises(RunError, match="2_pretrain seed 42: ended with 2; what it said stands above"):
         run_folder(tmp_path)
-    assert "sample_participants: the folder has 41, asked for 42" in capfd.readouterr().err
+    assert "seed: the folder has 41, asked for 42" in capfd.readouterr().err
     assert not (tmp_path / "outputs" / "of43").exists()
 
 
