@@ -76,11 +76,12 @@ def _label_row(axes: Axes, row: int, values: pd.Series) -> None:
     elif known.nunique() > FEW:
         parts = {f"{known.nunique()} values": len(known)}
     else:
-        parts = known.value_counts().to_dict()
+        parts = {f"{name:g}" if isinstance(name, float) else str(name): count
+                 for name, count in known.value_counts().items()}
     start = 0.0
     for number, (name, count) in enumerate([*parts.items(), ("", len(values) - len(known))]):
         share = count / len(values)
         axes.barh(row, share, left=start, height=0.7, color=f"C{number}" if name else "0.85")
         if share > 0.08:
-            axes.text(start + share / 2, row, str(name), ha="center", va="center", fontsize=TEXT - 2)
+            axes.text(start + share / 2, row, name, ha="center", va="center", fontsize=TEXT - 2)
         start += share

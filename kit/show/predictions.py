@@ -241,8 +241,7 @@ def embedding_maps(embeddings: Mapping[str, np.ndarray], labels: pd.DataFrame, t
         first, second = 100 * fit.explained_variance_ratio_
         for axes, name in zip(row, names, strict=True):
             _coloured(axes, points, labels[name].reset_index(drop=True), name)
-            label(axes, f"component 1 ({first:.0f} %)", f"component 2 ({second:.0f} %)")
-            axes.set_title(encoder)
+            label(axes, f"component 1 ({first:.0f} %)", f"component 2 ({second:.0f} %)", encoder)
     return figure
 
 
