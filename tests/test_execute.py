@@ -13,7 +13,7 @@ from kit.execute import FOLDER, _losses, defaults, notebook_of, run_folder, step
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError
 from kit.runs import ROOT, RunError
-from tests.conftest import make_store
+from tests.conftest import absent, make_store
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +122,20 @@ def test_a_file_is_run_once_for_each_combination(tmp_path):
         with pytest.raises(ParameterError) as error:
             steps_of(tmp_path)
         assert f"budget.yaml: 2_pretrain: got {entry}; give seconds" in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_notebook_runs_without_any_network(quick_pretraining, tmp_path):
+    alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "alone"]  # kernels talk over the loopback
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        absent("no user namespaces, or no `ip`: apt-get install util-linux iproute2")
+    reach = "import socket; socket.create_connection(('1.1.1.1', 53), 3)"
+    assert subprocess.run([*alone, sys.executable, "-c", reach], capture_output=True).returncode, "there is a network"
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(quick_pretraining | {"output_dir": "outputs/offline"}))
+    done = subprocess.run([*alone, sys.executable, "-m", "kit.execute", "2_pretrain", "-f", tmp_path / "values.yaml"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"encoder.safetensors", "report.html"} <= {path.name for path in (tmp_path / "outputs/offline").iterdir()}
 
 
 def test_runs_at_once_have_a_core_each_and_after_a_failure_no_other_starts(quick_pretraining, tmp_path, capfd):

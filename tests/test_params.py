@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
 import yaml
 
@@ -208,3 +209,12 @@ def test_the_table_shows_what_differs_from_the_defaults(prepared, tmp_path):
     assert list(cells) == list(Pretrain.model_fields)
     assert cells["epochs"] == ["7", "30", "0: only estimate what a run needs"] and cells["seed"][1] == ""
     assert cells["recipe"][:2] == ["&lt;weak&gt;", "weak"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_every_parameter_is_read_somewhere(notebook):
+    cells = [cell.source for path in (ROOT / "notebooks").glob("*.ipynb")
+             for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    code = "\n".join([*(path.read_text(encoding="utf-8") for path in (ROOT / "kit").rglob("*.py")), *cells])
+    unread = [name for name in NOTEBOOKS[notebook].model_fields if not re.search(rf"\.{name}\b", code)]
+    assert unread == []
