@@ -122,9 +122,10 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
 
     while len(state.log) < settings.epochs and not state.worn_out():
         epoch, started = len(state.log), time.monotonic()
-        steps, stream = _scans_of(objective, train, batches(epoch), settings, len(state.reports))
+        first = len(state.reports)  # steps of this epoch before a resume
+        steps, stream = _scans_of(objective, train, batches(epoch), settings, first)
         objective.train()
-        for number in range(len(state.reports), len(steps)):
+        for number in range(first, len(steps)):
             state.set_rate(epoch + number / len(steps))
             try:
                 with fitting(steps[number]):
@@ -143,7 +144,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             stopped = report.pop("stop") > 0
             state.update(report)
             scans = world_size() * sum(len(chunk) for part in steps[number] for chunk in part)
-            progress.note(epoch, report, state.rate, scans, stream.seconds / len(state.reports))
+            progress.note(epoch, report, state.rate, scans, stream.seconds / (number + 1 - first))
             if stopped:
                 saver.save(state.plain(), wait=True)
                 progress.close()
