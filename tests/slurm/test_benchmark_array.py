@@ -19,10 +19,12 @@ def test_an_array_of_two_tasks_fills_one_table(jobs, tmp_path: Path) -> None:
     make_store(tmp_path / "store", 40)
     values = {"prepared": str(tmp_path / "store"), "encoders": {"ResNet": "random:resnet18_narrow"}, "steps": 4,
               "baselines": ["guess", "voxels"], "tasks": ["lesion"], "label_fractions": [1.0],
-              "finetune_tasks": ["lesion"], "finetune_fractions": [1.0], "out_of_distribution": None, "output_dir": str(tmp_path / "table")}
+              "finetune_tasks": ["lesion"], "finetune_fractions": [1.0], "out_of_distribution": None,
+              "output_dir": str(tmp_path / "table")}
     (tmp_path / "values.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     job = jobs.send("--array=0-1", f"--output={tmp_path}/%a.log", "slurm/papermill.sbatch",
-                    "notebooks/5_benchmark.ipynb", tmp_path / "part-%a.ipynb", tmp_path / "values.yaml", "-p", "shards", "2", "-p", "shard", "%a")
+                    "notebooks/5_benchmark.ipynb", tmp_path / "part-%a.ipynb", tmp_path / "values.yaml",
+                    "-p", "shards", "2", "-p", "shard", "%a")
     for task in (0, 1):
         jobs.wait(f"{job}_{task}", "COMPLETED", log=tmp_path / f"{task}.log", seconds=600)
         assert (tmp_path / f"part-{task}.html").exists()
