@@ -50,13 +50,13 @@ def write_index(folder: Path, report: Path | None = None) -> Path:
     report = report or folder / "report.html"
     pages = [report, *sorted(path for path in folder.glob("*.html") if path.name not in ("index.html", report.name))]
     parts = [_list("Pages", [path for path in pages if path.exists()], folder)]
+    if figures := sorted((folder / "figures").glob("*.png")):
+        parts.append(f'<h2>Figures</h2><div class="figures">{"".join(_figure(path, folder) for path in figures)}</div>')
     if (metrics := folder / "metrics.json").exists():
         values = list(json.loads(metrics.read_text(encoding="utf-8")).items())
         rows = "".join(f"<tr><td>{escape(name)}</td><td>{_number(value)}</td></tr>" for name, value in values[:METRICS])
         more = f"<p>{len(values) - METRICS} more in metrics.json</p>" if len(values) > METRICS else ""
         parts.append(f"<h2>Metrics</h2><table>{rows}</table>{more}")
-    if figures := sorted((folder / "figures").glob("*.png")):
-        parts.append(f'<h2>Figures</h2><div class="figures">{"".join(_figure(path, folder) for path in figures)}</div>')
     parts.append(_list("Tables", sorted(folder.glob("*.csv")), folder))
     parts.append(_list("Settings and provenance", [path for name in ("params.yaml", "environment.txt", "made_from.json")
                                                    if (path := folder / name).exists()], folder))
