@@ -27,28 +27,27 @@ from nibabel.affines import voxel_sizes
 from kit.cohort.identity import participant_ids
 from kit.cohort.tables import named_by_file, read_cohort
 from kit.cohort.tabular import COLUMNS, CohortError, read_table
+from kit.errors import KitError
 from kit.evaluate.finetune import VALIDATION, load_predictor
 from kit.evaluate.metrics import join_scans
 from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.predicted import class_columns, number_columns
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of, weights_digest
-from kit.models.features import FeatureError, FeatureReader
+from kit.models.features import FeatureReader
 from kit.models.formats import ANY
 from kit.models.reference import LEAST, OUTSIDE, read_reference
 from kit.params import Apply, is_model, is_prepared
-from kit.preprocess.index import PreparationError
-from kit.preprocess.nifti import ScanError
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.quality import QC_METRICS
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.settings import Preparation
 from kit.problems import encoder_parts
-from kit.provenance import MadeFrom, MisfitError, Side, Used, check_fit, made_from
+from kit.provenance import MadeFrom, Side, Used, check_fit, made_from
 from kit.reading import ParameterError, check, read_options
 from kit.runs import resolve, shown, write_table, write_whole
 from kit.store.dataset import PreparedScans
 from kit.store.grid import PAPER_GRID, Grid
-from kit.store.store import Store, StoreError
+from kit.store.store import Store
 
 SCANS = (".nii", ".nii.gz", ".mgh", ".mgz", ".nrrd", ".nhdr", ".mha", ".mhd")
 THICK_MM = 3.0  # a scan with longer voxels is called coarse: too much of it would be interpolated
@@ -290,8 +289,7 @@ def main() -> int:
                                      f"{count}; name a .csv or .parquet")
             applied = apply(params, Path(folder), scans)
             write_output(applied, arguments.output)
-        except (ParameterError, CohortError, PreparationError, EncoderError, MisfitError, FeatureError, ScanError,
-                StoreError) as error:
+        except KitError as error:
             print(f"kit.apply: {error}", file=sys.stderr)
             return 2
     for row in applied.table.itertuples():

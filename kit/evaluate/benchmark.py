@@ -103,13 +103,13 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
             what does not fit.
         Stopped: the run was asked to stop; the same parameters resume it.
     """
-    bench = _fill(params, run)
+    bench = fill_cells(params, run)
     write_table(run / "overlap.csv", bench.overlap())
     return _tables(bench, run)
 
 
-def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None) -> None:
-    """Compute this shard's cells, and no tables.
+def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None) -> _Bench:
+    """Compute this shard's cells, and no tables; return what they were computed from.
 
     Args:
         bar: options of tqdm for the progress bar.
@@ -117,10 +117,6 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
     Raises:
         see `run_benchmark`.
     """
-    _fill(params, run, bar)
-
-
-def _fill(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None) -> _Bench:
     bench = _Bench(params)
     remove_stale_cells(bench, run)
     mine = bench.cells[params.shard::params.shards]
