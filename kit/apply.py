@@ -239,7 +239,8 @@ def said_of(flag: str) -> str:
 
 def _predictions(values: np.ndarray, record: Mapping[str, Any], model: Path) -> pd.DataFrame:
     if not (model / VALIDATION).exists():
-        raise EncoderError(f"{shown(model)} has no {VALIDATION}, of an older kit: run 3_finetune again, for intervals")
+        raise EncoderError(f"{shown(model)} has no {VALIDATION}: it is from an older kit; run 3_finetune again to get "
+                           "intervals")
     validation = join_scans(read_table(model / VALIDATION, text=("scan", "participant", "dataset")), ["dataset"])
     if record["kind"] == "regression":
         return number_columns(values, validation)

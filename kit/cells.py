@@ -68,8 +68,8 @@ def _counting(shell: Any) -> list[str]:
     own = [place for place, cell in enumerate(ran) if not _papermills(cell)][-1:]
     injected = [place for place, cell in enumerate(ran) if _papermills(cell)][-1:]
     if own and injected and injected < own:
-        raise CellError(f"papermill's cell `{MARK}` ran before the notebook's own, whose values now stand in place of "
-                        "its: run it again, then this one (is it deleted? then restart the kernel)")
+        raise CellError(f"papermill's cell `{MARK}` ran before the notebook's own, which has overwritten its values: "
+                        "run papermill's cell again, then this one (if it was deleted, restart the kernel)")
     return [ran[place] for place in own + injected]
 
 

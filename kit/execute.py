@@ -151,8 +151,8 @@ def steps_of(folder: Path) -> list[Step]:
         ParameterError: the folder has none, or an entry says something else.
     """
     if not (folder / "budget.yaml").exists():
-        raise ParameterError(f"{shown(folder)}: no budget.yaml, which names the files to run and their seconds; "
-                             f"run one of them: NOTEBOOK -f {shown(folder)}/NOTEBOOK.yaml")
+        raise ParameterError(f"{shown(folder)}: no budget.yaml, which lists the files to run and their seconds; "
+                             f"run a single file: NOTEBOOK -f {shown(folder)}/NOTEBOOK.yaml")
     steps = []
     for name, entry in read_yaml(folder / "budget.yaml").items():
         entry = entry if isinstance(entry, dict) else {"seconds": entry}
@@ -257,7 +257,7 @@ def _run_on(step: Step, line: int, own: set[int]) -> None:
                                     "--line", str(line), step.name], stdout=subprocess.DEVNULL)
         keep_to(process.pid, own)  # it is still importing; its kernel inherits them
         if code := process.wait():
-            raise RunError(f"{step.name}: ended with {code}; what it said stands above")
+            raise RunError(f"{step.name}: failed with exit code {code}; see its output above")
 
 
 def _losses(log: Path) -> str:

@@ -112,7 +112,8 @@ def scores_of(benchmark: str | Path, weights: str) -> pd.DataFrame:
         models = json.loads((run / MADE_FROM).read_text(encoding="utf-8"))["models"].values()
         table, params = read_table(run / "scores.csv", text=("encoder", "mode", "task")), read_yaml(run / "params.yaml")
     except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{shown(run)} is no finished run of 5_benchmark ({type(error).__name__}: {error})") from None
+        raise ExportError(f"{shown(run)} is not a finished run of 5_benchmark ({type(error).__name__}: "
+                          f"{error})") from None
     noted = {(model["encoder"]["name"], model["encoder"]["weights"]) for model in models}
     names = {name for name, found in noted if found == weights}
     names |= {name for name, spec in params["encoders"].items() if "{seed}" in spec

@@ -42,8 +42,8 @@ class Lock:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            warnings.warn(f"{Path(path).parent}: this file system has no locks ({error.strerror}), so nothing keeps a "
-                          "second process from writing here: start one at a time", stacklevel=2)
+            warnings.warn(f"{Path(path).parent}: this file system has no locks ({error.strerror}), so two processes "
+                          "could write here at once: start one at a time", stacklevel=2)
         cls._held[_identity(os.fstat(file))] = lock
         return lock
 

@@ -34,8 +34,8 @@ def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...]) ->
         known = not rest or rest in architectures
         return [] if known else [f"{name}: got {encoder!r}; the architectures are {', '.join(architectures)}"]
     if kind not in ("auto", *WEIGHTS, *architectures):
-        return [f"{name}: got {encoder!r}; before the colon stands the format of a file of weights: auto, "
-                f"{', '.join((*WEIGHTS, *architectures))}, or `random` before an architecture"]
+        return [f"{name}: got {encoder!r}; give FORMAT:PATH, where FORMAT is auto, "
+                f"{', '.join((*WEIGHTS, *architectures))}, or random:ARCHITECTURE"]
     path = resolve(rest)
     if kind == "auto":
         path = path / "encoder.safetensors" if path.is_dir() else path
@@ -59,7 +59,7 @@ def recipe_problems(name: str, recipe: str) -> list[str]:
 def split_problems(prepared: Path, params: Any) -> list[str]:
     """Problems with the folds that parameters ask for."""
     if params.folds == 1:
-        return ["folds: 1; one fold is none: 0 for one split, 2 or more for cross-validation"]
+        return ["folds: 1; set 0 for a single split, 2 or more for cross-validation"]
     if params.folds and params.leave_one_site_out:
         return [f"folds: {params.folds} beside leave_one_site_out: true, which makes its own folds; set folds: 0"]
     from kit.cohort.split import SplitError, Splitting, left_out

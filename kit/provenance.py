@@ -34,7 +34,7 @@ COLUMNS = ("store", "part", "scan", "participant", "session", "dataset", "checks
 ASPECTS = {"scans": (["checksum"], "scans"), "parts": (["part"], "split"), "labels": (["label"], "labels"),
            "people": (["participant", "session", "dataset"], "participants, sessions or datasets")}
 NOTED = frozenset({"from", "name", "versions", "mask_sources", "allowed", "changed", "fingerprint"})  # not compared
-OLDER = "of an older kit, which did not note what it was made from"
+OLDER = "from an older kit, which did not record what it was made from"
 
 
 class MisfitError(KitError, ValueError):
@@ -300,7 +300,7 @@ def remove_stale(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
     if not changed:
         return
     if there:
-        print(f"{shown(folder)} is computed anew, for what was there is of other inputs:\n  " + "\n  ".join(changed))
+        print(f"{shown(folder)} is computed again, because its inputs have changed:\n  " + "\n  ".join(changed))
     for path in there:
         path.unlink()
     write(folder, now)

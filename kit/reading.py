@@ -166,7 +166,7 @@ def _misread(node: yaml.Node | None, name: str = "") -> list[str]:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = sorted({key for key in keys if keys.count(key) > 1})
-        return [f"{_dotted(name, key)}: stands here twice" for key in twice] + [
+        return [f"{_dotted(name, key)}: is given twice" for key in twice] + [
             fault for key, value in node.value for fault in _misread(value, _dotted(name, str(key.value)))]
     if isinstance(node, yaml.SequenceNode):
         return [fault for place, item in enumerate(node.value) for fault in _misread(item, _dotted(name, str(place)))]
@@ -177,7 +177,7 @@ def _misread(node: yaml.Node | None, name: str = "") -> list[str]:
         return [f"{name}: YAML reads {text} as {read} (octal); write {int(text)} for the number, "
                 f"'{text}' in quotes for text"]
     if SIXTIES.fullmatch(text):
-        return [f"{name}: YAML reads {text} as {read} (sixties, as of minutes); write {read} for the number, "
+        return [f"{name}: YAML reads {text} as {read} (base 60, like minutes); write {read} for the number, "
                 f"'{text}' in quotes for text"]
     return []
 
@@ -220,7 +220,7 @@ def _of_the_sample(params: Parameters) -> list[str]:
     if source not in values or values[source] == "sample" or _is_within(values[source], quick):
         return []
     paths = {name: list(value.values()) if isinstance(value, dict) else [value] for name, value in values.items()}
-    return [f"{name}: {shown(resolve(path))} is of the sample cohort, and {source} is not; name yours"
+    return [f"{name}: {shown(resolve(path))} belongs to the sample cohort, but {source} does not; give your own"
             for name, found in paths.items() for path in found
             if _is_within(path, quick) and (name != "output_dir" or params.feeds_others)]
 

@@ -149,7 +149,7 @@ class Run:
             before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
             before = {name: value for name, value in before.items() if name not in may_change}
             if listed := differences(before, fixed, "the folder"):
-                raise RunError(f"{shown(folder)} holds a run of other parameters:\n  {listed}\n"
+                raise RunError(f"{shown(folder)} holds a run with other parameters:\n  {listed}\n"
                                "give another output_dir, or delete that folder")
         text = yaml.safe_dump(dict(params), sort_keys=False)
         write_whole(stored, lambda aside: aside.write_text(text, encoding="utf-8"))

@@ -154,7 +154,7 @@ def test_runs_at_once_have_a_core_each_and_after_a_failure_no_other_starts(quick
     (tmp_path / "outputs" / "of42" / "params.yaml").write_text("seed: 41\n")
     (tmp_path / "outputs" / "of42" / "log.csv").write_text("of another run\n")
     (tmp_path / "budget.yaml").write_text(entry.format([42, 41, 43]))
-    with pytest.raises(RunError, match="2_pretrain seed 42: ended with 2; what it said stands above"):
+    with pytest.raises(RunError, match="2_pretrain seed 42: failed with exit code 2; see its output above"):
         run_folder(tmp_path)
     assert "seed: the folder has 41, asked for 42" in capfd.readouterr().err
     assert not (tmp_path / "outputs" / "of43").exists()

@@ -210,9 +210,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(runs, tmp_path, c
                            ("random:resnet18", "random weights have nothing to export")):
         assert main([encoder, "--output", str(out)]) == 2
         assert words in capsys.readouterr().err
-    with pytest.raises(EncoderError, match="is no encoder of this kit"):
+    with pytest.raises(EncoderError, match="is not an encoder of this kit"):
         export(folder / "pre0/made_from.csv", out)
-    with pytest.raises(ExportError, match="is no finished run of 5_benchmark"):
+    with pytest.raises(ExportError, match="is not a finished run of 5_benchmark"):
         export(folder / "pre0", out, folder / "pre0")
     with pytest.raises(ExportError, match=r"has no score of this encoder \(weights .*; it has Ours .*, Theirs"):
         export(_another(tmp_path), out, folder / "benchmark")

@@ -97,11 +97,11 @@ MISTAKES: dict[str, tuple[Callable[[Place], object], str]] = {
                          r"task: lesions: no such label column; the index has .*lesion"),
     "codes that could be numbers": (
         lambda at: at.check("3_finetune", task="dx", prepared=at.labelled(dx=[1 + n % 3 for n in range(ROWS)])),
-        r"dx: codes of classes, or numbers\? Found 1 \(11\).*Say task_type.*missing_codes"),
+        r"dx: are these class codes or numbers\? Found 1 \(11\).*Set task_type.*missing_codes"),
     "a label of one class": (lambda at: at.check("3_finetune", task="dx", prepared=at.labelled(dx=["CN"] * ROWS)),
-                             r"dx: classification takes two classes.*found 1: CN \(32\)"),
+                             r"dx: classification needs two classes.*found 1: CN \(32\)"),
     "a fold too many": (lambda at: at.check("3_finetune", folds=5, fold=5), r"fold: 5; 5 folds are numbered 0 to 4"),
-    "one fold": (lambda at: at.check("3_finetune", folds=1), r"folds: 1; one fold is none: 0 for one split, 2 or more"),
+    "one fold": (lambda at: at.check("3_finetune", folds=1), r"folds: 1; set 0 for a single split, 2 or more"),
     "an unknown column to stratify by": (lambda at: at.check("3_finetune", folds=5, stratify=["sexe"]),
                                          r"stratify: the index has no column sexe; it has"),
     "a test set that is not there": (lambda at: at.check("3_finetune", tests={"AIBL": str(at.folder)}),
@@ -125,14 +125,14 @@ MISTAKES: dict[str, tuple[Callable[[Place], object], str]] = {
                             r"1 scans are listed twice, the first: participant 1, session 1; give each its own"),
     "a row without a participant": (lambda at: at.cohort(f"{HEAD},1,d,a.nii.gz\n"), r"participant is empty in 1 rows"),
     "a table in another encoding": (lambda at: read_cohort(at.file("l.csv", "image_path\nMü.nii".encode("cp1252"))),
-                                    r"l.csv is no table in UTF-8.*save it as `CSV UTF-8`"),
+                                    r"l.csv is not a UTF-8 table.*save it as `CSV UTF-8`"),
     "a spreadsheet": (lambda at: read_cohort(at.file("c.xlsx", "PK")), r"c.xlsx: expected .csv, .tsv, a BIDS folder"),
     "a folder that is not BIDS": (lambda at: read_cohort(at.folder), r"a BIDS folder needs dataset_description.json"),
     "a damaged scan": (lambda at: read_scan(at.file("x.nii.gz", (at.folder / "a.nii.gz").read_bytes()[:900])),
                        r"truncated gzip: the file ends too early; copy it again"),
     "a web page in place of weights": (
         lambda at: load_encoder(str(at.file("w.pt", "<!DOCTYPE html>")), at.store.record, 0, []),
-        r"w.pt is no encoder of this kit.*begins with b'<!DOCTYPE.*no web page that was saved"),
+        r"w.pt is not an encoder of this kit.*begins with b'<!DOCTYPE.*not a web page that was saved"),
 }
 
 

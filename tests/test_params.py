@@ -55,7 +55,8 @@ def test_missing_files_say_what_to_run_first(tmp_path):
     ("tumour", "auto", "tumour: no such label column; the index has scan, participant"),
     ("sex", "regression", "sex: text where numbers are needed: F, M"),
     ("note", "auto", "note: text where numbers are needed: left"),
-    ("age", "classification", "age: classification takes two classes, or up to 20 of two scans each at least; found 6"),
+    ("age", "classification", "age: classification needs two classes, or up to 20 with at least two scans each; "
+                              "found 6"),
 ])
 def test_label_columns_are_looked_at_first(prepared, task, kind, expected):
     text = refusal(NOTEBOOKS["3_finetune"], output_dir="outputs/x", prepared=prepared, encoder="random",
@@ -84,10 +85,10 @@ def test_numbers_that_yaml_reads_as_text_arrive_as_numbers(prepared):
 
 @pytest.mark.parametrize(("typed", "words"), [
     ("epochs: 010", "epochs: YAML reads 010 as 8 (octal); write 10 for the number, '010' in quotes for text"),
-    ("epochs: 1:30", "epochs: YAML reads 1:30 as 90 (sixties, as of minutes); write 90 for the number"),
+    ("epochs: 1:30", "epochs: YAML reads 1:30 as 90 (base 60, like minutes); write 90 for the number"),
     ("temperature: 0:30.5", "temperature: YAML reads 0:30.5 as 30.5 (sixties"),
     ("projection: [128, 064]", "projection.1: YAML reads 064 as 52 (octal); write 64"),
-    ("epochs: 3\nseed: 1\nepochs: 5", "epochs: stands here twice"),
+    ("epochs: 3\nseed: 1\nepochs: 5", "epochs: is given twice"),
     ("epochs: true", "epochs: got true, which would count as 1; write a number"),
     ("learning_rate: yes", "learning_rate: got true, which would count as 1"),
     ("projection: [128, on]", "projection.1: got true"),
@@ -120,7 +121,7 @@ def test_a_recipes_numbers_are_what_was_typed(tmp_path):
     mine = tmp_path / "mine.yaml"
     for text, words in (("gamma: {range: [0.5, 01]}", "gamma.range.1: YAML reads 01 as 1"),
                         ("gamma: {range: [0.5, 1.5], probability: true}", "gamma.probability: got true"),
-                        ("flip: {probability: 0.5}\nflip: {probability: 1.0}", "flip: stands here twice"),
+                        ("flip: {probability: 0.5}\nflip: {probability: 1.0}", "flip: is given twice"),
                         ("noise: {range: [0, .inf]}", "noise.range.1: got inf")):
         mine.write_text(text)
         with pytest.raises(ParameterError) as error:
@@ -184,7 +185,7 @@ def test_another_cohort_never_meets_the_samples_quick_runs(prepared, tmp_path, n
     with pytest.raises(ParameterError) as error:
         parameters(notebook, {name: paths.get(value, value) for name, value in values.items()})
     for name in named:
-        assert f"{name}: outputs/quick/" in str(error.value) and "is of the sample cohort" in str(error.value)
+        assert f"{name}: outputs/quick/" in str(error.value) and "belongs to the sample cohort" in str(error.value)
     assert str(error.value).startswith(f"{len(named)} thing")
 
 

@@ -23,7 +23,7 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     try:
         name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))
     except (ValueError, AttributeError):  # AttributeError: valid JSON, but not an object
-        raise CohortError(f"{shown(description)} is no JSON object; mend it") from None
+        raise CohortError(f"{shown(description)} is not a JSON object; correct it") from None
     table = pd.DataFrame([_bids_row(folder, scan, name or UNSAID + folder.name) for scan in scans],
                          columns=[*COLUMNS, "others"], dtype=str)
     table = _one_a_session(folder, table)
@@ -71,8 +71,8 @@ def _label_file(path: Path, key: str, name: str) -> pd.DataFrame:
     if key not in labels:
         raise CohortError(f"{shown(path)}: needs a column {key}; found {', '.join(labels.columns)}")
     if taken := sorted({other for other in labels if other.casefold() in COLUMNS} - {"dataset"}):
-        raise CohortError(f"{shown(path)}: a column {taken[0]} of its own has no meaning beside BIDS's file names; "
-                          "rename or remove it (labels of sessions belong into sub-*/sub-*_sessions.tsv)")
+        raise CohortError(f"{shown(path)}: its column {taken[0]} conflicts with BIDS's file names; "
+                          "rename or remove it (labels of sessions belong in sub-*/sub-*_sessions.tsv)")
     labels[name] = [read_id(each, "ses" if name == "session" else "sub") for each in labels.pop(key)]
     if (doubled := labels[name].duplicated()).any():
         raise CohortError(f"{shown(path)}: {key} {labels[name][doubled].iloc[0]} is listed twice; "
@@ -86,8 +86,8 @@ def _check_match(path: Path, folders: pd.Series, listed: pd.Series, prefix: str)
     near = {loose(name): name for name in strangers}
     for name in sorted(lost):
         if loose(name) in near:
-            raise CohortError(f"{shown(path)}: has {prefix}-{near[loose(name)]}, the folder is {prefix}-{name}: if "
-                              "they are one, give them one name")
+            raise CohortError(f"{shown(path)}: has {prefix}-{near[loose(name)]}, but the folder is {prefix}-{name}: "
+                              "if they are the same, use one name for both")
     alike(listed, f"{shown(path)}: {prefix}")
 
 

@@ -112,7 +112,7 @@ def _sessions(folder: Path) -> Iterator[Path]:
 def _fomo(folder: Path) -> Iterator[dict[str, Any]]:
     sessions = sorted(_sessions(folder))
     if zipped := sum(session.suffix == ".zip" for session in sessions):
-        raise CohortError(f"{shown(folder)}: {zipped} of its sessions are still zipped; unpack each .zip where it lies")
+        raise CohortError(f"{shown(folder)}: {zipped} of its sessions are still zipped; unzip each one in its folder")
     for session in sessions:
         dataset = session.parents[1].relative_to(folder).as_posix()
         for scan in sorted(each for ending in (".nii", ".nii.gz") for each in session.rglob(f"*{ending}")):
@@ -133,8 +133,8 @@ def _nnssl(file: Path) -> Iterator[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CohortError):
             raise
-        raise CohortError(f"{shown(file)} is no nnssl collection (datasets > subjects > sessions > images); "
-                          "write it anew by nnssl's conversion script") from error
+        raise CohortError(f"{shown(file)} is not an nnssl collection (datasets > subjects > sessions > images); "
+                          "create it again with nnssl's conversion script") from error
 
 
 def _openmind(file: Path) -> Iterator[dict[str, Any]]:

@@ -114,8 +114,8 @@ def read_aliases(path: Path | None) -> Aliases:
     keys = pd.Series([key(f"{row.dataset}/{row.participant}") for row in table.itertuples()], dtype=str)
     people = table["person"].groupby(keys).nunique()
     if (several := people > 1).any():
-        raise IdentityError(f"{shown(path)}: {people.index[several][0]} is several persons; keep one row for each "
-                            "participant")
+        raise IdentityError(f"{shown(path)}: {people.index[several][0]} is listed as several persons; keep one row "
+                            "per participant")
     groups = keys.groupby(table["person"].to_numpy()).unique()
     return {name: tuple(sorted(group)) for group in groups for name in group}
 
@@ -128,8 +128,8 @@ def check_names(cohort: pd.DataFrame, where: str) -> None:
             a name looks like a spreadsheet's date or rounded number.
     """
     if taken := sorted({name for name in cohort["participant"] if re.fullmatch(SPREADSHEETS_OWN, name)})[:3]:
-        raise IdentityError(f"{where}: participant {', '.join(taken)}: a spreadsheet made a date or a rounded number "
-                            "of this name; write the names anew, in a column of text")
+        raise IdentityError(f"{where}: participant {', '.join(taken)}: a spreadsheet has turned the name into a date "
+                            "or a rounded number; enter the names again, in a column formatted as text")
     alike(cohort["dataset"].unique(), f"{where}: dataset")
     for dataset, rows in cohort.groupby("dataset", sort=False):
         alike(rows["participant"].unique(), f"{where}: participant" + (f" in {dataset}" if dataset else ""))
@@ -141,8 +141,8 @@ def alike(names: Iterable[str], what: str) -> None:
     several = [group.tolist() for _, group in names.groupby(names.map(loose)) if len(group) > 1]
     if several:
         more = f" (and {len(several) - 1} more such)" if len(several) > 1 else ""
-        raise IdentityError(f"{what}: are {' and '.join(map(repr, several[0]))} one or several?{more} Write one name "
-                            "for one, or names that differ by more than zeros and case")
+        raise IdentityError(f"{what}: are {' and '.join(map(repr, several[0]))} the same?{more} If so, write them "
+                            "alike; if not, use names that differ by more than zeros and case")
 
 
 def check_people_known(index: pd.DataFrame, rows_are_people: bool) -> None:
@@ -151,9 +151,9 @@ def check_people_known(index: pd.DataFrame, rows_are_people: bool) -> None:
         return
     unsaid = int(index["participant"].astype(str).str.startswith(UNSAID).sum())
     if unsaid:
-        raise IdentityError(f"{unsaid} of {len(index)} scans have no participant, so nobody can tell whether one "
-                            "stands on two sides: add a column participant to the cohort and run 1_preprocess again, "
-                            "or, if each is of another person, set rows_are_people: true")
+        raise IdentityError(f"{unsaid} of {len(index)} scans have no participant, so one person's scans could be in "
+                            "both training and test: add a column participant to the cohort and run 1_preprocess "
+                            "again, or, if each scan is of a different person, set rows_are_people: true")
 
 
 def check_datasets_known(index: pd.DataFrame, beside: str) -> None:
@@ -162,5 +162,5 @@ def check_datasets_known(index: pd.DataFrame, beside: str) -> None:
     if unsaid:
         name = unsaid[0].removeprefix(UNSAID)
         raise IdentityError(f"the cohort {name} has no column dataset (a BIDS folder: no Name), so its people cannot "
-                            f"be told from those of {beside}: add one, the same wherever the same study is meant (with "
+                            f"be told from those of {beside}: add one, with one value per study in all cohorts (with "
                             f"{name!r} nothing is prepared anew), and run 1_preprocess again")

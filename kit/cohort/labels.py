@@ -80,7 +80,7 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
     known = tuple(classes) or _classes(task, present)
     names = present.map(_name)
     if others := sorted(set(names) - set(known)):
-        raise LabelError(f"{task}: the classes are {', '.join(known)} where a model learns them, but here "
+        raise LabelError(f"{task}: the training classes are {', '.join(known)}, but here they are "
                          f"{', '.join(sorted(set(names)))}; rename {', '.join(others)}, or empty the cells of scans "
                          "of other classes")
     values = names.map({name: float(number) for number, name in enumerate(known)}).reindex(column.index)
@@ -110,15 +110,15 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
     counted = (len(run) <= MOST_CODES and len(present) >= 3 * len(run)
                and run in [list(range(first, first + len(run))) for first in (0, 1)])
     if whole and (counted or all(abs(value) < 10 for value in rest)):
-        raise LabelError(f"{task}: codes of classes, or numbers? Found {counts}. Say task_type: regression or "
-                         "classification, and list codes for missing in missing_codes")
+        raise LabelError(f"{task}: are these class codes or numbers? Found {counts}. Set task_type: regression or "
+                         "classification, and list codes for missing values in missing_codes")
     strange = [value for value in values if value in CODES_FOR_MISSING and rest
                and (value < 0 <= min(rest) or value > 2 * max(map(abs, rest)))]
     if strange:
         raise LabelError(f"{task}: {', '.join(f'{value:g}' for value in sorted(strange))} in "
-                         f"{int(numbers.isin(strange).sum())} rows looks like a code for missing among numbers from "
-                         f"{min(rest):g} to {max(rest):g}: list it in missing_codes, or, if it is a number, say "
-                         "task_type: regression")
+                         f"{int(numbers.isin(strange).sum())} rows looks like a code for a missing value among numbers "
+                         f"from {min(rest):g} to {max(rest):g}: list it in missing_codes, or, if it is a real value, "
+                         "set task_type: regression")
 
 
 def _numbers(task: str, column: pd.Series, present: pd.Series, is_number: pd.Series) -> np.ndarray:
@@ -141,12 +141,12 @@ def _classes(task: str, present: pd.Series) -> tuple[str, ...]:
         alike = counts.groupby(counts.index.map(loose)).agg(lambda group: list(group.index))
         several = [names for names in alike if len(names) > 1]
         if several:
-            raise LabelError(f"{task}: {' and '.join(several[0])} differ by case or zeros alone: one class or two? "
-                             f"Found {listed}. Write one class in one way")
+            raise LabelError(f"{task}: {' and '.join(several[0])} differ only by case or zeros: one class or two? "
+                             f"Found {listed}. Write each class in one way")
     if len(counts) != 2 and not (2 < len(counts) <= MOST_CLASSES and counts.min() > 1):
-        raise LabelError(f"{task}: classification takes two classes, or up to {MOST_CLASSES} of two scans each at "
-                         f"least; found {len(counts)}: {listed}" + (" ..." * (len(counts) > 8))
-                         + "; list codes for missing in missing_codes")
+        raise LabelError(f"{task}: classification needs two classes, or up to {MOST_CLASSES} with at least two scans "
+                         f"each; found {len(counts)}: {listed}" + (" ..." * (len(counts) > 8))
+                         + "; list codes for missing values in missing_codes")
     return tuple(map(_name, counts.index))
 
 

@@ -194,7 +194,7 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
     if missing := [name for name in columns if name not in index]:
         raise SplitError(f"stratify: the index has no column {', '.join(missing)}; it has {', '.join(map(str, index))}")
     if ids.nunique() < count:
-        raise SplitError(f"folds: {count} of {ids.nunique()} participants; ask for fewer")
+        raise SplitError(f"folds: {count} folds of only {ids.nunique()} participants; set fewer folds")
     levels = {name: _levels(index[name], ids) for name in columns}
     counts: dict[tuple[str, str], np.ndarray] = {}
     found = {}
@@ -255,5 +255,5 @@ def check_unseen(ids: pd.Series, seen_hashes: Iterable[str], allow: bool = False
     known = sum(participant_hash(name) in seen or not seen.isdisjoint(hashed_ids(name, aliases)) for name in set(ids))
     if known and not allow:
         raise LeakageError(f"{known} of {ids.nunique()} participants to be evaluated were seen in pretraining; "
-                           "test on others, or set allow_seen_participants: true and say so")
+                           "test on others, or set allow_seen_participants: true and report it")
     return known

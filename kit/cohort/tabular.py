@@ -82,7 +82,7 @@ def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
     while lines and not any(map(trimmed, lines[-1])):
         lines.pop()
     if not lines or not any(map(trimmed, lines[0])):
-        raise TableError(f"{shown(path)} is no table: it has no header")
+        raise TableError(f"{shown(path)} is not a table: it has no header")
     header = headings(lines[0])
     rows = [(number, [trimmed(cell) for cell in line]) for number, line in enumerate(lines[1:], 2)]
     rows = [(number, row) for number, row in rows if any(row)]
@@ -100,8 +100,8 @@ def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
         raise TableError(f"{shown(path)}: several columns are {doubled[0]} ({written}); keep one")
     for place, name in zip(table, names, strict=True):
         if (broken := table[place].isin(SPREADSHEET_ERRORS)).any():
-            raise TableError(f"{shown(path)}: {name} holds {table[place][broken].iloc[0]}, an error of a spreadsheet, "
-                             f"in {int(broken.sum())} rows; mend the formula, or empty the cell")
+            raise TableError(f"{shown(path)}: {name} holds {table[place][broken].iloc[0]}, a spreadsheet error, in "
+                             f"{int(broken.sum())} rows; correct the formula, or empty the cell")
     columns = {name: table[place].where(~table[place].isin(MISSING), "") if text is None or name in text
                else typed(table[place], decimal_comma=between != ",")
                for place, name in zip(table, names, strict=True)}
@@ -118,7 +118,7 @@ def _cells(path: Path) -> tuple[list[list[str]], str]:
     try:
         content = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TableError(f"{shown(path)} is no table in UTF-8 ({error}); save it as `CSV UTF-8`") from None
+        raise TableError(f"{shown(path)} is not a UTF-8 table ({error}); save it as `CSV UTF-8`") from None
     first = content.lstrip().partition("\n")[0]
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     between = max((usual, *({",", ";", "\t"} - {usual})), key=lambda mark: (first.count(mark), mark == usual))
@@ -130,7 +130,7 @@ def _cells(path: Path) -> tuple[list[list[str]], str]:
     except csv.Error as error:
         if "after" in str(error):  # text after a closing quote, as in `"left" hand`: read it literally
             return rows(strict=False), between
-        raise TableError(f"{shown(path)} is no table: {error}; look for a quote that is not closed") from None
+        raise TableError(f"{shown(path)} is not a table: {error}; look for a quote that is not closed") from None
 
 
 def read_table(path: str | Path, text: tuple[str, ...] = ()) -> pd.DataFrame:

@@ -86,7 +86,7 @@ def baseline_predictions(name: str, task: Task, *, demographics: Sequence[str] |
         if name == "demographics":
             return _from_tables(task, _demographics(task, demographics, tell), tell)
     except DoesNotApply as reason:
-        tell(f"no row, for {reason}")
+        tell(f"no row, because {reason}")
         return None
     raise ValueError(f"no baseline {name}; there are {', '.join(BASELINES)}")
 
@@ -161,7 +161,7 @@ def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[
         else:
             kept.append(column)
     if not kept:
-        raise DoesNotApply("it has no column but the label's own")
+        raise DoesNotApply("its only columns give the label away")
     return kept
 
 
@@ -188,15 +188,15 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
         if not known.all():
             who = part.participants[~known].unique()
             some = ", ".join(who[:5]) + ", ..." * (len(who) > 5)
-            tell(f"nothing is known of {len(who)} participants of {name}: {some}")
+            tell(f"no values for {len(who)} participants of {name}: {some}")
         if known.any():
             parts[name] = part.only(known) if name in LEARNT else part
     if absent := [name for name in LEARNT if name not in parts]:
-        raise DoesNotApply(f"nothing is known of {absent[0]}")
+        raise DoesNotApply(f"no {absent[0]} scan has a value")
     tables = {name: tables[name].loc[part.rows.index] for name, part in parts.items()}
     train = tables["train"]
     if len(train) < 2 or len(set(parts["train"].labels)) < len(task.labels.classes):
-        raise DoesNotApply(f"it is known of {len(train)} scans of train, too few")
+        raise DoesNotApply(f"only {len(train)} training scans have a value, too few")
     numbers = [name for name in train if train[name].dtype != object]
     categories = [name for name in train if name not in numbers]
     encoder = make_column_transformer(
@@ -206,7 +206,7 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     encoder.fit(tables["train"])
     features = {name: encoder.transform(table) for name, table in tables.items()}
     if not np.ptp(features["train"], axis=0).any():
-        raise DoesNotApply(f"all scans of train have the same {', '.join(train)}")
+        raise DoesNotApply(f"all training scans have the same {', '.join(train)}")
     return probe_tested(replace(task, parts=parts), features)
 
 

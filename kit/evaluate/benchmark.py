@@ -344,11 +344,11 @@ def remove_stale_cells(bench: _Bench, run: Run) -> None:
         if not folder.exists():
             continue
         before, now = read_made_from(folder), bench.made_from(cell)
-        for line in (changes(before, now) if before else ["it does not say what it was made from"]):
+        for line in (changes(before, now) if before else ["no record of what it was made from"]):
             reasons.setdefault(line, []).append(f"{cell.encoder} on {cell.task}")
             shutil.rmtree(folder, ignore_errors=True)
     if reasons:
-        print("computed anew, for what was there is of other inputs:")
+        print("computed again, because the inputs or settings have changed:")
         for line, cells in reasons.items():
             names = [f"{name} ({cells.count(name)} cells)" for name in dict.fromkeys(cells)]
             print(f"  {line}: {', '.join(names)}")

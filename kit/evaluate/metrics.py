@@ -358,7 +358,7 @@ def matched(participants: Sequence[str], case: np.ndarray, age: np.ndarray, sex:
     people = pd.DataFrame({"participant": np.asarray(participants), "case": case, "age": age, "sex": sex})
     twice = people["participant"][people["participant"].duplicated()]
     if len(twice):
-        raise ValueError(f"matching: {twice.iloc[0]} has several rows; give one row a participant")
+        raise ValueError(f"matching: {twice.iloc[0]} has several rows; give one row per participant")
     keep = np.zeros(len(people), bool)
     ordered = people.dropna().sort_values(["age", "participant"])  # the order of rows does not change the pairs
     for _, group in ordered.groupby("sex"):

@@ -133,8 +133,8 @@ def reliability(values: np.ndarray, people: Sequence, sites: Sequence, encoder: 
     rows = list(pd.Series(people).groupby(people).indices.values())  # by participant
     parts = variance_components(values, people, sites) if len(rows) > 1 else None
     if parts is None or np.isnan(parts.rest).all():
-        raise ReliabilityError(f"{what}: {len(values)} scans of {len(rows)} participants with several scans; needed "
-                               "are two participants or more, and more scans than participants and sites together")
+        raise ReliabilityError(f"{what}: {len(values)} scans of {len(rows)} participants with several scans; needed: "
+                               "two participants or more, and more scans than participants and sites together")
     icc = _median(parts.agreement())
     low, high = _interval(icc, values, sites, rows, seed) if len(rows) >= LEAST_PARTICIPANTS else (np.nan, np.nan)
     again, chance = found_again(values, people)

@@ -114,7 +114,7 @@ def own_atlas(store: Store, scan: str, path: str | Path, names: str | Path | Non
     labels = _on(stored, affine, read_transform(store.folder, scan), store.grid)
     found = np.unique(stored[stored > 0]).astype(int)
     if not (labels[store.read(scan)[1]] > 0).any():
-        raise AtlasError(f"{shown(path)}: no label lies in the brain of {scan}; is it of another scan?")
+        raise AtlasError(f"{shown(path)}: no label lies in the brain of {scan}; does it belong to another scan?")
     table = _complete(label_names(names) if names else None, found)
     return Atlas(labels, store.grid.affine, table, Path(path).name, "the cohort's", shown(path))
 

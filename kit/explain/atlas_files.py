@@ -52,7 +52,7 @@ def wheel_file(name: str, ending: str) -> bytes:
     """
     folder = templates()
     if folder is None:
-        raise AtlasError(f"atlas deepmriprep:{name}: deepmriprep is not here; pip install deepmriprep==0.3.0, or "
+        raise AtlasError(f"atlas deepmriprep:{name}: deepmriprep is not installed; pip install deepmriprep==0.3.0, or "
                          f"pip download --no-deps deepmriprep==0.3.0 and name the wheel in ${WHEEL}")
     if name not in (known := atlas_names()):
         near = "".join(f"; did you mean {each}?" for each in get_close_matches(name, known, 1))

@@ -396,7 +396,7 @@ def _faults(row: pd.Series, least: Thresholds) -> list[str]:
     if row["outside"] > least.outside:
         faults.append(f"it prefers what is outside the brain ({row['outside']:.1f} times an even map)")
     if row["incomplete"] > least.incomplete:
-        faults.append(f"it sums to something else than it should (by {100 * row['incomplete']:.0f} %; take more steps)")
+        faults.append(f"its sum is off by {100 * row['incomplete']:.0f} % (take more steps)")
     return faults
 
 

@@ -47,7 +47,7 @@ def label_names(source: str | Path) -> pd.DataFrame:
     except ValueError:
         raise TableError(f"{source}: column {number} must hold whole numbers") from None
     if labels.duplicated().any():
-        raise TableError(f"{source}: label {labels[labels.duplicated()].iloc[0]} stands in several rows; keep one")
+        raise TableError(f"{source}: label {labels[labels.duplicated()].iloc[0]} is in several rows; keep one")
     named = pd.DataFrame([split_side(each) for each in table[name]], columns=["region", "side"])
     given = next((folded[each] for each in ("hemisphere", "side") if each in folded), None)
     if given is not None:

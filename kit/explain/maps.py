@@ -155,8 +155,8 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
     lines += [f"{what} of {len(scans)} of {len(tested)} tested scans have changed: {', '.join(scans[:3])}"
               for what, scans in changed.items() if scans]
     if lines:
-        raise MisfitError(f"model {shown(folder)} was tested on other scans than lie in {shown(store.folder)}:\n  "
-                          + "\n  ".join(lines) + "\nrun 3_finetune again, or name the folder that it was run on")
+        raise MisfitError(f"model {shown(folder)} was tested on other scans than those in {shown(store.folder)}:\n  "
+                          + "\n  ".join(lines) + "\nrun 3_finetune again, or give the folder that it was run on")
     return allowed
 
 

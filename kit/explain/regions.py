@@ -92,5 +92,5 @@ def _inside(saliency_map: np.ndarray, mask: np.ndarray, shape: tuple) -> tuple[n
         raise ValueError(f"shapes differ: map {saliency_map.shape}, brain mask {brain.shape}, atlas {tuple(shape)}")
     weight = np.where(brain, np.abs(saliency_map.astype(np.float64)), 0)
     if not weight.sum() > 0:
-        raise ValueError("the map is zero or not finite inside the mask: there is nothing to share out")
+        raise ValueError("the map is zero or not finite inside the mask, so regions have no shares of it")
     return weight, brain

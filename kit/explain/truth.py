@@ -54,7 +54,7 @@ def against_place(found: np.ndarray, place: np.ndarray, mask: np.ndarray) -> dic
         raise ValueError(f"shapes differ: map {found.shape}, brain mask {brain.shape}, known place {np.shape(place)}")
     known = np.asarray(place, bool) & brain
     if not known.any():
-        raise ValueError("the known place lies outside the brain: nothing can be held against it")
+        raise ValueError("the known place lies outside the brain, so no map can be compared with it")
     share = float(known.sum() / brain.sum())
     if not np.abs(found[brain]).sum() > 0:
         return {"share_of_brain": share, **dict.fromkeys(MEASURES, float("nan"))}

@@ -57,7 +57,8 @@ def read_record(encoder: str | Path) -> dict[str, Any]:
                 if "record" in held:
                     return json.loads(held["record"])
         except Exception as error:  # from the OS, from safetensors, or a record that is not ours
-            raise EncoderError(f"{shown(path)} is no encoder of this kit ({type(error).__name__}: {error})") from None
+            raise EncoderError(f"{shown(path)} is not an encoder of this kit ({type(error).__name__}: "
+                               f"{error})") from None
     return foreign_record(kind, path)
 
 

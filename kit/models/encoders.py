@@ -61,7 +61,7 @@ class DenseNetEncoder(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         if min(shape) < DENSENET_LEAST:
-            raise ValueError(f"densenet121 needs sides of {DENSENET_LEAST} voxels at least, these are {shape}; take "
+            raise ValueError(f"densenet121 needs sides of at least {DENSENET_LEAST} voxels, but these are {shape}; use "
                              "resnet18_narrow, or prepare the scans on a finer grid")
         self.network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1)
         self.features = self.network.class_layers.out.in_features

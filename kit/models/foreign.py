@@ -122,7 +122,7 @@ def fill(network: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
         lines = [f"{kind}: {len(names)}: {_some([name.removeprefix(inner) for name in names])}"
                  for kind, names in problems.items() if names]
         raise EncoderError(f"{shown(path)} does not fit {record['architecture']}, read as {record['format']}:\n  "
-                           + "\n  ".join(lines) + f"\nif it is of another format, say so: FORMAT:PATH, where FORMAT is "
+                           + "\n  ".join(lines) + f"\nif it has another format, give FORMAT:PATH, where FORMAT is "
                            f"{', '.join(FORMATS)}")
     network.load_state_dict({**wanted, **weights}, strict=True)
 
@@ -143,10 +143,10 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     state = {name: value for name, value in state.items() if nested or name not in outside}
     if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise EncoderError(f"{shown(path)}: {_some(strange)} in its {nested} are no tensors")
+        raise EncoderError(f"{shown(path)}: {_some(strange)} in its {nested} are not tensors")
     if not state:
-        raise EncoderError(f"{shown(path)} holds no weights by name, but {_some(outside) or 'nothing'}; they are "
-                           f"looked for at its top, or in {', '.join(NESTED)}")
+        raise EncoderError(f"{shown(path)} holds no weights by name, but {_some(outside) or 'nothing'}; weights "
+                           f"are expected at its top level, or in {', '.join(NESTED)}")
     parallel = "module." if all(name.startswith("module.") for name in state) else ""
     return {name.removeprefix(parallel): value for name, value in state.items()}, outside
 
@@ -155,7 +155,7 @@ def _safe(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # from the OS or safetensors
-        raise EncoderError(f"{shown(path)} is no encoder of this kit, nor weights of others "
+        raise EncoderError(f"{shown(path)} is not an encoder of this kit, nor weights of others "
                            f"({type(error).__name__}: {error})") from None
 
 
@@ -170,10 +170,10 @@ def _unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL:? (\S+)", str(error)):
-            raise EncoderError(f"{shown(path)} is no plain file of tensors: to unpickle it means to run "
-                               f"{found[1].rstrip('.')}, and such code may do anything. It is not read. If you trust "
-                               "where it is from, save its state_dict alone in a place where nothing can be harmed, "
-                               "and give that file") from None
+            raise EncoderError(f"{shown(path)} is not a plain file of tensors: unpickling it would run "
+                               f"{found[1].rstrip('.')}, and such code can do anything, so it is not read. If you "
+                               "trust its source, save only its state_dict on an isolated machine, and give that "
+                               "file") from None
         raise EncoderError(_no_weights(path)) from None
     except Exception as error:  # from the OS, a truncated zip, an empty file
         raise EncoderError(f"{_no_weights(path)} ({type(error).__name__}: {str(error).partition('. ')[0]})") from None
@@ -182,8 +182,8 @@ def _unpickled(path: Path) -> Any:
 def _no_weights(path: Path) -> str:
     with open(path, "rb") as file:
         start = file.read(12)
-    return (f"{shown(path)} is no encoder of this kit, nor a file of torch.save or safetensors: it begins with "
-            f"{start!r}; is it whole, and no web page that was saved in its place?")
+    return (f"{shown(path)} is not an encoder of this kit, nor a file of torch.save or safetensors: it begins with "
+            f"{start!r}; is the download complete, and not a web page that was saved instead?")
 
 
 def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any], list[str]]:
@@ -228,8 +228,8 @@ def _format_of(shapes: Shapes, path: Path) -> str:
         if plain["conv1.weight"][0] == 16:
             return "resnet18_narrow"
         return "resnet18" if "layer2.0.downsample.0.bias" in plain else "medicalnet"
-    raise EncoderError(f"{shown(path)} is no encoder of this kit, and its names are those of no format that the kit "
-                       f"knows: {_some(list(shapes))}; if it is of one, say so: FORMAT:PATH, where FORMAT is "
+    raise EncoderError(f"{shown(path)} is not an encoder of this kit, and its weights' names match no format that the "
+                       f"kit knows: {_some(list(shapes))}; if you know its format, give FORMAT:PATH, where FORMAT is "
                        f"{', '.join(FORMATS)}")
 
 
@@ -245,5 +245,5 @@ def _medicalnet(weights: Mapping[str, Any], path: Path) -> str:
     for name, (block, layers, *_) in resnet_params.items():
         if (block, layers) == (kind, blocks):
             return f"medicalnet_{name}"
-    raise EncoderError(f"{shown(path)}, read as medicalnet: {blocks} {kind} blocks in four stages, as no ResNet has; "
-                       f"its names: {_some(list(weights))}")
+    raise EncoderError(f"{shown(path)}, read as medicalnet: {blocks} {kind} blocks in four stages, which no ResNet "
+                       f"has; its names: {_some(list(weights))}")

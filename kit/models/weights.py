@@ -44,7 +44,7 @@ def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
             download it by hand).
     """
     if name not in DOWNLOADS:
-        raise EncoderError(f"got {name!r}; what can be downloaded is {', '.join(DOWNLOADS)}; for others see "
+        raise EncoderError(f"got {name!r}; only {', '.join(DOWNLOADS)} can be downloaded; for others see "
                            "docs/weights.md")
     url, known = DOWNLOADS[name]
     wanted, path = known or sha256, resolve(to) / url.rpartition("/")[2]
@@ -71,7 +71,7 @@ def keep(source: BinaryIO, path: Path, sha256: str) -> Path:
         with open(aside, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != sha256.lower():
-            raise EncoderError(f"what came for {path.name} has the sha256 {digest}, not {sha256}: it is not kept")
+            raise EncoderError(f"the download of {path.name} has the sha256 {digest}, not {sha256}: discarded")
 
     return write_whole(path, write)
 

@@ -132,7 +132,7 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
         records = [json.loads((part / "preparation.json").read_text(encoding="utf-8")) for part in parts]
         if differ := sorted({name for record in records for name in record
                              if name != "versions" and record[name] != records[0].get(name)}):
-            print(f"shards of different preparations ({', '.join(differ)}) are not merged: prepare all of them anew")
+            print(f"shards of different preparations ({', '.join(differ)}) are not merged: prepare all of them again")
             return None
         claim(folder, records[0])
         indexes = [read_index(part / "index.csv") for part in parts]

@@ -77,9 +77,9 @@ def read_mask(path: str | Path, array: np.ndarray, affine: np.ndarray, no_codes_
     if values.shape != array.shape:
         raise ScanError(f"mask: its shape {values.shape} is not the scan's {array.shape} (z, y, x); "
                         "resample it onto the scan's voxels")
-    raise ScanError("mask: it lies elsewhere in space than the scan (their affines differ, by up to "
-                    f"{corners_apart(mask_affine, affine, array.shape):.1f} mm); is it another scan's? Else resample "
-                    "it onto the scan's voxels")
+    raise ScanError("mask: it is not aligned with the scan (their affines differ by up to "
+                    f"{corners_apart(mask_affine, affine, array.shape):.1f} mm); is it another scan's? If not, "
+                    "resample it onto the scan's voxels")
 
 
 def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -113,8 +113,8 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
         raise ScanError(f"mask: inverted ({found}): its {volume:.0f} ml lie around a brain; make it 1 in the brain and "
                         "0 elsewhere")
     if volume > MOST_BRAIN_ML:
-        raise ScanError(f"mask: no brain's ({found}): {volume:.0f} ml; is it a head's, inverted, or a scan? Give one "
-                        "that is 1 in the brain and 0 elsewhere")
+        raise ScanError(f"mask: not a brain ({found}): {volume:.0f} ml; is it a head mask, inverted, or a scan? Give "
+                        "one that is 1 in the brain and 0 elsewhere")
     return mask
 
 

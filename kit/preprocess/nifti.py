@@ -21,7 +21,7 @@ MOST_VOXELS = 10**9
 HALVES = {"hdr": "img", "img": "hdr"}
 _HALF = re.compile(rf"(.+\.)({'|'.join(HALVES)})(\.gz)?", re.IGNORECASE)
 TRUNCATED = "truncated: fewer voxels than the header promises; copy the file again"
-ASSUME_RAS = "if it is stored as RAS, say orientation_unknown: assume_ras"
+ASSUME_RAS = "if it is stored as RAS, set orientation_unknown: assume_ras"
 SINGULAR = "its affine is singular: a voxel size is zero; convert the scan anew, from DICOM if you have it"
 
 
@@ -140,7 +140,7 @@ def file_bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise ScanError("no such file; correct its path") from error
     except OSError as error:
-        raise ScanError(f"cannot be read: {error.strerror}; mend its permissions or its disk") from error
+        raise ScanError(f"cannot be read: {error.strerror}; check its permissions and the disk") from error
     if not data.startswith(b"\x1f\x8b"):
         return data
     try:
@@ -234,8 +234,8 @@ def _check_affine(affine: np.ndarray) -> None:
     if not np.isfinite(affine).all() or not voxel_sizes(affine).all():
         raise ScanError(SINGULAR)
     if not plausible(sizes := voxel_sizes(affine)):
-        raise ScanError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm are no head's; correct the voxel "
-                        "sizes in its header, or their unit (NIfTI: xyzt_units)")
+        raise ScanError(f"voxels of {' x '.join(f'{size:.4g}' for size in sizes)} mm do not fit a head; correct the "
+                        "voxel sizes in its header, or their unit (NIfTI: xyzt_units)")
     if abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-6:
         raise ScanError(SINGULAR)
 

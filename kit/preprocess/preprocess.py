@@ -85,7 +85,7 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     names = scan_names(cohort)
     check_cohort(cohort, names, settings.mask)
     if changes := claim(folder, settings.record()):
-        print(f"another preparation was here ({'; '.join(changes)}): its scans are prepared anew")
+        print(f"the settings have changed ({'; '.join(changes)}): scans are prepared again")
     remove_leftovers(folder)
     wanted = settings.mask in ("auto", "given") and "mask_path" in cohort
     masks = cohort["mask_path"].fillna("") if wanted else [""] * len(cohort)
@@ -97,12 +97,12 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     with progress(total=len(tasks), initial=len(outcomes), desc="prepare", unit="scan") as bar:
         todo = [task for task in tasks if task.scan not in outcomes]
         for task, outcome in run_all(prepare_scan, todo, workers):
-            outcomes[task.scan] = outcome or "its process was killed, twice: most likely not enough memory"
+            outcomes[task.scan] = outcome or "its process was killed twice, most likely for lack of memory"
             bar.update()
     index, failed = write_tables(cohort, names, outcomes, folder, brain_ml)
     if len(noted := index[index["header_note"] != ""]):
         some = [f"{row.scan} ({row.header_note})" for row in noted.head(3).itertuples()]
-        print(f"{len(noted)} scans whose headers say two places: {', '.join(some)}{', ...' * (len(noted) > 3)}")
+        print(f"{len(noted)} scans whose sform and qform disagree: {', '.join(some)}{', ...' * (len(noted) > 3)}")
     return index, failed
 
 

@@ -131,8 +131,8 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
     for row, image in progress(run_all(make, missing, workers if workers > 1 else 0), desc="procedural scans",
                                total=len(rows), unit="scan", initial=len(rows) - len(missing)):
         if image is None:
-            raise RuntimeError(f"{row['participant']} {row['session']}: its process was killed, twice: most likely not "
-                               "enough memory; take fewer workers")
+            raise RuntimeError(f"{row['participant']} {row['session']}: its process was killed twice, most likely "
+                               "for lack of memory; use fewer workers")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1)})
 

@@ -126,6 +126,6 @@ def loading_may_fail() -> Iterator[None]:
     except RuntimeError as error:
         if not (str(error).startswith("DataLoader worker") or "shared memory" in str(error)):
             raise
-        raise LoaderError(f"a loading process failed, for want of memory perhaps ({str(error).splitlines()[-1]}). Set "
+        raise LoaderError(f"a loading process failed, perhaps for lack of memory ({str(error).splitlines()[-1]}). Set "
                           "loader_workers: 0, which loads in the training process, or give the job more memory "
                           "(shared memory in docker: --shm-size)") from error

@@ -102,7 +102,7 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
     if record.get("salt") != participant_hash("salt", salt()):
         words = "the encoder's ids are hashed with another salt: set KIT_SALT to the one that it was trained with"
         if not allow:
-            raise LeakageError(f"{words}, or set allow_seen_participants: true and say so")
+            raise LeakageError(f"{words}, or set allow_seen_participants: true and report it")
         print(f"{words}; whom it saw is unknown")
         return
     people = check_unseen(ids, record["participants"], allow, aliases)
@@ -111,7 +111,7 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
     if scans and not allow:
         raise LeakageError(f"{scans} of {len(found)} scans to be evaluated were seen in pretraining, under other "
                            "names of participant or dataset: give both cohorts the same names (or a table of "
-                           "aliases), and test on others, or set allow_seen_participants: true and say so")
+                           "aliases), and test on others, or set allow_seen_participants: true and report it")
     if people or scans:
         print(f"SEEN IN PRETRAINING: {people} of {ids.nunique()} participants, {scans} of {len(rows)} scans tested")
 
@@ -149,7 +149,7 @@ def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], alia
         hashes = voxel_hashes(store, rows["scan"])
         scans[name] = {each: scan for scan, each in hashes.items()}
         if twice := len(hashes) - len(scans[name]):
-            print(f"{name}: {twice} scans are there twice, voxel by voxel")
+            print(f"{name}: {twice} scans are exact duplicates, voxel by voxel")
     learned = [name for name in parts if name in LEARNED]
     for one in learned:
         for other in (name for name in parts if name not in learned[:learned.index(one) + 1]):

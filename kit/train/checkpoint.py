@@ -112,8 +112,8 @@ class Saver:
         word = (f"the disk is full: no checkpoint could be written to {shown(self.folder)} ({free:.0f} MB free); "
                 + (f"{shown(kept)} stays as it was" if kept.exists() else "there is none yet"))
         if left <= 0:
-            raise CheckpointError(f"{word}; given up after {self.retry_minutes:g} minutes. Make room, then run again: "
-                                  "it goes on from there") from error
+            raise CheckpointError(f"{word}; gave up after {self.retry_minutes:g} minutes. Make room, then run again "
+                                  "to resume") from error
         warnings.warn(f"{word}; trying again for {left:.1f} minutes", stacklevel=3)
 
 
@@ -146,5 +146,5 @@ def check_same(state: dict[str, Any], params: dict[str, Any], folder: Path) -> N
         CheckpointError: lists every difference.
     """
     if listed := differences(state.get("params", {}), params, "the checkpoint"):
-        raise CheckpointError(f"{shown(folder / 'checkpoints')} are of other parameters:\n  {listed}\n"
+        raise CheckpointError(f"{shown(folder / 'checkpoints')} were made with other parameters:\n  {listed}\n"
                               "give another output_dir, or delete that folder")

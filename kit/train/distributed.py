@@ -200,7 +200,7 @@ def launch_on_nodes(module: str, folder: Path, nodes: int, workers: int) -> None
             srun.terminate()
             raise
     if srun.returncode:
-        raise NodesError(f"the workers failed (srun ended with {srun.returncode}); the last they said:\n"
+        raise NodesError(f"the workers failed (srun exited with {srun.returncode}); their last output:\n"
                          + "".join(said))
 
 

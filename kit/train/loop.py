@@ -285,7 +285,7 @@ class State:
         old = {"workers": found["workers"], "threads": found["threads"], **found["versions"]}
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in now.items() if old.get(name) != value]
         if changed and rank() == 0:
-            print(f"resumed with {', '.join(changed)}: the results stay sound, their last digits differ")
+            print(f"resumed with {', '.join(changed)}: results stay valid, but may differ in their last digits")
 
 
 def chunks_of(batch: list[int], chunk: int, equal: bool = True) -> Chunks:
@@ -302,7 +302,7 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True) -> Chunks:
     """
     each = len(batch) // world_size()
     if not each:
-        raise ValueError(f"a batch of {len(batch)} scans (one of a participant) for {world_size()} processes: take "
+        raise ValueError(f"a batch of {len(batch)} scans (one per participant) for {world_size()} processes: use "
                          "fewer workers, or more participants")
     used = each * world_size() if equal else len(batch)
     share = np.array_split(np.asarray(batch[:used]), world_size())[rank()].tolist()

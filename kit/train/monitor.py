@@ -209,9 +209,9 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     if site and sites > 1:
         skill = {name: (row[site] - 1 / sites) / (1 - 1 / sites) for name, row in (("now", now), ("start", start))}
         if skill["now"] > 0.6 and skill["now"] > skill["start"] + 0.1:
-            return (f"MEMORISING SITE: where a scan was made can be told from its features in {now[site]:.0%} of cases "
-                    f"(chance {1 / sites:.0%}, {start[site]:.0%} at first): the scanner is learned; use stronger "
-                    "intensity views, or check the preparation")
+            return (f"MEMORISING SITE: the site can be predicted from the features in {now[site]:.0%} of cases (chance "
+                    f"{1 / sites:.0%}, {start[site]:.0%} at first): the encoder learns the scanner; use stronger "
+                    "intensity augmentation, or check the preparation")
     if validation_scans >= LEAST and (words := _by_heart(log, validation_scans)):
         return words
     words = f"LEARNING: the loss fell by {fell:.0%}"
@@ -231,8 +231,8 @@ def _no_better_than_the_mean(log: pd.DataFrame) -> str:
     if known.empty or known["validation_loss"].iloc[-1] < known["mean_scan_loss"].iloc[-1]:
         return ""
     now = known.iloc[-1]
-    return (f"NOT LEARNING: on held-out scans the loss is {now['validation_loss']:.3f}, and always answering with the "
-            f"mean training scan has {now['mean_scan_loss']:.3f}; train for more epochs, or look at learning_rate")
+    return (f"NOT LEARNING: on held-out scans the loss is {now['validation_loss']:.3f}, while always predicting the "
+            f"mean training scan gives {now['mean_scan_loss']:.3f}; train for more epochs, or look at learning_rate")
 
 
 def _by_heart(log: pd.DataFrame, validation_scans: int) -> str:

@@ -119,7 +119,7 @@ def readable_scans(params: Pretrain, store: Store, folder: Path) -> tuple[pd.Dat
     damaged = _damaged(folder)
     learned, validation = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
     if participant_ids(learned).nunique() < 2:
-        raise ParameterError(f"prepared: fewer than two participants are left to learn from, for {len(damaged)} scans "
+        raise ParameterError(f"prepared: fewer than two participants are left to learn from: {len(damaged)} scans "
                              f"are missing or damaged; see {shown(folder / DAMAGED)}")
     return learned, validation
 
@@ -163,11 +163,11 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
     if before is None or before.record != kept["made_from"]:
         before = MadeFrom(kept["made_from"])
     if before.record["kit"] != kit.__version__:
-        print(f"{shown(folder)} was begun by kit {before.record['kit']}; this is {kit.__version__}")
+        print(f"{shown(folder)} was started with kit {before.record['kit']}; this is {kit.__version__}")
     if lines := changes(before._replace(record={**before.record, "kit": kit.__version__}), now):
-        raise CheckpointError(f"{shown(folder)} was trained on other inputs than lie there now:\n  "
+        raise CheckpointError(f"{shown(folder)} was trained on other inputs than are there now:\n  "
                               + "\n  ".join(lines) + "\ngive another output_dir, or delete that folder"
-                              + ("" if finished else "; or bring the scans back as they were, and it goes on"))
+                              + ("" if finished else "; or restore the inputs, and it resumes"))
     if read_made_from(folder) is None:
         write(folder, MadeFrom(before.record, now.rows))
 

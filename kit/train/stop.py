@@ -34,7 +34,7 @@ def interrupt_stops(file: Path) -> Iterator[None]:
         return
 
     def ask(number: int, frame: object) -> None:
-        print("stopping: the checkpoint is written first; once more to break off at once", flush=True)
+        print("stopping: writing a checkpoint first; interrupt again to quit at once", flush=True)
         file.touch()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

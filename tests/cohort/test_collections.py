@@ -157,15 +157,15 @@ def test_contrast_stands_in_the_files_name(name: str, contrast: str) -> None:
 
 
 @pytest.mark.parametrize(("file", "text", "message"), [
-    ("PT001_A/sub-01/ses-01.zip", "", "1 of its sessions are still zipped; unpack each"),
+    ("PT001_A/sub-01/ses-01.zip", "", "1 of its sessions are still zipped; unzip each"),
     ("PT001_A/sub-01/ses-01/scan.nii.gz", "", "no T1w scans in it, but 1 scan; ask for another contrast"),
     ("PT001_A/sub-01/ses-01/t1.txt", "", "no T1w scans in it; is it the right folder"),
-    ("pretrain_data.json", "{", "pretrain_data.json is no nnssl collection .*write it anew"),
-    ("pretrain_data.json", '{"datasets": {"a": {"subjects": []}}}', "is no nnssl collection"),
+    ("pretrain_data.json", "{", "pretrain_data.json is not an nnssl collection .*create it again"),
+    ("pretrain_data.json", '{"datasets": {"a": {"subjects": []}}}', "is not an nnssl collection"),
     ("pretrain_data.json", json.dumps({"datasets": {"a": {"subjects": {"b": {"sessions": {"c": {"images": [
         image("$nowhere_set/x_T1w.nii.gz", "T1w")]}}}}}}}), "set the environment variable nowhere_set"),
     ("openneuro_metadata.csv", "id,age\n1,2\n", "needs the columns image_path, modality; download it again"),
-    ("openneuro_metadata.csv", "", "is no table: .*; download it again"),
+    ("openneuro_metadata.csv", "", "is not a table: .*; download it again"),
 ])
 def test_faults_name_the_file_and_a_cure(tmp_path: Path, file: str, text: str, message: str) -> None:
     touch(tmp_path, file)

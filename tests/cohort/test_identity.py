@@ -124,7 +124,7 @@ def test_two_spellings_in_one_table_are_always_asked_about(names, place, change)
             with pytest.raises(CohortError, match="listed twice"):
                 written(Path(folder), rows, {}, ",", range(len(rows)))
         elif loose(other) == loose(name):
-            with pytest.raises(CohortError, match="one or several"):
+            with pytest.raises(CohortError, match="the same.* write them alike"):
                 written(Path(folder), rows, {}, ",", range(len(rows)))
 
 
@@ -177,5 +177,5 @@ def test_aliases(tmp_path):
     index = pd.DataFrame({"dataset": ["oasis", "ADNI", "ADNI"], "participant": ["17", "001", "3"]})
     assert participant_ids(joined(index, aliases)).tolist() == ["ADNI/001", "ADNI/001", "ADNI/3"]
     path.write_text("dataset,participant,person\nadni,1,P\nadni,001,Q\n")
-    with pytest.raises(IdentityError, match="adni/1 is several persons"):
+    with pytest.raises(IdentityError, match="adni/1 is listed as several persons"):
         read_aliases(path)

@@ -69,7 +69,7 @@ def test_several_classes():
     assert labels(["F", "M", "M"]).outputs == labels([1.5, 2, 3]).outputs == 1
     for values, kind in ((["a", "b", "c", "b", "a"], "auto"), (list(range(21)) * 2, "classification"), (["a"], "auto"),
                          ([f"name {number}" for number in range(21)] * 2, "auto")):
-        with pytest.raises(LabelError, match=r"two classes, or up to 20 of two scans each at least; found \d+: "):
+        with pytest.raises(LabelError, match=r"two classes, or up to 20 with at least two scans each; found \d+: "):
             labels(values, kind)
 
 
@@ -77,7 +77,7 @@ def test_a_test_cohorts_labels_are_of_the_classes_that_are_learned():
     there = pd.DataFrame({"x": ["MCI", "CN", None, "CN"]})
     found = read_labels(there, "x", "classification", (), ("AD", "CN", "MCI"))
     assert found.classes == ("AD", "CN", "MCI") and np.array_equal(found.values, [2, 1, np.nan, 1], equal_nan=True)
-    with pytest.raises(LabelError, match="AD, CN where a model learns them, but here CN, MCI; rename MCI"):
+    with pytest.raises(LabelError, match="the training classes are AD, CN, but here they are CN, MCI; rename MCI"):
         read_labels(there, "x", "classification", (), ("AD", "CN"))
     codes = read_labels(pd.DataFrame({"x": [1.0, 2.0]}), "x", "classification", (), ("1", "2", "3"))
     assert codes.values.tolist() == [0, 1]
@@ -86,7 +86,8 @@ def test_a_test_cohorts_labels_are_of_the_classes_that_are_learned():
 @pytest.mark.parametrize(("values", "code"), [([63, 71, 999, 55], "999"), ([63.5, 71, -99, 55], "-99"),
                                               ([20.5, 30, -1, 40, 50], "-1")])
 def test_a_code_for_missing_among_numbers_is_asked_about(values, code):
-    with pytest.raises(LabelError, match=f"x: {code} in 1 rows looks like a code for missing among numbers from"):
+    with pytest.raises(LabelError, match=f"x: {code} in 1 rows looks like a code for a missing value among numbers "
+                                         "from"):
         labels(values)
     assert labels(values, missing_codes=[float(code)]).kind == "regression"
     assert labels(values, "regression").values.tolist() == values
@@ -102,7 +103,7 @@ def test_text_is_trimmed_and_case_is_asked_about():
     found = labels(["F", "M", "M ", " F", ""])
     assert found.classes == ("F", "M") and np.array_equal(found.values, [0, 1, 1, 0, np.nan], equal_nan=True)
     for one, other in (("yes", "YES"), ("01", "1"), ("AD", "Ad")):
-        with pytest.raises(LabelError, match=f"({one}|{other}) and ({one}|{other}) differ by case or zeros alone"):
+        with pytest.raises(LabelError, match=f"({one}|{other}) and ({one}|{other}) differ only by case or zeros"):
             labels([one, other, "x"])
 
 
@@ -112,7 +113,7 @@ def test_words_that_others_read_as_missing_are_classes():
 
 
 def test_names_of_zeros_are_no_numbers():
-    with pytest.raises(LabelError, match=r"of two scans each at least; found 3: 001 \(2\), 002 \(1\), A3 \(1\)"):
+    with pytest.raises(LabelError, match=r"with at least two scans each; found 3: 001 \(2\), 002 \(1\), A3 \(1\)"):
         labels(["001", "001", "002", "A3"])
 
 

@@ -124,7 +124,7 @@ def test_leave_one_site_out_tests_each_site_and_never_learns_from_its_travellers
 def test_folds_that_cannot_be_made_are_refused(people):
     with pytest.raises(SplitError, match="stratify: the index has no column diagnosis; it has dataset, participant"):
         folds(people, 5, 0, ["sex", "diagnosis"])
-    with pytest.raises(SplitError, match="folds: 5 of 4 participants"):
+    with pytest.raises(SplitError, match="folds: 5 folds of only 4 participants"):
         folds(people[people["participant"] < "004"], 5)
 
 

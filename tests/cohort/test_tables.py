@@ -59,11 +59,11 @@ def test_bids_with_sessions_labels_and_masks(tmp_path):
     ("participants.tsv", "participant_id\tsession\nsub-01\ta\n", "participants.tsv: a column session .* rename"),
     ("participants.tsv", "participant_id\tage\nsub-01\t6\n01\t7\n", "participant_id 01 is listed twice; keep"),
     ("participants.tsv", "id\tage\nsub-01\t6\n", "participants.tsv: needs a column participant_id; found id, age"),
-    ("participants.tsv", "", "participants.tsv is no table"),
+    ("participants.tsv", "", "participants.tsv is not a table"),
     ("sub-01/sub-01_sessions.tsv", "session\tage\nses-a\t6\n",
      "sub-01_sessions.tsv: needs a column session_id; found session, age"),
     ("sub-01/sub-01_sessions.tsv", "session_id\tage\nses-a\t6\nses-a\t7\n", "session_id a is listed twice"),
-    ("dataset_description.json", "{", "dataset_description.json is no JSON object"),
+    ("dataset_description.json", "{", "dataset_description.json is not a JSON object"),
     ("sub-01/ses-a/anat/scan_T1w.nii.gz", "", "scan_T1w.nii.gz: its name must begin with sub-01_"),
     ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii", "", "1 scans are listed twice"),
 ])
@@ -98,22 +98,23 @@ def test_a_second_name_of_a_participant_is_a_column_like_others(tmp_path):
 
 @pytest.mark.parametrize(("first", "second"), [("001", "1"), ("A01", "a01"), ("IXI_1", "IXI_001"), ("7", "7.0")])
 def test_names_that_may_be_one_persons_are_asked_about(tmp_path, first, second):
-    with pytest.raises(CohortError, match=f"are '({first}|{second})' and '({first}|{second})' one or several"):
+    with pytest.raises(CohortError, match=f"are '({first}|{second})' and '({first}|{second})' the same"):
         table_of(tmp_path, f"participant,image_path\n{first},a.nii\n{second},b.nii\n")
     cohort = table_of(tmp_path, f"participant,dataset,image_path\n{first},x,a.nii\n{second},y,b.nii\n")
     assert cohort["participant"].tolist() == [first, second]  # in two datasets they are two
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("participant,image_path\n1.2E+11,a.nii\n", "1.2E\\+11: a spreadsheet made a date or a rounded number"),
-    ("participant,image_path\n02-Jan,a.nii\n", "02-Jan: a spreadsheet made a date"),
-    ("participant,image_path,age\n1,a.nii,#REF!\n", "age holds #REF!, an error of a spreadsheet, in 1 rows"),
+    ("participant,image_path\n1.2E+11,a.nii\n",
+     "1.2E\\+11: a spreadsheet has turned the name into a date or a rounded number"),
+    ("participant,image_path\n02-Jan,a.nii\n", "02-Jan: a spreadsheet has turned the name into a date"),
+    ("participant,image_path,age\n1,a.nii,#REF!\n", "age holds #REF!, a spreadsheet error, in 1 rows"),
     ("participant,Participant,image_path\n1,2,a.nii\n", "several columns are participant"),
     ("participant,image_path,age,age \n1,a.nii,60,61\n", "several columns are age"),
     ("participant,image_path\n1,a.nii,60\n", "row 2 has more cells than the header"),
     ("participant,image_path,\n1,a.nii,60\n", "column 3 has no name"),
     ('participant,image_path\n1,"a.nii\n2,b.nii\n', "a quote that is not closed"),
-    ("participant,dataset,image_path\n1,ADNI,a.nii\n2,adni,b.nii\n", "dataset: are 'ADNI' and 'adni' one or several"),
+    ("participant,dataset,image_path\n1,ADNI,a.nii\n2,adni,b.nii\n", "dataset: are 'ADNI' and 'adni' the same"),
 ])
 def test_tables_that_cannot_be_read_say_why(tmp_path, text, message):
     with pytest.raises(CohortError, match=message):
@@ -138,7 +139,7 @@ def test_decimal_commas_are_numbers_beside_semicolons(tmp_path):
 
 def test_latin_1_is_refused_by_name(tmp_path):
     (tmp_path / "a.csv").write_bytes("image_path,site\na.nii,Zürich\n".encode("latin-1"))
-    with pytest.raises(CohortError, match="no table in UTF-8 .* save it as `CSV UTF-8`"):
+    with pytest.raises(CohortError, match="not a UTF-8 table .* save it as `CSV UTF-8`"):
         read_cohort(tmp_path / "a.csv")
 
 
@@ -206,8 +207,8 @@ def test_several_runs_are_one_session_and_contrast_agents_are_left_out(tmp_path,
 
 @pytest.mark.parametrize(("participants", "sessions", "message"), [
     ("participant_id age\nsub-1 60\n", "", "participants.tsv: has sub-1, the folder is sub-01"),
-    ("participant_id age\nsub-01 60\n", "session_id age\nses-M024 72\n", "has ses-M024, the folder is ses-M24"),
-    ("participant_id age\nsub-01 60\nsub-001 61\n", "", "are '001' and '01' one or several"),
+    ("participant_id age\nsub-01 60\n", "session_id age\nses-M024 72\n", "has ses-M024, but the folder is ses-M24"),
+    ("participant_id age\nsub-01 60\nsub-001 61\n", "", "are '001' and '01' the same"),
 ])
 def test_names_that_nearly_match_a_folders_are_refused(tmp_path, participants, sessions, message):
     tables = {"participants.tsv": participants} | ({"sub-01/sub-01_sessions.tsv": sessions} if sessions else {})

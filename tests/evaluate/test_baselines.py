@@ -88,7 +88,7 @@ def test_demographics_never_have_the_label_in_another_dress(store):
     assert baseline_predictions("demographics", task_of(store, "sex"), demographics=["sex"], say=said.append) is None
     assert said == [f"demographics on sex: {words}" for words in (
         "without sex, which is the label or says the same", "without sex, which is the label or says the same",
-        "no row, for it has no column but the label's own")]
+        "no row, because its only columns give the label away")]
     for name, columns, kept in (
             ("sex", {"gender": store.index["sex"]}, "age"),
             ("sex", {"Female": (store.index["sex"] == "F").astype(int)}, "age"),
@@ -133,7 +133,7 @@ def test_a_site_that_says_the_label_is_found_and_an_unknown_one_says_nothing(sto
                                   found["elsewhere"])
     said = []
     assert baseline_predictions("site", task_of(with_index(store, site="A"), "lesion"), say=said.append) is None
-    assert said == ["site on lesion: no row, for all scans of train have the same site"]
+    assert said == ["site on lesion: no row, because all training scans have the same site"]
 
 
 @pytest.mark.parametrize("grid", [Grid((36, 48, 40), 4.0), Grid((75, 96, 96), 2.0)])
@@ -190,7 +190,7 @@ def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
     said.clear()
     found = baseline_predictions("volumes", task, volumes=tmp_path / "some.csv", say=said.append)
     assert error_or_auc(task, found) < 8 and np.isfinite(found["test"]).all()
-    assert said[1:] == [f"volumes on age: nothing is known of 1 participants of {part}: {name}"
+    assert said[1:] == [f"volumes on age: no values for 1 participants of {part}: {name}"
                         for part, name in zip(("train", "test"), lost, strict=True)]
 
     both = task_of(store, "age", elsewhere)

@@ -146,7 +146,7 @@ def test_settings_decide_what_is_stale(stores, tmp_path, capsys):
     (tmp_path / "run" / "params.yaml").unlink()  # else other parameters are refused at once
     filled(params_for(stores, tmp_path / "run", baselines=["guess"], seeds=[0], steps=6))
     said = capsys.readouterr().out
-    assert "computed anew" in said and "steps: 4 then, 6 now: ResNet on lesion (1 cells)" in said
+    assert "computed again" in said and "steps: 4 then, 6 now: ResNet on lesion (1 cells)" in said
     after = cell_files(tmp_path / "run")
     assert {path for path in before if after[path] != before[path]} == {
         path for path in before if "ResNet" in str(path)}

@@ -120,12 +120,12 @@ def test_corrected_labels_are_learned_anew(store, tmp_path, capsys, fitted):
     correct_labels(store)
     _, table, anew = finetuned(store, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "computed anew" in said and "labels of lesion of prepared: 8 of 32 changed: made_000_01, made_001" in said
+    assert "computed again" in said and "labels of lesion of prepared: 8 of 32 changed: made_000_01, made_001" in said
     fresh = finetuned(store, tmp_path / "fresh")[2]
     assert anew == fresh and anew["fingerprint"] != old["fingerprint"] and numbers(anew) != numbers(old)
     assert set(table["fingerprint"]) == {anew["fingerprint"]} and len(fitted) == 3
     assert finetuned(store, tmp_path / "run")[2] == anew and len(fitted) == 3
-    assert "anew" not in capsys.readouterr().out
+    assert "computed again" not in capsys.readouterr().out
 
 
 def test_what_is_not_read_may_change(store, tmp_path, fitted):
@@ -184,7 +184,7 @@ def test_a_run_of_an_older_kit_is_computed_anew(store, tmp_path, capsys, fitted,
     if not left:
         (tmp_path / "run/made_from.json").unlink()
     assert finetuned(store, tmp_path / "run")[2] == first and len(fitted) == 2
-    assert "it is of an older kit, which did not note what it was made from" in capsys.readouterr().out
+    assert "it is from an older kit, which did not record what it was made from" in capsys.readouterr().out
 
 
 def test_other_names_of_the_people_used_are_another_input(store, tmp_path, capsys, fitted):
@@ -290,7 +290,7 @@ def test_only_the_cells_concerned_are_computed_anew(store, tmp_path, capsys, fit
     for record in (tmp_path / "run/cells").rglob("made_from.json"):
         record.unlink()
     benchmarked(store, tmp_path / "run", **values)
-    assert len(fitted) == done + 4 and "it does not say what it was made from" in capsys.readouterr().out
+    assert len(fitted) == done + 4 and "no record of what it was made from" in capsys.readouterr().out
 
 
 # 2_pretrain
@@ -303,7 +303,7 @@ def test_a_finished_pretraining_is_shown_if_its_scans_are_the_same(store, tmp_pa
     change_index(store, lambda index: index.assign(lesion=0, age=1).iloc[::-1])  # which it does not read
     assert pretrained(store, tmp_path / "run").equals(log)
     change_scans(store, "made_003_01", "made_004_01")
-    with pytest.raises(CheckpointError, match=r"(?s)trained on other inputs than lie there now:\n  scans of prepared: "
+    with pytest.raises(CheckpointError, match=r"(?s)trained on other inputs than are there now:\n  scans of prepared: "
                                               "2 of 32 changed: made_003_01, made_004_01\ngive another output_dir"):
         pretrained(store, tmp_path / "run")
     (tmp_path / "run/made_from.json").unlink()  # the encoder's own record knows it, too
@@ -350,7 +350,7 @@ def test_a_pretraining_of_an_older_kit_is_refused(store, tmp_path):
     state = checkpoint.read_checkpoint(tmp_path / "run/checkpoints")
     del state["params"]["made_from"]
     torch.save(state, tmp_path / "run/checkpoints/last.pt")
-    with pytest.raises(CheckpointError, match="is of an older kit, .* give another output_dir"):
+    with pytest.raises(CheckpointError, match="is from an older kit, .* give another output_dir"):
         pretrained(store, tmp_path / "run")
 
 
@@ -407,5 +407,5 @@ def test_maps_of_an_older_model_go_and_an_older_kits_model_is_refused(store, tmp
     assert "model weights: " in capsys.readouterr().out
     assert not (tmp_path / "run/maps/old_gradient.nii.gz").exists()
     (tmp_path / "model/made_from.json").unlink()
-    with pytest.raises(MisfitError, match="is of an older kit, .*; run 3_finetune again"):
+    with pytest.raises(MisfitError, match="is from an older kit, .*; run 3_finetune again"):
         explained(store, tmp_path / "model", tmp_path / "run")

@@ -183,9 +183,9 @@ def test_the_split_seed_is_apart_from_the_training_seed(store):
 
 
 @pytest.mark.parametrize(("values", "words"), [
-    ({"folds": 1}, "folds: 1; one fold is none"),
+    ({"folds": 1}, "folds: 1; set 0 for a single split"),
     ({"folds": 3, "leave_one_site_out": True}, "folds: 3 beside leave_one_site_out: true"),
-    ({"folds": 30}, "folds: 30 of 24 participants"),
+    ({"folds": 30}, "folds: 30 folds of only 24 participants"),
     ({"folds": 3, "fold": 3}, "fold: 3; 3 folds are numbered 0 to 2"),
     ({"leave_one_site_out": True, "fold": 2}, "fold: 2; 2 folds are numbered 0 to 1"),
     ({"fold": 1}, "fold: 1; there is one split"),

@@ -55,7 +55,7 @@ def test_densenet121_is_monais_before_its_class_layer():
     images = torch.randn(2, 1, *DENSE.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(theirs.eval().class_layers.out(ours(images)), theirs(images))
-    with pytest.raises(ValueError, match=r"needs sides of 29 voxels at least, these are \(12, 18, 24\)"):
+    with pytest.raises(ValueError, match=r"needs sides of at least 29 voxels, but these are \(12, 18, 24\)"):
         build_encoder("densenet121", GRID)
 
 
@@ -199,7 +199,7 @@ def test_files_that_are_no_encoders_are_named(tmp_path):
     with pytest.raises(EncoderError, match="encoder.safetensors"):
         read_record(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"x": json.dumps(1)})
-    with pytest.raises(EncoderError, match="is no encoder of this kit"):
+    with pytest.raises(EncoderError, match="is not an encoder of this kit"):
         read_record(tmp_path / "other.safetensors")
 
 

@@ -135,7 +135,7 @@ class Harmful:
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"model_state_dict": {"module.encoder.conv1.weight": Harmful(tmp_path / "harm")}}, path)
-    with pytest.raises(EncoderError, match=r"weights\.pt is no plain file of tensors: .* run \w+\.system, "):
+    with pytest.raises(EncoderError, match=r"weights\.pt is not a plain file of tensors: .* run \w+\.system, "):
         load_encoder(f"neuro_simclr:{path}", PAPER)
     assert not (tmp_path / "harm").exists()
     torch.load(path, weights_only=False)  # so that the test can fail
@@ -153,7 +153,7 @@ def test_a_real_tar_archive_is_told_from_a_file_that_is_called_one(tmp_path: Pat
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("page.tar", b"<!DOCTYPE html><html>", "it begins with b'<!DOCTYPE ht'"),
     ("empty.pt", b"", "it begins with b''"),
-    ("a.safetensors", b"no weights", "is no encoder of this kit"),
+    ("a.safetensors", b"no weights", "is not an encoder of this kit"),
     ("cut.pt", None, "central directory"),
 ])
 def test_files_that_are_no_weights_are_named(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
@@ -168,8 +168,8 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path, name: str, content:
 @pytest.mark.parametrize(("held", "words"), [
     ([torch.zeros(2)], "holds a list, not weights by name"),
     ({"epoch": 3}, "holds no weights by name, but epoch"),
-    ({"state_dict": {"a": 3}}, "a in its state_dict are no tensors"),
-    ({"odd.weight": torch.zeros(2)}, "of no format that the kit knows: odd.weight; .*FORMAT is neuro_simclr"),
+    ({"state_dict": {"a": 3}}, "a in its state_dict are not tensors"),
+    ({"odd.weight": torch.zeros(2)}, "match no format that the kit knows: odd.weight; .*FORMAT is neuro_simclr"),
 ])
 def test_checkpoints_without_weights_and_unknown_names_are_refused(tmp_path: Path, held: Any, words: str) -> None:
     torch.save(held, tmp_path / "a.pt")
@@ -241,8 +241,8 @@ def test_every_words_meaning() -> None:
 
 
 @pytest.mark.parametrize(("encoder", "words"), [
-    ("simclr:weights/a.tar", "encoder: got 'simclr:weights/a.tar'; before the colon stands the format of a file of "
-                             "weights: auto, neuro_simclr, brainiac, brainiac_resnet50, medicalnet, resnet18, "),
+    ("simclr:weights/a.tar", "encoder: got 'simclr:weights/a.tar'; give FORMAT:PATH, where FORMAT is "
+                             "auto, neuro_simclr, brainiac, brainiac_resnet50, medicalnet, resnet18, "),
     ("neuro_simclr:weights/no.tar", "encoder: no file weights/no.tar; docs/weights.md says where to get it"),
     ("weights/no.tar", "encoder: no file weights/no.tar; run 2_pretrain first"),
     ("random:brainy", "encoder: got 'random:brainy'; the architectures are"),
@@ -331,6 +331,6 @@ def test_without_a_network_it_says_how_to_do_it_by_hand(tmp_path: Path, monkeypa
         fetch("medicalnet_resnet18", tmp_path)
     with pytest.raises(EncoderError, match="could not be downloaded .*resnet_18_23dataset.pth .*aa$"):
         fetch("medicalnet_resnet18", tmp_path, "aa")
-    with pytest.raises(EncoderError, match="got 'brainiac'; what can be downloaded is neuro_simclr, .*docs/weights.md"):
+    with pytest.raises(EncoderError, match="got 'brainiac'; only neuro_simclr, .* can be downloaded.*docs/weights.md"):
         fetch("brainiac", tmp_path)
     assert list(tmp_path.iterdir()) == [] and all(url.startswith("https://") for url, _ in DOWNLOADS.values())

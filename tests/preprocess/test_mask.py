@@ -86,10 +86,12 @@ NO_MASKS = {
     "a scan from 0 to 1": (lambda brain: stripped()[0] / stripped()[0].max(), "mask: no mask .*from 0 to 1.; give one"),
     "below zero": (lambda brain: -1.0 * brain, "mask: no mask .2 different values from -1 to 0"),
     "a head": (lambda brain: np.where(ndimage.binary_dilation(brain, iterations=5), stripped()[0] + 20, 0),
-               r"mask: no brain's \(\d+ different values from 0 to .*\): \d+ ml; is it a head's, inverted, or a scan"),
-    "a head's mask": (lambda brain: ndimage.binary_dilation(brain, iterations=5), r"mask: no brain's .*is it a head's"),
+               r"mask: not a brain \(\d+ different values from 0 to .*\): \d+ ml; is it a head mask, inverted, or a "
+               "scan"),
+    "a head's mask": (lambda brain: ndimage.binary_dilation(brain, iterations=5),
+                      r"mask: not a brain .*is it a head mask"),
     "inverted and turned": (lambda brain: ndimage.rotate(~brain, 20, (0, 2), reshape=False, order=0),
-                            r"mask: no brain's .*inverted|mask: inverted"),
+                            r"mask: not a brain .*inverted|mask: inverted"),
 }
 
 

@@ -168,7 +168,7 @@ def test_mask_must_lie_on_the_scans_voxels(tmp_path: Path) -> None:
         read_mask(path, ramp(), AFFINE)
     elsewhere = AFFINE.copy()
     elsewhere[0, 3] += 1
-    with pytest.raises(ScanError, match="mask: it lies elsewhere"):
+    with pytest.raises(ScanError, match="mask: it is not aligned with the scan"):
         read_mask(path, ramp().T, elsewhere)
     with pytest.raises(ScanError, match="mask: all zero"):
         read_mask(saved(tmp_path / "e.nii.gz", np.zeros_like(mask)), ramp().T, AFFINE)

@@ -67,7 +67,7 @@ def test_voxels_of_no_head_are_refused_by_their_size(tmp_path: Path, name: str, 
     stored = np.diag([scale] * 3 + [1]) @ AFFINE
     kind = nib.MGHImage if name.endswith("mgh") else nib.Nifti1Image
     nib.save(kind(ramp(), stored), tmp_path / name)
-    with pytest.raises(ScanError, match=r"voxels of .* mm are no head's; correct the voxel sizes .*xyzt_units"):
+    with pytest.raises(ScanError, match=r"voxels of .* mm do not fit a head; correct the voxel sizes .*xyzt_units"):
         read_scan(tmp_path / name)
 
 
@@ -145,7 +145,8 @@ def test_a_mask_of_another_scan_is_refused_with_how_far_it_lies(tmp_path: Path) 
     scan = save(tmp_path / "a.nii", AFFINE, rotated())
     array, affine = read_scan(scan)
     save(tmp_path / "m.nii", rotated(shift=10), rotated(), values=labels())  # the same qform, as of one scanner
-    with pytest.raises(ScanError, match=r"mask: it lies elsewhere .* by up to \d+\.\d mm\); is it another scan's"):
+    with pytest.raises(ScanError, match=r"mask: it is not aligned with the scan .* by up to \d+\.\d mm\); "
+                       "is it another scan's"):
         read_mask(tmp_path / "m.nii", array, affine, other=other_form(scan))
     save(tmp_path / "m.nii", AFFINE, AFFINE, values=labels())
     found = read_mask(tmp_path / "m.nii", array, affine, other=other_form(scan))

@@ -280,8 +280,8 @@ def test_two_forms_that_disagree_are_said_and_a_mask_by_the_other_is_taken(
     assert index["participant"].tolist() == ["000", "001", "002"]
     assert index["header_note"].tolist() == ["", says, f"{says}, mask lies by the other form, taken voxel by voxel"]
     assert [note in flags for note, flags in zip(index["header_note"], index["flags"], strict=True)] == [True] * 3
-    assert f"2 scans whose headers say two places: Test_001_ses-1 ({says}), Test_002" in capsys.readouterr().out
-    assert failed["reason"].str.contains("mask: it lies elsewhere in space than the scan").tolist() == [True, True]
+    assert f"2 scans whose sform and qform disagree: Test_001_ses-1 ({says}), Test_002" in capsys.readouterr().out
+    assert failed["reason"].str.contains("mask: it is not aligned with the scan").tolist() == [True, True]
     store = Store.open(tmp_path / "out")
     assert store.index["header_note"].fillna("").tolist() == index["header_note"].tolist()
     one, *others = (store.read(scan) for scan in index["scan"])

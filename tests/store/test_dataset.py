@@ -144,7 +144,7 @@ def with_shared_memory(size, tmp_path, values):
 
 @pytest.mark.parametrize(("size", "words"), [
     ("32k", "loading processes cannot be started, as /dev/shm is full. Set loader_workers: 0"),
-    ("160k", "a loading process failed, for want of memory perhaps (RuntimeError: unable to"),
+    ("160k", "a loading process failed, perhaps for lack of memory (RuntimeError: unable to"),
 ])
 def test_too_little_shared_memory_ends_the_run_with_the_cure(store, tmp_path, size, words):
     done = with_shared_memory(size, tmp_path, {

@@ -308,7 +308,7 @@ def test_a_batch_is_shared_among_processes(monkeypatch, equal, shares):
 
 def test_more_processes_than_scans_of_a_batch_are_refused(monkeypatch):
     monkeypatch.setattr("kit.train.loop.world_size", lambda: 4)
-    with pytest.raises(ValueError, match="3 scans .* for 4 processes: take fewer workers"):
+    with pytest.raises(ValueError, match="3 scans .* for 4 processes: use fewer workers"):
         chunks_of([0, 1, 2], 0)
 
 

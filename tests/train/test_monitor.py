@@ -105,7 +105,7 @@ def test_scans_learned_by_heart_are_called_so(losses, scans, word):
 
 @pytest.mark.parametrize(("losses", "word"), [
     ([0.9, 0.6], "LEARNING: the loss fell by 41%; on held-out scans it is 0.600, that of the mean scan 0.700"),
-    ([0.9, 0.7], "NOT LEARNING: on held-out scans the loss is 0.700, and always answering with the mean training scan"),
+    ([0.9, 0.7], "NOT LEARNING: on held-out scans the loss is 0.700, while always predicting the mean training scan"),
     ([0.6, 0.8], "NOT LEARNING"),  # the encoder that is kept is the last epoch's
     ([0.6, math.nan], "LEARNING"),  # stopped in an epoch
 ])

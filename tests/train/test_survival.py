@@ -201,7 +201,7 @@ def test_a_recipe_that_changed_is_refused_with_the_differences(store, tmp_path):
     pretrain(asked, held)
     assert pretrained_encoder(held, asked)[1]["views"]["gamma"]["range"] == [0.7, 1.4]
     recipe.write_text("gamma: {range: [0.5, 1.4]}\nnoise: {range: [0, 0.1]}\n")
-    with pytest.raises(CheckpointError, match="of other parameters") as refused:
+    with pytest.raises(CheckpointError, match="with other parameters") as refused:
         pretrain(asked, held)
     assert "\n  views.gamma.range: the checkpoint has [0.7, 1.4], asked for [0.5, 1.4]\n" in str(refused.value)
     assert "\n  views.noise: the checkpoint has None, asked for {" in str(refused.value)
@@ -231,7 +231,7 @@ def test_an_interrupt_takes_the_way_of_the_stop_file(store, tmp_path, workers):
         started = children(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as Jupyter does: the kernel's whole process group
         said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and "UNFINISHED" in said and "stopping: the checkpoint" in said
+    assert process.returncode == 0 and "UNFINISHED" in said and "stopping: writing a checkpoint" in said
     assert gone(started) and pd.read_csv(tmp_path / "run/unfinished.csv")["loss"].notna().all()
 
 
@@ -261,7 +261,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_is_tried_again(small_disk, mo
 
     (small_disk / "other").write_bytes(b"x" * shutil.disk_usage(small_disk).free)
     hopeless = Saver(small_disk, minutes=0, retry_minutes=0)
-    with pytest.raises(CheckpointError, match="given up after 0 minutes. Make room, then run again"):
+    with pytest.raises(CheckpointError, match="gave up after 0 minutes. Make room, then run again"):
         hopeless.save(large, wait=True)
 
 
