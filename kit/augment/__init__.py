@@ -7,5 +7,6 @@
 - ``contrast``    gamma, contrast, histogram, bias field, noise, z-score
 - ``physics``     motion, ghosts, spikes, ringing, thick slices, blur; boxes and patches cut out
 - ``masking``     masked patches, for recipes and the masked autoencoder
-- ``views``       a batch in, a batch of views out
+- ``views``       a batch in, a batch of views out; on a CPU one scan after the other
+- ``batched``     the same for the whole batch at once, on a GPU
 """

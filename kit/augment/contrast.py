@@ -64,14 +64,19 @@ def bias_field(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int],
         seed: seed of the field.
         points: number of control points along (z, y, x); the outer ones are at the centres of the outer voxels.
     """
-    along_z, along_y, along_x = (torch.from_numpy(_interpolation(*counts)).to(values)
+    along_z, along_y, along_x = (torch.from_numpy(between_points(*counts)).to(values)
                                  for counts in zip(shape, points, strict=True))
-    drawn = normal(points, seed, values).mul_(sd).to(values.dtype)
+    drawn = bias_control_points(points, sd, seed).to(values)
     field = along_y @ torch.tensordot(along_z, drawn, 1) @ along_x.T
     return values.mul_(field.view(-1).index_select(0, places).exp_())
 
 
-def _interpolation(side: int, points: int) -> np.ndarray:
+def bias_control_points(points: Sequence[int], sd: float, seed: int) -> torch.Tensor:
+    """Return the log field at its control points, (points z, y, x) float32 on the CPU: the same on every device."""
+    return normal(points, seed, torch.empty(0)).mul_(sd)
+
+
+def between_points(side: int, points: int) -> np.ndarray:
     """Return the (side, points) matrix that interpolates linearly between equally spaced control points."""
     at = np.linspace(0, points - 1, side)
     return np.clip(1 - np.abs(at[:, None] - np.arange(points)), 0, None)

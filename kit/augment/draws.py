@@ -123,6 +123,13 @@ def _values(transform: object, stream: np.random.Generator) -> dict[str, object]
     return values
 
 
+def histogram_levels(draw: Draw, knots: int) -> np.ndarray:
+    """Return the levels of `kit.augment.contrast.histogram`, rising from 0 to 1, (knots + 2,) float64."""
+    levels = np.linspace(0, 1, knots + 2)
+    levels[1:-1] += detail(draw, "histogram").normal(0, draw.histogram_sd, knots)
+    return np.sort(np.clip(levels, 0, 1))
+
+
 def detail(draw: Draw, name: str) -> np.random.Generator:
     """Return the random stream for a transform's details, such as positions; the same on every machine."""
     return rng_for(draw.field_seed, TRANSFORMS.index(name))

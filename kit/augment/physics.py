@@ -8,6 +8,7 @@ float64: exact, and as fast as any convolution at these sizes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,11 +21,15 @@ from kit.augment.spatial import scatter, view_to_scan, warp
 
 
 def along(image: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
-    """Apply a (side, side) matrix along an axis; return a new image."""
-    small = torch.from_numpy(matrix).to(image.device, image.dtype)
+    """Apply a (side, side) matrix along an axis; return a new image.
+
+    For a batch of images, (batch, depth, height, width), the matrices are (batch, side, side).
+    """
+    small = torch.from_numpy(matrix).to(image.dtype).to(image.device, non_blocking=True)
     if axis == 0:
-        return torch.mm(small, image.reshape(len(small), -1)).view_as(image)
-    return torch.matmul(small, image) if axis == 1 else torch.matmul(image, small.T)
+        return torch.matmul(small, image.flatten(-2)).view_as(image)
+    small = small if small.dim() == 2 else small[:, None]
+    return torch.matmul(small, image) if axis == 1 else torch.matmul(image, small.mT)
 
 
 def blur(image: torch.Tensor, fwhm: float) -> torch.Tensor:
@@ -46,7 +51,11 @@ def sharpen(image: torch.Tensor, amount: float, fwhm: float) -> torch.Tensor:
 
 def thick_slices(image: torch.Tensor, thickness: float, axis: int) -> torch.Tensor:
     """Average over slices `thickness` (> 1) voxels thick along an axis, then interpolate linearly between them."""
-    side = image.shape[axis]
+    return along(image, slice_profile(image.shape[axis], thickness), axis)
+
+
+def slice_profile(side: int, thickness: float) -> np.ndarray:
+    """Return the (side, side) matrix of `thick_slices`; its rows sum to 1."""
     count = int(np.ceil(side / thickness))
     edges = np.clip(side / 2 + (np.arange(count + 1) - count / 2) * thickness, 0, side)
     voxels = np.arange(side)
@@ -54,15 +63,19 @@ def thick_slices(image: torch.Tensor, thickness: float, axis: int) -> torch.Tens
     share = np.clip(share, 0, None)
     middles = (edges[1:] + edges[:-1]) / 2
     read = np.stack([np.interp(voxels + 0.5, middles, one) for one in np.eye(count)], axis=1)
-    return along(image, read @ (share / share.sum(1, keepdims=True)), axis)
+    return read @ (share / share.sum(1, keepdims=True))
 
 
 def gibbs(image: torch.Tensor, voxel: float) -> torch.Tensor:
     """Truncate k-space along each axis, as in an acquisition with voxels `voxel` times larger; return the magnitude."""
     for axis in range(3):
-        frequency = np.abs(np.fft.fftfreq(image.shape[axis]))
-        image = along(image, _filter(frequency <= 0.5 / voxel), axis)
+        image = along(image, truncation(image.shape[axis], voxel), axis)
     return image.abs_()
+
+
+def truncation(side: int, voxel: float) -> np.ndarray:
+    """Return the (side, side) matrix that drops the frequencies a voxel `voxel` times larger cannot hold."""
+    return _filter(np.abs(np.fft.fftfreq(side)) <= 0.5 / voxel)
 
 
 def ghosting(image: torch.Tensor, lost: float, ghosts: int, axis: int) -> torch.Tensor:
@@ -71,9 +84,13 @@ def ghosting(image: torch.Tensor, lost: float, ghosts: int, axis: int) -> torch.
     Copies appear 1 / `ghosts` of the box apart, as if the signal varied periodically over the lines. Returns the
     magnitude.
     """
-    line = np.abs(np.rint(np.fft.fftfreq(image.shape[axis]) * image.shape[axis])).astype(int)
-    weak = (line % ghosts == 0) & (line > 0)
-    return along(image, _filter(1 - lost * weak), axis).abs_()
+    return along(image, ghost_filter(image.shape[axis], lost, ghosts), axis).abs_()
+
+
+def ghost_filter(side: int, lost: float, ghosts: int) -> np.ndarray:
+    """Return the (side, side) matrix of `ghosting`."""
+    line = np.abs(np.rint(np.fft.fftfreq(side) * side)).astype(int)
+    return _filter(1 - lost * ((line % ghosts == 0) & (line > 0)))
 
 
 def _filter(gains: np.ndarray) -> np.ndarray:
@@ -86,14 +103,20 @@ def spike(image: torch.Tensor, amplitude: float, draw: Draw) -> torch.Tensor:
 
     Its frequency is up to a quarter of the sampling rate along each axis.
     """
-    stream = detail(draw, "spike")
-    rates, phase = stream.uniform(0.02, 0.25, 3) * stream.choice([-1, 1], 3), stream.uniform(0, 2 * np.pi)
-    waves = [np.exp(2j * np.pi * rate * np.arange(side)) for rate, side in zip(rates, image.shape, strict=True)]
-    along_z = torch.from_numpy((waves[0] * np.exp(1j * phase)).astype(np.complex64)).to(image.device)
+    waves = plane_wave(draw, image.shape)
+    along_z = torch.from_numpy(waves[0].astype(np.complex64)).to(image.device)
     plane = torch.from_numpy(np.outer(waves[1], waves[2]).astype(np.complex64)).to(image.device)
     for number in range(len(image)):
         image[number].add_((along_z[number] * plane).real, alpha=amplitude)
     return image.abs_()
+
+
+def plane_wave(draw: Draw, shape: Sequence[int]) -> list[np.ndarray]:
+    """Return the factors of a spike's wave along (z, y, x), each (side,) complex128."""
+    stream = detail(draw, "spike")
+    rates, phase = stream.uniform(0.02, 0.25, 3) * stream.choice([-1, 1], 3), stream.uniform(0, 2 * np.pi)
+    z, y, x = (np.exp(2j * np.pi * rate * np.arange(side)) for rate, side in zip(rates, shape, strict=True))
+    return [z * np.exp(1j * phase), y, x]
 
 
 def motion(image: torch.Tensor, draw: Draw, movements: int, spacing_mm: float) -> torch.Tensor:
@@ -103,26 +126,38 @@ def motion(image: torch.Tensor, draw: Draw, movements: int, spacing_mm: float) -
     `movements` times, at random lines. Lines on both sides of the centre are treated alike, as in a centric order.
     Each pose's rotations (degrees) and translations (mm) have a standard deviation of `draw.motion_mm`.
     """
-    stream, axis = detail(draw, "motion"), draw.motion_axis
+    axis = draw.motion_axis
     everything = torch.ones_like(image, dtype=torch.bool)
     line = torch.fft.fftfreq(image.shape[axis], device=image.device).abs()
-    starts = np.sort(stream.uniform(0.03, 0.3, movements))  # frequencies of the lines, in cycles per voxel
     k_space = torch.fft.fft(image, dim=axis)
-    for start in starts:
-        turns, ways = stream.normal(0, draw.motion_mm, (2, 3))
-        pose = view_to_scan(Draw(rotation_degrees=tuple(turns), translation_mm=tuple(ways)), image.shape, spacing_mm)
-        moved = torch.fft.fft(scatter(*warp(image, everything, pose), image.shape), dim=axis)
-        later = (line >= float(start)).view([-1 if number == axis else 1 for number in range(3)])
+    for start, pose in poses(draw, movements):
+        back = view_to_scan(pose, image.shape, spacing_mm)
+        moved = torch.fft.fft(scatter(*warp(image, everything, back), image.shape), dim=axis)
+        later = (line >= start).view([-1 if number == axis else 1 for number in range(3)])
         k_space = torch.where(later, moved, k_space)
     return torch.fft.ifft(k_space, dim=axis).abs()
 
 
+def poses(draw: Draw, movements: int) -> list[tuple[float, Draw]]:
+    """Return for each movement of `motion` its first line's frequency, in cycles per voxel, and the head's new pose."""
+    stream = detail(draw, "motion")
+    starts = np.sort(stream.uniform(0.03, 0.3, movements))
+    drawn = [stream.normal(0, draw.motion_mm, (2, 3)) for _ in starts]
+    return [(float(start), Draw(rotation_degrees=tuple(rotation), translation_mm=tuple(translation)))
+            for start, (rotation, translation) in zip(starts, drawn, strict=True)]
+
+
 def cutout(image: torch.Tensor, side: float, boxes: int, draw: Draw) -> torch.Tensor:
     """Set boxes of `side` voxels a side, centred anywhere in the image, to zero (DeVries and Taylor 2017)."""
-    for middle in detail(draw, "cutout").random((boxes, 3)) * np.asarray(image.shape):
-        low, high = np.clip(np.rint([middle - side / 2, middle + side / 2]), 0, image.shape).astype(int)
+    for low, high in cutout_boxes(draw, side, boxes, image.shape):
         image[low[0]:high[0], low[1]:high[1], low[2]:high[2]] = 0
     return image
+
+
+def cutout_boxes(draw: Draw, side: float, boxes: int, shape: Sequence[int]) -> np.ndarray:
+    """Return each box's first voxel and the voxel after its last, (boxes, 2, 3 of z y x) int64."""
+    middles = detail(draw, "cutout").random((boxes, 1, 3)) * np.asarray(shape)
+    return np.clip(np.rint(middles + np.array([[-side / 2], [side / 2]])), 0, shape).astype(int)
 
 
 def fill_patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:

@@ -57,6 +57,13 @@ class Recipe(BaseModel):
         """Return the recipe as YAML values."""
         return self.model_dump(exclude_none=True, exclude_unset=False, mode="json")
 
+    def setting(self, name: str, setting: str) -> Any:
+        """Return a transform's setting besides its range; if the recipe lacks the transform, the setting's default."""
+        transform = getattr(self, name)
+        if transform is None:
+            return transform_types()[name].model_fields[setting].default
+        return getattr(transform, setting)
+
     def text(self) -> str:
         """Return the recipe as YAML, one transform a line; `read_recipe` reads it back."""
         return yaml.safe_dump(self.plain(), sort_keys=False, default_flow_style=None, width=110)
@@ -81,6 +88,20 @@ def alone(name: str, share: float = 1.0) -> Recipe:
     fields = {field: strong[field] for field in kind.model_fields
               if field in strong and (field != "axes" or name == "flip")}
     return Recipe.model_validate({name: fields | {"probability": float(share > 0)}})
+
+
+def strength_in_words(name: str, share: float) -> str:
+    """Say how strong `alone(name, share)` is, in a few letters, such as `±22°`, `3 mm` or `crop to 60 %`."""
+    transform = getattr(alone(name, share), name)
+    if widest := getattr(transform, "degrees", None):
+        return f"±{widest[0]:.0f}°"
+    if widest := getattr(transform, "mm", None):
+        return f"±{widest[0]:.0f} mm"
+    if smallest := getattr(transform, "smallest", None):
+        return f"≥ {smallest[0]:.0%}"
+    if name == "flip":
+        return "along " + " ".join(transform.axes)
+    return f"{transform.range[1]:.3g}" + (" mm" if transform.drawn.endswith("_mm") else "")
 
 
 def names() -> list[str]:

@@ -83,12 +83,12 @@ def bend(draw: Draw, shape: tuple[int, int, int], spacing_mm: float, apart_mm: f
     """
     if draw.elastic_mm == 0:
         return None
-    points = [_spline(side, apart_mm / spacing_mm).shape[1] for side in shape]
+    points = [spline(side, apart_mm / spacing_mm).shape[1] for side in shape]
     drawn = detail(draw, "elastic").normal(0, draw.elastic_mm, (3, *points))
     return np.clip(drawn, -0.4 * apart_mm, 0.4 * apart_mm) / spacing_mm
 
 
-def _spline(side: int, apart: float) -> np.ndarray:
+def spline(side: int, apart: float) -> np.ndarray:
     """Return cubic B-spline weights (side, points) for control points `apart` voxels apart, centred on the side."""
     spans = int(np.ceil(side / apart))
     at = (np.arange(side) + 0.5 - side / 2) / apart + spans / 2
@@ -210,7 +210,7 @@ def _places(shape: tuple[int, ...], linear: np.ndarray, offset: np.ndarray, bent
     step = tensor(linear[:, 0, None, None, None])
     if bent is not None:
         points = tensor(np.tensordot(linear, bent, 1))  # displacements in the scan, since the map is linear
-        along_z, along_y, along_x = (tensor(_spline(side, apart)) for side in shape)
+        along_z, along_y, along_x = (tensor(spline(side, apart)) for side in shape)
     for start in range(0, shape[0], slab):
         z = torch.arange(start, min(start + slab, shape[0]), device=like.device, dtype=like.dtype)
         where = plane + z[:, None, None] * step

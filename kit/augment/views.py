@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from kit.augment import contrast, physics
-from kit.augment.draws import Draw, detail, draw
-from kit.augment.recipe import Recipe, transform_types
+from kit.augment import batched, contrast, physics
+from kit.augment.draws import Draw, draw, histogram_levels
+from kit.augment.recipe import Recipe
 from kit.augment.spatial import bend, cropped_box, scatter, view_to_scan, warp
 
 ATTEMPTS = 8  # draws of a view before it is centred on the brain
 LEAST_BRAIN = 0.01  # share of the box that must be brain
 GREY = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "rician_sd")
 BOX = ("motion_mm", "ghosting", "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen")  # act on the whole box
+
+Views = tuple[torch.Tensor, torch.Tensor, list[Draw]]
+DrawnFor = Callable[[int, int], Draw]  # of a scan's number in the batch and the attempt
 
 
 @torch.no_grad()
@@ -46,32 +48,63 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
         views (batch, 1, depth, height, width) float32 (float64 if the scans are), zero outside the mask;
         their masks; and what was drawn, which `apply` can repeat.
     """
-    views, view_masks = _nothing(images, masks)
+    def drawn_for(number: int, attempt: int) -> Draw:
+        drawn = draw(recipe, seed, epoch, keys[number], view, attempt)
+        return _centred(drawn, masks[number, 0]) if attempt == ATTEMPTS else drawn
 
-    def make(number: int, key: int) -> Draw:
-        image, mask = images[number, 0], masks[number, 0]
-        for attempt in range(ATTEMPTS + 1):
-            drawn = draw(recipe, seed, epoch, key, view, attempt)
-            drawn = _centred(drawn, mask) if attempt == ATTEMPTS else drawn
-            values, places = _geometry(image, mask, drawn, recipe, spacing_mm)
-            share = len(places) / mask.numel()
-            if share >= LEAST_BRAIN or share >= 0.5 * torch.count_nonzero(mask).item() / mask.numel():
-                break
-        _fill(views[number, 0], view_masks[number, 0], values, places, drawn, recipe, spacing_mm, zscored)
-        return drawn
-
-    return views, view_masks, [make(number, key) for number, key in enumerate(keys)]
+    make = _one_by_one if images.device.type == "cpu" else _together
+    return make(images, masks, drawn_for, ATTEMPTS, recipe, spacing_mm, zscored)
 
 
 @torch.no_grad()
 def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
           spacing_mm: float = 1.0, zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Make the views that these draws describe; arguments as in `make_views`."""
+    make = _one_by_one if images.device.type == "cpu" else _together
+    return make(images, masks, lambda number, _: draws[number], 0, recipe, spacing_mm, zscored)[:2]
+
+
+def _one_by_one(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, redraws: int, recipe: Recipe,
+                spacing_mm: float, zscored: bool) -> Views:
+    """Make one view after the other, in the voxels of its brain only."""
     views, view_masks = _nothing(images, masks)
-    for number, drawn in enumerate(draws):
-        values, places = _geometry(images[number, 0], masks[number, 0], drawn, recipe, spacing_mm)
+
+    def make(number: int) -> Draw:
+        image, mask = images[number, 0], masks[number, 0]
+        for attempt in range(redraws + 1):
+            drawn = drawn_for(number, attempt)
+            values, places = _geometry(image, mask, drawn, recipe, spacing_mm)
+            if _enough(len(places), mask.numel(), lambda: torch.count_nonzero(mask).item()):
+                break
         _fill(views[number, 0], view_masks[number, 0], values, places, drawn, recipe, spacing_mm, zscored)
-    return views, view_masks
+        return drawn
+
+    return views, view_masks, [make(number) for number in range(len(images))]
+
+
+def _together(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, redraws: int, recipe: Recipe,
+              spacing_mm: float, zscored: bool) -> Views:
+    """Make all views at once, see `kit.augment.batched`; it waits for the device once for each attempt."""
+    draws = [drawn_for(number, 0) for number in range(len(images))]
+    views, view_masks = batched.geometry(images[:, 0], masks[:, 0], draws, recipe, spacing_mm)
+    few, voxels = list(range(len(images))), masks[0].numel()
+    for attempt in range(1, redraws + 1):
+        counts = torch.stack([view_masks[few].flatten(1).sum(1), masks[few].flatten(1).sum(1)]).tolist()
+        few = [number for number, seen, whole in zip(few, *counts, strict=True)
+               if not _enough(seen, voxels, lambda whole=whole: whole)]
+        if not few:
+            break
+        for number in few:
+            draws[number] = drawn_for(number, attempt)
+        views[few], view_masks[few] = batched.geometry(images[few, 0], masks[few, 0], [draws[i] for i in few], recipe,
+                                                       spacing_mm)
+    views = batched.fill(views, view_masks, draws, recipe, spacing_mm, zscored)
+    return views[:, None], view_masks[:, None], draws
+
+
+def _enough(seen: int, voxels: int, whole: Callable[[], int]) -> bool:
+    """Whether a view of `voxels` voxels sees enough brain: a share of the box, or half of what the scan has."""
+    return seen >= LEAST_BRAIN * voxels or seen >= 0.5 * whole()
 
 
 def _nothing(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +117,8 @@ def _nothing(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, t
 def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe,
               spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the values of the view's brain, and their places in the flattened view."""
-    shape, apart = tuple(image.shape), _setting(recipe, "elastic", "apart_mm")
-    stretched = _drawn(drawn, ["rotation_degrees"]) and _setting(recipe, "rotate", "padding") == "border"
+    shape, apart = tuple(image.shape), recipe.setting("elastic", "apart_mm")
+    stretched = _drawn(drawn, ["rotation_degrees"]) and recipe.setting("rotate", "padding") == "border"
     return warp(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
                 apart / spacing_mm, box=cropped_box(drawn, shape) if stretched else None)
 
@@ -115,9 +148,9 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places
     view.view(-1).scatter_(0, places, contrast.z_score_views(values))
     inside.view(-1).index_fill_(0, places, True)
     if drawn.cutout_mm:
-        physics.cutout(view, drawn.cutout_mm / spacing_mm, _setting(recipe, "cutout", "boxes"), drawn)
+        physics.cutout(view, drawn.cutout_mm / spacing_mm, recipe.setting("cutout", "boxes"), drawn)
     if drawn.patches:
-        physics.fill_patches(view, drawn.patches, _setting(recipe, "patches", "size_mm") / spacing_mm, drawn)
+        physics.fill_patches(view, drawn.patches, recipe.setting("patches", "size_mm") / spacing_mm, drawn)
     if not zscored:
         view.mul_(sd).add_(mean).mul_(inside)
 
@@ -134,12 +167,9 @@ def _contrast(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], 
     if drawn.contrast != 1:
         contrast.contrast(values, drawn.contrast)
     if drawn.histogram_sd:
-        knots = _setting(recipe, "histogram", "knots")
-        levels = np.linspace(0, 1, knots + 2)
-        levels[1:-1] += detail(drawn, "histogram").normal(0, drawn.histogram_sd, knots)
-        contrast.histogram(values, np.sort(np.clip(levels, 0, 1)).tolist())
+        contrast.histogram(values, histogram_levels(drawn, recipe.setting("histogram", "knots")).tolist())
     if drawn.bias_sd:
-        apart = _setting(recipe, "bias", "spacing_mm") / spacing_mm
+        apart = recipe.setting("bias", "spacing_mm") / spacing_mm
         points = [max(2, math.ceil(side / apart) + 1) for side in shape]
         contrast.bias_field(values, places, shape, drawn.bias_sd, drawn.field_seed, points)
 
@@ -147,9 +177,9 @@ def _contrast(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], 
 def _acquisition(image: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> torch.Tensor:
     """Apply what the scanner does to a magnitude image (depth, height, width), over the whole box."""
     if drawn.motion_mm:
-        image = physics.motion(image, drawn, _setting(recipe, "motion", "movements"), spacing_mm)
+        image = physics.motion(image, drawn, recipe.setting("motion", "movements"), spacing_mm)
     if drawn.ghosting:
-        image = physics.ghosting(image, drawn.ghosting, _setting(recipe, "ghosting", "ghosts"), drawn.ghosting_axis)
+        image = physics.ghosting(image, drawn.ghosting, recipe.setting("ghosting", "ghosts"), drawn.ghosting_axis)
     if drawn.spike:
         image = physics.spike(image, drawn.spike, drawn)
     if drawn.gibbs_mm > spacing_mm:
@@ -159,19 +189,13 @@ def _acquisition(image: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: f
     if drawn.blur_mm:
         image = physics.blur(image, drawn.blur_mm / spacing_mm)
     if drawn.sharpen:
-        image = physics.sharpen(image, drawn.sharpen, _setting(recipe, "sharpen", "fwhm_mm") / spacing_mm)
+        image = physics.sharpen(image, drawn.sharpen, recipe.setting("sharpen", "fwhm_mm") / spacing_mm)
     return image
 
 
 def _drawn(drawn: Draw, names: Sequence[str]) -> bool:
     """Return whether any of these fields differs from its default."""
     return any(getattr(drawn, name) != getattr(Draw, name) for name in names)
-
-
-def _setting(recipe: Recipe, name: str, setting: str) -> Any:
-    """Return a recipe's setting besides a transform's range, or the default if it lacks that transform."""
-    transform = getattr(recipe, name)
-    return transform_types()[name].model_fields[setting].default if transform is None else getattr(transform, setting)
 
 
 def _centred(drawn: Draw, mask: torch.Tensor) -> Draw:

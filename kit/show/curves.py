@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -9,29 +11,43 @@ from matplotlib.ticker import MaxNLocator
 from kit.show.figure import LEGEND, blank, label
 from kit.show.wording import need, readable
 
+IN_A_ROW = 3
 
-def training_curves(log: pd.DataFrame, title: str = "", note: str = "") -> Figure:
-    """Draw losses, learning rate and seconds against epochs.
+
+def training_curves(log: pd.DataFrame, title: str = "", note: str = "", chance: float | None = None) -> Figure:
+    """Draw what the log of a training has against epochs: a panel each for the measures named below.
 
     Args:
         log: one row per epoch: `epoch`, at least one column ending in `loss` (validation may have gaps;
-            `mean_scan_loss` is dashed), and optionally `learning_rate` and `seconds`.
+            `mean_scan_loss` is dashed), and optionally top-1 accuracies, `rank`, `alignment` and `uniformity`, probes
+            (see `kit.train.monitor`), `learning_rate` and `seconds`.
+        chance: of SimCLR, the share of training views that find their partner by chance; draws chance lines.
     """
     losses = [name for name in log.columns if name.endswith("loss")]
     need(log, "log", ["epoch", *(losses or ["loss"])])
-    panels = {"loss": losses, "learning rate": ["learning_rate"], "seconds per epoch": ["seconds"]}
-    panels = {name: columns for name, columns in panels.items() if set(columns) <= set(log.columns)}
-    figure = blank(300 * len(panels), 260, title, note)
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (name, columns) in zip(row, panels.items(), strict=True):
+    panels = {"loss": losses, "top-1 accuracy": [name for name in log.columns if name.endswith("top1")],
+              "effective rank": ["rank"], "alignment and uniformity": ["alignment", "uniformity"],
+              "probes": [name for name in log.columns if name.startswith("probe_")],
+              "learning rate": ["learning_rate"], "seconds per epoch": ["seconds"]}
+    panels = {name: known for name, columns in panels.items()
+              if (known := [column for column in columns if column in log and log[column].notna().any()])}
+    rows = -(-len(panels) // IN_A_ROW)
+    figure = blank(300 * min(IN_A_ROW, len(panels)), 240 * rows + 20, title, note)
+    grid = figure.subplots(rows, min(IN_A_ROW, len(panels)), squeeze=False).ravel()
+    for axes in grid[len(panels):]:
+        axes.remove()
+    by_chance = {} if chance is None else {"loss": -math.log(chance), "top-1 accuracy": chance}
+    for axes, (name, columns) in zip(grid, panels.items(), strict=False):
         for column in columns:
             known = log[["epoch", column]].dropna()
             constant = {"linestyle": "--", "color": "0.4"} if column == "mean_scan_loss" else {"marker": "."}
             axes.plot(known["epoch"], known[column], markersize=4, label=readable(column), **constant)
+        if name in by_chance:
+            axes.axhline(by_chance[name], linestyle=":", color="0.4", label="chance (training)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         label(axes, "epoch", name)
-        if len(columns) > 1:
+        if len(columns) > 1 or name in by_chance:
             axes.legend(**LEGEND)
         if name == "seconds per epoch":
             axes.set_ylim(bottom=0)

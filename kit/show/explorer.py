@@ -59,7 +59,8 @@ def render_pair(pair: Pair, grid: Grid, position: Point | None = None, note: str
         draw.text((left, 3), planes.slice_name(grid, plane, index), "white", _font(11))
         slices = [planes.cut(volume, plane, index) for volume in (pair.original, pair.view_1, pair.view_2)]
         pictures = [(255 * planes.grey(picture, limits)).astype(np.uint8) for picture in slices]
-        pictures.append(_red_blue((slices[1].astype(np.float32) - slices[2]) / (limits[1] - limits[0])))
+        most = planes.FULL_COLOUR * (limits[1] - limits[0])
+        pictures.append(_red_blue((slices[1].astype(np.float32) - slices[2]) / most))
         size = tuple(round(scale * side) for side in slices[0].shape[::-1])
         for picture, top in zip(pictures, tops, strict=False):
             above = top + (row_height - size[1]) // 2
@@ -117,7 +118,7 @@ def explorer(
 
     def add_facts(request: int, asked: Asked) -> None:
         if request == now["request"]:
-            found = similarity(list(scans).index(asked[0]), *asked[1:]) if similarity else None
+            found = similarity(list(scans).index(asked[0]), *asked[1:]) if similarity else []
             if request == now["request"]:
                 facts.value = png(pair_facts(now["pair"], found, note))
 

@@ -199,9 +199,12 @@ def worst_errors(table: pd.DataFrame, store: Store, count: int = 6, task: str = 
         classes: their names, in the order of the numbers; None: predictions are numbers.
 
     Raises:
-        ValueError: the table holds several encoders, modes or distributions, or a scan that the store lacks.
+        ValueError: the table holds several encoders, modes or distributions, a scan that the store lacks, or labels of
+            two classes (0 and 1) without `classes`: log-odds are no distance from these.
     """
     need(table, "predictions", ["scan", "true", *predicted_columns(table)])
+    if classes is None and set(table["true"]) <= {0, 1}:
+        raise ValueError("predictions: the labels are 0 and 1 only; name the two classes in `classes`")
     need_one(table, "predictions", [*_ONE_CELL, "encoder", "mode", "distribution"])
     if unknown := sorted(set(table["scan"]) - set(store.index["scan"])):
         raise ValueError(f"predictions: {len(unknown)} scans are not in {store.folder}, the first is {unknown[0]}; "

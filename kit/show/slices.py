@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 
 from kit.show.figure import MAX_WIDTH, TEXT, bare, blank
-from kit.show.planes import EDGES, PLANES, Pair, Point, cut, footer, grey, slice_name, voxel_at, window
+from kit.show.planes import EDGES, FULL_COLOUR, PLANES, Pair, Point, cut, footer, grey, slice_name, voxel_at, window
 from kit.store.grid import Grid
 
 IN_A_ROW = 3  # scans of a montage, transforms of a sheet
@@ -112,7 +112,8 @@ def views_sheet(
         for axes, picture in zip(row, pictures, strict=False):
             draw_grey(axes, picture, (low, high))
         change = pictures[1].astype(np.float32) - pictures[2]
-        row[3].imshow(change, cmap="RdBu_r", vmin=low - high, vmax=high - low)
+        most = FULL_COLOUR * (high - low)
+        row[3].imshow(change, cmap="RdBu_r", vmin=-most, vmax=most)
         for axes, name in zip(row, ("original", "view 1", "view 2", "view 1 − view 2"), strict=True):
             bare(axes, name if number == 0 else "")
         row[0].set_ylabel(titles[number] if titles is not None else "", fontsize=TEXT)
@@ -120,17 +121,18 @@ def views_sheet(
     return figure
 
 
-def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndarray, grid: Grid,
+def strengths_sheet(views: Mapping[str, Mapping[str, np.ndarray]], original: np.ndarray, grid: Grid,
                     note: str = "") -> Figure:
     """Draw one axial slice per transform and strength, weak to strong from left to right.
 
     Args:
-        views: by the transform's name; volumes (depth, height, width) on the grid.
+        views: by the transform's name, then by the strength in words, which is written on the slice; volumes (depth,
+            height, width) on the grid.
         original: its grey levels are used for all.
     """
     index, limits, count = voxel_at(grid)[0], window(original), len(next(iter(views.values())))
     for name, volumes in views.items():
-        same_shape(grid, **{f"{name} {number}": volume for number, volume in enumerate(volumes, start=1)})
+        same_shape(grid, **{f"{name} {strength}": volume for strength, volume in volumes.items()})
     rows = math.ceil(len(views) / IN_A_ROW)
     tile = 600 / (IN_A_ROW * count) * grid.shape[1] / grid.shape[2] + 22
     figure = blank(600, rows * tile, note=footer(note))
@@ -138,8 +140,11 @@ def strengths_sheet(views: Mapping[str, Sequence[np.ndarray]], original: np.ndar
     for axes in panels:
         bare(axes)
     for axes, (name, volumes) in zip(panels, views.items(), strict=False):
-        draw_grey(axes, np.hstack([cut(volume, "axial", index) for volume in volumes]), limits)
+        draw_grey(axes, np.hstack([cut(volume, "axial", index) for volume in volumes.values()]), limits)
         bare(axes, name.replace("_", " "))
+        for number, strength in enumerate(volumes):
+            axes.text((number + 0.5) / count, 0.98, strength, transform=axes.transAxes, ha="center", va="top",
+                      fontsize=TEXT - 2, color="#ffd54f")
     return figure
 
 

@@ -96,7 +96,8 @@ def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers
     """Load batches in the given order, with pinned memory if there is a CUDA device.
 
     Raises:
-        LoaderError: loading processes cannot start. If one dies later, `loading_may_fail` explains torch's error.
+        LoaderError: loading processes cannot start, or one dies while it hands over a batch. If one dies at another
+            time, `loading_may_fail` explains torch's error.
     """
     options = {"multiprocessing_context": "spawn", "prefetch_factor": 2,
                "worker_init_fn": keep_freed_memory} if workers else {}
@@ -109,7 +110,17 @@ def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers
             raise
         raise LoaderError("loading processes cannot be started, as /dev/shm is full. Set loader_workers: 0, which "
                           "loads in the training process, or make room there (docker: --shm-size)") from error
-    yield from batches
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:
+        raise _failed(error) from error
+
+
+def _failed(error: Exception) -> LoaderError:
+    said = (str(error) or type(error).__name__).splitlines()[-1]
+    return LoaderError(f"a loading process failed, perhaps for lack of memory ({said}). Set "
+                       "loader_workers: 0, which loads in the training process, or give the job more memory "
+                       "(shared memory in docker: --shm-size)")
 
 
 @contextmanager
@@ -126,6 +137,4 @@ def loading_may_fail() -> Iterator[None]:
     except RuntimeError as error:
         if not (str(error).startswith("DataLoader worker") or "shared memory" in str(error)):
             raise
-        raise LoaderError(f"a loading process failed, perhaps for lack of memory ({str(error).splitlines()[-1]}). Set "
-                          "loader_workers: 0, which loads in the training process, or give the job more memory "
-                          "(shared memory in docker: --shm-size)") from error
+        raise _failed(error) from error

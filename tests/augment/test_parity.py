@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from kit.augment import contrast, physics
 from kit.augment.draws import Draw
-from kit.augment.spatial import _spline, bend, brain, cropped_box, scatter, view_to_scan, warp
+from kit.augment.spatial import bend, brain, cropped_box, scatter, spline, view_to_scan, warp
 
 SHAPE = (20, 26, 23)  # unequal, so that swapped axes cannot hide
 DRAWS = {
@@ -41,7 +41,7 @@ def places(drawn: Draw, spacing_mm: float = 1.0, apart_mm: float = 8.0) -> np.nd
     side = np.array(SHAPE)[:, None, None, None]
     point = np.indices(SHAPE).astype(float)
     if (bent := bend(drawn, SHAPE, spacing_mm, apart_mm)) is not None:
-        weights = [_spline(one, apart_mm / spacing_mm) for one in SHAPE]
+        weights = [spline(one, apart_mm / spacing_mm) for one in SHAPE]
         point += np.einsum("zi,yj,xk,cijk->czyx", *weights, bent)
     point += 0.5 - side / 2
     point -= np.array(drawn.translation_mm)[:, None, None, None] / spacing_mm

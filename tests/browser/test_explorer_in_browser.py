@@ -6,12 +6,6 @@ Screenshots stay in `outputs/browser`, to be looked at.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,19 +20,16 @@ from kit.execute import FOLDER
 from kit.params import Pretrain
 from kit.preprocess.template import template_on
 from kit.reading import check
-from kit.runs import ROOT, Run, outputs_dir
+from kit.runs import Run, outputs_dir
 from kit.store.grid import Grid
 from kit.store.store import FORMAT, scan_path, write_scan
 from kit.train.pretrain import pretrain
+from tests.browser.lab import jupyter_lab, open_notebook, until
 
 pytestmark = pytest.mark.slow
 
 NOTEBOOK = "0_explore_augmentations.ipynb"
 SCREENSHOTS = outputs_dir() / "browser"
-SETTINGS = {  # every output on the page, and no questions to the network
-    "notebook-extension/tracker": {"windowingMode": "none"},
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-}
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +63,8 @@ def lab(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         if cell.cell_type == "code":
             cell.outputs = []
     nbformat.write(book, folder / NOTEBOOK)
-    for name, values in SETTINGS.items():
-        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "KIT_OUTPUTS": str(folder / "outputs"), "KIT_PROGRESS": "off", "PYTHONPATH": str(ROOT),
-        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTER_CONFIG_DIR": str(folder / "config"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "IPYTHONDIR": str(folder / "ipython")}
-    with (folder / "lab.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-             "--IdentityProvider.token=browser-test", "--LabApp.expose_app_in_browser=True",
-             f"--ServerApp.root_dir={folder}"], env=environment, stdout=log, stderr=log)
-    try:
-        _until(lambda: _answers(f"http://127.0.0.1:{port}/api?token=browser-test"), 90, "JupyterLab did not start")
-        yield f"http://127.0.0.1:{port}/lab/tree/{NOTEBOOK}?token=browser-test", folder / "outputs"
-    finally:
-        server.terminate()
-        server.wait(20)
+    with jupyter_lab(folder) as address:
+        yield address(NOTEBOOK), folder / "outputs"
 
 
 def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object, prepared: Path, tmp_path: Path) -> None:
@@ -126,17 +97,12 @@ def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object, prepared: 
     def changes(act: object) -> None:
         before = picture()
         act()
-        _until(lambda: picture() != before, 60, "the picture did not change")
+        until(lambda: picture() != before, 60, "the picture did not change")
 
-    browser.get(address)
-    _until(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook'))"), 90,
-           "JupyterLab showed no notebook")
-    _until(lambda: browser.execute_script(
-        "return window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status") == "idle", 90,
-        "no kernel")
+    open_notebook(browser, address)
     browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    _until(lambda: all_of("img.widget-image"), 240, "the explorer did not appear")
-    _until(lambda: "similarity.png" in browser.page_source, 120, "the notebook did not run to its end")
+    until(lambda: all_of("img.widget-image"), 240, "the explorer did not appear")
+    until(lambda: "similarity.png" in browser.page_source, 120, "the notebook did not run to its end")
     image = all_of("img.widget-image")[0]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
     assert image.size["width"] > 500 and image.size["height"] > 500
@@ -148,14 +114,14 @@ def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object, prepared: 
     changes(lambda: ActionChains(browser).drag_and_drop_by_offset(row("x (mm)", ".noUi-handle"), -30, 0).perform())
     shoot("physics_stronger")
     facts = all_of("img.widget-image")[1]
-    _until(lambda: facts.size["height"] > 150, 60, "no grey levels and similarity")
+    until(lambda: facts.size["height"] > 150, 60, "no grey levels and similarity")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", facts)
     shoot("facts")
     title = next(one for one in all_of(".jupyter-widget-Collapse-header, .lm-AccordionPanel-title")
                  if "transforms" in one.text)
     browser.execute_script("arguments[0].scrollIntoView({block: 'start'})", title)
     title.click()
-    _until(lambda: [one for one in all_of(".widget-checkbox label") if one.text == "blur" and one.is_displayed()], 20,
+    until(lambda: [one for one in all_of(".widget-checkbox label") if one.text == "blur" and one.is_displayed()], 20,
            "no list of transforms")
     cutout = next(one for one in all_of(".widget-checkbox label") if one.text == "cutout")
     changes(lambda: cutout.click())
@@ -164,9 +130,9 @@ def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object, prepared: 
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", save)
     save.click()
     saved = outputs / "recipes" / "mine.yaml"
-    _until(saved.is_file, 20, "no recipe was saved")
+    until(saved.is_file, 20, "no recipe was saved")
     button("Copy").click()
-    _until(lambda: all_of("textarea")[-1].is_displayed(), 20, "no YAML to copy")
+    until(lambda: all_of("textarea")[-1].is_displayed(), 20, "no YAML to copy")
     shoot("saved")
 
     recipe = read_recipe(saved)
@@ -179,17 +145,3 @@ def test_the_explorer_by_hand(lab: tuple[str, Path], browser: object, prepared: 
                     ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']")
     assert not [one.text for one in errors]
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
-
-
-def _answers(address: str) -> bool:
-    try:
-        return urllib.request.urlopen(address, timeout=2).status == 200
-    except OSError:
-        return False
-
-
-def _until(condition: object, seconds: float, otherwise: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, otherwise
-        time.sleep(0.3)

@@ -247,9 +247,9 @@ def test_what_the_browser_rounds_is_not_a_change():
 def test_grey_levels_and_similarity_follow(monkeypatch):
     found = []
 
-    def similarity(number: int, recipe: Recipe, seed: int) -> Similar:
+    def similarity(number: int, recipe: Recipe, seed: int) -> list[Similar]:
         found.append((number, recipe.strength, seed))
-        return Similar(0.9, np.array([0.8]), np.array([0.1, 0.2]), "a network")
+        return [Similar(0.9, np.array([0.8]), np.array([0.1, 0.2]), "a network")]
 
     box = explorer(make_pair, ["first", "second"], {"paper": RECIPES["paper"]}, GRID, similarity=similarity)
     facts = [widget for widget in walk(box) if isinstance(widget, widgets.Image)]

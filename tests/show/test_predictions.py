@@ -181,6 +181,8 @@ def test_the_worst_errors_of_classes_are_those_that_were_surest(store):
     table.loc[table["participant"] == "004", "predicted"] = 1.0
     assert titles(worst_errors(table, store, 2, classes=["healthy", "lesion"])) == [
         "made/003\ntrue lesion, predicted healthy (0.98)", "made/004\ntrue healthy, predicted lesion (0.73)"]
+    with pytest.raises(ValueError, match="the labels are 0 and 1 only; name the two classes"):
+        worst_errors(table, store)  # the surest hit would be the worst error
 
 
 def test_embedding_maps_find_the_direction_that_varies():

@@ -27,15 +27,15 @@ class Voxels(nn.Module):
 
 
 def test_similarity_is_the_cosine_of_the_features():
-    similarity = similarity_under(Voxels(), "voxels", scans(), 4.0)
-    same = similarity(1, Recipe(), 0)  # without augmentation both views are the scan
+    similarity = similarity_under({"voxels": Voxels()}, scans(), 4.0)
+    same, = similarity(1, Recipe(), 0)  # without augmentation both views are the scan
     assert abs(same.pair - 1) < 1e-6 and np.allclose(same.pairs, 1) and len(same.pairs) == 2
     z = scans().images.flatten(1)
     wanted = np.corrcoef(z)[~np.eye(3, dtype=bool)]  # of z-scored voxels the cosine is the correlation
     assert np.allclose(same.strangers, wanted, atol=1e-5)
-    changed = similarity(1, read_recipe("weak"), 0)
-    assert changed.pair < 0.99 and changed.pair == similarity(1, read_recipe("weak"), 0).pair
-    assert changed.pair != similarity(1, read_recipe("weak"), 1).pair
+    changed, = similarity(1, read_recipe("weak"), 0)
+    assert changed.pair < 0.99 and changed.pair == similarity(1, read_recipe("weak"), 0)[0].pair
+    assert changed.pair != similarity(1, read_recipe("weak"), 1)[0].pair
 
 
 def test_the_figure_shows_both():
@@ -43,13 +43,16 @@ def test_the_figure_shows_both():
     pair = Pair(volume, 2 * volume, volume)
     waiting = pair_facts(pair)
     assert "not known yet" in waiting.axes[1].get_title()
-    found = similarity_under(Voxels(), "voxels", scans(), 4.0)(0, read_recipe("weak"), 0)
+    found = similarity_under({"voxels": Voxels()}, scans(), 4.0)(0, read_recipe("weak"), 0)
     figure = pair_facts(pair, found, "procedural data")
     left, right = figure.axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["original", "view 1", "view 2"]
-    assert right.get_title() == "cosine similarity under voxels" and "procedural data" in figure.get_supxlabel()
-    assert f"this pair: {found.pair:.3f}" in [text.get_text() for text in right.get_legend().get_texts()]
+    assert right.get_title() == "to voxels" and "procedural data" in figure.get_supxlabel()
+    assert f"this pair: {found[0].pair:.3f}" in [text.get_text() for text in right.get_legend().get_texts()]
     assert Image.open(io.BytesIO(png(pair_facts(pair, found)))).width <= 900
+    both = similarity_under({"voxels": Voxels(), "random weights": nn.Flatten()}, scans(), 4.0)
+    titles = [axes.get_title() for axes in pair_facts(pair, both(0, read_recipe("weak"), 0)).axes]
+    assert titles[1:] == ["to voxels", "to random weights"]
 
 
 def test_a_small_picture_looks_the_same():

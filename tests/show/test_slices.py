@@ -107,8 +107,9 @@ def test_figures_are_small_and_pyplot_keeps_none(scan):
 
 
 def test_strengths_sheet_has_a_panel_per_transform(scan):
-    figure = strengths_sheet({"gamma_inverted": [scan, 2 * scan], "flip": [scan, scan[:, :, ::-1]]}, scan, GRID,
-                             "procedural data")
+    figure = strengths_sheet({"gamma_inverted": {"1.5": scan, "2": 2 * scan},
+                              "flip": {"none": scan, "along x": scan[:, :, ::-1]}}, scan, GRID, "procedural data")
+    assert [text.get_text() for text in figure.axes[1].texts] == ["none", "along x"]
     assert [axes.get_title() for axes in figure.axes] == ["gamma inverted", "flip", ""]
     flip = np.asarray(figure.axes[1].images[0].get_array())
     assert flip.shape == (16, 28) and flip[5, 3] == 1 and flip[5, 14 + 10] == 1  # left, then right

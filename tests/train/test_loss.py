@@ -132,12 +132,3 @@ def test_two_and_four_processes_go_the_way_of_one(tmp_path):
                 assert np.allclose(there["losses"], one["losses"], rtol=tolerance, atol=0)
                 if dtype == torch.float64:
                     assert np.abs(there["gradient"] - one["gradient"]).max() < 1e-5 * np.abs(one["gradient"]).max()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices_with_torchs_sync_batch_norm_go_the_way_of_one(tmp_path):
-    _curves(str(tmp_path), "cuda")
-    launch(_curves, (str(tmp_path), "cuda"), 2)
-    one, two = (np.load(tmp_path / f"{torch.float64}-{processes}-0.npz") for processes in (1, 2))
-    assert np.allclose(two["losses"], one["losses"], rtol=1e-9, atol=0)
