@@ -37,6 +37,9 @@ check: $(READY)  ## the quick loop (3 minutes)
 	$(BIN)/lint-imports
 	$(TESTS) tests -m "not slow and not real"
 
+types: $(READY)  ## check the types of kit/
+	$(BIN)/mypy kit
+
 lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
@@ -57,8 +60,8 @@ notebooks: $(READY)  ## renew the committed notebooks
 		--ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
 clean:  ## remove .venv, outputs and caches
-	rm -rf .venv outputs .pytest_cache .ruff_cache .import_linter_cache kit.egg-info build
+	rm -rf .venv outputs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache kit.egg-info build
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test check lab bench gpu wheelhouse notebooks clean
+.PHONY: help setup demo test check types lab bench gpu wheelhouse notebooks clean
 .DEFAULT_GOAL := help

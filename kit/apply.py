@@ -129,12 +129,12 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     loaded, data = perf_counter(), PreparedScans(store, store.index)
     plain = predict(encoder, data)
     features = plain if reader.plain else predict(reader, data)
-    what = ({"model": {"from": shown(model), "weights": weights_digest(predictor)}} if predictor
-            else {"encoder": noted(spec, encoder, record)})
+    what: dict[str, Any] = ({"model": {"from": shown(model), "weights": weights_digest(predictor)}}
+                            if model and predictor else {"encoder": noted(spec, encoder, record)})
     made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
                      settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
     table = _table(store, plain, resolve(encoder_parts(spec)[1]), coarse).assign(fingerprint=made.fingerprint)
-    if predictor:
+    if model and predictor:
         with torch.no_grad():
             raw = predictor.cpu().head(torch.from_numpy(plain)).numpy()
         table = pd.concat([table, _predictions(in_label_units(predictor, raw), record, model)], axis=1)
@@ -221,13 +221,14 @@ def _table(store: Store, features: np.ndarray, encoder: Path, coarse: pd.Series)
     for row, flags in enumerate(table.pop("flags")):
         words[row] += [SAID.get(flag, said_of(flag)) for flag in flags.split("; ") if flag]
     reference = read_reference(encoder)
-    known = reference is not None and len(reference.mean) == features.shape[1]
-    table["as_far"] = reference.at_least_as_far(features).round(4) if known else np.nan
-    enough = known and len(reference.validation) >= LEAST
+    if reference is not None and len(reference.mean) != features.shape[1]:
+        reference = None
+    table["as_far"] = np.nan if reference is None else reference.at_least_as_far(features).round(4)
+    enough = reference is not None and len(reference.validation) >= LEAST
     outside = table["as_far"] <= OUTSIDE
     table["outside"] = outside.map({True: "yes", False: "no"}) if enough else ""
-    for row in np.flatnonzero(outside & enough):
-        words[row].append(f"unlike the scans that the model has seen (as_far {table['as_far'][row]:.3f})")
+    for far in np.flatnonzero(outside & enough):
+        words[far].append(f"unlike the scans that the model has seen (as_far {table['as_far'][far]:.3f})")
     return table.assign(warnings=["; ".join(each) for each in words])
 
 

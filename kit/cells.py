@@ -7,6 +7,7 @@ import io
 import linecache
 import tokenize
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from kit.errors import KitError
@@ -46,11 +47,12 @@ def literals(sources: Iterable[str]) -> dict[str, Any]:
     """The last value assigned to each name, if it is a literal; the value of an expression is unknown afterwards."""
     values: dict[str, Any] = {}
     for node in (node for source in sources for node in ast.parse(source).body):
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None  # `+=` and `for` say no value
         for name in _targets(node):
-            try:
-                values[name] = ast.literal_eval(node.value)
-            except (ValueError, TypeError):
-                values.pop(name, None)
+            values.pop(name, None)
+            if value is not None:
+                with suppress(ValueError, TypeError):
+                    values[name] = ast.literal_eval(value)
     return values
 
 

@@ -12,12 +12,15 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from kit.machine import cores
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -30,14 +33,15 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def on_device(module: nn.Module) -> nn.Module:
+def on_device(module: Module) -> Module:
     """Move a module to `device()`; on the CPU, store its kernels channels-last.
 
     This cuts a training step of resnet18_narrow (64 views of 36x48x40, two threads) from 2.0 to 1.3 s. It has not been
     measured on CUDA, where kernels stay as they are.
     """
     where = device()
-    return module.to(where, memory_format=torch.channels_last_3d if where.type == "cpu" else torch.preserve_format)
+    layout = torch.channels_last_3d if where.type == "cpu" else torch.preserve_format
+    return module.to(where, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks the argument
 
 
 def autocast(precision: str, where: torch.device) -> torch.autocast:

@@ -24,7 +24,7 @@ from itertools import groupby, product
 from pathlib import Path
 from queue import Queue
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import nbformat
 import yaml
@@ -32,7 +32,7 @@ import yaml
 from kit.cells import assigned_names, literals
 from kit.errors import KitError
 from kit.machine import keep_to, shares_of_cores
-from kit.params import NOTEBOOKS
+from kit.params import NOTEBOOKS, Benchmark
 from kit.reading import ParameterError, Parameters, built, check, filled, read_options, read_yaml
 from kit.report import write_index, write_overview, write_report
 from kit.runs import ROOT, Run, RunError, resolve, shown
@@ -115,7 +115,7 @@ def fill(values: dict[str, Any], bar: dict[str, Any] | None = None) -> Path:
     """
     from kit.evaluate.benchmark import fill_cells
 
-    params = parameters("5_benchmark", values)
+    params = cast(Benchmark, parameters("5_benchmark", values))
     record = Run.of(params)
     try:
         fill_cells(params, record, bar)

@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None
         write_program(made / PROGRAM, network, config)
         write_bundle(made, network, config, description(record, config), licence or "to be filled in")
         for each in filter(Path.is_file, (path, path.with_name(REFERENCE))):
-            write_whole(made / each.name, lambda file, each=each: shutil.copyfile(each, file))
+            write_whole(made / each.name, partial(shutil.copyfile, each))
         text = card(record, config, path.parent, licence, scores)
         write_whole(made / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
         folder.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -39,12 +39,12 @@ TaskType = Literal["auto", "classification", "regression"]
 Code = int | float | str
 Architecture = Literal["resnet18", "resnet18_narrow", "densenet121", "vit", "vit_narrow"]
 Precision = Literal["fp32", "bf16"]
-ARCHITECTURES: tuple[str, ...] = Architecture.__args__
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 Baseline = Literal["guess", "demographics", "site", "volumes", "voxels", "random init"]
-BASELINES: tuple[str, ...] = Baseline.__args__
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 Method = Literal["gradient", "gradient_x_input", "smoothgrad", "integrated_gradients", "grad_cam", "grad_cam_pp",
                  "guided_backpropagation", "occlusion", "attention_rollout"]
-METHODS: tuple[str, ...] = Method.__args__
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def _unusable_flag(name: str) -> str:

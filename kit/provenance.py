@@ -315,6 +315,7 @@ def write_stamped(path: Path, table: pd.DataFrame) -> None:
 def words(folder: Path) -> str:
     """One line on what a run was made from, then one line for each allowed difference."""
     made = read_made_from(folder)
+    assert made is not None  # the run has results
     models = list(made.record.get("models", {"": made.record}).values())
     named = {model["encoder"].get("name", ""): model["encoder"] for model in models if "encoder" in model}
     parts = [f"encoder {' '.join(filter(None, (name, each['weights'][:8])))} ({each['objective']})"

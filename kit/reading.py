@@ -12,7 +12,7 @@ import tokenize
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -73,7 +73,7 @@ class Parameters(BaseModel):
                     f"{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>")
 
 
-Model = TypeVar("Model", bound=Parameters)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def meanings(model: type[Parameters]) -> dict[str, str]:
@@ -84,12 +84,12 @@ def meanings(model: type[Parameters]) -> dict[str, str]:
         comments = {token.start[0]: token.string.lstrip("# ") for token in
                     tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
         whole = {number for number, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
-        for node in ast.parse(source).body[0].body:
+        for node in cast(ast.ClassDef, ast.parse(source).body[0]).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 above = node.lineno - 1
                 while above in whole:
                     above -= 1
-                lines = [*range(above + 1, node.lineno), *range(node.lineno, node.end_lineno + 1)]
+                lines = [*range(above + 1, node.lineno), *range(node.lineno, (node.end_lineno or node.lineno) + 1)]
                 found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
     return found
 
@@ -248,7 +248,7 @@ def _odd(given: Any, read: Any, name: str = "") -> list[str]:
     return []
 
 
-def _wording(model: type[Parameters], fault: Mapping[str, Any]) -> str:
+def _wording(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, model.model_fields, n=1)

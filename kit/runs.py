@@ -105,7 +105,7 @@ def _named(dist: metadata.Distribution) -> str:
     try:
         name, version = dist.metadata["Name"], dist.metadata["Version"]
     except Exception:  # damaged metadata may raise anything
-        name = version = None
+        name, version = "", ""
     folder = Path(getattr(dist, "_path", "a package")).name
     return f"{name}=={version}" if name and version else f"{folder} (its metadata are broken)"
 

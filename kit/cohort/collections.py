@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     """
     name = next((each for each in OPENMIND if (path / each).is_file()), None)
     file = path / name if name else path
+    rows: Iterable[dict[str, Any]]
     if not file.is_file():
         rows = _fomo(path)
     elif file.suffix == ".json":

@@ -137,8 +137,8 @@ def check_names(cohort: pd.DataFrame, where: str) -> None:
 
 def alike(names: Iterable[str], what: str) -> None:
     """Raise IdentityError if two names are likely to mean the same."""
-    names = pd.Series(sorted(names), dtype=str)
-    several = [group.tolist() for _, group in names.groupby(names.map(loose)) if len(group) > 1]
+    column = pd.Series(sorted(names), dtype=str)
+    several = [group.tolist() for _, group in column.groupby(column.map(loose)) if len(group) > 1]
     if several:
         more = f" (and {len(several) - 1} more such)" if len(several) > 1 else ""
         raise IdentityError(f"{what}: are {' and '.join(map(repr, several[0]))} the same?{more} If so, write them "

@@ -203,7 +203,8 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
         there = [counts.setdefault(level, np.zeros(count, int)) for level in own]
         excess = np.sum([row - row.min() for row in there], axis=0)
         best = np.flatnonzero(excess == excess.min())
-        found[person] = min(best, key=lambda fold, person=person: participant_hash(person, f"fold {split_seed} {fold}"))
+        hashes = {fold: participant_hash(person, f"fold {split_seed} {fold}") for fold in best}
+        found[person] = min(hashes, key=hashes.__getitem__)
         for row in there:
             row[found[person]] += 1
     return ids.map(found).astype(int).rename("fold")

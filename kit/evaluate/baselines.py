@@ -77,10 +77,10 @@ def baseline_predictions(name: str, task: Task, *, demographics: Sequence[str] |
             return _guess(task)
         if name == "voxels":
             return probe_tested(task, _components(task, cache))
-        if name == "volumes" and volumes is None:
-            return probe_tested(task, _measured_volumes(task, atlas, cache))
-        if name == "volumes":
+        if name == "volumes" and volumes is not None:
             return _from_tables(task, _table_of_volumes(task, volumes, tell), tell)
+        if name == "volumes":
+            return probe_tested(task, _measured_volumes(task, atlas, cache))
         if name == "site":
             return _from_tables(task, {part: _sites(each.rows) for part, each in task.parts.items()}, tell)
         if name == "demographics":

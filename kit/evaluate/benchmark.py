@@ -23,7 +23,6 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
-from torch import nn
 
 import kit
 from kit.cohort.identity import read_aliases
@@ -37,6 +36,7 @@ from kit.evaluate.probe import probe_tested
 from kit.evaluate.reliability import ReliabilityError, reliability_of
 from kit.evaluate.tasks import Task, check_tested, covariates, overlap, tasks_of
 from kit.evaluate.tune import Choice, tune
+from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
@@ -135,7 +135,7 @@ def cells_of(params: Benchmark, folds: Mapping[str, Iterable[int]]) -> list[Cell
     pretrained = [name for name, spec in params.encoders.items() if not is_random(spec)]
     baselines = [(name, "probe" if name == UNTRAINED else "baseline") for name in params.baselines]
     probes = [(name, "probe") for name in pretrained]
-    cells = [Cell(*row, task, fraction, fold) for row in baselines + probes for task in params.tasks
+    cells = [Cell(name, mode, task, fraction, fold) for name, mode in [*baselines, *probes] for task in params.tasks
              for fraction in params.label_fractions for fold in folds[task]]
     return cells + [Cell(name, "finetune", task, fraction, fold) for name in params.encoders
                     for task in params.finetune_tasks for fraction in params.finetune_fractions
@@ -182,7 +182,7 @@ class _Bench:
         drawn = cell.mode == "finetune" or cell.label_fraction < 1 or "{seed}" in spec or is_random(spec)
         return self.params.seeds if drawn else self.params.seeds[:1]
 
-    def encoder(self, name: str, fold: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    def encoder(self, name: str, fold: int, seed: int) -> tuple[Encoder, dict[str, Any]]:
         """Load an encoder with its record; the seed also determines random weights."""
         return load_encoder(encoder_at(self.specs[name], fold, seed), self.stores["prepared"].record, seed,
                             self.params.allow_differences)
@@ -274,6 +274,7 @@ class _Bench:
         return self._noted[key]
 
     def _made_from(self, cell: Cell) -> MadeFrom:
+        settings: dict[str, Any]
         if cell.mode == "baseline":
             files = [path for path in (self.params.volumes, self.params.atlas) if path and cell.encoder == "volumes"]
             encoder = {"from": "", "weights": _digest(path.read_bytes() for path in files), "objective": "none"}

@@ -185,7 +185,7 @@ def _cells(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> dict[Key, _Ce
     return {key: _Cell(key, kinds[key[2]], dict(seeds[key])) for key in sorted(seeds)}
 
 
-def _common(groups: Iterable[Sequence[str]]) -> Names:
+def _common(groups: Iterable[Iterable[str]]) -> Names:
     return tuple(sorted(set.intersection(*map(set, groups))))
 
 

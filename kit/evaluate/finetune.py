@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from kit.cohort.identity import (
     Aliases,
@@ -23,6 +22,7 @@ from kit.evaluate.predict import predict, predict_parts, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import Task, check_tested, score_tested, tasks_of
 from kit.evaluate.tune import TRIES, tune
+from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, side_of
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
@@ -120,7 +120,7 @@ def open_stores(params: Tuning) -> dict[str, Store]:
     return stores
 
 
-def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: nn.Module,
+def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: Encoder,
                        record: dict[str, Any], made: MadeFrom) -> dict[str, np.ndarray]:
     if params.mode == "probe":
         return probe_tested(task, {name: predict(encoder, part.scans()) for name, part in task.parts.items()})

@@ -25,8 +25,8 @@ DRAWS = 100  # computed at a time; bounds memory
 LEAST_PARTICIPANTS = 10  # needed for an interval, per class (or in all for regression); see `score`
 
 
-def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: Sequence[str], seed: int = 0,
-          folds: Sequence[int] | None = None, draws: int = RESAMPLES) -> dict[str, float]:
+def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: Sequence[str] | np.ndarray,
+          seed: int = 0, folds: Sequence[int] | np.ndarray | None = None, draws: int = RESAMPLES) -> dict[str, float]:
     """Compute a metric of `METRICS` over participants, with its 95 % bootstrap interval.
 
     Each participant counts once, however many scans there are; see `per_participant`. For the interval see
@@ -64,8 +64,8 @@ def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: 
     return {"value": float(value), "low": float(low), "high": float(high), "participants": float(len(names))}
 
 
-def per_participant(labels: np.ndarray, predictions: np.ndarray, participants: Sequence[str],
-                    folds: Sequence[int] | None = None) -> pd.DataFrame:
+def per_participant(labels: np.ndarray, predictions: np.ndarray, participants: Sequence[str] | np.ndarray,
+                    folds: Sequence[int] | np.ndarray | None = None) -> pd.DataFrame:
     """Average scans so that each participant counts once.
 
     A participant's scans with the same label become one row with their mean prediction. A participant with several
@@ -314,9 +314,9 @@ def bias_corrected(validation_true: np.ndarray, validation_predicted: np.ndarray
     return (predicted - intercept) / slope
 
 
-def within_bands(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: Sequence[str],
+def within_bands(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: Sequence[str] | np.ndarray,
                  covariate: np.ndarray, edges: Sequence[float], seed: int = 0,
-                 folds: Sequence[int] | None = None) -> pd.DataFrame:
+                 folds: Sequence[int] | np.ndarray | None = None) -> pd.DataFrame:
     """`score` within bands of a covariate, such as how well a diagnosis is predicted among people of similar age.
 
     Args:

@@ -24,6 +24,8 @@ from kit.store.dataset import PreparedScans
 from kit.store.leakage import check_encoder
 from kit.store.store import Store
 
+Each = Sequence[Any] | np.ndarray  # something of each scan
+
 RESAMPLES = 500
 LEAST_PARTICIPANTS = 5  # needed for an interval: with fewer, draws hold too few distinct people
 MOST = 1 - 1e-9  # ICCs are clipped here before Fisher's z
@@ -57,7 +59,7 @@ class Components(NamedTuple):
         return tuple(_ratio(sums, sums.sum())[:2].tolist())
 
 
-def variance_components(values: np.ndarray, people: Sequence, sites: Sequence) -> Components:
+def variance_components(values: np.ndarray, people: Each, sites: Each) -> Components:
     """Run a two-way random-effects analysis of variance without interaction, over people and sites.
 
     The design may be unbalanced: sums of squares are from least squares (Henderson's method III; Searle, Casella and
@@ -88,7 +90,7 @@ def variance_components(values: np.ndarray, people: Sequence, sites: Sequence) -
                       _ratio(square_sites - rank * rest, per_site) if rank else np.zeros_like(rest), rest)
 
 
-def found_again(values: np.ndarray, people: Sequence) -> tuple[float, float]:
+def found_again(values: np.ndarray, people: Each) -> tuple[float, float]:
     """Share of scans whose nearest other scan is of the same person, and the share expected by chance.
 
     Candidates are all other scans, including other people's at the same site. Distance is cosine, or the absolute
@@ -106,7 +108,7 @@ def found_again(values: np.ndarray, people: Sequence) -> tuple[float, float]:
     return float(((same & nearest).sum(1) / nearest.sum(1)).mean()), float(same.sum() / (len(same) * (len(same) - 1)))
 
 
-def reliability(values: np.ndarray, people: Sequence, sites: Sequence, encoder: str = "", what: str = "features",
+def reliability(values: np.ndarray, people: Each, sites: Each, encoder: str = "", what: str = "features",
                 seed: int = 0) -> pd.DataFrame:
     """Summarise the reliability of features or predictions in one row.
 
@@ -126,18 +128,18 @@ def reliability(values: np.ndarray, people: Sequence, sites: Sequence, encoder: 
     Raises:
         ReliabilityError: fewer than two participants have several scans, or no degrees of freedom are left for error.
     """
-    values, people, sites = np.asarray(values), np.asarray(people), np.asarray(sites)
+    values = np.asarray(values)
     values = values[:, None] if values.ndim == 1 else values
-    several = pd.Series(people).duplicated(keep=False).to_numpy()
-    values, people, sites = values[several], people[several], sites[several]
-    rows = list(pd.Series(people).groupby(people).indices.values())  # by participant
-    parts = variance_components(values, people, sites) if len(rows) > 1 else None
+    several = pd.Series(np.asarray(people)).duplicated(keep=False).to_numpy()
+    values, persons, places = values[several], np.asarray(people)[several], np.asarray(sites)[several]
+    rows = list(pd.Series(persons).groupby(persons).indices.values())  # by participant
+    parts = variance_components(values, persons, places) if len(rows) > 1 else None
     if parts is None or np.isnan(parts.rest).all():
         raise ReliabilityError(f"{what}: {len(values)} scans of {len(rows)} participants with several scans; needed: "
                                "two participants or more, and more scans than participants and sites together")
     icc = _median(parts.agreement())
-    low, high = _interval(icc, values, sites, rows, seed) if len(rows) >= LEAST_PARTICIPANTS else (np.nan, np.nan)
-    again, chance = found_again(values, people)
+    low, high = _interval(icc, values, places, rows, seed) if len(rows) >= LEAST_PARTICIPANTS else (np.nan, np.nan)
+    again, chance = found_again(values, persons)
     person, site = parts.shares()
     return pd.DataFrame([{
         "encoder": encoder, "what": what, "icc": icc, "icc_low": low, "icc_high": high,

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from kit.evaluate.metrics import bootstrap, per_participant, predicted_of, statistic
 from kit.evaluate.predict import predict
 from kit.evaluate.tasks import Task
+from kit.models.encoder import Encoder
 from kit.models.heads import Predictor
 from kit.params import Tuning
 from kit.runs import write_table, write_whole
@@ -91,7 +91,7 @@ class Job:
     """
 
     task: Task
-    encoder: nn.Module
+    encoder: Encoder
     settings: Settings
     steps: int
     check_steps: int
@@ -102,7 +102,7 @@ class Job:
     home: Path | None = None
 
     @classmethod
-    def of(cls, task: Task, encoder: nn.Module, params: Tuning, seed: int, choice: Choice, times: int = 1,
+    def of(cls, task: Task, encoder: Encoder, params: Tuning, seed: int, choice: Choice, times: int = 1,
            folder: Path | None = None, home: Path | None = None) -> Job:
         """Make a job with `times` the steps that the parameters allow."""
         steps = times * params.steps
@@ -123,7 +123,7 @@ class Job:
                           zscored=train.store.zscored)
 
 
-def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path | None = None,
+def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path | None = None,
          choice: Choice | None = None, home: Path | None = None, check: bool | None = None) -> Tuned:
     """Fine-tune a copy of an encoder on a task's training part; every choice is made on its validation part.
 
@@ -166,6 +166,7 @@ def tune(task: Task, encoder: nn.Module, params: Tuning, seed: int, folder: Path
             rows.append(row)
             if best is None or log["monitor"].min() <= best[1]["monitor"].min():
                 best = predictor, log, each, row
+        assert best is not None  # there is a choice
         predictor, log, each, row = best
         score, error = row["validation_score"], standard_error(task, predictor, seed)
         longer = score
@@ -189,6 +190,7 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
         if job.folder is None:
             return objective.predictor, log
     else:
+        assert job.home is not None  # `tune` gives several processes a folder
         file = write_whole(job.home / JOB, lambda aside: torch.save(job, aside))
         try:
             if params.all_nodes() > 1:
@@ -199,9 +201,12 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
             file.unlink()
         if (job.home / UNFINISHED).exists():
             raise Stopped(pd.read_csv(job.home / UNFINISHED))
+    assert job.folder is not None
+    best, last = (checkpoint.read_checkpoint(job.folder / "checkpoints", name) for name in ("best", None))
+    assert best is not None and last is not None  # the training has ended
     objective = job.objective()
-    objective.load_state_dict(checkpoint.weights(checkpoint.read_checkpoint(job.folder / "checkpoints", "best")))
-    return objective.predictor, pd.DataFrame(checkpoint.read_checkpoint(job.folder / "checkpoints")["log"])
+    objective.load_state_dict(checkpoint.weights(best))
+    return objective.predictor, pd.DataFrame(last["log"])
 
 
 def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
@@ -223,7 +228,7 @@ def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
     def place(look: int, number: int) -> tuple[int, int]:
         return divmod(look * job.check_steps * settings.accumulate + number, a_pass)
 
-    def by_score(objective: nn.Module, _: int) -> dict[str, float]:
+    def by_score(objective: Supervised, _: int) -> dict[str, float]:
         return {"monitor": -score_validation(job.task, objective.predictor)}
 
     try:
@@ -231,6 +236,7 @@ def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
                   stop=job.home and job.home / STOP, place=place, monitor=by_score if job.by_score else None)
     except Stopped as stopped:
         if rank() == 0:
+            assert job.home is not None  # where the stop file lay
             write_table(job.home / UNFINISHED, stopped.log)
         raise
     return objective, log

@@ -92,7 +92,7 @@ def _cubes(grid: Grid) -> np.ndarray:
                  for start, side in zip(grid.origin_mm[::-1], grid.shape, strict=True)]  # along z, y and x
     places = [np.floor(each / CUBE_MM).astype(int) for each in voxels_mm]  # edge at 0 mm: no cube crosses the midline
     counts = [each[-1] - each[0] + 1 for each in places]
-    cube = np.ravel_multi_index(np.ix_(*[each - each[0] for each in places]), counts)
+    cube = np.asarray(np.ravel_multi_index(np.ix_(*[each - each[0] for each in places]), counts))
     at = np.indices(counts).reshape(3, -1).T + [each[0] for each in places]  # (cubes, 3)
     brain_ml = np.bincount(cube[template_on(grid)[1]], minlength=len(at)) * grid.spacing_mm**3 / 1000
     region = np.zeros(len(at), int)

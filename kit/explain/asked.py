@@ -43,4 +43,5 @@ class Asked(NamedTuple):
         """
         if image is None:
             image, mask = self.read(scan)
+        assert mask is not None  # an image comes with its mask
         return attribution(self.of(model or self.model, scan), image, mask, method, options=self.options)

@@ -83,6 +83,7 @@ def atlas_for(params: Saliency, store: Store, scans: Sequence[str]) -> Atlas | d
     """
     kind, _, column = (params.atlas or "").partition(":")
     if kind == COLUMN:
+        assert params.cohort is not None  # the parameters were checked
         return own_atlases(store, list(scans), params.cohort, column, params.atlas_names)
     return load_atlas(params.atlas, store.grid, params.atlas_names)
 
@@ -195,7 +196,8 @@ def _harvard_oxford(grid: Grid) -> Atlas:
     except OSError as error:
         raise AtlasError("atlas harvard-oxford: nilearn could not fetch it; go online once, or put FSL's atlases under "
                          "~/nilearn_data/fsl/data/atlases, or take deepmriprep:aal3") from error
-    labels, tables = np.zeros(grid.shape, np.int32), []
+    labels = np.zeros(grid.shape, np.int32)
+    tables: list[pd.DataFrame] = []
     for part in parts:
         values, affine = upright(part.maps.get_fdata(dtype=np.float32), part.maps.affine)
         names = [(1000 * len(tables) + number, *split_side(name)) for number, name in enumerate(part.labels) if number]

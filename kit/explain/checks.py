@@ -20,7 +20,7 @@ predicts better than chance.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -227,10 +227,11 @@ def areas(table: pd.DataFrame) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def _outputs(score: nn.Module, images: object, asked: Asked, count: int | None = None) -> np.ndarray:
+def _outputs(score: nn.Module, images: Iterable[np.ndarray], asked: Asked, count: int | None = None) -> np.ndarray:
     """Run a module over images in batches: (images,)."""
     where, size = next(score.parameters()).device, scans_at_a_time(asked.store.grid.shape)
-    found, waiting = [], []
+    found: list[np.ndarray] = []
+    waiting: list[np.ndarray] = []
     with frozen(score), evaluation(where), progress(total=count, desc="deletion and insertion",
                                                     disable=count is None) as bar:
         def run() -> None:

@@ -82,6 +82,7 @@ def open_model(params: Saliency, store: Store, run: Run) -> Opened:
         EncoderError: see `kit.models.encoder_file.load_encoder`.
         ValueError: no test participant belongs to the requested groups.
     """
+    model: nn.Module
     if (params.model / "task.json").exists():
         allowed = check_model(params.model, store, params.allow_differences)
         model, record = load_predictor(params.model, store.record)
@@ -310,12 +311,12 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
     of_class = _classes(rows, record)
     means: Maps = {}
     for method in dict.fromkeys(method for _, method in maps):
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for name, scans in of_class.items():
             there = [maps[scan, method] / scale for scan in scans
                      if (scale := np.abs(maps[scan, method][store.read(scan)[1]]).mean()) > 0]
             if there:
-                found[name] = np.mean(there, axis=0, dtype=np.float32)
+                found[name] = np.asarray(there).mean(axis=0, dtype=np.float32)
                 means[f"mean {name} (n={len(there)})", method] = found[name]
         if len(found) == len(of_class) == 2:
             low, high = of_class
@@ -330,16 +331,16 @@ def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]
     """Scans by class, in the classes' order, without empty ones."""
     if record.get("task") is None:
         return {"all": rows["scan"].tolist()}
-    label, classes = rows[record["task"]], record.get("classes")
+    label = rows[record["task"]]
     if record["kind"] == "regression":
         values = pd.to_numeric(label)
         middle = float(values.median())
         name = np.where(values > middle, f"{record['task']} above {middle:g}", f"{record['task']} to {middle:g}")
         classes = [f"{record['task']} to {middle:g}", f"{record['task']} above {middle:g}"]
     else:
-        numbers = read_labels(rows, record["task"], record["kind"], (), classes).values
-        name = np.array([f"{record['task']}={each}" for each in classes])[numbers.astype(int)]
-        classes = [f"{record['task']}={each}" for each in classes]
+        numbers = read_labels(rows, record["task"], record["kind"], (), record["classes"]).values
+        classes = [f"{record['task']}={each}" for each in record["classes"]]
+        name = np.array(classes)[numbers.astype(int)]
     return {each: rows["scan"][name == each].tolist() for each in classes if (name == each).any()}
 
 

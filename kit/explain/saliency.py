@@ -21,7 +21,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ from kit.explain.targets import Along, Cosine, Output, encoder_of
 from kit.models.encoders import ViTEncoder
 from kit.models.features import stages_of
 from kit.params import METHODS
+
+if TYPE_CHECKING:
+    from monai.networks.blocks.transformerblock import TransformerBlock
 
 SIGNED = frozenset({"gradient_x_input", "integrated_gradients", "guided_backpropagation", "occlusion"})
 CONTRIBUTIONS = SIGNED - {"guided_backpropagation"}  # a value is a voxel's contribution to the output
@@ -133,10 +136,10 @@ def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: s
                 answer = model(scan)
             target = int(answer[0].argmax()) if answer.ndim > 1 else 0
         found = _attribute(Output(model, target or 0), scan, mask, method, options)
-    found = found.detach()[0, 0].cpu().numpy().astype(np.float32)
-    if not np.isfinite(found).all():
+    values = found.detach()[0, 0].cpu().numpy().astype(np.float32)
+    if not np.isfinite(values).all():
         raise ValueError(f"{method}: the map is not finite; look for nan in the model's weights and output")
-    return found
+    return values
 
 
 def check_methods(model: nn.Module, methods: Sequence[str], layer: int | str | None = None) -> None:
@@ -211,6 +214,7 @@ def _attribute(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, method: s
                                                     internal_batch_size=with_gradients)
     if method in CAMS:
         layer, _ = _layer(score, options.layer)
+        assert layer is not None  # `check_methods` found it
         coarse = (LayerGradCam(score, layer).attribute(scan, relu_attributions=True) if method == "grad_cam"
                   else _grad_cam_pp(score, scan, layer))
         return F.interpolate(coarse, shape, mode="trilinear", align_corners=False)
@@ -222,7 +226,7 @@ def _attribute(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, method: s
             return FeatureAblation(score).attribute(
                 scan.detach(), _baseline(scan, mask, options), feature_mask=numbers,
                 perturbations_per_eval=options.batch or scans_at_a_time(shape))
-    return _rollout(encoder_of(score), scan.detach())
+    return _rollout(cast(ViTEncoder, encoder_of(score)), scan.detach())
 
 
 def _smoothgrad(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, options: Options, batch: int) -> torch.Tensor:
@@ -270,7 +274,7 @@ def _guided(score: nn.Module, scan: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _rollout(encoder: ViTEncoder, scan: torch.Tensor) -> torch.Tensor:
     """Attention rollout to each patch, averaged over the brain tokens, as the features are."""
-    attending = [block.attn for block in stages_of(encoder)]
+    attending = [cast("TransformerBlock", block).attn for block in stages_of(encoder)]
     for block in attending:
         block.use_flash_attention, block.save_attn = False, True
     try:
@@ -284,6 +288,7 @@ def _rollout(encoder: ViTEncoder, scan: torch.Tensor) -> torch.Tensor:
     finally:
         for block in attending:
             block.use_flash_attention, block.save_attn, block.att_mat = True, False, torch.Tensor()
+    assert joint is not None  # a ViT has layers
     tokens = joint[0, 1:, 1:].mean(0)
     sides = [side // patch for side, patch in zip(scan.shape[2:], encoder.patch, strict=True)]
     flat = torch.zeros(int(np.prod(sides)), device=scan.device).index_copy(0, encoder.places, tokens)

@@ -54,6 +54,8 @@ class Cosine(nn.Module):
         to: (features,).
     """
 
+    to_features: torch.Tensor
+
     def __init__(self, encoder: nn.Module, to: torch.Tensor) -> None:
         super().__init__()
         self.encoder = encoder
@@ -66,6 +68,9 @@ class Cosine(nn.Module):
 
 class Along(nn.Module):
     """Position of a scan's features along a direction from a centre, in the features' unit: (batch,)."""
+
+    centre: torch.Tensor
+    direction: torch.Tensor
 
     def __init__(self, encoder: nn.Module, centre: torch.Tensor, direction: torch.Tensor) -> None:
         super().__init__()
@@ -90,7 +95,7 @@ class Question(NamedTuple):
     of: Callable[[nn.Module, str], nn.Module]
 
 
-def encoder_of(model: nn.Module) -> nn.Module | None:
+def encoder_of(model: nn.Module) -> ResNetEncoder | DenseNetEncoder | ViTEncoder | None:
     """Find the encoder inside a model, if it is one of the kit's."""
     kinds = (ResNetEncoder, DenseNetEncoder, ViTEncoder)
     return next((module for module in model.modules() if isinstance(module, kinds)), None)

@@ -74,8 +74,8 @@ def inside_known_places(maps: Maps, store: Store, task: str | None, run: Run) ->
     """
     rows = []
     for (scan, method), values in maps.items():
-        place, mask = known_place(store, scan, task), store.read(scan)[1]
-        if place is not None and (place & mask).any():
+        place, mask = known_place(store, scan, task) if task else None, store.read(scan)[1]
+        if task and place is not None and (place & mask).any():
             rows.append({"scan": scan, "method": method, "place": EFFECTS[task], **against_place(values, place, mask)})
     table = pd.DataFrame(rows, columns=COLUMNS)
     write_stamped(run / "known_places.csv", table)
@@ -100,6 +100,7 @@ def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> p
     models = {"model": params.model, **params.compare} if task is not None else {}
     for name, folder in models.items():
         if name == "model":
+            assert task is not None  # else there are no models
             here, of_task = asked, task
         else:
             check_model(folder, asked.store, params.allow_differences)
@@ -134,6 +135,7 @@ def measure(asked: Asked, scans: Sequence[str], methods: Sequence[str], task: st
     rows = []
     for scan in progress(scans, desc="known places", disable=not scans):
         place, mask = known_place(asked.store, scan, task), asked.store.read(scan)[1]
+        assert place is not None  # the scans were drawn from those with one
         rows += [{"scan": scan, "method": method, "place": EFFECTS[task],
                   **against_place(asked.map(scan, method), place, mask)} for method in methods]
     return pd.DataFrame(rows, columns=COLUMNS)

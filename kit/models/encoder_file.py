@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kit.models.encoder import Encoder
 from kit.models.encoders import build_encoder
 from kit.models.foreign import EncoderError as EncoderError
 from kit.models.foreign import fill, foreign_record
@@ -101,7 +102,7 @@ def noted(encoder: str | Path, network: nn.Module, record: dict[str, Any]) -> di
 
 
 def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0,
-                 allow: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+                 allow: Sequence[str] = ()) -> tuple[Encoder, dict[str, Any]]:
     """Load an encoder with its record, and check it against the scans that it will read.
 
     Args:

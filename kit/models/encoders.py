@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ from monai.networks.nets import DenseNet121, MaskedAutoEncoderViT, ResNet
 from torch import nn
 
 from kit.device import at_least_float32
+from kit.models.encoder import Encoder
 from kit.models.pooling import AveragePool
 from kit.models.rivals import RIVALS, build_rival
 from kit.preprocess.template import template_on
 from kit.store.grid import Grid
 
 Shape = tuple[int, int, int]
+Values = TypeVar("Values", torch.Tensor, np.ndarray)
 PATCH_MM = 16.0  # target side of a ViT's patch: 16 voxels of 1 mm, like the 16 pixels of He et al.
 DENSENET_LEAST = 29  # voxels of the shortest side
 LEAST_BRAIN = 0.05  # a patch with at least this share of brain voxels counts as brain
@@ -27,7 +30,7 @@ LEAST_BRAIN = 0.05  # a patch with at least this share of brain voxels counts as
 VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (96, 4, 4, 96, 1)}
 
 
-class ResNetEncoder(nn.Module):
+class ResNetEncoder(Encoder):
     """MONAI's 3D ResNet without its last layer; `network` keeps MONAI's parameter names.
 
     `resnet18` is the paper's: `monai.networks.nets.resnet18(spatial_dims=3, n_input_channels=1)`, with the same
@@ -40,8 +43,9 @@ class ResNetEncoder(nn.Module):
         narrow = architecture == "resnet18_narrow"
         widths = [16, 32, 64, 128] if narrow else [64, 128, 256, 512]
         stem = {"conv1_t_size": 3, "conv1_t_stride": 2, "no_max_pool": True} if narrow else {}
-        self.arguments = {"block": "basic", "layers": [2, 2, 2, 2], "block_inplanes": widths, "n_input_channels": 1,
-                          "feed_forward": False, **stem}  # of MONAI's class; exported weights name them
+        self.arguments: dict[str, Any] = {
+            "block": "basic", "layers": [2, 2, 2, 2], "block_inplanes": widths, "n_input_channels": 1,
+            "feed_forward": False, **stem}  # of MONAI's class; exported weights name them
         self.network = ResNet(**self.arguments)
         self.network.avgpool = AveragePool(1)
         self.features = widths[-1]
@@ -51,7 +55,7 @@ class ResNetEncoder(nn.Module):
         return self.network(images)
 
 
-class DenseNetEncoder(nn.Module):
+class DenseNetEncoder(Encoder):
     """MONAI's 3D DenseNet121 (Huang et al. 2017) before its class layer; `network` keeps MONAI's parameter names.
 
     Raises:
@@ -64,7 +68,7 @@ class DenseNetEncoder(nn.Module):
             raise ValueError(f"densenet121 needs sides of at least {DENSENET_LEAST} voxels, but these are {shape}; use "
                              "resnet18_narrow, or prepare the scans on a finer grid")
         self.network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1)
-        self.features = self.network.class_layers.out.in_features
+        self.features = cast(nn.Linear, self.network.class_layers.out).in_features
         self.network.class_layers.pool = AveragePool(1)
         self.network.class_layers.out = nn.Identity()
 
@@ -73,7 +77,7 @@ class DenseNetEncoder(nn.Module):
         return self.network(images)
 
 
-class ViTEncoder(nn.Module):
+class ViTEncoder(Encoder):
     """The encoder of MONAI's masked autoencoder, run on brain patches only; features are the mean of their tokens.
 
     Attributes:
@@ -81,11 +85,13 @@ class ViTEncoder(nn.Module):
         places: (tokens,) int64, indices of the patches that become tokens; fixed by the grid, see `brain_patches`.
     """
 
+    places: torch.Tensor
+
     def __init__(self, architecture: str, grid: Grid) -> None:
         super().__init__()
         width, layers, heads, decoder_width, decoder_layers = VIT_SIZES[architecture]
         self.patch = patch_size(grid)
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "in_channels": 1, "img_size": grid.shape, "patch_size": self.patch, "hidden_size": width,
             "mlp_dim": 4 * width, "num_layers": layers, "num_heads": heads, "decoder_hidden_size": decoder_width,
             "decoder_mlp_dim": 4 * decoder_width, "decoder_num_layers": decoder_layers, "decoder_num_heads": heads,
@@ -133,10 +139,11 @@ def patch_size(grid: Grid) -> Shape:
                              f"{PATCH_MM * 2:g} mm; prepare the scans on a grid whose sides do")
         return min(divisors, key=lambda number: (off(number), number))
 
-    return tuple(nearest(side) for side in grid.shape)
+    depth, height, width = grid.shape
+    return nearest(depth), nearest(height), nearest(width)
 
 
-def patches(values: torch.Tensor | np.ndarray, size: Shape) -> torch.Tensor | np.ndarray:
+def patches(values: Values, size: Shape) -> Values:
     """Cut into patches: (batch, 1, depth, height, width) -> (batch, patches, voxels of a patch), in network order."""
     a, b, c = size
     return rearrange(values, "n 1 (d a) (h b) (w c) -> n (d h w) (a b c)", a=a, b=b, c=c)
@@ -158,7 +165,7 @@ def brain_patches(grid: Grid) -> np.ndarray:
     return places
 
 
-def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> nn.Module:
+def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> Encoder:
     """Build an encoder with random weights drawn from the seed.
 
     Args:

@@ -58,7 +58,7 @@ class FeatureReader(nn.Module):
                                + (f"stages 1 to {len(there)}" if there else "none that the kit knows"))
         self.encoder, self.pool, self.flips = encoder, pool, flips
         self._read_at = [there[number - 1] for number in stages]
-        if pool == "class" and not stages:
+        if isinstance(encoder, ViTEncoder) and pool == "class" and not stages:
             self._read_at = [encoder.autoencoder.blocks[-1]]
 
     @property

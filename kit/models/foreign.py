@@ -133,7 +133,7 @@ def _some(names: list[str]) -> str:
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Tensors of a file by name, without DataParallel's `module.`, and the names of its other entries."""
-    held = _unpickled(path) if path.suffix != ".safetensors" else _safe(path)
+    held: Any = _unpickled(path) if path.suffix != ".safetensors" else _safe(path)
     if not isinstance(held, Mapping):
         raise EncoderError(f"{shown(path)} holds a {type(held).__name__}, not weights by name: save the network's "
                            "state_dict()")
@@ -189,7 +189,8 @@ def _no_weights(path: Path) -> str:
 def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any], list[str]]:
     """Select the encoder's weights, without prefix; also return the expected parts that are ignored, with counts."""
     prefix = known.prefix if any(name.startswith(known.prefix) for name in state) else ""
-    weights, aside = {}, Counter()
+    weights: dict[str, Any] = {}
+    aside: Counter[str] = Counter()
     for name, value in state.items():
         own = name.removeprefix(prefix)
         if own == name and (prefix or not known.prefix):  # outside the encoder

@@ -75,4 +75,5 @@ PUBLISHED: dict[str, Format] = {
                    "repository's example; the datasets (3DSeg-8, later 23)",
         licence="MIT", source="https://github.com/Tencent/MedicalNet", heads=r"(conv_seg|fc)\."),
 }
-FORMATS = {**PUBLISHED, **{name: Format(name, "not known", None, heads=PLAIN_HEADS) for name in ARCHITECTURES}}
+FORMATS: dict[str, Format] = {
+    **PUBLISHED, **{name: Format(name, "not known", None, heads=PLAIN_HEADS) for name in ARCHITECTURES}}

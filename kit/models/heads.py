@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kit.device import at_least_float32, no_autocast
+from kit.models.encoder import Encoder
 
 
 class Head(nn.Sequential):
@@ -41,7 +42,10 @@ class Predictor(nn.Module):
         mean, sd: of the training labels; 0 and 1 for classification.
     """
 
-    def __init__(self, encoder: nn.Module, outputs: int = 1, mean: float = 0.0, sd: float = 1.0) -> None:
+    mean: torch.Tensor
+    sd: torch.Tensor
+
+    def __init__(self, encoder: Encoder, outputs: int = 1, mean: float = 0.0, sd: float = 1.0) -> None:
         super().__init__()
         self.encoder, self.outputs = encoder, outputs
         self.head = nn.Linear(encoder.features, outputs)

@@ -118,4 +118,5 @@ def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, masked: torch.Te
     """
     true, hidden = model.targets(images, normalise), masked[..., None]
     parts = (true, true * ~hidden, torch.where(hidden, model(images, masked).float(), true))
-    return tuple(model.images_of(values) for values in parts)
+    scans, seen, filled = (model.images_of(values) for values in parts)
+    return scans, seen, filled

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kit.device import at_least_float32
+from kit.models.encoder import Encoder
 from kit.models.pooling import AveragePool
 from kit.store.grid import Grid
 
@@ -28,7 +29,7 @@ WHOLE_HEAD = ((-98.0, -134.0, -72.0), (189, 233, 197))
 SLAB: Shape = (56, 448, 448)  # MedicalNet's input (depth, height, width)
 
 
-class BrainIACViT(nn.Module):
+class BrainIACViT(Encoder):
     """BrainIAC's ViT-B/16 at 96x96x96, without class token; features are the first patch's token after the norm.
 
     `network` keeps MONAI's parameter names, except for the norms of the unused cross-attention.
@@ -49,7 +50,7 @@ class BrainIACViT(nn.Module):
         return at_least_float32(self.network(brain_zscored(images))[0][:, 0])
 
 
-class BrainIACResNet(nn.Module):
+class BrainIACResNet(Encoder):
     """BrainIAC's ResNet-50 of 2024 at 128x128x128, on intensities from 0 to 1; features are the mean over places.
 
     `network` keeps MONAI's parameter names.
@@ -69,7 +70,7 @@ class BrainIACResNet(nn.Module):
         return self.network(zero_to_one(F.interpolate(whole_head(images, self.grid), (128, 128, 128), mode="area")))
 
 
-class MedicalNet(nn.Module):
+class MedicalNet(Encoder):
     """MedicalNet's ResNet without its segmentation head; features are the mean over places.
 
     As published, and unlike in MONAI, the last two stages keep their input's size and use dilations of 2 and 4.
@@ -147,7 +148,7 @@ def zero_to_one(images: torch.Tensor) -> torch.Tensor:
     return torch.where(brain, (images - low) / torch.where(high > low, high - low, 1), 0)
 
 
-def build_rival(architecture: str, grid: Grid) -> nn.Module:
+def build_rival(architecture: str, grid: Grid) -> Encoder:
     """Build one of `RIVALS` with random weights.
 
     Args:

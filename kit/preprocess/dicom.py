@@ -78,9 +78,9 @@ def quiet() -> Iterator[None]:
 
 def _files(folder: Path, series: str | None) -> list[str]:
     """Return the files of the folder's only series, or of the chosen one, sorted by slice position."""
-    found = defaultdict(list)  # series UID: the folders that hold it
-    for place, _, names in os.walk(folder):
-        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(place) if names else ():
+    found: defaultdict[str, list[str]] = defaultdict(list)  # series UID: the folders that hold it
+    for place, _, inside in os.walk(folder):
+        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(place) if inside else ():
             found[uid].append(place)
     if not found:
         raise ScanError("expected one DICOM series in the folder, found none; give a folder that holds DICOM files")
@@ -91,7 +91,8 @@ def _files(folder: Path, series: str | None) -> list[str]:
     if len(files) == 1 and series is None:
         return files.popitem()[1]
     numbers = {uid: _number(each[0]) for uid, each in files.items()}
-    shared, names = Counter(numbers.values()), {}
+    shared = Counter(numbers.values())
+    names: dict[str, str] = {}
     for uid in sorted(files, key=lambda uid: (numbers[uid], uid)):
         number = numbers[uid]
         earlier = sum(numbers[other] == number for other in names.values())

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,7 +57,7 @@ def check_cohort(cohort: pd.DataFrame, names: list[str], mask: str) -> None:
         raise PreparationError("; ".join(wrong))
 
 
-def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dict | str], folder: Path,
+def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, dict[str, Any] | str], folder: Path,
                  brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return the index of prepared scans and the table of failed ones.
 
@@ -72,11 +74,12 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: dict[str, dic
     """
     table = cohort.reset_index(drop=True)
     table.insert(0, "scan", names)
-    good = np.array([isinstance(outcomes[name], dict) for name in names], dtype=bool)
+    found = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, dict)}
+    good = np.array([name in found for name in names], dtype=bool)
     index = table[good].drop(columns=[name for name in table if name.endswith("_path")]).reset_index(drop=True)
     for column in QUALITY_COLUMNS:
-        index[column] = [outcomes[name][column] for name in index["scan"]]
-    index["header_note"] = [outcomes[name].get("header_note", "") for name in index["scan"]]  # absent in older ones
+        index[column] = [found[name][column] for name in index["scan"]]
+    index["header_note"] = [found[name].get("header_note", "") for name in index["scan"]]  # absent in older ones
     failed = table[~good].reset_index(drop=True)
     failed["reason"] = [outcomes[name] for name in failed["scan"]]
     return _written(flagged(index, brain_ml), failed[list(FAILED)], folder)

@@ -101,7 +101,7 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
     low, top = float(levels[0]), float(levels[-1]) + 0.0  # no -0
     found = f"{len(levels)} different values from {low:g} to {top:g}"
     two, whole = len(levels) == 2, bool((levels == np.rint(levels)).all())
-    saturated = np.count_nonzero(values >= SATURATED * top) / max(np.count_nonzero(values > 0.05 * top), 1)
+    saturated = np.count_nonzero(values >= SATURATED * top) / max(int(np.count_nonzero(values > 0.05 * top)), 1)
     probability = not two and not whole and 0.5 < top <= PROBABILITY_TOP
     graded = (not two and not probability and not (whole and top <= MOST_LABELS) and saturated >= LEAST_SATURATED
               and _equal_neighbours(values, top, affine) < LABELS_EQUAL)
@@ -183,4 +183,4 @@ def millilitres(mask: np.ndarray, affine: np.ndarray) -> float:
 def _faces(shape: tuple[int, ...]) -> np.ndarray:
     """Return for each voxel of a box how many faces (of different axes) it lies on."""
     ends = [np.isin(np.arange(side), (0, side - 1)).astype(np.uint8) for side in shape]
-    return sum(np.meshgrid(*ends, indexing="ij", sparse=True))
+    return sum(np.meshgrid(*ends, indexing="ij", sparse=True), np.zeros((), np.uint8))

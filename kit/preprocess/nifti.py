@@ -196,7 +196,7 @@ def check_volume(shape: tuple[int, ...], dtype_kind: str, sizes: np.ndarray) -> 
 
 def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pair:
     """Return the image once its header passes all checks; its voxels are not read yet."""
-    kind = _kind(data)
+    kind: type[nib.Nifti1Pair] | None = _kind(data)
     if kind is None:
         if _header_size(data) == 348 and voxels is not None and len(data) >= 348:
             raise ScanError("Analyze 7.5: it does not say where left and right are; convert it to NIfTI with an "

@@ -21,7 +21,8 @@ def run_all(function: Callable[[Any], Any], tasks: list[Any], workers: int) -> I
     if workers == 0:
         yield from ((task, function(task)) for task in tasks)
         return
-    waiting, suspects = deque(tasks), deque()
+    waiting: deque[Any] = deque(tasks)
+    suspects: deque[Any] = deque()
     while waiting or suspects:
         queue, together = (suspects, 1) if suspects else (waiting, workers)
         flying: dict = {}
@@ -47,7 +48,9 @@ def _leave_with_parent() -> None:
     """End this process when its parent is killed; otherwise it would wait for tasks forever."""
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # this process is one of a pool
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -93,7 +93,7 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         ScanTask(name, str(image), str(mask), scan_path(folder, name), settings)
         for name, image, mask in zip(names, cohort["image_path"], masks, strict=True)
     ]
-    outcomes = {task.scan: found for task in tasks if (found := _found(task))}
+    outcomes: dict[str, dict[str, Any] | str] = {task.scan: found for task in tasks if (found := _found(task))}
     with progress(total=len(tasks), initial=len(outcomes), desc="prepare", unit="scan") as bar:
         todo = [task for task in tasks if task.scan not in outcomes]
         for task, outcome in run_all(prepare_scan, todo, workers):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -41,6 +41,8 @@ START_ROTATIONS_DEG = (-20.0, 0.0, 20.0)
 FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
 # A brain with at least this mutual information with the template at 8 mm is upright: see `first_look`.
 UPRIGHT = 0.45
+
+Affine = TypeVar("Affine", sitk.Similarity3DTransform, sitk.AffineTransform)
 
 LEFT = "the search left the brain: too little overlap with the template; look at the scan and its mask"
 
@@ -267,7 +269,7 @@ def _similarity(scan: _Scan, rotation: np.ndarray) -> sitk.Similarity3DTransform
     return start
 
 
-def _best_similarity(scan: _Scan, followed: Mapping[float, int]) -> sitk.Transform:
+def _best_similarity(scan: _Scan, followed: Mapping[float, int]) -> sitk.Similarity3DTransform:
     """Return the best similarity transform at 2 mm, searched from the most promising starts."""
     starts = _climbed(scan, followed[COARSE_MM])
     for size, step_mm in ((MIDDLE_MM, 4.0), (FINE_MM, 0.5)):
@@ -276,7 +278,7 @@ def _best_similarity(scan: _Scan, followed: Mapping[float, int]) -> sitk.Transfo
     return min(starts, key=lambda start: start[1])[0]
 
 
-def _climbed(scan: _Scan, followed: int) -> list[tuple[sitk.Transform, float]]:
+def _climbed(scan: _Scan, followed: int) -> list[tuple[sitk.Similarity3DTransform, float]]:
     """Search at 8 mm from the most promising of 27 starts, and drop those that leave the scan.
 
     Raises:
@@ -295,7 +297,7 @@ def _climbed(scan: _Scan, followed: int) -> list[tuple[sitk.Transform, float]]:
     return climbed
 
 
-def _search(scan: _Scan, size: float, start: sitk.Transform, step_mm: float) -> tuple[sitk.Transform, float]:
+def _search(scan: _Scan, size: float, start: Affine, step_mm: float) -> tuple[Affine, float]:
     """Optimise `start` at one level, in place; return it with minus the mutual information."""
     method = _method(size, start)
     # The first step is always taken in full: a long one, right for a distant start, would throw away a good affine.
@@ -331,5 +333,5 @@ def _mm3(mask: np.ndarray, affine: np.ndarray) -> float:
     return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])))
 
 
-def _matrix(transform: sitk.Transform) -> np.ndarray:
+def _matrix(transform: sitk.Similarity3DTransform | sitk.AffineTransform) -> np.ndarray:
     return from_matvec(np.reshape(transform.GetMatrix(), (3, 3)), transform.TransformPoint((0.0, 0.0, 0.0)))

@@ -8,6 +8,7 @@ says where in the atlas each voxel of the scan looks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def draw_anatomy(seed: int, participant: str, age: float, sex: str, diagnosis: s
         severity = stream(seed, participant, "severity").uniform(*AD_SEVERITY)
     hippocampus = np.clip(hippocampus + AD_HIPPOCAMPUS * severity, -1.5, 5.0)
     ventricles = np.clip(ventricles + AD_VENTRICLES_MM * severity, -1.2, 4.0)
-    lesion = {}
+    lesion: dict[str, Any] = {}
     if diagnosis == "stroke":
         side = rng.choice([-1, 1])
         centre = (side * rng.uniform(24, 46), rng.uniform(-45, 25), rng.uniform(-5, 38))
@@ -119,11 +120,11 @@ def _bspline_basis(side: int, step: float) -> torch.Tensor:
 
 def draw_fields(seed: int, participant: str) -> Volume:
     """Draw the head's random fields: warp (x, y, z; mm), two tissue textures, the lesion's edge."""
-    warp = sum(spread * smooth_field(stream(seed, participant, f"warp {knots}"), FIELD_GRID, knots, 3)
-               for knots, spread in WARPS)
+    warp = sum((spread * smooth_field(stream(seed, participant, f"warp {knots}"), FIELD_GRID, knots, 3)
+                for knots, spread in WARPS), torch.zeros(()))
     texture = smooth_field(stream(seed, participant, "texture"), FIELD_GRID, 8, 2)
-    edge = sum(weight * smooth_field(stream(seed, participant, f"edge {knots}"), FIELD_GRID, knots, 1)
-               for knots, weight in ((16, 1.0), (8, 0.7)))
+    edge = sum((weight * smooth_field(stream(seed, participant, f"edge {knots}"), FIELD_GRID, knots, 1)
+                for knots, weight in ((16, 1.0), (8, 0.7))), torch.zeros(()))
     return Volume(torch.cat([warp, texture, edge])[None], FIELD_GRID.spacing_mm, FIELD_GRID.origin_mm)
 
 

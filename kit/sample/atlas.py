@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def load_atlas(cache: Path | None = None) -> Atlas:
     if cache is None:
         return _as_atlas(**_build())
     if not cache.exists():
-        arrays = _build()
+        arrays: dict[str, Any] = _build()
         write_whole(cache, lambda aside: np.savez_compressed(aside, **arrays))
     with np.load(cache) as arrays:
         return _as_atlas(**arrays)
@@ -68,11 +69,11 @@ def load_atlas(cache: Path | None = None) -> Atlas:
 
 def _as_atlas(tissue: np.ndarray, shape: np.ndarray, origin_mm: np.ndarray) -> Atlas:
     """Convert the arrays from `_build` to float32 volumes."""
-    tissue = torch.from_numpy(tissue).float() / 255
-    tissue[3] = 2 * tissue[3] - 1
-    origin = tuple(float(x) for x in origin_mm)
-    return Atlas(Volume(tissue[None], 1.0, origin),
-                 Volume(torch.from_numpy(shape).float()[None], float(SHAPE_STEP_MM), origin))
+    shares = torch.from_numpy(tissue).float() / 255
+    shares[3] = 2 * shares[3] - 1
+    x, y, z = (float(at) for at in origin_mm)
+    return Atlas(Volume(shares[None], 1.0, (x, y, z)),
+                 Volume(torch.from_numpy(shape).float()[None], float(SHAPE_STEP_MM), (x, y, z)))
 
 
 def _build() -> dict[str, np.ndarray]:

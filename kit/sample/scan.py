@@ -134,18 +134,19 @@ def _tissue(
 ) -> dict[str, torch.Tensor]:
     """Look up the tissue in the atlas and apply age and disease; return named (z, y, x) maps."""
     # Deformations are smooth: compute them at every second voxel and interpolate, for speed.
-    coarse = Grid(tuple(side // 2 for side in grid.shape), 2 * grid.spacing_mm)
+    depth, height, width = grid.shape
+    coarse = Grid((depth // 2, height // 2, width // 2), 2 * grid.spacing_mm)
     points = head_points(coarse, pose)
     fields = head.draw_fields(seed, participant).at(points)
     points = head.deform(points, fields[:3], person, atlas)
     smooth = torch.cat([points, atlas.shape.at(points)[[0, 4]], fields[3:]])
     smooth = torch.nn.functional.interpolate(smooth[None], scale_factor=2, mode="trilinear")[0]
-    points, (distance, depth), (texture, cortex_texture, edge) = smooth.split([3, 2, 3])
+    points, (distance, below), (texture, cortex_texture, edge) = smooth.split([3, 2, 3])
     tissue = torch.zeros(5, *grid.shape)
-    near = depth > 0  # the brain, and up to two voxels more
+    near = below > 0  # the brain, and up to two voxels more
     tissue[:, near] = atlas.tissue.at(points[:, near][:, None, None])[:, 0, 0]
     csf, grey, white, residual, brain = tissue
-    shell = torch.exp(-((depth / 14) ** 2))
+    shell = torch.exp(-((below / 14) ** 2))
     bumps = [head.bump(points, *place)[0] for place in head.HIPPOCAMPI]
     atrophy = sum(amount * bump for amount, bump in zip(person.hippocampus, bumps, strict=True))
     horns, lobes = (sum(head.bump(points, *place)[0] for place in places)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -148,7 +149,7 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
     return flat.set_axis([_plain(name) for name in flat.columns], axis=1)
 
 
-def _plain(value: object) -> str:
+def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else readable(value)
 
 
@@ -229,9 +230,9 @@ def _text_tables(cells: pd.DataFrame, metrics: dict[str, str]) -> Iterator[str]:
         wide = max(len(cell) for column in columns.values() for cell in column) + 2
         at_once, together = max(1, (PAGE - left) // wide), scored["distribution"].nunique()
         at_once -= at_once % together if at_once > together else 0  # keeps a task's test sets together
-        columns = list(columns.values())
-        for start in range(0, len(columns), at_once):
-            for head, *texts in zip(["", "", *names], *columns[start:start + at_once], strict=True):
+        listed = list(columns.values())
+        for start in range(0, len(listed), at_once):
+            for head, *texts in zip(["", "", *names], *listed[start:start + at_once], strict=True):
                 yield f"    {head:{left - 4}s}" + "".join(f"{text:{wide}s}" for text in texts)
 
 

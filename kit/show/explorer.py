@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Required, TypedDict
 
 import ipywidgets as widgets
 import matplotlib
@@ -31,6 +32,13 @@ Asked = tuple[str, Recipe, int]  # scan, recipe, seed
 MakePair = Callable[[str, Recipe, int], Pair]
 
 _MARGIN, _HEADER, _GAP, _SLICES = 110, 20, 4, 600  # pixels: row names, column names, gaps, all slices
+class _Now(TypedDict, total=False):
+    """The latest request, and the pair that is shown."""
+
+    request: Required[int]
+    pair: Pair
+
+
 _ROWS = ("original", "view 1", "view 2", "view 1 − view 2")
 
 
@@ -106,7 +114,8 @@ def explorer(
     sliders = [_slice_slider(grid, plane) for plane in ("sagittal", "coronal", "axial")]  # x, y, z
     words, picture = widgets.HTML(), widgets.Image(format="png")
     facts = widgets.Image(format="png", layout=widgets.Layout(width="760px"))
-    worker, now = ThreadPoolExecutor(max_workers=1), {"request": 0, "pair": None}
+    worker = ThreadPoolExecutor(max_workers=1)
+    now: _Now = {"request": 0}
 
     def redraw(_change: object = None) -> None:
         picture.value = render_pair(now["pair"], grid, tuple(slider.value for slider in sliders), note)

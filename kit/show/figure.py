@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING, Any
 
 import matplotlib_inline.backend_inline  # noqa: F401  lets notebooks display figures made without pyplot
 import PIL.Image
@@ -10,10 +11,13 @@ from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+
 DPI = 90
 MAX_WIDTH = 900  # pixels
 TEXT = 9  # points
-LEGEND = {"fontsize": TEXT - 1, "title_fontsize": TEXT - 1, "frameon": False}
+LEGEND: dict[str, Any] = {"fontsize": TEXT - 1, "title_fontsize": TEXT - 1, "frameon": False}
 
 
 def blank(width: float, height: float, title: str = "", note: str = "") -> Figure:
@@ -33,7 +37,7 @@ def blank(width: float, height: float, title: str = "", note: str = "") -> Figur
     return figure
 
 
-def png(figure: Figure, **options: str) -> bytes:
+def png(figure: Figure, **options: Any) -> bytes:
     """Convert a figure to PNG bytes for a widget; options as for `savefig`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", **options)
@@ -51,7 +55,7 @@ def small(figure: Figure | bytes, colours: int = 64) -> Image:
 
 def shared_legend(figure: Figure) -> None:
     """Add one legend for all panels at the upper right, without duplicates."""
-    lines = {}
+    lines: dict[str, Artist] = {}
     for axes in figure.axes:
         lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", **LEGEND)

@@ -44,9 +44,11 @@ def voxel_at(grid: Grid, position: Point | None = None) -> tuple[int, int, int]:
     A point outside the grid gives the nearest voxel inside it.
     """
     if position is None:
-        return tuple(side // 2 for side in grid.shape)
+        z, y, x = (side // 2 for side in grid.shape)
+        return z, y, x
     nearest = np.rint((np.asarray(position) - grid.origin_mm) / grid.spacing_mm).astype(int)[::-1]
-    return tuple(int(at) for at in np.clip(nearest, 0, np.array(grid.shape) - 1))
+    z, y, x = (int(at) for at in np.clip(nearest, 0, np.array(grid.shape) - 1))
+    return z, y, x
 
 
 def focus(volume: np.ndarray, grid: Grid) -> Point:
@@ -57,7 +59,8 @@ def focus(volume: np.ndarray, grid: Grid) -> Point:
     """
     smooth = ndimage.gaussian_filter(np.abs(volume).astype(np.float32), 8 / 2.355 / grid.spacing_mm)
     z, y, x = np.unravel_index(smooth.argmax(), smooth.shape)
-    return tuple(float(at) for at in grid.affine[:3] @ (x, y, z, 1))
+    right, front, up = (float(at) for at in grid.affine[:3] @ (x, y, z, 1))
+    return right, front, up
 
 
 def slice_name(grid: Grid, plane: str, index: int) -> str:

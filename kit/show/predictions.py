@@ -79,7 +79,7 @@ def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
 
 def _curves(joined: pd.DataFrame, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One seed's sensitivities (draws, rates) and areas (draws,) under row weights (draws, rows)."""
-    curves, areas, total = 0, 0, 0
+    curves, areas, total = (np.zeros(()) for _ in range(3))
     for rows in joined.groupby("fold").indices.values():
         true, predicted = (joined[name].to_numpy()[rows] for name in ("true", "predicted"))
         order = np.argsort(-predicted, kind="stable")
@@ -178,7 +178,8 @@ def confusion(table: pd.DataFrame, classes: Sequence[str] | None = None, title: 
             sample_weight=joined["weight"], normalize="true", values_format=".2f", cmap="Blues", colorbar=False,
             ax=axes, im_kw={"vmin": 0, "vmax": 1}, text_kw={"fontsize": TEXT})
         if max(map(len, classes)) > 4:
-            axes.set_xticks(range(count), axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+            axes.set_xticks(range(count), [each.get_text() for each in axes.get_xticklabels()], rotation=30, ha="right",
+                            rotation_mode="anchor")
         heading = axes.get_title()
         label(axes, "predicted", "true", f"{heading}\n{name}" if heading else name)
         axes.spines[["top", "right"]].set_visible(True)
@@ -251,15 +252,15 @@ def embedding_maps(embeddings: Mapping[str, np.ndarray], labels: pd.DataFrame, t
 def _coloured(axes: Axes, points: np.ndarray, values: pd.Series, name: str) -> None:
     """Scatter points coloured by a number or a category."""
     known = values.notna().to_numpy() & (values.astype(str) != "").to_numpy()
-    axes.scatter(*points[~known].T, s=8, color="0.8")
+    axes.scatter(points[~known, 0], points[~known, 1], s=8, color="0.8")
     points, values = points[known], values[known].reset_index(drop=True)
     if pd.api.types.is_numeric_dtype(values) and values.nunique() > 2:
-        bar = axes.figure.colorbar(axes.scatter(*points.T, c=values, s=12), ax=axes)
+        bar = axes.figure.colorbar(axes.scatter(points[:, 0], points[:, 1], c=values, s=12), ax=axes)
         bar.set_label(name, fontsize=TEXT)
         bar.ax.tick_params(labelsize=TEXT - 1)
     else:
         for value, rows in values.groupby(values).groups.items():
-            axes.scatter(*points[rows].T, s=12, label=str(value))
+            axes.scatter(points[rows, 0], points[rows, 1], s=12, label=str(value))
         axes.legend(title=name, **LEGEND)
 
 
@@ -295,7 +296,8 @@ def _joined(rows: pd.DataFrame) -> pd.DataFrame:
 
     Weights sum to 1 per participant.
     """
-    parts, rows = [], rows.assign(**{name: 0 for name in ("seed", "fold") if name not in rows.columns})
+    parts: list[pd.DataFrame] = []
+    rows = rows.assign(**{name: 0 for name in ("seed", "fold") if name not in rows.columns})
     for (seed, fold), of_model in rows.groupby(["seed", "fold"]):
         who = _who(of_model)
         joined = [per_participant(of_model["true"], of_model[name], who).rename(columns={"predicted": name})

@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from kit.augment.recipe import Recipe, alone, transform_types
-from kit.augment.transforms import AXES, Transform
+from kit.augment.transforms import AXES, Ranged, Transform
 
 _TRIPLES = ("smallest", "degrees", "mm")  # settings with one number for each of z, y and x
 
@@ -122,7 +122,7 @@ def _sliders(kind: type[Transform]) -> dict[tuple[str, int | None], widgets.Widg
     style, wide = {"description_width": "60px"}, widgets.Layout(width="330px")
     found: dict[tuple[str, int | None], widgets.Widget] = {}
     for field in kind.model_fields:
-        if field == "range":
+        if field == "range" and issubclass(kind, Ranged):
             low = -kind.most if kind.limits[0] < 0 else kind.limits[0]
             found[field, None] = widgets.FloatRangeSlider(value=(kind.neutral, kind.most), min=low, max=kind.most,
                                                           step=0.1 if kind.most > 4 else 0.01, readout_format=".2f",

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
@@ -236,7 +236,8 @@ def viewer(saliency_map: np.ndarray, grid: Grid, template: np.ndarray | None = N
     values = smoothed(saliency_map, grid, template != 0) if smooth else saliency_map
     view = _view(values, template, grid.affine, title)
     if len(view.html) > VIEWER_MB * 1e6 and grid.spacing_mm < 2:
-        coarse = Grid(tuple(math.ceil(side * grid.spacing_mm / 2) for side in grid.shape), 2.0)
+        depth, height, width = (math.ceil(side * grid.spacing_mm / 2) for side in grid.shape)
+        coarse = Grid((depth, height, width), 2.0)
         values, template = (resample(each, grid.affine, np.eye(4), coarse.shape, coarse.affine)
                             for each in (values, template))
         view = _view(values, template, coarse.affine, title)
@@ -273,7 +274,7 @@ def _planes(grid: Grid, rows: int, title: str, note: str) -> tuple[Figure, np.nd
 
 def _redden(figure: Figure) -> None:
     if "not supported" in figure.get_suptitle():
-        figure._suptitle.set_color(REFUSED)
+        figure._suptitle.set_color(REFUSED)  # type: ignore[attr-defined]  # matplotlib has no public way
 
 
 def _draw_planes(row: np.ndarray, image: np.ndarray, values: np.ndarray | None, scale: Scale | None, grid: Grid,
@@ -296,12 +297,12 @@ def _draw(axes: Axes, image: np.ndarray, values: np.ndarray | None, scale: Scale
           plane: str, index: int, outline: np.ndarray | None, smooth: bool = True) -> None:
     """Draw one slice: the scan, the map over it (weaker is more transparent), the outline."""
     draw_grey(axes, cut(image, plane, index), limits)
-    if values is not None:
+    if values is not None and scale is not None:
         picture = cut(values, plane, index).astype(np.float32)
         strength = np.clip(np.abs(picture) / scale.top, 0, 1)
         opacity = 0.85 * np.clip((strength - SHOWN_FROM) / (0.6 - SHOWN_FROM), 0, 1)
         colours = scale.colours()
-        axes.imshow(picture, cmap=colours.cmap, norm=colours.norm, alpha=opacity,
+        axes.imshow(picture, cmap=colours.cmap, norm=cast(Normalize, colours.norm), alpha=opacity,
                     interpolation="bilinear" if smooth else "nearest")
     if outline is not None and (edge := cut(outline, plane, index)).any():
         axes.contour(edge.astype(float), levels=[0.5], colors=OUTLINE, linewidths=0.9)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -79,7 +80,8 @@ def montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], not
     panels = figure.subplots(rows, IN_A_ROW, squeeze=False).ravel()
     for axes in panels:
         bare(axes)
-    for axes, image, text, outline in zip(panels, images, titles, outlines or [None] * len(images), strict=False):
+    around: Iterable[np.ndarray | None] = outlines or repeat(None)
+    for axes, image, text, outline in zip(panels, images, titles, around, strict=False):
         same_shape(grid, image=image, outline=outline)
         draw_grey(axes, _beside(image, grid, planes), window(image))
         if outline is not None and (edge := _beside(outline, grid, planes)).any():

@@ -92,26 +92,26 @@ def collate(items: Sequence[Item]) -> Batch:
     return Batch(tensors[0], tensors[1], list(keys), tensors[2])
 
 
-def load_batches(scans: PreparedScans, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
+def load_batches(scans: PreparedScans, batches: Sequence[list[int]], workers: int = 0) -> Iterator[Batch]:
     """Load batches in the given order, with pinned memory if there is a CUDA device.
 
     Raises:
         LoaderError: loading processes cannot start, or one dies while it hands over a batch. If one dies at another
             time, `loading_may_fail` explains torch's error.
     """
-    options = {"multiprocessing_context": "spawn", "prefetch_factor": 2,
-               "worker_init_fn": keep_freed_memory} if workers else {}
+    options: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 2,
+                               "worker_init_fn": keep_freed_memory} if workers else {}
     loader = DataLoader(scans, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                         pin_memory=torch.cuda.is_available(), **options)
     try:
-        batches = iter(loader)  # loading processes start here, and their queues use a little of /dev/shm
+        loaded = iter(loader)  # loading processes start here, and their queues use a little of /dev/shm
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise LoaderError("loading processes cannot be started, as /dev/shm is full. Set loader_workers: 0, which "
                           "loads in the training process, or make room there (docker: --shm-size)") from error
     try:
-        yield from batches
+        yield from loaded
     except (ConnectionError, EOFError) as error:
         raise _failed(error) from error
 

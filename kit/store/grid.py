@@ -43,9 +43,9 @@ class Grid:
     def origin_mm(self) -> tuple[float, float, float]:
         """MNI millimetres (x, y, z) of the first voxel's centre."""
         sides_xyz = self.shape[::-1]
-        return tuple(
-            centre - (side - 1) / 2 * self.spacing_mm for centre, side in zip(PAPER_CENTRE_MM, sides_xyz, strict=True)
-        )
+        x, y, z = (centre - (side - 1) / 2 * self.spacing_mm
+                   for centre, side in zip(PAPER_CENTRE_MM, sides_xyz, strict=True))
+        return x, y, z
 
     @property
     def affine(self) -> np.ndarray:

@@ -94,22 +94,22 @@ class Saver:
                 self._saved, self._full_since = time.monotonic(), None
                 return True
             except OSError as error:
-                self._failed(error)
+                self._failed(self.folder, error)
                 if not wait:
                     return False
                 time.sleep(AGAIN_SECONDS)
         return False
 
-    def _failed(self, error: OSError) -> None:
+    def _failed(self, folder: Path, error: OSError) -> None:
         """Warn about a full disk; raise if it has been full for too long, or for any other error."""
-        free = shutil.disk_usage(self.folder).free / 1e6
+        free = shutil.disk_usage(folder).free / 1e6
         if error.errno not in FULL:
             raise error
         self._tried = time.monotonic()
         self._full_since = self._full_since or self._tried
         left = self.retry_minutes - (self._tried - self._full_since) / 60
-        kept = self.folder / "checkpoints/last.pt"
-        word = (f"the disk is full: no checkpoint could be written to {shown(self.folder)} ({free:.0f} MB free); "
+        kept = folder / "checkpoints/last.pt"
+        word = (f"the disk is full: no checkpoint could be written to {shown(folder)} ({free:.0f} MB free); "
                 + (f"{shown(kept)} stays as it was" if kept.exists() else "there is none yet"))
         if left <= 0:
             raise CheckpointError(f"{word}; gave up after {self.retry_minutes:g} minutes. Make room, then run again "

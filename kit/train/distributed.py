@@ -141,6 +141,11 @@ class AllReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     It exists to test N processes against one, so it is written for clarity, in float64, and not for speed.
     """
 
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
+
     @classmethod
     def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> AllReducedBatchNorm:
         """Make one that shares the weights and running statistics of `norm`."""
@@ -193,7 +198,7 @@ def launch_on_nodes(module: str, folder: Path, nodes: int, workers: int) -> None
                           env={**os.environ, **meeting_point(), **QUIET, "KIT_PROGRESS": "off"},
                           start_new_session=True, preexec_fn=die_with_parent) as srun:
         try:
-            for line in srun.stdout:
+            for line in srun.stdout or ():
                 said.append(line)
                 print(line, end="", flush=True)
         except BaseException:
@@ -232,7 +237,11 @@ def worker_of_slurm(folder: Path, workers: int, train: Callable[[Path], None]) -
     """Run `train(folder)` as one worker started by `srun`, with rank and world size from Slurm."""
     # scancel and preemption send SIGTERM to the job's steps at once, but the batch script hears of it too late: STOP
     # asks for a checkpoint, and PREEMPTED tells the batch script that nobody stopped the run by hand
-    signal.signal(signal.SIGTERM, lambda number, frame: [(folder / name).touch() for name in (PREEMPTED, STOP)])
+    def ask_to_stop(*_: object) -> None:
+        for name in (PREEMPTED, STOP):
+            (folder / name).touch()
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
     world = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=world, LOCAL_RANK=os.environ["SLURM_LOCALID"],
                       LOCAL_WORLD_SIZE=str(workers))

@@ -10,10 +10,10 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -78,7 +78,7 @@ class Settings:
 def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], list[list[int]]],
         validation: PreparedScans, settings: Settings, folder: Path | None = None, *,
         params: dict[str, Any] | None = None, stop: Path | None = None, live: bool = False,
-        monitor: Callable[[nn.Module, int], dict[str, float]] | None = None,
+        monitor: Callable[[Any, int], dict[str, float]] | None = None,
         place: Place = lambda epoch, number: (epoch, number)) -> pd.DataFrame:
     """Train an objective; the best epoch is the one with the lowest validation loss.
 
@@ -129,16 +129,16 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             state.set_rate(epoch + number / len(steps))
             try:
                 with fitting(steps[number]):
-                    report = state.gradients(stream, steps[number], *place(epoch, number * settings.accumulate))
+                    own = state.gradients(stream, steps[number], *place(epoch, number * settings.accumulate))
             except StoreError:
                 saver.save(state.plain(), wait=True)
                 raise
             asked = torch.tensor(float(stop is not None and stop.exists()), device=device())
-            report = mean_over_processes({**report, "stop": asked})
+            report = mean_over_processes({**own, "stop": asked})
             if not math.isfinite(report["loss"]):
-                scans = [train.scans[scan] for part in steps[number] for chunk in part for scan in chunk]
+                names = [train.scans[scan] for part in steps[number] for chunk in part for scan in chunk]
                 raise TrainingError(
-                    f"the loss is {report['loss']} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(scans)}. "
+                    f"the loss is {report['loss']} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(names)}. "
                     "Look at those scans, lower learning_rate, or set clip: 1"
                     + (f"; {shown(folder / 'checkpoints/last.pt')} is of before" if folder else ""))
             stopped = report.pop("stop") > 0
@@ -205,12 +205,13 @@ class State:
         self.threads = set_threads()
         self.objective, self.settings, self.folder = on_device(objective), settings, folder
         # `find_unused_parameters` fixes DDP's bucket order from step 1, so resumed runs are bit-identical
-        self.model = (DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
-                      if world_size() > 1 else objective)
+        self.model: nn.Module = (
+            DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
+            if world_size() > 1 else objective)
         self.optimizer = build_optimizer(objective, settings)
         self.average = (AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
                         if settings.ema else None)
-        self.kept: nn.Module = self.average.module if self.average else objective
+        self.kept = cast(Objective, self.average.module) if self.average else objective
         self.params = params or {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
         self.log: list[dict[str, float]] = []  # one row per epoch
         self.reports: list[dict[str, float]] = []  # one per step of the unfinished epoch
@@ -253,6 +254,7 @@ class State:
 
     def write_log(self) -> None:
         """Write `log.csv` of the finished epochs."""
+        assert self.folder is not None  # without one nothing is restored or saved
         write_table(self.folder / "log.csv", pd.DataFrame(self.log))
 
     def plain(self) -> dict[str, Any]:
@@ -271,8 +273,7 @@ class State:
         Raises:
             CheckpointError: it was made with other parameters.
         """
-        found = checkpoint.read_checkpoint(self.folder / "checkpoints") if self.folder else None
-        if found is None:
+        if self.folder is None or (found := checkpoint.read_checkpoint(self.folder / "checkpoints")) is None:
             return
         checkpoint.check_same(found, self.params, self.folder)
         self.objective.load_state_dict(found["model"])
@@ -360,6 +361,7 @@ def _cached(model: nn.Module, objective: Objective, stream: Iterator[Batch], see
     embeddings = torch.cat(parts, dim=1).requires_grad_()  # (2, scans, width)
     out = objective.compare(*embeddings)
     (out["loss"] / batches).backward()
+    assert embeddings.grad is not None  # they are a leaf, and the pass is done
     for part, gradient, seed in zip(parts, embeddings.grad.split([part.shape[1] for part in parts], 1), seeds,
                                     strict=True):
         with _exchange(model, last and part is parts[-1]):
@@ -367,7 +369,7 @@ def _cached(model: nn.Module, objective: Objective, stream: Iterator[Batch], see
     return {name: value.detach() for name, value in out.items()}
 
 
-def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, precision: str, **options: bool):
+def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, precision: str, **options: bool) -> Any:
     """Run an objective on a batch in "fp32" or "bf16", with torch's random state seeded by `seed`."""
     torch.manual_seed(seed)
     where = next(model.parameters()).device
@@ -375,24 +377,24 @@ def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, precision: 
         return model(batch.to(where), epoch, **options)
 
 
-def _exchange(model: nn.Module, now: bool):
+def _exchange(model: nn.Module, now: bool) -> AbstractContextManager[None]:
     """Let processes exchange gradients only in the last backward pass of a step."""
-    return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
+    return nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 @contextmanager
 def _still_statistics(module: nn.Module) -> Iterator[None]:
     """Freeze BatchNorm's running statistics, so that only the second pass over a chunk updates them."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    norms = [(norm, norm.momentum, count, count.clone()) for norm in module.modules()
+             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and (count := norm.num_batches_tracked) is not None]
     try:
-        for norm in norms:
+        for norm, *_ in norms:
             norm.momentum = 0.0
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+        for norm, momentum, count, before in norms:
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            count.copy_(before)
 
 
 @contextmanager
@@ -426,7 +428,8 @@ def validate(objective: Objective, scans: PreparedScans, batch_size: int) -> dic
     size, compared = scans_at_a_time(scans.store.grid.shape), objective.compares
     groups = np.array_split(np.arange(len(scans)), math.ceil(len(scans) / (max(batch_size, 2) if compared else size)))
     chunked = [[group[start:start + size].tolist() for start in range(0, len(group), size)] for group in groups]
-    stream, total = load_batches(scans, [part for parts in chunked for part in parts]), {}
+    stream = load_batches(scans, [part for parts in chunked for part in parts])
+    total: dict[str, float] = {}
     options = {"embed": True} if compared else {}
     for group, parts in zip(groups, chunked, strict=True):
         with evaluation(device()):

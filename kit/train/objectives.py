@@ -5,9 +5,8 @@ A new objective is a module that follows `Objective`; `kit.train.loop.fit` train
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,8 @@ from torch import nn
 from kit.augment.recipe import Flip, Recipe
 from kit.augment.views import make_views
 from kit.device import no_autocast
+from kit.models.encoder import Encoder
+from kit.models.encoders import ViTEncoder
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruction_loss
 from kit.store.dataset import Batch
@@ -25,8 +26,10 @@ VALIDATION_EPOCH = 2**31 - 1  # keys the views of validation scans, which stay t
 Report = dict[str, torch.Tensor]  # scalars: `loss`, and whatever else is worth logging
 
 
-class Objective(Protocol):
-    """What the loop, its chunks, validation and the monitor need from an objective, in addition to `nn.Module`.
+class Objective(nn.Module):
+    """What the loop, its chunks, validation and the monitor need from an objective.
+
+    Any module with these names will do; the class says them to readers and to mypy.
 
     Attributes:
         encoder: the encoder that is trained.
@@ -35,31 +38,27 @@ class Objective(Protocol):
         scans_per_item: scans of a batch that form one item: 2 if the views come from two sessions.
     """
 
-    encoder: nn.Module
     compares: bool
     scans_per_item: int
 
-    def __call__(self, batch: Batch, epoch: int, embed: bool = False) -> Report | torch.Tensor:
-        """Report on a batch; with `embed`, used only if it `compares`, return embeddings (2, items, width)."""
+    if TYPE_CHECKING:  # not there at run time: each objective has an attribute or a property of its own
+        @property
+        def encoder(self) -> Encoder: ...
 
-    def compare(self, first: torch.Tensor, second: torch.Tensor) -> Report:
-        """Report on the two views' embeddings (items, width); used only if it `compares`."""
+        def forward(self, batch: Batch, epoch: int) -> Any:
+            """Report on a batch; an objective that `compares` also takes `embed`, which asks for the embeddings
+            (2, items, width) in place of the report."""
 
-    def train(self, mode: bool = True) -> nn.Module: ...
-
-    def eval(self) -> nn.Module: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> object: ...
+        def compare(self, first: torch.Tensor, second: torch.Tensor) -> Report:
+            """Report on the two views' embeddings (items, width); used only if it `compares`."""
 
 
-class SimCLR(nn.Module):
+class SimCLR(Objective):
     """Make two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020)."""
 
-    def __init__(self, encoder: nn.Module, recipe: Recipe, *, projection: list[int], temperature: float, seed: int,
+    encoder: Encoder
+
+    def __init__(self, encoder: Encoder, recipe: Recipe, *, projection: list[int], temperature: float, seed: int,
                  spacing_mm: float, paired: bool = False, zscored: bool = True) -> None:
         super().__init__()
         self.encoder = encoder
@@ -94,13 +93,13 @@ class SimCLR(nn.Module):
         return {"loss": loss, "top1": top1}
 
 
-class MaskedReconstruction(nn.Module):
+class MaskedReconstruction(Objective):
     """Fill in masked patches from the rest (He et al. 2022); the whole scan is the only view.
 
     A recipe, if given, augments the training scans first; validation scans stay as they are.
     """
 
-    def __init__(self, encoder: nn.Module, mask_ratio: float, *, seed: int, normalise: bool = True,
+    def __init__(self, encoder: ViTEncoder, mask_ratio: float, *, seed: int, normalise: bool = True,
                  recipe: Recipe | None = None, spacing_mm: float = 1.0, zscored: bool = True) -> None:
         super().__init__()
         self.autoencoder = MaskedAutoencoder(encoder)
@@ -109,7 +108,7 @@ class MaskedReconstruction(nn.Module):
         self.compares, self.scans_per_item = False, 1
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> ViTEncoder:
         """The part that `3_finetune` reuses."""
         return self.autoencoder.encoder
 
@@ -140,7 +139,7 @@ class MaskedReconstruction(nn.Module):
         return replace(batch, images=images, masks=masks)
 
 
-class Supervised(nn.Module):
+class Supervised(Objective):
     """Predict a label: cross-entropy for classes, squared error for a standardised number."""
 
     def __init__(self, predictor: Predictor, kind: str, *, flip: bool, seed: int, zscored: bool = True) -> None:
@@ -148,10 +147,10 @@ class Supervised(nn.Module):
         self.predictor = predictor
         self.compares, self.scans_per_item = False, 1
         self.kind, self.seed, self.zscored = kind, seed, zscored
-        self.recipe = Recipe(flip=Flip(probability=0.5, axes=["x"])) if flip else Recipe()
+        self.recipe = Recipe(flip=Flip(probability=0.5, axes=("x",))) if flip else Recipe()
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Encoder:
         """The predictor's encoder."""
         return self.predictor.encoder
 

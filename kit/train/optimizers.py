@@ -24,7 +24,7 @@ class Lars(torch.optim.Optimizer):
                                   "adapt": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # calls no closure
         """Take one step with the current gradients."""
         for group in self.param_groups:
             for weight in group["params"]:

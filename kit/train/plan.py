@@ -17,7 +17,7 @@ from kit.models.mae import masks_for, seen_tokens
 from kit.params import Pretrain
 from kit.store.dataset import Batch
 from kit.store.store import Store
-from kit.train.objectives import VALIDATION_EPOCH
+from kit.train.objectives import VALIDATION_EPOCH, MaskedReconstruction
 from kit.train.pretrain import batches_for, build_objective, choose_scans
 
 SUSTAINED = 50e12  # operations per second, ASSUMED for a device when none can be measured
@@ -62,7 +62,7 @@ def need(params: Pretrain, store: Store) -> Need:
 
         counter = FlopCounterMode(display=False)
         with counter, saved_tensors_hooks(keep, lambda tensor: tensor), autocast(params.precision, torch.device("cpu")):
-            if mae:
+            if isinstance(objective, MaskedReconstruction):
                 out = objective.autoencoder.fill_in(torch.empty(scans, 1, *shape), seen)
             else:
                 out = objective.head(objective.encoder(torch.empty(2 * scans, 1, *shape)))

@@ -6,12 +6,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 import kit
 from kit.augment.recipe import read_recipe
@@ -19,8 +18,9 @@ from kit.cohort.identity import joined, participant_ids, read_aliases
 from kit.cohort.split import Splitting, fold_count, left_out, shuffled
 from kit.cohort.tabular import read_table
 from kit.machine import why_alone
+from kit.models.encoder import Encoder
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
-from kit.models.encoders import build_encoder
+from kit.models.encoders import ViTEncoder, build_encoder
 from kit.models.mae import reconstruct
 from kit.models.reference import SCANS, Reference, fit_reference, save_reference
 from kit.params import Pretrain
@@ -51,6 +51,7 @@ from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
 DAMAGED = "damaged.csv"  # scans that cannot be read
+Pretext = SimCLR | MaskedReconstruction  # the objectives of this step
 
 
 def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
@@ -151,12 +152,13 @@ def check_inputs(params: Pretrain, folder: Path) -> None:
         CheckpointError: lists everything that has changed.
     """
     now = pretrain_inputs(params, Store.open(params.prepared), folder)
-    finished = (folder / "encoder.safetensors").exists()
-    begun = None if finished else checkpoint.read_checkpoint(folder / "checkpoints")
-    if not finished and begun is None:
+    if finished := (folder / "encoder.safetensors").exists():
+        kept = read_record(folder)  # the record beside the weights counts
+    elif begun := checkpoint.read_checkpoint(folder / "checkpoints"):
+        kept = begun["params"]
+    else:
         write(folder, now)
         return
-    kept = read_record(folder) if finished else begun["params"]  # the record beside the weights counts
     if "made_from" not in kept:
         raise CheckpointError(f"{shown(folder)} is {OLDER}; give another output_dir, or delete that folder")
     before = read_made_from(folder)
@@ -242,12 +244,12 @@ def check_start(params: Pretrain) -> None:
                 aliases)
 
 
-def build_objective(params: Pretrain, store: Store) -> nn.Module:
+def build_objective(params: Pretrain, store: Store) -> Pretext:
     """Build the objective, with random weights drawn from the seed."""
     encoder = build_encoder(params.architecture, store.grid, params.seed)
     if params.objective == "mae":
         return MaskedReconstruction(
-            encoder, params.mask_ratio, seed=params.seed, normalise=params.normalise_patches,
+            cast(ViTEncoder, encoder), params.mask_ratio, seed=params.seed, normalise=params.normalise_patches,
             recipe=read_recipe(recipe_of(params)), spacing_mm=store.grid.spacing_mm, zscored=store.zscored)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
@@ -270,11 +272,13 @@ def by_chance(params: Pretrain, learned: pd.DataFrame) -> float:
     return float(np.mean([1 / (2 * size - 1) for size in sizes]))
 
 
-def _restored(params: Pretrain, run: Run) -> tuple[nn.Module, Store]:
+def _restored(params: Pretrain, run: Run) -> tuple[Pretext, Store]:
     """The objective with the last checkpoint's weights, and its store."""
     store = Store.open(params.prepared)
     model = build_objective(params, store)
-    model.load_state_dict(checkpoint.weights(checkpoint.read_checkpoint(run / "checkpoints")))
+    state = checkpoint.read_checkpoint(run / "checkpoints")
+    assert state is not None  # the run has begun
+    model.load_state_dict(checkpoint.weights(state))
     return model, store
 
 
@@ -284,20 +288,22 @@ def reconstructions(params: Pretrain, run: Run, scans: int = 3) -> list[tuple[np
     Each is (depth, height, width) on the scale of the targets, see `kit.models.mae.reconstruct`: with
     `normalise_patches`, each patch minus its mean, over its SD. Without validation scans, training scans are shown.
     """
-    model, store = _restored(params, run)
+    objective, store = _restored(params, run)
+    model = cast(MaskedReconstruction, objective)
     learned, validation = readable_scans(params, store, run.folder)
     some = PreparedScans(store, validation if len(validation) else learned)
     batch = collate([some[number] for number in range(min(scans, len(some)))]).to(torch.device("cpu"))
     masked = model.eval().masks(batch, 0)
-    parts = reconstruct(model.autoencoder, batch.images, masked, params.normalise_patches)
-    return [tuple(part[number, 0].numpy() for part in parts) for number in range(len(batch))]
+    true, seen, filled = (part[:, 0].numpy() for part in
+                          reconstruct(model.autoencoder, batch.images, masked, params.normalise_patches))
+    return list(zip(true, seen, filled, strict=True))
 
 
-def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def pretrained_encoder(run: Run, params: Pretrain | None = None) -> tuple[Encoder, dict[str, Any]]:
     """Load a run's encoder with its record; with `params`, an unfinished run's from its last checkpoint."""
     if params and not (run / "encoder.safetensors").exists():
         model, store = _restored(params, run)
-        return model.encoder, record_of(params, store, model, read_made_from(run.folder), run.folder)
+        return model.encoder, record_of(params, store, model, _made(run.folder), run.folder)
     record = read_record(run.folder)
     return load_encoder(run.folder, record["preparation"])
 
@@ -307,12 +313,19 @@ def recipe_of(params: Pretrain) -> str:
     return params.mae_recipe if params.objective == "mae" else params.recipe
 
 
-def views_of(objective: nn.Module) -> dict[str, Any]:
+def _made(folder: Path) -> MadeFrom:
+    """What a run that has begun is made from, as `check_inputs` wrote it."""
+    made = read_made_from(folder)
+    assert made is not None
+    return made
+
+
+def views_of(objective: Pretext) -> dict[str, Any]:
     """The recipe as it was when the objective was built, under `views`, because its file may change later."""
     return {"views": objective.recipe.plain()}
 
 
-def record_of(params: Pretrain, store: Store, objective: nn.Module, made: MadeFrom, folder: Path) -> dict[str, Any]:
+def record_of(params: Pretrain, store: Store, objective: Pretext, made: MadeFrom, folder: Path) -> dict[str, Any]:
     """Record for an encoder's file, see `kit.models.encoder_file`; the folder is the run's."""
     rows = pd.concat(readable_scans(params, store, folder))
     return {"kit": kit.__version__, "architecture": params.architecture, "objective": params.objective,
@@ -329,7 +342,7 @@ def train(params: Pretrain, folder: Path) -> None:
     if world_size() > 1:
         synchronise_batch_norm(objective)
     same = {name: value for name, value in params.plain().items() if name not in {*params.may_change, "output_dir"}}
-    made = read_made_from(folder)  # written by the process that started this one
+    made = _made(folder)  # written by the process that started this one
     same |= views_of(objective) | {"made_from": made.record}
     try:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
@@ -349,12 +362,12 @@ def train(params: Pretrain, folder: Path) -> None:
         save_encoder(folder / "encoder.safetensors", objective.encoder, record)
 
 
-def _seen(objective: nn.Module, store: Store, learned: pd.DataFrame, validation: pd.DataFrame) -> Reference:
+def _seen(objective: Pretext, store: Store, learned: pd.DataFrame, validation: pd.DataFrame) -> Reference:
     """Fit the encoder's reference features; of many training scans a subset, drawn by the seed."""
     drawn = rng_for(objective.seed).permutation(len(learned))[:SCANS]
-    features = [embed(objective, PreparedScans(store, rows), views=False)[0].numpy() if len(rows) else None
-                for rows in (learned.iloc[drawn], validation)]
-    return fit_reference(features[0], features[0][:0] if features[1] is None else features[1])
+    features = embed(objective, PreparedScans(store, learned.iloc[drawn]), views=False)[0].numpy()
+    held_out = embed(objective, PreparedScans(store, validation), views=False)[0].numpy() if len(validation) else None
+    return fit_reference(features, features[:0] if held_out is None else held_out)
 
 
 def _worker(plain: dict[str, Any], folder: str) -> None:
