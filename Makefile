@@ -24,11 +24,12 @@ $(READY): requirements.lock pyproject.toml
 
 setup: $(READY)  ## make .venv from requirements.lock
 
-demo: $(READY)  ## the whole path through every notebook on the sample cohort (18 minutes on two cores)
+demo: $(READY)  ## the whole path through every notebook on the sample cohort (13 minutes on two cores)
 	$(BIN)/python -m kit.execute params/demo
 
-test: $(READY)  ## all tests: unit, integration, every notebook (30 minutes on two cores)
+test: $(READY)  ## all tests: unit, integration, every notebook (27 minutes on two cores)
 	$(BIN)/ruff check .
+	$(BIN)/mypy kit
 	$(BIN)/lint-imports
 	$(TESTS) --nbval --durations=30
 

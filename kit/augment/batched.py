@@ -289,8 +289,8 @@ def _occlusion(views: torch.Tensor, draws: Sequence[Draw], recipe: Recipe, spaci
         counts = [-(-side // width) for side in shape]
         masked = np.stack([masked_patches(math.prod(counts), drawn.patches, detail(drawn, "patches"))
                            for drawn in draws])
-        masked = _to(masked.reshape(-1, *counts), views.device)
+        covered = _to(masked.reshape(-1, *counts), views.device)
         for axis, side in enumerate(shape, 1):
-            masked = masked.repeat_interleave(width, axis).narrow(axis, 0, side)
-        views = views.masked_fill(masked, 0)
+            covered = covered.repeat_interleave(width, axis).narrow(axis, 0, side)
+        views = views.masked_fill(covered, 0)
     return views

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def draw(recipe: Recipe, seed: int, epoch: int, scan: int, view: int, attempt: i
     """
     if recipe.strength != 1:
         recipe = at_strength(recipe, 1)
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for number, name in enumerate(TRANSFORMS):
         transform = getattr(recipe, name)
         if transform is None and name != "noise":
@@ -111,7 +112,7 @@ def draw(recipe: Recipe, seed: int, epoch: int, scan: int, view: int, attempt: i
     return Draw(**values)
 
 
-def _values(transform: object, stream: np.random.Generator) -> dict[str, object]:
+def _values(transform: Any, stream: np.random.Generator) -> dict[str, Any]:
     if transform.drawn == "crop_size":
         size = stream.uniform(transform.smallest, 1.0)
         return {"crop_size": tuple(size.tolist()), "crop_start": tuple((stream.random(3) * (1 - size)).tolist())}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -12,7 +14,7 @@ def masked_patches(count: int, share: float, stream: np.random.Generator) -> np.
     return masked
 
 
-def over_voxels(masked: np.ndarray, widths: tuple[int, int, int], shape: tuple[int, int, int]) -> np.ndarray:
+def over_voxels(masked: np.ndarray, widths: tuple[int, int, int], shape: Sequence[int]) -> np.ndarray:
     """Expand a patch mask to voxels.
 
     Args:

@@ -6,7 +6,7 @@ A recipe is data: a YAML file beside this module, or the user's own. A transform
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,7 +71,7 @@ class Recipe(BaseModel):
 
 def transform_types() -> dict[str, type[kinds.Transform]]:
     """Return every transform's name and type, in the order they act."""
-    return {name: info.annotation.__args__[0] for name, info in Recipe.model_fields.items() if name != "strength"}
+    return {name: get_args(info.annotation)[0] for name, info in Recipe.model_fields.items() if name != "strength"}
 
 
 def alone(name: str, share: float = 1.0) -> Recipe:
@@ -139,7 +139,7 @@ def at_strength(recipe: Recipe, strength: float) -> Recipe:
     plain = recipe.plain() | {"strength": 1.0}
     for name, kind in transform_types().items():
         transform = plain.get(name, {})
-        if "range" in transform:
+        if "range" in transform and issubclass(kind, kinds.Ranged):
             transform["range"] = [min(max(edge + (strength - 1) * (edge - kind.neutral), kind.limits[0]),
                                       kind.limits[1]) for edge in transform["range"]]
         for widest, limit in (("degrees", 60 if name == "shear" else 180), ("mm", 200)):

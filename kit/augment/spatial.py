@@ -7,7 +7,7 @@ with x and y (as in the paper's recipe), z is resampled linearly first, then the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ LARGEST = 1e15  # larger values are clipped, so that no sum of squares overflows
 IN_CACHE = 300_000  # voxels processed at once on a CPU: eight slices of 192x192, or a whole small scan
 
 
-def view_to_scan(draw: Draw, shape: tuple[int, int, int], spacing_mm: float = 1.0) -> np.ndarray:
+def view_to_scan(draw: Draw, shape: Sequence[int], spacing_mm: float = 1.0) -> np.ndarray:
     """Return the map from a view's coordinates to the scan's, both from -1 to 1 over the box (z, y, x).
 
     A view is made by crop, resize, flip, shear, rotation, zoom, translation; the map inverts that. All but crop and
@@ -43,7 +43,7 @@ def view_to_scan(draw: Draw, shape: tuple[int, int, int], spacing_mm: float = 1.
     return np.concatenate([size[:, None] * linear, (size * moved + 2 * start + size - 1)[:, None]], axis=1)
 
 
-def cropped_box(draw: Draw, shape: tuple[int, int, int]) -> np.ndarray:
+def cropped_box(draw: Draw, shape: Sequence[int]) -> np.ndarray:
     """Return the centres of a crop's first and last voxels, in the scan's voxels (z, y, x): (2, 3) float64."""
     side, size, start = (np.asarray(part, float) for part in (shape, draw.crop_size, draw.crop_start))
     first = start * side + (size - 1) / 2
@@ -69,7 +69,7 @@ def _shear(degrees: Sequence[float]) -> np.ndarray:
     return matrix
 
 
-def bend(draw: Draw, shape: tuple[int, int, int], spacing_mm: float, apart_mm: float) -> np.ndarray | None:
+def bend(draw: Draw, shape: Sequence[int], spacing_mm: float, apart_mm: float) -> np.ndarray | None:
     """Draw the control points of a smooth free-form deformation (Rueckert et al. 1999, cubic B-splines).
 
     Args:
@@ -121,6 +121,7 @@ def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.nda
     still = np.diag([-1.0 if axis in mirrored else 1.0 for axis in range(3)])
     image = image.to(torch.promote_types(image.dtype, torch.float32))
     slab = slab or (max(8, IN_CACHE // image[0].numel()) if image.device.type == "cpu" else len(image))
+    parts: Iterable[tuple[torch.Tensor, torch.Tensor]]
     if bent is None and np.array_equal(linear, still) and np.allclose(offset, (side - 1) * (np.diag(still) < 0)):
         parts, slab = [brain(image.flip(mirrored), mask.flip(mirrored))], len(image)
     elif bent is None and not (linear[0, 1:].any() or linear[1:, 0].any()):

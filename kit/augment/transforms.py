@@ -6,9 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-AXES = ("z", "y", "x")
+Axis = Literal["z", "y", "x"]
+AXES: tuple[Axis, ...] = ("z", "y", "x")
 
-Axes = Annotated[tuple[Literal["z", "y", "x"], ...], Field(min_length=1)]
+Axes = Annotated[tuple[Axis, ...], Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Turn = Annotated[float, Field(ge=0, le=180)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def _one_by_one(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, 
         for attempt in range(redraws + 1):
             drawn = drawn_for(number, attempt)
             values, places = _geometry(image, mask, drawn, recipe, spacing_mm)
-            if _enough(len(places), mask.numel(), lambda: torch.count_nonzero(mask).item()):
+            if _enough(len(places), mask.numel(), lambda: int(torch.count_nonzero(mask))):
                 break
         _fill(views[number, 0], view_masks[number, 0], values, places, drawn, recipe, spacing_mm, zscored)
         return drawn
@@ -91,7 +92,7 @@ def _together(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, re
     for attempt in range(1, redraws + 1):
         counts = torch.stack([view_masks[few].flatten(1).sum(1), masks[few].flatten(1).sum(1)]).tolist()
         few = [number for number, seen, whole in zip(few, *counts, strict=True)
-               if not _enough(seen, voxels, lambda whole=whole: whole)]
+               if not _enough(seen, voxels, partial(int, whole))]
         if not few:
             break
         for number in few:

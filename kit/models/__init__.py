@@ -1,6 +1,7 @@
 """Networks, mostly MONAI's, and the files that hold their weights.
 
-- ``encoders``   (batch, 1, depth, height, width) -> (batch, features)
+- ``encoders``   (batch, 1, depth, height, width) -> (batch, features); ``encoder``: what all of them are
+- ``convolution``  a 3D convolution whose gradient is right in bfloat16 on a CPU, too
 - ``rivals``     published third-party networks, which convert the kit's scans to their own input
 - ``pooling``    global average pooling
 - ``features``   which activations count as a scan's features: pooling, stages, mirrored copies

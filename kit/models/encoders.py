@@ -14,6 +14,7 @@ from monai.networks.nets import DenseNet121, MaskedAutoEncoderViT, ResNet
 from torch import nn
 
 from kit.device import at_least_float32
+from kit.models.convolution import with_right_gradients
 from kit.models.encoder import Encoder
 from kit.models.pooling import AveragePool
 from kit.models.rivals import RIVALS, build_rival
@@ -176,8 +177,12 @@ def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> Encoder:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 omits `indexing`, which torch will require
         torch.manual_seed(seed)
+        encoder: Encoder
         if architecture in RIVALS:
-            return build_rival(architecture, grid)
-        if architecture in VIT_SIZES:
-            return ViTEncoder(architecture, grid)
-        return DenseNetEncoder(grid.shape) if architecture == "densenet121" else ResNetEncoder(architecture)
+            encoder = build_rival(architecture, grid)
+        elif architecture in VIT_SIZES:
+            encoder = ViTEncoder(architecture, grid)
+        else:
+            encoder = DenseNetEncoder(grid.shape) if architecture == "densenet121" else ResNetEncoder(architecture)
+    with_right_gradients(encoder)
+    return encoder

@@ -203,13 +203,14 @@ class State:
     def __init__(self, objective: Objective, settings: Settings, folder: Path | None,
                  params: dict[str, Any] | None) -> None:
         self.threads = set_threads()
-        self.objective, self.settings, self.folder = on_device(objective), settings, folder
+        self.objective, self.settings, self.folder = objective, settings, folder
+        module = on_device(cast(nn.Module, objective))
         # `find_unused_parameters` fixes DDP's bucket order from step 1, so resumed runs are bit-identical
         self.model: nn.Module = (
-            DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
-            if world_size() > 1 else objective)
-        self.optimizer = build_optimizer(objective, settings)
-        self.average = (AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+            DistributedDataParallel(module, find_unused_parameters=True, forward_sync_buffers=False)
+            if world_size() > 1 else module)
+        self.optimizer = build_optimizer(module, settings)
+        self.average = (AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
                         if settings.ema else None)
         self.kept = cast(Objective, self.average.module) if self.average else objective
         self.params = params or {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
@@ -244,7 +245,7 @@ class State:
             report["gradient_norm"] = float(nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip))
         self.optimizer.step()
         if self.average:
-            self.average.update_parameters(self.objective)
+            self.average.update_parameters(cast(nn.Module, self.objective))
         self.reports.append(report)
 
     def row(self, epoch: int) -> dict[str, float]:
@@ -356,7 +357,7 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
 
 def _cached(model: nn.Module, objective: Objective, stream: Iterator[Batch], seeds: list[int], epoch: int,
             batches: int, last: bool, precision: str) -> Report:
-    with torch.no_grad(), _still_statistics(objective):
+    with torch.no_grad(), _still_statistics(cast(nn.Module, objective)):
         parts = [run_model(objective, next(stream), epoch, seed, precision, embed=True) for seed in seeds]
     embeddings = torch.cat(parts, dim=1).requires_grad_()  # (2, scans, width)
     out = objective.compare(*embeddings)
@@ -369,7 +370,8 @@ def _cached(model: nn.Module, objective: Objective, stream: Iterator[Batch], see
     return {name: value.detach() for name, value in out.items()}
 
 
-def run_model(model: nn.Module, batch: Batch, epoch: int, seed: int, precision: str, **options: bool) -> Any:
+def run_model(model: nn.Module | Objective, batch: Batch, epoch: int, seed: int, precision: str,
+              **options: bool) -> Any:
     """Run an objective on a batch in "fp32" or "bf16", with torch's random state seeded by `seed`."""
     torch.manual_seed(seed)
     where = next(model.parameters()).device

@@ -5,8 +5,9 @@ A new objective is a module that follows `Objective`; `kit.train.loop.fit` train
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,10 @@ VALIDATION_EPOCH = 2**31 - 1  # keys the views of validation scans, which stay t
 Report = dict[str, torch.Tensor]  # scalars: `loss`, and whatever else is worth logging
 
 
-class Objective(nn.Module):
-    """What the loop, its chunks, validation and the monitor need from an objective.
-
-    Any module with these names will do; the class says them to readers and to mypy.
+class Objective(Protocol):
+    """What the loop, its chunks, validation and the monitor need from an objective, in addition to `nn.Module`.
 
     Attributes:
-        encoder: the encoder that is trained.
         compares: whether the loss compares the scans of a batch with each other. If so, a batch in chunks is embedded
             chunk by chunk, then all embeddings are compared; if not, the loss is a mean over scans.
         scans_per_item: scans of a batch that form one item: 2 if the views come from two sessions.
@@ -41,19 +39,30 @@ class Objective(nn.Module):
     compares: bool
     scans_per_item: int
 
-    if TYPE_CHECKING:  # not there at run time: each objective has an attribute or a property of its own
-        @property
-        def encoder(self) -> Encoder: ...
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder that is trained."""
 
-        def forward(self, batch: Batch, epoch: int) -> Any:
-            """Report on a batch; an objective that `compares` also takes `embed`, which asks for the embeddings
-            (2, items, width) in place of the report."""
+    @property
+    def compare(self) -> Any:
+        """A method: report on the two views' embeddings (items, width); used only if it `compares`."""
 
-        def compare(self, first: torch.Tensor, second: torch.Tensor) -> Report:
-            """Report on the two views' embeddings (items, width); used only if it `compares`."""
+    def __call__(self, batch: Batch, epoch: int, /, **options: bool) -> Any:
+        """Report on a batch; an objective that `compares` also takes `embed=True`, which asks for the embeddings
+        (2, items, width) in place of the report."""
+
+    def train(self, mode: bool = True) -> nn.Module: ...
+
+    def eval(self) -> nn.Module: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> object: ...
 
 
-class SimCLR(Objective):
+class SimCLR(nn.Module):
     """Make two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020)."""
 
     encoder: Encoder
@@ -93,7 +102,7 @@ class SimCLR(Objective):
         return {"loss": loss, "top1": top1}
 
 
-class MaskedReconstruction(Objective):
+class MaskedReconstruction(nn.Module):
     """Fill in masked patches from the rest (He et al. 2022); the whole scan is the only view.
 
     A recipe, if given, augments the training scans first; validation scans stay as they are.
@@ -139,7 +148,7 @@ class MaskedReconstruction(Objective):
         return replace(batch, images=images, masks=masks)
 
 
-class Supervised(Objective):
+class Supervised(nn.Module):
     """Predict a label: cross-entropy for classes, squared error for a standardised number."""
 
     def __init__(self, predictor: Predictor, kind: str, *, flip: bool, seed: int, zscored: bool = True) -> None:

@@ -1,0 +1,31 @@
+"""A 3D convolution whose gradient is right in bfloat16 on a CPU, too."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kit.device import at_least_float32, no_autocast
+
+
+class Conv3d(nn.Conv3d):
+    """torch's, but float32 on a CPU where its kernel is larger than a side of its input.
+
+    In bfloat16, oneDNN 3.12 (torch 2.13, avx512_bf16) then computes the weights' gradient from memory that nobody
+    wrote, or writes beyond its own: garbage, infinities, another gradient each time, or a crash. Of 250 random shapes
+    none failed whose sides are at least the kernel's. The last stages of small grids have such shapes.
+    """
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        small = any(side < size for side, size in zip(input.shape[2:], self.kernel_size, strict=True))
+        if small and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            with no_autocast(input.device):
+                return super()._conv_forward(at_least_float32(input), weight, bias)
+        return super()._conv_forward(input, weight, bias)
+
+
+def with_right_gradients(network: nn.Module) -> None:
+    """Make all of a network's 3D convolutions `Conv3d`, with the weights that they have."""
+    for layer in network.modules():
+        if type(layer) is nn.Conv3d:
+            layer.__class__ = Conv3d
