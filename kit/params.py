@@ -60,7 +60,7 @@ class Explore(Parameters):
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
     prepared: ProjectPath | None = None  # prepared scans, instead of `cohort`
-    sample_participants: Annotated[int, Field(ge=40)] = 80  # size of the sample cohort
+    sample_participants: Annotated[int, Field(ge=40)] = 160  # size of the sample cohort
     scans: Annotated[int, Field(ge=2)] = 6  # scans to look at; similarity compares them
     recipe: str = "weak"  # a recipe's name, or a YAML file
     encoder: str = "random:resnet18_narrow"  # shows the similarity of its features; as in 3_finetune
@@ -85,7 +85,7 @@ class Preprocess(Parameters):
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV), a BIDS folder, FOMO60K, FOMO300K or OpenMind
     contrast: str = "T1w"  # scans to take from a folder: T1w, T2w, FLAIR, T1ce, ...; from a table all are taken
-    sample_participants: Annotated[int, Field(ge=40)] = 80  # size of the sample cohort
+    sample_participants: Annotated[int, Field(ge=40)] = 160  # size of the sample cohort
     seed: Seed = 0  # of all that is random
     bias_correction: BiasCorrection = "none"  # none or n4 (SimpleITK)
     registration: Registration = "none"  # to the ICBM152 template: none, rigid or affine
@@ -446,7 +446,7 @@ class Apply(Parameters):
     stages: list[Positive] = []  # concatenate the features of these stages, from 1; empty: the encoder's output
     flips: bool = False  # average the features of a scan and of its mirror image
     allow_differences: list[Allowed] = []  # where a prepared cohort may differ from the encoder's preparation
-    sample_participants: Annotated[int, Field(ge=40)] = 80  # size of the sample cohort
+    sample_participants: Annotated[int, Field(ge=40)] = 160  # size of the sample cohort
     seed: Seed = 0  # of all that is random
     workers: Positive = 2  # processes for preparation, one thread each
 

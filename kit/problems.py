@@ -65,7 +65,7 @@ def split_problems(prepared: Path, params: Any) -> list[str]:
     from kit.cohort.split import SplitError, Splitting, left_out
 
     splitting, fold = Splitting.of(params), getattr(params, "fold", 0)
-    if not splitting.crossed:
+    if not splitting.cross_validated:
         return [f"fold: {fold}; there is one split, whose number is 0; see folds"] if fold else []
     try:
         count = fold_total(prepared, params)

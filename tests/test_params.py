@@ -86,7 +86,7 @@ def test_numbers_that_yaml_reads_as_text_arrive_as_numbers(prepared):
 @pytest.mark.parametrize(("typed", "words"), [
     ("epochs: 010", "epochs: YAML reads 010 as 8 (octal); write 10 for the number, '010' in quotes for text"),
     ("epochs: 1:30", "epochs: YAML reads 1:30 as 90 (base 60, like minutes); write 90 for the number"),
-    ("temperature: 0:30.5", "temperature: YAML reads 0:30.5 as 30.5 (sixties"),
+    ("temperature: 0:30.5", "temperature: YAML reads 0:30.5 as 30.5 (base 60"),
     ("projection: [128, 064]", "projection.1: YAML reads 064 as 52 (octal); write 64"),
     ("epochs: 3\nseed: 1\nepochs: 5", "epochs: is given twice"),
     ("epochs: true", "epochs: got true, which would count as 1; write a number"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kit.cohort.collections import contrast_of, pick
-from kit.cohort.identity import UNSAID, alike, headings, loose, read_id
+from kit.cohort.identity import UNNAMED, check_spellings, headings, normalised, read_id
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say, trimmed, typed
 from kit.runs import shown
 
@@ -24,7 +24,7 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
         name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))
     except (ValueError, AttributeError):  # AttributeError: valid JSON, but not an object
         raise CohortError(f"{shown(description)} is not a JSON object; correct it") from None
-    table = pd.DataFrame([_bids_row(folder, scan, name or UNSAID + folder.name) for scan in scans],
+    table = pd.DataFrame([_bids_row(folder, scan, name or UNNAMED + folder.name) for scan in scans],
                          columns=[*COLUMNS, "others"], dtype=str)
     table = _one_a_session(folder, table)
     labels = folder / "participants.tsv"
@@ -83,12 +83,12 @@ def _label_file(path: Path, key: str, name: str) -> pd.DataFrame:
 def _check_match(path: Path, folders: pd.Series, listed: pd.Series, prefix: str) -> None:
     """Refuse names in a table that differ from a folder's name only by leading zeros, case or a final `.0`."""
     strangers, lost = set(listed) - set(folders), set(folders) - set(listed)
-    near = {loose(name): name for name in strangers}
+    near = {normalised(name): name for name in strangers}
     for name in sorted(lost):
-        if loose(name) in near:
-            raise CohortError(f"{shown(path)}: has {prefix}-{near[loose(name)]}, but the folder is {prefix}-{name}: "
-                              "if they are the same, use one name for both")
-    alike(listed, f"{shown(path)}: {prefix}")
+        if normalised(name) in near:
+            raise CohortError(f"{shown(path)}: has {prefix}-{near[normalised(name)]}, but the folder is "
+                              f"{prefix}-{name}: if they are the same, use one name for both")
+    check_spellings(listed, f"{shown(path)}: {prefix}")
 
 
 def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import pandas as pd
 from kit.cohort.tabular import CohortError, TableError, read_foreign, trimmed
 from kit.runs import shown
 
-UNSAID = "?"
+UNNAMED = "?"
 # Column name: the headings accepted for it, in order of preference.
 HEADINGS = {"participant": ("participant", "participant_id", "subject", "subject_id"),
             "session": ("session", "session_id"), "dataset": ("dataset",), "image_path": ("image_path",),
@@ -55,7 +55,7 @@ def read_id(text: object, prefix: str = "sub") -> str:
     return re.sub(rf"^{prefix}-", "", trimmed(str(text)), flags=re.IGNORECASE)
 
 
-def loose(text: object) -> str:
+def normalised(text: object) -> str:
     """Reduce a name to what likely variants share: no case, no leading zeros, no final `.0`."""
     plain = re.sub(r"^(\d+)\.0+$", r"\1", trimmed(str(text)).casefold())
     return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
@@ -64,7 +64,7 @@ def loose(text: object) -> str:
 def key(participant_id: str) -> str:
     """Normalise `dataset/participant` to compare tables, stores and encoders; an unnamed dataset gives `?/...`."""
     dataset, _, participant = participant_id.rpartition("/")
-    return f"{UNSAID if dataset.startswith(UNSAID) else loose(dataset)}/{loose(read_id(participant))}"
+    return f"{UNNAMED if dataset.startswith(UNNAMED) else normalised(dataset)}/{normalised(read_id(participant))}"
 
 
 def known_as(participant_id: str, aliases: Aliases | None = None) -> tuple[str, ...]:
@@ -130,15 +130,15 @@ def check_names(cohort: pd.DataFrame, where: str) -> None:
     if taken := sorted({name for name in cohort["participant"] if re.fullmatch(SPREADSHEETS_OWN, name)})[:3]:
         raise IdentityError(f"{where}: participant {', '.join(taken)}: a spreadsheet has turned the name into a date "
                             "or a rounded number; enter the names again, in a column formatted as text")
-    alike(cohort["dataset"].unique(), f"{where}: dataset")
+    check_spellings(cohort["dataset"].unique(), f"{where}: dataset")
     for dataset, rows in cohort.groupby("dataset", sort=False):
-        alike(rows["participant"].unique(), f"{where}: participant" + (f" in {dataset}" if dataset else ""))
+        check_spellings(rows["participant"].unique(), f"{where}: participant" + (f" in {dataset}" if dataset else ""))
 
 
-def alike(names: Iterable[str], what: str) -> None:
+def check_spellings(names: Iterable[str], what: str) -> None:
     """Raise IdentityError if two names are likely to mean the same."""
     column = pd.Series(sorted(names), dtype=str)
-    several = [group.tolist() for _, group in column.groupby(column.map(loose)) if len(group) > 1]
+    several = [group.tolist() for _, group in column.groupby(column.map(normalised)) if len(group) > 1]
     if several:
         more = f" (and {len(several) - 1} more such)" if len(several) > 1 else ""
         raise IdentityError(f"{what}: are {' and '.join(map(repr, several[0]))} the same?{more} If so, write them "
@@ -149,7 +149,7 @@ def check_people_known(index: pd.DataFrame, rows_are_people: bool) -> None:
     """Raise IdentityError if scans have no participant, unless the caller says each row is a different person."""
     if rows_are_people:
         return
-    unsaid = int(index["participant"].astype(str).str.startswith(UNSAID).sum())
+    unsaid = int(index["participant"].astype(str).str.startswith(UNNAMED).sum())
     if unsaid:
         raise IdentityError(f"{unsaid} of {len(index)} scans have no participant, so one person's scans could be in "
                             "both training and test: add a column participant to the cohort and run 1_preprocess "
@@ -158,9 +158,9 @@ def check_people_known(index: pd.DataFrame, rows_are_people: bool) -> None:
 
 def check_datasets_known(index: pd.DataFrame, beside: str) -> None:
     """Raise IdentityError if a dataset is named only by its file: its people may also be among `beside`."""
-    unsaid = sorted({name for name in index["dataset"].astype(str) if name.startswith(UNSAID)})
+    unsaid = sorted({name for name in index["dataset"].astype(str) if name.startswith(UNNAMED)})
     if unsaid:
-        name = unsaid[0].removeprefix(UNSAID)
+        name = unsaid[0].removeprefix(UNNAMED)
         raise IdentityError(f"the cohort {name} has no column dataset (a BIDS folder: no Name), so its people cannot "
                             f"be told from those of {beside}: add one, with one value per study in all cohorts (with "
                             f"{name!r} nothing is prepared anew), and run 1_preprocess again")

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import loose
+from kit.cohort.identity import normalised
 from kit.cohort.tabular import DATE, DECIMAL_COMMA, NUMBER, trimmed
 from kit.errors import KitError
 
@@ -138,7 +138,7 @@ def _classes(task: str, present: pd.Series) -> tuple[str, ...]:
     counts = present.value_counts().sort_index()
     listed = ", ".join(f"{_name(value)} ({count})" for value, count in counts.head(8).items())
     if not pd.api.types.is_numeric_dtype(present):
-        alike = counts.groupby(counts.index.map(loose)).agg(lambda group: list(group.index))
+        alike = counts.groupby(counts.index.map(normalised)).agg(lambda group: list(group.index))
         several = [names for names in alike if len(names) > 1]
         if several:
             raise LabelError(f"{task}: {' and '.join(several[0])} differ only by case or zeros: one class or two? "

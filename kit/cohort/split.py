@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import UNSAID, Aliases, check_people_known, known_as, participant_ids
+from kit.cohort.identity import UNNAMED, Aliases, check_people_known, known_as, participant_ids
 from kit.errors import KitError
 
 SALT = "kit participants v1"
@@ -47,7 +47,7 @@ def salt() -> str:
 def hashed_ids(participant_id: str, aliases: Aliases | None = None) -> set[str]:
     """Return all hashes that may stand for a person in an encoder's record: each name, with and without its dataset."""
     names = known_as(participant_id, aliases)
-    return {participant_hash(each, salt()) for name in names for each in (name, UNSAID + name[name.rfind("/"):])}
+    return {participant_hash(each, salt()) for name in names for each in (name, UNNAMED + name[name.rfind("/"):])}
 
 
 def shuffled(participants: Iterable[str], seed: int | str, purpose: str) -> list[str]:
@@ -79,7 +79,7 @@ class Splitting:
         return cls(**{field.name: getattr(params, field.name) for field in fields(cls)})
 
     @property
-    def crossed(self) -> bool:
+    def cross_validated(self) -> bool:
         """Whether there are folds."""
         return bool(self.folds) or self.leave_one_site_out
 
@@ -108,7 +108,7 @@ def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 
         mixed = index["split"].fillna("").groupby(ids).nunique()
         if (mixed > 1).any():
             raise LeakageError(f"split: {int((mixed > 1).sum())} participants have scans in two splits")
-        if not splitting.crossed:
+        if not splitting.cross_validated:
             return index["split"]
     test, divided = left_out(index, splitting, fold), _divided(index)
     values = np.zeros(len(index)) if labels is None else labels

@@ -14,7 +14,7 @@ import pandas as pd
 
 from kit.cohort.bids import read_bids
 from kit.cohort.collections import is_collection, read_collection
-from kit.cohort.identity import UNSAID, check_names, headings, read_id, split_names
+from kit.cohort.identity import UNNAMED, check_names, headings, read_id, split_names
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say
 from kit.runs import resolve, shown
 
@@ -82,7 +82,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         table["participant"] = named_by_file(table["image_path"])
     if empty := int((table["participant"] == "").sum()):
         raise CohortError(f"{shown(path)}: participant is empty in {empty} rows")
-    for name, default in (("session", "01"), ("dataset", UNSAID + path.stem), ("mask_path", "")):
+    for name, default in (("session", "01"), ("dataset", UNNAMED + path.stem), ("mask_path", "")):
         table[name] = table[name].replace("", default) if name in table else default
     table["session"] = [read_id(name, "ses") for name in table["session"]]
     for name in ("image_path", "mask_path"):
@@ -98,7 +98,7 @@ def named_by_file(paths: pd.Series) -> list[str]:
     """Name scans without a participant by their file; the names do not depend on the order of rows."""
     names = paths.map(lambda path: re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name))
     digests = paths.map(lambda path: "-" + hashlib.blake2b(path.encode(), digest_size=4).hexdigest())
-    return (UNSAID + names + digests.where(names.map(str.casefold).duplicated(keep=False), "")).tolist()
+    return (UNNAMED + names + digests.where(names.map(str.casefold).duplicated(keep=False), "")).tolist()
 
 
 def _beside(table: Path, value: str) -> str:

@@ -22,7 +22,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.preprocessing import OneHotEncoder
 from torch.nn.functional import avg_pool3d
 
-from kit.cohort.identity import loose
+from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import Task
@@ -32,7 +32,7 @@ from kit.runs import progress, write_whole
 from kit.store.store import Store
 
 BASELINES = ("guess", "demographics", "site", "volumes", "voxels")
-LEARNT = ("train", "validation")  # all other parts are for testing
+FITTED = ("train", "validation")  # all other parts are for testing
 DEMOGRAPHICS = ("age", "sex", "gender")
 SAME = {"gender": "sex"}  # column names with the same meaning
 COPY = 0.99  # a column correlating more than this with the label is the label in other units
@@ -99,7 +99,7 @@ def _guess(task: Task) -> dict[str, np.ndarray]:
         shares = np.log(np.bincount(labels.astype(int), minlength=len(task.labels.classes)) / len(labels))
         guess = shares[1] - shares[0] if len(shares) == 2 else shares
     return {name: np.full((len(part.rows), *np.shape(guess)), guess) for name, part in task.parts.items()
-            if name not in LEARNT}
+            if name not in FITTED}
 
 
 def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
@@ -109,7 +109,7 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
         columns = [name for name in index if name.casefold() in DEMOGRAPHICS]
     if missing := [name for name in columns if name not in index]:
         raise LabelError(f"demographics: no column {', '.join(missing)}; the index has {', '.join(index.columns)}")
-    columns = _without_label(task, {name: task.parts[name].rows[list(columns)] for name in LEARNT}, tell)
+    columns = _without_label(task, {name: task.parts[name].rows[list(columns)] for name in FITTED}, tell)
     return {name: pd.DataFrame({column: _covariate(part.rows, column, index) for column in columns})
             for name, part in task.parts.items()}
 
@@ -119,10 +119,10 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
     alike = [name for name in rows if _words(name) == _words(column)]
     found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
     if _words(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
-        return found.map(lambda cell: loose(cell)[:1] or np.nan, na_action="ignore").astype(object)
+        return found.map(lambda cell: normalised(cell)[:1] or np.nan, na_action="ignore").astype(object)
     if pd.api.types.is_numeric_dtype(index[column]):
         return pd.to_numeric(found, errors="coerce").astype(np.float64)
-    return found.map(loose, na_action="ignore").astype(object)
+    return found.map(normalised, na_action="ignore").astype(object)
 
 
 def _sites(rows: pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +139,7 @@ def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> 
         tell(f"without {', '.join(others)}, no volumes")
         found = found.drop(columns=others)
     tables = {name: found.loc[name] for name in task.parts}
-    columns = _without_label(task, {name: tables[name] for name in LEARNT}, tell)
+    columns = _without_label(task, {name: tables[name] for name in FITTED}, tell)
     return {name: each[columns] for name, each in tables.items()}
 
 
@@ -190,8 +190,8 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
             some = ", ".join(who[:5]) + ", ..." * (len(who) > 5)
             tell(f"no values for {len(who)} participants of {name}: {some}")
         if known.any():
-            parts[name] = part.only(known) if name in LEARNT else part
-    if absent := [name for name in LEARNT if name not in parts]:
+            parts[name] = part.only(known) if name in FITTED else part
+    if absent := [name for name in FITTED if name not in parts]:
         raise DoesNotApply(f"no {absent[0]} scan has a value")
     tables = {name: tables[name].loc[part.rows.index] for name, part in parts.items()}
     train = tables["train"]

@@ -45,7 +45,7 @@ from kit.store.dataset import PreparedScans
 from kit.store.leakage import PLACES
 from kit.store.store import Store
 
-PULL = "validation, for the pull to the mean"  # part predicted to fit the bias correction
+CORRECTION = "validation, for the pull to the mean"  # part predicted to fit the bias correction
 UNTRAINED = "random init"  # probes on an untrained encoder
 ROW = ["encoder", "mode", "task", "label_fraction"]
 TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns of a cell's table always read as text
@@ -53,7 +53,7 @@ TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns 
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
           "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
           "precision")
-RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "among.csv", "table.*",
+RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "subgroups.csv", "table.*",
            "summary.txt")
 
 
@@ -80,7 +80,7 @@ class Results(NamedTuple):
     tidy: pd.DataFrame
     scores: pd.DataFrame
     differences: pd.DataFrame
-    among: pd.DataFrame
+    subgroups: pd.DataFrame
     missing: list[Cell]  # not finished yet by other shards
 
 
@@ -93,8 +93,8 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
         scores.csv: scores over seeds; see `kit.evaluate.compare.scores`.
         differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
         further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
-        among.csv: scores within age bands (`age_bands`) and among cases and controls matched by age and sex
-            (`match_age_sex`). The column `among` names the subgroup; the others are as in tidy.csv.
+        subgroups.csv: scores within age bands (`age_bands`) and among cases and controls matched by age and sex
+            (`match_age_sex`). The column `subgroup` names the subgroup; the others are as in tidy.csv.
         overlap.csv: what each test set shares with the training data; see `kit.evaluate.tasks.overlap`.
         made_from.json: what the models were made from, by fingerprint.
 
@@ -213,7 +213,7 @@ class _Bench:
                 continue
             task = self.tasks[cell.task, cell.fold].with_labels_for(cell.label_fraction, seed)
             if corrects := self._corrects(cell):
-                task = replace(task, parts={**task.parts, PULL: task.parts["validation"]})
+                task = replace(task, parts={**task.parts, CORRECTION: task.parts["validation"]})
             if cell.mode == "baseline":
                 found = baseline_predictions(
                     cell.encoder, task, demographics=self.params.demographics, volumes=self.params.volumes,
@@ -380,14 +380,14 @@ def _tables(bench: _Bench, run: Run) -> Results:
         *ROW, "metric", "distribution", "value", "low", "high", "participants", "seeds", "trained", "fingerprint"])
     pretrained = [name for name, spec in bench.params.encoders.items() if not is_random(spec)]
     compared = differences(predictions, kinds, pretrained)
-    among = _among(predictions, kinds, bench.params)
+    subgroups = _subgroups(predictions, kinds, bench.params)
     for name, table in {"tidy": tidy, "scores": over_seeds, "differences": compared,
-                        "further": _further(predictions, kinds), "among": among}.items():
+                        "further": _further(predictions, kinds), "subgroups": subgroups}.items():
         write_table(run / f"{name}.csv", table)
     records = {made.fingerprint: made.record for made in bench.made.values()}
     write_json(run / MADE_FROM, {"kit": kit.__version__, "fingerprint": fingerprint({"models": sorted(records)}),
                                  "models": records})
-    return Results(predictions, tidy, over_seeds, compared, among, missing)
+    return Results(predictions, tidy, over_seeds, compared, subgroups, missing)
 
 
 def _further(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFrame:
@@ -400,18 +400,18 @@ def _further(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def _among(predictions: pd.DataFrame, kinds: Mapping[str, str], params: Benchmark) -> pd.DataFrame:
+def _subgroups(predictions: pd.DataFrame, kinds: Mapping[str, str], params: Benchmark) -> pd.DataFrame:
     """Scores among people of similar age, or matched by age and sex."""
     keys, rows = [*ROW, "seed", "distribution"], []
     asked = params.age_bands or params.match_age_sex
     for key, scans in predictions.groupby(keys, sort=False) if asked else ():
         task, kind = key[2], kinds[key[2]]
-        for among, inside in _alike(scans, task, kind, params):
+        for subgroup, inside in _alike(scans, task, kind, params):
             folds = inside["fold"].to_numpy()
             found = score(inside["true"].to_numpy(), predicted_of(inside), kind, inside["participant"].to_numpy(),
                           folds=folds if len(set(folds)) > 1 else None)
-            rows.append({**dict(zip(keys, key, strict=True)), "among": among, "metric": METRICS[kind], **found})
-    return pd.DataFrame(rows, columns=[*keys, "among", "metric", "value", "low", "high", "participants"])
+            rows.append({**dict(zip(keys, key, strict=True)), "subgroup": subgroup, "metric": METRICS[kind], **found})
+    return pd.DataFrame(rows, columns=[*keys, "subgroup", "metric", "value", "low", "high", "participants"])
 
 
 def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -435,10 +435,10 @@ def _corrected(task: Task, found: Mapping[str, np.ndarray] | None) -> dict[str, 
     Predictions that do not rise with the truth on validation are returned unchanged: there is nothing to correct.
     """
     found = dict(found or {})
-    validation = found.pop(PULL, None)
+    validation = found.pop(CORRECTION, None)
     if validation is not None:
         with suppress(ValueError):
-            found = {name: bias_corrected(task.parts[PULL].labels, validation, values)
+            found = {name: bias_corrected(task.parts[CORRECTION].labels, validation, values)
                      for name, values in found.items()}
     return found
 

@@ -33,7 +33,7 @@ from kit.runs import Run, write_json, write_table, write_whole
 from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans
 from kit.store.grid import Grid
-from kit.store.leakage import LEARNED
+from kit.store.leakage import TRAINING_PARTS
 from kit.store.store import Store
 
 # columns of a table of predictions always read as text
@@ -57,7 +57,7 @@ def model_inputs(task: Task, encoder: dict[str, str], aliases: Aliases, allowed:
         encoder: see `kit.models.encoder_file.noted`.
         allowed, memo, more: see `kit.provenance.made_from`.
     """
-    used = [Used("prepared" if name in LEARNED or name == "test" else name, name, part.store, part.rows,
+    used = [Used("prepared" if name in TRAINING_PARTS or name == "test" else name, name, part.store, part.rows,
                  part.participants, part.labels) for name, part in task.parts.items()]
     labels = {"task": task.labels.task, "kind": task.labels.kind, "classes": list(task.labels.classes)}
     return made_from(used, aliases, memo, encoder=encoder, labels=labels, allowed=list(allowed), **more)

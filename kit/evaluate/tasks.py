@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import Aliases, check_datasets_known, check_people_known, joined, loose, participant_ids
+from kit.cohort.identity import Aliases, check_datasets_known, check_people_known, joined, normalised, participant_ids
 from kit.cohort.labels import LabelError, Labels, read_labels
 from kit.cohort.split import Splitting, fold_count, label_subset, sites_of, splits
 from kit.evaluate.metrics import score
@@ -17,7 +17,7 @@ from kit.params import Tuning
 from kit.preprocess.quality import usable
 from kit.runs import shown
 from kit.store.dataset import PreparedScans
-from kit.store.leakage import LEARNED, PLACES, check_apart, check_encoder, datasets_seen, places_of, plain_name
+from kit.store.leakage import PLACES, TRAINING_PARTS, check_apart, check_encoder, datasets_seen, places_of, plain_name
 from kit.store.store import Store
 
 
@@ -55,12 +55,13 @@ class Task:
     @property
     def tested(self) -> dict[str, str]:
         """The tested parts with the name of their distribution: `in_distribution`, or the test set's name."""
-        return {name: "in_distribution" if name == "test" else name for name in self.parts if name not in LEARNED}
+        return {name: "in_distribution" if name == "test" else name
+                for name in self.parts if name not in TRAINING_PARTS}
 
     def with_labels_for(self, fraction: float, seed: int) -> Task:
         """The task with labels for only a fraction of the training and of the validation participants."""
         few = {name: part.only(label_subset(part.participants, part.labels, self.labels.kind, fraction, seed))
-               for name, part in self.parts.items() if name in LEARNED}
+               for name, part in self.parts.items() if name in TRAINING_PARTS}
         return replace(self, parts=self.parts | few)
 
 
@@ -124,7 +125,7 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
         place = splits(index, splitting, fold, rows_are_people, np.where(kept, labels.values, np.nan), labels.kind)
         own = {name: _part(store, labels, (place == name).to_numpy() & kept, aliases)
                for name in ("train", "validation", "test")}
-        if splitting.crossed and not len(own["test"].rows):
+        if splitting.cross_validated and not len(own["test"].rows):
             which = f"site {sites_of(index)[fold]}" if splitting.leave_one_site_out else f"fold {fold}"
             words = f"{task}: {which} has no usable scan with this label"
             if only is not None:
@@ -133,7 +134,7 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
             continue
         found = Task(labels, own | fixed, fold)
         for name in found.parts:
-            _check_part(found, name, splitting.crossed)
+            _check_part(found, name, splitting.cross_validated)
         check_apart({name: (part.store, part.rows, part.participants) for name, part in found.parts.items()}, aliases)
         tasks.append(found)
     return tasks
@@ -162,11 +163,11 @@ def _part(store: Store, labels: Labels, keep: np.ndarray, aliases: Aliases | Non
     return Part(store, rows, labels.values[keep], participant_ids(joined(rows, aliases or {})))
 
 
-def _check_part(task: Task, name: str, crossed: bool) -> None:
+def _check_part(task: Task, name: str, cross_validated: bool) -> None:
     """Check a part's size: training needs all classes, other parts two; a fold's test set, scored jointly, one scan."""
     part, labels = task.parts[name], task.labels
     people, present, names = part.participants.nunique(), set(part.labels), labels.classes
-    scans = 1 if crossed and name == "test" else 2
+    scans = 1 if cross_validated and name == "test" else 2
     classes = min(len(names), len(names) if name == "train" else scans)
     if len(part.rows) >= scans and len(present) >= max(classes, 1) and (name != "train" or people >= 2):
         return
@@ -175,8 +176,9 @@ def _check_part(task: Task, name: str, crossed: bool) -> None:
         if len(present) < classes else "")
     wanted = {0: "", 1: "", 2: " of two classes"}.get(classes, f" of all {classes} classes")
     raise LabelError(
-        f"{labels.task}: the {name} split{f' of fold {task.fold}' * crossed} has {len(part.rows)} usable scans with "
-        f"this label, of {people} participants{found}; it needs {'two scans' if scans == 2 else 'one scan'}{wanted}"
+        f"{labels.task}: the {name} split{f' of fold {task.fold}' * cross_validated} has {len(part.rows)} usable scans "
+        f"with this label, of {people} participants{found}; it needs {'two scans' if scans == 2 else 'one scan'}"
+        f"{wanted}"
         f"{' and two participants' * (name == 'train')}. In {shown(part.store.folder)} {part.store.contents()}")
 
 
@@ -209,7 +211,8 @@ def score_tested(task: Task, predictions: dict[str, np.ndarray], seed: int) -> d
 def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
     """Report each test set's origin and what it shares with the data that trained the head and the encoder.
 
-    Names are compared ignoring case and leading zeros (`kit.cohort.identity.loose`), dataset names also punctuation.
+    Names are compared ignoring case and leading zeros (`kit.cohort.identity.normalised`), dataset names also
+    punctuation.
 
     Args:
         record: the encoder's; random weights saw nothing.
@@ -228,7 +231,7 @@ def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
         here = {column: sorted(set(names)) for column, names in places_of(task.parts[name].rows).items()}
         shared, unknown = [], []
         for column in PLACES:
-            alike = plain_name if column == "dataset" else loose
+            alike = plain_name if column == "dataset" else normalised
             for where, there in learned.items():
                 known = set(map(alike, there.get(column, ())))
                 both = [each for each in here.get(column, ()) if alike(each) in known]

@@ -24,7 +24,7 @@ from kit.models.encoder import Encoder
 from kit.models.heads import Predictor
 from kit.params import Tuning
 from kit.runs import write_table, write_whole
-from kit.store.sampler import all_batches, stretch
+from kit.store.sampler import all_batches, batches_between
 from kit.train import checkpoint
 from kit.train.distributed import (
     launch,
@@ -222,7 +222,7 @@ def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
 
     def batches(look: int) -> list[list[int]]:
         first, last = look * job.check_steps, min((look + 1) * job.check_steps, job.steps)
-        return stretch(len(scans), settings.batch_size, settings.seed, first * settings.accumulate,
+        return batches_between(len(scans), settings.batch_size, settings.seed, first * settings.accumulate,
                        (last - first) * settings.accumulate)
 
     def place(look: int, number: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from sklearn.mixture import GaussianMixture
 
-from kit.cohort.identity import HEADINGS, headings, loose, read_id
+from kit.cohort.identity import HEADINGS, headings, normalised, read_id
 from kit.cohort.tabular import TableError, read_foreign
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.template import template_on
@@ -149,7 +149,7 @@ def looked_up(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     keys = table.attrs["keys"]
     names = _names(rows, keys)
     if not {"dataset", "scan"} & set(keys):
-        datasets = rows["dataset"].map(loose).groupby(names.to_numpy()).nunique()
+        datasets = rows["dataset"].map(normalised).groupby(names.to_numpy()).nunique()
         if several := [name for name in datasets.index[datasets > 1] if name in table.index]:
             raise TableError(f"the table of volumes has a row of {', '.join(several[0])}, who is in several datasets: "
                              "add a column dataset")
@@ -158,6 +158,6 @@ def looked_up(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 def _names(table: pd.DataFrame, keys: list[str]) -> pd.Index:
     """Identifying tuples of a table's rows, normalised as everywhere in the kit; see `kit.cohort.identity.key`."""
-    cells = [table[key].map(lambda cell, key=key: loose(read_id(cell, "ses" if key == "session" else "sub")))
+    cells = [table[key].map(lambda cell, key=key: normalised(read_id(cell, "ses" if key == "session" else "sub")))
              if key != "scan" else table[key] for key in keys]
     return pd.Index(list(zip(*cells, strict=True)), tupleize_cols=False)

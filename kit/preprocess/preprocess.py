@@ -32,7 +32,7 @@ from kit.preprocess.register import (
     Transforms,
     find_orientation,
     find_transforms,
-    first_look,
+    initial_pose,
     likeliest,
     rotation_angle,
 )
@@ -179,14 +179,14 @@ def _upright_head(task: ScanTask, known: dict[str, Any]) -> UprightScan:
     if known:
         head = _turn(head, np.array(known["orientation"]))
         return _level(head, np.array(known["pose"])) if known["pose"] else head
-    look = first_look(head.array, head.affine, head.brain.mask)
+    look = initial_pose(head.array, head.affine, head.brain.mask)
     if look.likeness < UPRIGHT and not np.array_equal(orientation := _orientation(head), np.eye(4)):
         head = _turn(head, orientation)
-        look = first_look(head.array, head.affine, head.brain.mask)
+        look = initial_pose(head.array, head.affine, head.brain.mask)
     if head.brain.source == "deepbet" and (look.likeness < UPRIGHT or rotation_angle(look.rotation) > LEVEL_DEG):
         try:
             level = _level(head, from_matvec(look.rotation, look.centre))
-            if first_look(level.array, level.affine, level.brain.mask).likeness > look.likeness:
+            if initial_pose(level.array, level.affine, level.brain.mask).likeness > look.likeness:
                 return level
         except (ScanError, RegistrationError):  # no brain found, or one outside the scan
             pass
@@ -198,13 +198,13 @@ def _orientation(head: UprightScan) -> np.ndarray:
     if head.brain.source != "deepbet":
         return find_orientation(head.array, head.affine, head.brain.mask)
     return from_matvec(likeliest(
-        [_quick_look(*_turned(head.array, head.affine, from_matvec(turn))) for turn in ORIENTATIONS]))
+        [_quick_likeness(*_turned(head.array, head.affine, from_matvec(turn))) for turn in ORIENTATIONS]))
 
 
-def _quick_look(array: np.ndarray, affine: np.ndarray) -> float:
+def _quick_likeness(array: np.ndarray, affine: np.ndarray) -> float:
     """Return how similar to the template the brain is that deepbet finds in this head; higher is better."""
     try:
-        return first_look(array, affine, brain.deepbet_mask(array, quick=True)).likeness
+        return initial_pose(array, affine, brain.deepbet_mask(array, quick=True)).likeness
     except ScanError:  # no brain found
         return 0.0
 

@@ -39,7 +39,7 @@ FLATTEN_MM = 15.0
 # Starting rotations about each axis, and how many starts are followed at each level.
 START_ROTATIONS_DEG = (-20.0, 0.0, 20.0)
 FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
-# A brain with at least this mutual information with the template at 8 mm is upright: see `first_look`.
+# A brain with at least this mutual information with the template at 8 mm is upright: see `initial_pose`.
 UPRIGHT = 0.45
 
 Affine = TypeVar("Affine", sitk.Similarity3DTransform, sitk.AffineTransform)
@@ -58,7 +58,7 @@ class Transforms(NamedTuple):
     affine: np.ndarray
 
 
-class Look(NamedTuple):
+class InitialPose(NamedTuple):
     """A brain's pose at first sight."""
 
     likeness: float  # mutual information with the template
@@ -133,7 +133,7 @@ def find_orientation(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) ->
     with one_thread():
         scan = _scan(array, affine, mask)
         # Turn the scan, not the start: ITK's versor has no room to move around 180 degrees.
-        return from_matvec(likeliest([_look(_turned(scan, turn.T)).likeness for turn in ORIENTATIONS]))
+        return from_matvec(likeliest([_initial_pose(_turned(scan, turn.T)).likeness for turn in ORIENTATIONS]))
 
 
 def likeliest(found: Sequence[float]) -> np.ndarray:
@@ -145,7 +145,7 @@ def likeliest(found: Sequence[float]) -> np.ndarray:
     return ORIENTATIONS[best if found[best] >= UPRIGHT else 0]
 
 
-def first_look(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Look:
+def initial_pose(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> InitialPose:
     """Compare a brain with the template at 8 mm, from 27 starts near the header's orientation.
 
     Upright brains reach a likeness of 0.55 or more, even if the head is rotated by up to 20 degrees about each axis;
@@ -153,15 +153,15 @@ def first_look(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Look:
     reached only 0.27.
     """
     with one_thread():
-        return _look(_scan(array, affine, mask))
+        return _initial_pose(_scan(array, affine, mask))
 
 
-def _look(scan: _Scan) -> Look:
+def _initial_pose(scan: _Scan) -> InitialPose:
     try:
         best, value = min(_climbed(scan, FOLLOWED[COARSE_MM]), key=lambda start: start[1])
-        return Look(-value, rigid_part(_matrix(best))[:3, :3], scan.centre)
+        return InitialPose(-value, rigid_part(_matrix(best))[:3, :3], scan.centre)
     except RuntimeError:  # every start leaves the scan
-        return Look(0.0, np.eye(3), scan.centre)
+        return InitialPose(0.0, np.eye(3), scan.centre)
 
 
 def rigid_part(matrix: np.ndarray) -> np.ndarray:

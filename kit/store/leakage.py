@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import Aliases, check_datasets_known, known_as, loose
+from kit.cohort.identity import Aliases, check_datasets_known, known_as, normalised
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
 from kit.store.store import Store, StoreError, scan_path
 
 SLICES = 8  # one or two blocks of the store
-LEARNED = ("pretrain", "train", "validation")  # parts used for training; all others are for testing
+TRAINING_PARTS = ("pretrain", "train", "validation")  # parts used for training; all others are for testing
 PLACES = ("dataset", "site", "scanner", "manufacturer")  # columns that say where scans come from
 _hashed: dict[tuple[str, int, str], str] = {}  # by file, its time and the salt, as folds and tasks ask repeatedly
 
@@ -118,7 +118,7 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
 
 def plain_name(name: object) -> str:
     """Strip case, leading zeros and punctuation from a dataset's name, so that HABS-HD and habs_hd are the same."""
-    return re.sub(r"[\W_]+", "", loose(name))
+    return re.sub(r"[\W_]+", "", normalised(name))
 
 
 def datasets_seen(record: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
@@ -150,7 +150,7 @@ def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], alia
         scans[name] = {each: scan for scan, each in hashes.items()}
         if twice := len(hashes) - len(scans[name]):
             print(f"{name}: {twice} scans are exact duplicates, voxel by voxel")
-    learned = [name for name in parts if name in LEARNED]
+    learned = [name for name in parts if name in TRAINING_PARTS]
     for one in learned:
         for other in (name for name in parts if name not in learned[:learned.index(one) + 1]):
             for what, sides, words in (("participants", people, ""), ("scans", scans, ", under two names")):

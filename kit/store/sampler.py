@@ -96,7 +96,7 @@ def all_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list
     return [part.tolist() for part in np.array_split(rng_for(seed, epoch).permutation(count), batches)]
 
 
-def stretch(count: int, batch_size: int, seed: int, first: int, batches: int) -> list[list[int]]:
+def batches_between(count: int, batch_size: int, seed: int, first: int, batches: int) -> list[list[int]]:
     """Return `batches` batches of an endless sequence of passes, starting at number `first`; see `all_batches`."""
     a_pass = len(all_batches(count, batch_size, seed, 0))
     numbers = [divmod(number, a_pass) for number in range(first, first + batches)]

@@ -120,7 +120,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
     progress = Progress(folder if live else None, an_epoch * settings.epochs, state.step(an_epoch))
     best, best_weights = min((row["monitor"] for row in state.log), default=math.inf), None
 
-    while len(state.log) < settings.epochs and not state.worn_out():
+    while len(state.log) < settings.epochs and not state.out_of_patience():
         epoch, started = len(state.log), time.monotonic()
         first = len(state.reports)  # steps of this epoch before a resume
         steps, stream = _scans_of(objective, train, batches(epoch), settings, first)
@@ -228,7 +228,7 @@ class State:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * group.get("scale", 1.0)
 
-    def worn_out(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether the last `patience` epochs brought no improvement."""
         values = [row["monitor"] for row in self.log]
         return 0 < self.settings.patience <= len(values) - 1 - int(np.argmin(values)) if values else False

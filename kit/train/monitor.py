@@ -212,7 +212,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
             return (f"MEMORISING SITE: the site can be predicted from the features in {now[site]:.0%} of cases (chance "
                     f"{1 / sites:.0%}, {start[site]:.0%} at first): the encoder learns the scanner; use stronger "
                     "intensity augmentation, or check the preparation")
-    if validation_scans >= LEAST and (words := _by_heart(log, validation_scans)):
+    if validation_scans >= LEAST and (words := _overfitting(log, validation_scans)):
         return words
     words = f"LEARNING: the loss fell by {fell:.0%}"
     if "top1" in last:
@@ -235,7 +235,7 @@ def _no_better_than_the_mean(log: pd.DataFrame) -> str:
             f"mean training scan gives {now['mean_scan_loss']:.3f}; train for more epochs, or look at learning_rate")
 
 
-def _by_heart(log: pd.DataFrame, validation_scans: int) -> str:
+def _overfitting(log: pd.DataFrame, validation_scans: int) -> str:
     """The verdict on overfitting, or nothing; see `verdict` for the rule."""
     known = log.dropna(subset=["validation_loss"]) if "validation_loss" in log else log.iloc[:0]
     if len(known) < 4:

@@ -214,7 +214,7 @@ def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataF
 
 def _leaves_out(params: Pretrain, index: pd.DataFrame) -> bool:
     """Whether test participants must be left out here; outside cross-validation, a column `split` already does so."""
-    return params.leave_out_test and (Splitting.of(params).crossed or "split" not in index)
+    return params.leave_out_test and (Splitting.of(params).cross_validated or "split" not in index)
 
 
 def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
@@ -237,7 +237,7 @@ def check_start(params: Pretrain) -> None:
         return
     test = index[_tested(params, index, index)]
     learned = pd.concat(choose_scans(params, store))
-    why = f"fold {params.fold} of {fold_count(index, splitting)}" if splitting.crossed else "no column split"
+    why = f"fold {params.fold} of {fold_count(index, splitting)}" if splitting.cross_validated else "no column split"
     print(f"{why}: {participant_ids(test).nunique()} of {participant_ids(index).nunique()} participants are left out, "
           "for testing (leave_out_test)")
     check_apart({name: (store, rows, participant_ids(rows)) for name, rows in (("pretrain", learned), ("test", test))},

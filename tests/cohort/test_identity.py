@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.cohort.identity import IdentityError, joined, key, loose, participant_ids, read_aliases, read_id
+from kit.cohort.identity import IdentityError, joined, key, normalised, participant_ids, read_aliases, read_id
 from kit.cohort.labels import read_labels
 from kit.cohort.split import Splitting, check_unseen, label_subset, participant_hash, salt, splits
 from kit.cohort.tables import read_cohort
@@ -123,7 +123,7 @@ def test_two_spellings_in_one_table_are_always_asked_about(names, place, change)
         if other == name:
             with pytest.raises(CohortError, match="listed twice"):
                 written(Path(folder), rows, {}, ",", range(len(rows)))
-        elif loose(other) == loose(name):
+        elif normalised(other) == normalised(name):
             with pytest.raises(CohortError, match="the same.* write them alike"):
                 written(Path(folder), rows, {}, ",", range(len(rows)))
 

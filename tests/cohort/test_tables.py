@@ -56,7 +56,7 @@ def test_bids_with_sessions_labels_and_masks(tmp_path):
 
 
 @pytest.mark.parametrize(("file", "text", "message"), [
-    ("participants.tsv", "participant_id\tsession\nsub-01\ta\n", "participants.tsv: a column session .* rename"),
+    ("participants.tsv", "participant_id\tsession\nsub-01\ta\n", "participants.tsv: its column session .* rename"),
     ("participants.tsv", "participant_id\tage\nsub-01\t6\n01\t7\n", "participant_id 01 is listed twice; keep"),
     ("participants.tsv", "id\tage\nsub-01\t6\n", "participants.tsv: needs a column participant_id; found id, age"),
     ("participants.tsv", "", "participants.tsv is not a table"),
@@ -206,7 +206,7 @@ def test_several_runs_are_one_session_and_contrast_agents_are_left_out(tmp_path,
 
 
 @pytest.mark.parametrize(("participants", "sessions", "message"), [
-    ("participant_id age\nsub-1 60\n", "", "participants.tsv: has sub-1, the folder is sub-01"),
+    ("participant_id age\nsub-1 60\n", "", "participants.tsv: has sub-1, but the folder is sub-01"),
     ("participant_id age\nsub-01 60\n", "session_id age\nses-M024 72\n", "has ses-M024, but the folder is ses-M24"),
     ("participant_id age\nsub-01 60\nsub-001 61\n", "", "are '001' and '01' the same"),
 ])

@@ -112,15 +112,16 @@ def test_among_people_who_are_alike(tmp_path):
     params = params_for(stores, tmp_path / "run", baselines=["demographics", "voxels"], finetune_tasks=[], seeds=[0],
                         label_fractions=[1.0], folds=3, age_bands=[20, 50, 90], match_age_sex=True)
     results = filled(params)
-    among = results.among[results.among["distribution"] == "in_distribution"]
-    assert set(among.loc[among["task"] == "age", "among"]) == {"age 20 to 50", "age 50 to 90"}  # no classes to match
-    assert set(among.loc[among["task"] == "lesion", "among"]) == {"age 20 to 50", "age 50 to 90",
-                                                                  "pairs of one sex and age"}
+    subgroups = results.subgroups[results.subgroups["distribution"] == "in_distribution"]
+    of = {task: set(rows["subgroup"]) for task, rows in subgroups.groupby("task")}
+    assert of["age"] == {"age 20 to 50", "age 50 to 90"}  # no classes to match
+    assert of["lesion"] == {"age 20 to 50", "age 50 to 90", "pairs of one sex and age"}
     tested = results.predictions.query("task == 'lesion' and encoder == 'voxels' and distribution == 'in_distribution'")
-    pairs = among.query("task == 'lesion' and encoder == 'voxels' and among == 'pairs of one sex and age'").iloc[0]
+    voxels = subgroups.query("task == 'lesion' and encoder == 'voxels'").set_index("subgroup")
+    pairs = voxels.loc[["pairs of one sex and age"]].iloc[0]
     known = tested.loc[tested["sex"].isin(["F", "M"]), "participant"].nunique()
     assert 0 < pairs["participants"] <= known < tested["participant"].nunique() and pairs["participants"] % 2 == 0
-    young = among.query("task == 'lesion' and encoder == 'voxels' and among == 'age 20 to 50'").iloc[0]
+    young = subgroups.query("task == 'lesion' and encoder == 'voxels' and subgroup == 'age 20 to 50'").iloc[0]
     assert young["participants"] == tested.loc[tested["age"] < 50, "participant"].nunique()
 
 

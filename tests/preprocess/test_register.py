@@ -14,7 +14,7 @@ from kit.preprocess.register import (
     disagreement,
     find_orientation,
     find_transforms,
-    first_look,
+    initial_pose,
     rigid_part,
 )
 from kit.preprocess.resample import resample
@@ -91,7 +91,7 @@ def test_a_wrong_orientation_is_found(number: int) -> None:
     found = find_orientation(turned, affine, turned_mask)
     np.testing.assert_array_equal(found[:3, :3], ORIENTATIONS[number])
     assert len(ORIENTATIONS) == 24 and np.allclose([np.linalg.det(turn) for turn in ORIENTATIONS], 1)
-    assert (first_look(turned, affine, turned_mask).likeness > 0.45) == (number == 0)
+    assert (initial_pose(turned, affine, turned_mask).likeness > 0.45) == (number == 0)
 
 
 def test_an_empty_mask_is_refused() -> None:

@@ -16,7 +16,15 @@ import torch
 from kit.runs import ROOT
 from kit.seeding import scan_key
 from kit.store.dataset import PreparedScans, collate, load_batches
-from kit.store.sampler import all_batches, balanced, batches_of, epoch_batches, in_order, session_batches, stretch
+from kit.store.sampler import (
+    all_batches,
+    balanced,
+    batches_between,
+    batches_of,
+    epoch_batches,
+    in_order,
+    session_batches,
+)
 from kit.store.store import Store, StoreError, scan_path
 from tests.conftest import absent
 from tests.train.test_survival import children, command, wait_for_checkpoint
@@ -57,7 +65,7 @@ def test_all_batches_drop_nobody_and_leave_nobody_alone(count, sizes):
 
 def test_stretches_make_up_the_passes():
     whole = [batch for epoch in range(4) for batch in all_batches(10, 4, 0, epoch)]
-    assert len(whole) == 12 and stretch(10, 4, 0, 0, 5) + stretch(10, 4, 0, 5, 7) == whole
+    assert len(whole) == 12 and batches_between(10, 4, 0, 0, 5) + batches_between(10, 4, 0, 5, 7) == whole
 
 
 def test_each_dataset_comes_as_often():
