@@ -13,6 +13,7 @@ from kit.runs import shown, write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEADING = re.compile(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', re.DOTALL)
+LINK = re.compile(r'<a href="(?!https?:|#|data:)[^"]+\.(?:ipynb|md)(?:#[^"]*)?">(.*?)</a>', re.DOTALL)
 METRICS = 40  # most metrics that a run's index shows
 
 STYLE = """<style>
@@ -27,14 +28,15 @@ td { padding-right: 1.5rem; } td + td { text-align: right; font-variant-numeric:
 def write_report(executed: Path, page: Path) -> None:
     """Render an executed notebook as one self-contained web page: contents on top, code folded, no external files.
 
-    nbconvert's own pages fetch MathJax and RequireJS; no notebook of the kit needs them.
+    nbconvert's own pages fetch MathJax and RequireJS; no notebook of the kit needs them. Links to other notebooks and
+    to docs become plain text: the page lies elsewhere.
     """
     from nbconvert import HTMLExporter
 
     nothing = "data:text/javascript,"
     exporter = HTMLExporter(template_file=str(TEMPLATE), exclude_input_prompt=True, exclude_output_prompt=True,
                             mathjax_url=nothing, require_js_url=nothing)
-    html = exporter.from_filename(str(executed))[0]
+    html = LINK.sub(r"\1", exporter.from_filename(str(executed))[0])
     links = "".join(f'<a href="#{place}">{title.strip()}</a> ' for place, title in HEADING.findall(html))
     html = html.replace("<main>", f'<main>\n<nav class="contents">{links}</nav>', 1)
     write_whole(page, lambda aside: aside.write_text(html, encoding="utf-8"))

@@ -28,7 +28,8 @@ def targets(page: Path) -> list[Path]:
 
 
 def test_a_report_has_contents_and_folded_code(tmp_path):
-    cells = [nbformat.v4.new_markdown_cell("# Title\n\n## First part"),
+    cells = [nbformat.v4.new_markdown_cell("# Title\n\n## First part\n[next](2_pretrain.ipynb), [why](../docs/a.md#b), "
+                                           "[paper](https://arxiv.org/abs/1)"),
              nbformat.v4.new_code_cell("print('<b>')", outputs=[nbformat.v4.new_output("stream", text="<b>\n")]),
              nbformat.v4.new_markdown_cell("## Which *scans*?")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
@@ -39,7 +40,8 @@ def test_a_report_has_contents_and_folded_code(tmp_path):
     for place in re.findall(r'href="#([^"]+)"', contents):
         assert f'id="{place}"' in html
     assert html.count('<details class="code">') == 1 and "&lt;b&gt;" in html
-    assert not re.search(r'(?:src|href)="https?://', html)
+    assert re.findall(r'(?:src|href)="(?!#|data:)([^"]+)"', html) == ["https://arxiv.org/abs/1"]  # the page lies alone
+    assert "next, why," in html
 
 
 def test_an_index_links_what_is_there_and_nothing_else(run_folder):

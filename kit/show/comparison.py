@@ -240,7 +240,8 @@ def label_efficiency(scores: pd.DataFrame, title: str = "", note: str = "") -> F
     """Draw each metric against the label fraction: a row per task and metric, a column per distribution.
 
     There is a line per encoder and mode with 95 % intervals over participants and seeds: baselines dotted and grey,
-    probes solid, fine-tuning dashed.
+    probes solid, fine-tuning dashed with open squares. The axis of an error ends at twice the largest value; longer
+    intervals are cut off.
 
     Args:
         scores: `encoder, mode, task, metric, distribution, label_fraction` (0-1), `value`, `low` and `high`.
@@ -268,6 +269,8 @@ def label_efficiency(scores: pd.DataFrame, title: str = "", note: str = "") -> F
             height = "AUC" if metric == "auc" else in_units(readable(metric), task)
             label(axes, "labels used" if row is panels[-1] else "", height if axes is row[0] else "",
                   f"{readable(task)}, {readable(distribution)}")
+        if metric != "auc":  # an interval of a few seeds may reach ten times as far
+            row[0].set_ylim(0, 2 * of_task["value"].max())
     shared_legend(figure)
     return figure
 
@@ -278,8 +281,8 @@ def _style(name: str, mode: str, names: list[str]) -> dict:
         return {"color": f"{0.7 - 0.1 * place:.1f}", "linestyle": ":", "linewidth": 1, "marker": "sv^<>D"[place],
                 "markersize": 4, "elinewidth": 0.6, "label": name}
     number = [each for each in names if each not in CHANCE].index(name)
-    return {"color": f"C{number}", "linestyle": "--" if mode == "finetune" else "-", "linewidth": 1.4, "marker": "o",
-            "markersize": 3.5, "capsize": 2, "label": f"{name}, {mode}"}
+    form = {"linestyle": "--", "marker": "s", "markerfacecolor": "white"} if mode == "finetune" else {"marker": "o"}
+    return {"color": f"C{number}", "linewidth": 1.4, "markersize": 4, "capsize": 2, "label": f"{name}, {mode}", **form}
 
 
 def _cells(scores: pd.DataFrame) -> pd.DataFrame:

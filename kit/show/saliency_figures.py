@@ -15,13 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from scipy import ndimage
 
 from kit.explain.regions import ELSEWHERE
 from kit.preprocess.resample import resample
 from kit.preprocess.template import template_on
 from kit.runs import write_whole
-from kit.show.figure import MAX_WIDTH, TEXT, bare, blank, label
+from kit.show.figure import LEGEND, MAX_WIDTH, TEXT, bare, blank, label
 from kit.show.planes import PLANES, Point, cut, focus, footer, slice_mm, slice_name, voxel_at, window
 from kit.show.slices import draw_grey, letters, same_shape
 from kit.show.wording import need, readable
@@ -167,6 +168,9 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
     return figure
 
 
+SIDES, NO_SIDE = {"left": "#3b6ea5", "right": "#c1666b"}, "#8a8a8a"
+
+
 def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str = "") -> Figure:
     """Draw the regions with the most attribution and their intervals, a panel per method.
 
@@ -194,11 +198,10 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
         some = some.nlargest(top, "share_of_saliency")[::-1]
         shares = 100 * some[["share_of_saliency", "low", "high", "share_of_brain"]].to_numpy(float)
         places = np.arange(len(some))
-        colours = some["side"].map({"left": "#3b6ea5", "right": "#c1666b"}).fillna("#8a8a8a")
+        colours = some["side"].map(SIDES).fillna(NO_SIDE)
         axes.barh(places, shares[:, 0], color=colours, height=0.7)
         axes.hlines(places, shares[:, 1], shares[:, 2], color="black", linewidth=1.2)
-        axes.plot(shares[:, 3], places, "D", color="white", markeredgecolor="black", markersize=4.5,
-                  label="share of the brain: an even map")
+        even, = axes.plot(shares[:, 3], places, "D", color="white", markeredgecolor="black", markersize=4.5)
         names = [f"{_short(row.region)}, {row.side}" if row.side in ("left", "right") else _short(row.region)
                  for row in some.itertuples()]
         axes.set_yticks(places, names)
@@ -206,7 +209,9 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
         people = f", {count} participant{'s' * (count > 1)}" if count else ""
         label(axes, "share of the map (%)", "", readable(method) + people)
         axes.set_xlim(0)
-    panels[0].legend(fontsize=TEXT - 1, frameon=False, loc="lower right")
+    shown = {even: "share of the brain: an even map"}
+    shown |= {Patch(color=colour): side for side, colour in SIDES.items()} | {Patch(color=NO_SIDE): "both, or no side"}
+    figure.legend(shown.keys(), shown.values(), loc="outside lower right", ncols=len(shown), **LEGEND)
     return figure
 
 

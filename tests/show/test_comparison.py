@@ -252,6 +252,8 @@ def test_label_efficiency_has_a_panel_per_task_and_distribution(scores):
     np.testing.assert_allclose(line.get_xydata()[:, 0], [0.2, 1], rtol=0.05)  # sorted, and a little beside each other
     np.testing.assert_allclose(line.get_xydata()[:, 1], [0.72, 0.8])
     np.testing.assert_allclose(bars.get_segments()[0][:, 1], [0.64, 0.78])
+    assert [lines[name][0].get_marker() for name in ("SimCLR, probe", "SimCLR, finetune")] == ["o", "s"]
+    assert figure.axes[2].get_ylim() == (0, pytest.approx(2 * scores.query("task == 'age'")["value"].max()))
     assert [lines[name][0].get_linestyle() for name in ("volumes", "SimCLR, probe", "SimCLR, finetune")] == [
         ":", "-", "--"]
     line, _, (bars,) = lines["guess"]

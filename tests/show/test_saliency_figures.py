@@ -121,6 +121,9 @@ def test_region_bars_show_intervals_and_an_even_map():
     np.testing.assert_allclose(first.lines[0].get_xdata(), [1, 2])
     assert first.get_title() == "gradient, 7 participants" and second.get_title() == "occlusion, 1 participant"
     assert "procedural data" in figure.get_supxlabel()
+    legend, = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "share of the brain: an even map", "left", "right", "both, or no side"]
     with pytest.raises(ValueError, match="lacks low, high"):
         region_bars(table.drop(columns=["low", "high"]))
 
