@@ -163,7 +163,7 @@ def _tissue(
     patches = torch.exp(-(((distance - 3) / 4) ** 2)) * torch.sigmoid(2.5 * (texture - 1))
     return {"csf": csf, "grey": grey, "white": white, "residual": residual, "brain": brain,
             "dark": patches * white * person.dark_white, "lesion": lesion, "lost": lesion * lost,
-            "distance": distance, "depth": depth, "medial_temporal": sum(bumps),
+            "distance": distance, "depth": below, "medial_temporal": sum(bumps),
             "cerebellum": head.bump(points, *head.CEREBELLUM)[0]}
 
 
