@@ -128,15 +128,15 @@ def strengths_sheet(views: Mapping[str, Mapping[str, np.ndarray]], original: np.
     """Draw one axial slice per transform and strength, weak to strong from left to right.
 
     Args:
-        views: by the transform's name, then by the strength in words, which is written on the slice; volumes (depth,
-            height, width) on the grid.
+        views: by the transform's name, then by the strength in words, which is written below the slice; volumes
+            (depth, height, width) on the grid.
         original: its grey levels are used for all.
     """
     index, limits, count = voxel_at(grid)[0], window(original), len(next(iter(views.values())))
     for name, volumes in views.items():
         same_shape(grid, **{f"{name} {strength}": volume for strength, volume in volumes.items()})
     rows = math.ceil(len(views) / IN_A_ROW)
-    tile = 600 / (IN_A_ROW * count) * grid.shape[1] / grid.shape[2] + 22
+    tile = 600 / (IN_A_ROW * count) * grid.shape[1] / grid.shape[2] + 34
     figure = blank(600, rows * tile, note=footer(note))
     panels = figure.subplots(rows, IN_A_ROW, squeeze=False).ravel()
     for axes in panels:
@@ -145,8 +145,8 @@ def strengths_sheet(views: Mapping[str, Mapping[str, np.ndarray]], original: np.
         draw_grey(axes, np.hstack([cut(volume, "axial", index) for volume in volumes.values()]), limits)
         bare(axes, name.replace("_", " "))
         for number, strength in enumerate(volumes):
-            axes.text((number + 0.5) / count, 0.98, strength, transform=axes.transAxes, ha="center", va="top",
-                      fontsize=TEXT - 2, color="#ffd54f")
+            axes.text((number + 0.5) / len(volumes), -0.03, strength, transform=axes.transAxes, ha="center", va="top",
+                      fontsize=TEXT - 1.5)
     return figure
 
 
