@@ -42,7 +42,7 @@ def jupyter_lab(folder: Path) -> Iterator[Callable[[str], str]]:
              f"--ServerApp.root_dir={folder}"], env=environment, stdout=log, stderr=log)
     try:
         until(lambda: _answers(f"http://127.0.0.1:{port}/api?token=browser-test"), 90, "JupyterLab did not start")
-        yield lambda notebook: f"http://127.0.0.1:{port}/lab/tree/{notebook}?token=browser-test"
+        yield lambda notebook: f"http://127.0.0.1:{port}/lab/tree/{notebook}?token=browser-test&reset"  # no other tabs
     finally:
         server.terminate()
         server.wait(20)
@@ -51,8 +51,9 @@ def jupyter_lab(folder: Path) -> Iterator[Callable[[str], str]]:
 def open_notebook(browser: object, address: str) -> None:
     """Show a notebook, and wait until its kernel is ready."""
     browser.get(address)
-    until(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook'))"), 90,
-          "JupyterLab showed no notebook")
+    name = address.partition("?")[0].rpartition("/")[2]
+    until(lambda: browser.execute_script("return window.jupyterapp?.shell.currentWidget?.context?.path") == name, 90,
+          f"JupyterLab did not show {name}")
     until(lambda: kernel_status(browser) == "idle", 90, "no kernel")
 
 
