@@ -15,6 +15,8 @@ from kit.augment.views import ATTEMPTS
 
 SHAPE, KEYS = (20, 28, 24), [11, 2**62, 7, 3]
 RANDOM = ("noise", "rician")  # per voxel, where the two draw by different generators
+# views of memory; with several threads, a CPU joins large arrays by these
+NO_LAUNCH = ("aten::as_strided", "aten::narrow", "aten::slice")
 DEVICES = ["cpu", pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])]
 
@@ -125,7 +127,7 @@ def test_normal_numbers_are_normal_and_keyed():
 
 
 def launches(recipe, count, monkeypatch):
-    """Operations of a batch of equal draws, seen by the profiler; a bias field's control points are drawn before.
+    """Operations on a batch of equal draws, seen by the profiler; a bias field's control points are drawn before.
 
     These few numbers are drawn on the CPU wherever the batch lies, and launch nothing.
     """
@@ -135,7 +137,8 @@ def launches(recipe, count, monkeypatch):
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         views._together(images, masks, lambda _, attempt: draw(recipe, 0, 0, 11, 0, attempt), ATTEMPTS, recipe, 8.0,
                         True)
-    return sum(event.count for event in seen.key_averages() if event.key.startswith("aten::"))
+    return sum(event.count for event in seen.key_averages()
+               if event.key.startswith("aten::") and event.key not in NO_LAUNCH)
 
 
 def test_launches_do_not_grow_with_the_batch(monkeypatch):

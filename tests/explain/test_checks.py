@@ -194,7 +194,7 @@ GOOD = {"method": "gradient", "randomised": 0.1, "head": 0.9, "shuffled": 0.2, "
     ({"randomised": 0.8}, "random weights give much the same map"), ({"shuffled": 0.7}, "shuffled labels"),
     ({"deletion": -0.2}, "no more than removing brain at random"), ({"noise": 0.1}, "another map after a little noise"),
     ({"shift": 0.1}, "after a shift by one voxel"), ({"outside": 1.4}, "prefers what is outside the brain"),
-    ({"incomplete": 0.2}, "by 20 %; take more steps"),
+    ({"incomplete": 0.2}, "off by 20 % (take more steps)"),
     ({"randomised": np.nan, "noise": np.nan}, "the same everywhere"),
     ({"insertion": np.nan, "deletion": np.nan}, "no more"),
 ])
