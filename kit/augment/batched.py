@@ -4,8 +4,8 @@
 and make the same views one scan at a time, in a brain's voxels only, which suits a CPU's cache. Here every step acts on
 the box, (batch, depth, height, width), zero outside the masks, and a view without a transform gets its neutral value.
 
-Only noise differs: a CPU draws it with torch's generator, and this with Philox (`normal`). A view depends on its key
-alone up to rounding, since the order of a sum depends on the batch's size.
+Only noise differs: a CPU draws it with torch's generator, and this with Philox (`normal`). A view does not depend on
+the rest of the batch, but for rounding: the order of a sum depends on the batch's size.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def normal(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> 
 
 
 def philox(blocks: int, seeds: Sequence[int], device: torch.device) -> list[torch.Tensor]:
-    """Return four random 32-bit words for each of the counters 0 to `blocks`, each (batch, blocks) int64."""
+    """Return four random 32-bit words for each of the counters 0 to `blocks` - 1, each (batch, blocks) int64."""
     counter = torch.arange(blocks, device=device)[None]
     words = [counter, *[counter.new_zeros(1, 1)] * 3]  # the rounds broadcast them
     keys = [_to(np.array([[seed >> shift & LOW] for seed in seeds], np.int64), device) for shift in (0, 32)]
@@ -198,7 +198,7 @@ def _acquisition(images: torch.Tensor, draws: Sequence[Draw], recipe: Recipe, sp
     shape = tuple(images.shape[1:])
 
     def on(name: str, change: Callable[..., torch.Tensor], above: float = 0.0, axis: str = "") -> None:
-        """Change the views whose number is above a bound; where the change has an axis, those of an axis at a time."""
+        """Change, in place, the views whose draw has `name` above a bound; with `axis`, those of one axis at a time."""
         for along in range(3) if axis else [0]:
             chosen = [number for number, drawn in enumerate(draws) if getattr(drawn, name) > above
                       and (not axis or getattr(drawn, axis) == along)]

@@ -30,7 +30,8 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
                zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor, list[Draw]]:
     """Make one view of each scan.
 
-    A view that misses the brain is drawn again, up to `ATTEMPTS` times, and then centred on the brain.
+    A view with too little brain (below `LEAST_BRAIN` of the box, and below half of what the scan has) is drawn again.
+    After `ATTEMPTS` draws, one more is drawn and centred on the brain.
 
     Views keep the store's intensity scale, so encoders see one scale everywhere. Z-scored scans are z-scored again.
     Others are augmented in z-score units, z-scored, and mapped back to the mean and standard deviation that the view

@@ -45,7 +45,7 @@ from kit.store.dataset import PreparedScans
 from kit.store.leakage import PLACES
 from kit.store.store import Store
 
-CORRECTION = "validation, for the pull to the mean"  # part predicted to fit the bias correction
+CORRECTION = "validation, to correct the bias"  # the validation part again; its predictions fit the bias correction
 UNTRAINED = "random init"  # probes on an untrained encoder
 ROW = ["encoder", "mode", "task", "label_fraction"]
 TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns of a cell's table always read as text
@@ -70,7 +70,7 @@ class Cell(NamedTuple):
     def folder(self) -> Path:
         """Path within the run's folder, unique to this cell."""
         names = (quote(name, safe=" ") for name in (self.task, self.encoder))
-        return Path("cells", *names, f"{self.mode} {self.label_fraction:.0%} fold {self.fold}")
+        return Path("cells", *names, f"{self.mode} {100 * self.label_fraction:g}% fold {self.fold}")
 
 
 class Results(NamedTuple):
@@ -342,7 +342,7 @@ def remove_stale_cells(bench: _Bench, run: Run) -> None:
     reasons: dict[str, list[str]] = {}
     for cell in bench.cells:
         folder = bench.folder(cell)
-        if not folder.exists():
+        if not any(folder.glob("*.csv")):  # another shard may have begun it just now
             continue
         before, now = read_made_from(folder), bench.made_from(cell)
         for line in (changes(before, now) if before else ["no record of what it was made from"]):

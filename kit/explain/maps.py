@@ -165,8 +165,8 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
                      seed: int = 0) -> pd.DataFrame:
     """Choose in-distribution test participants to explain, one scan each, as rows of the index.
 
-    - `surest`: most confident hits. Two classes: positives with the highest score; more classes: correct predictions
-      with the highest probability; regression: the highest predictions.
+    - `surest`: two classes: positives with the highest score, even if that is below 0.5 (`said` tells); more classes:
+      correct predictions with the highest probability; regression: the highest predictions.
     - `worst`: most confident errors; regression: the largest errors.
     - `random`: drawn at random.
     - `controls`: drawn at random from the first class; regression has none, and a message is printed.

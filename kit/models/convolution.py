@@ -9,11 +9,11 @@ from kit.device import at_least_float32, no_autocast
 
 
 class Conv3d(nn.Conv3d):
-    """torch's, but float32 on a CPU where its kernel is larger than a side of its input.
+    """Like torch's, but under a CPU's autocast it runs in float32 if its kernel is larger than a side of its input.
 
-    In bfloat16, oneDNN 3.12 (torch 2.13, avx512_bf16) then computes the weights' gradient from memory that nobody
-    wrote, or writes beyond its own: garbage, infinities, another gradient each time, or a crash. Of 250 random shapes
-    none failed whose sides are at least the kernel's. The last stages of small grids have such shapes.
+    There, oneDNN 3.12 (torch 2.13, avx512_bf16) computes bfloat16 gradients of the weights from uninitialised memory,
+    or writes out of bounds: garbage, infinities, gradients that differ between runs, or a crash. In 250 random shapes
+    with every side at least the kernel's, none failed. The last stages of small grids have sides below it.
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -26,7 +26,8 @@ class Batch:
     """Scans on one device.
 
     Attributes:
-        images: (batch, 1, depth, height, width) float32, on the store's intensity scale inside the mask, zero outside.
+        images: (batch, 1, depth, height, width) float16 as loaded, float32 after `to`; on the store's intensity scale
+            inside the mask, zero outside.
         masks: (batch, 1, depth, height, width) bool.
         keys: one 63-bit number per scan, the same wherever the scan occurs; it keys the scan's random draws.
         labels: (batch,) float32, nan where there is no label.
@@ -55,7 +56,7 @@ class LoaderError(KitError, RuntimeError):
 
 
 class PreparedScans(Dataset):
-    """Rows of a store as a torch dataset; workers open files themselves and share no memory.
+    """Rows of a store as a torch dataset; each loading process opens the files itself.
 
     Args:
         store: prepared scans.
@@ -135,6 +136,7 @@ def loading_may_fail() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (str(error).startswith("DataLoader worker") or "shared memory" in str(error)):
+        known = str(error).startswith("DataLoader worker") or "shared memory" in str(error)
+        if isinstance(error, LoaderError) or not known:
             raise
         raise _failed(error) from error

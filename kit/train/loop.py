@@ -118,7 +118,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
     saver = checkpoint.Saver(folder if rank() == 0 else None, settings.checkpoint_minutes, settings.retry_minutes)
     an_epoch = math.ceil(len(batches(0)) / settings.accumulate)
     progress = Progress(folder if live else None, an_epoch * settings.epochs, state.step(an_epoch))
-    best, best_weights = min((row["monitor"] for row in state.log), default=math.inf), None
+    best, best_weights = min(map(_monitored, state.log), default=math.inf), None
 
     while len(state.log) < settings.epochs and not state.out_of_patience():
         epoch, started = len(state.log), time.monotonic()
@@ -128,7 +128,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         for number in range(first, len(steps)):
             state.set_rate(epoch + number / len(steps))
             try:
-                with fitting(steps[number]):
+                with fitting(steps[number], objective.scans_per_item):
                     own = state.gradients(stream, steps[number], *place(epoch, number * settings.accumulate))
             except StoreError:
                 saver.save(state.plain(), wait=True)
@@ -160,10 +160,11 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         row["seconds"] = round(time.monotonic() - started, 2)
         progress.add(row, "epoch")
         state.log, state.reports = [*state.log, row], []
-        if row["monitor"] < best or epoch == 0:
-            best = row["monitor"]
+        better = epoch == 0 or _monitored(row) < best
+        if better:
+            best = _monitored(row)
             best_weights = None if folder else {key: value.clone() for key, value in state.kept.state_dict().items()}
-        saver.save(state.plain(), best=best == row["monitor"], wait=True, also=state.write_log)
+        saver.save(state.plain(), best=better, wait=True, also=state.write_log)
     progress.close()
     if best_weights is not None:
         objective.load_state_dict(best_weights)
@@ -172,10 +173,15 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
     return pd.DataFrame(state.log)
 
 
+def _monitored(row: dict[str, float]) -> float:
+    """The value that decides which epoch is the best; nan counts as the worst."""
+    return math.inf if math.isnan(row["monitor"]) else row["monitor"]
+
+
 def _scans_of(objective: Objective, train: PreparedScans, batches: list[list[int]], settings: Settings,
               done: int) -> tuple[list[list[Chunks]], Waiting]:
     """Steps of an epoch (this process's chunks of each batch), and a loader stream for the steps not done yet."""
-    chunked = [chunks_of(batch, settings.chunk * objective.scans_per_item, objective.compares) for batch in batches]
+    chunked = [chunks_of(batch, settings.chunk, objective.compares, objective.scans_per_item) for batch in batches]
     steps = [chunked[start:start + settings.accumulate] for start in range(0, len(chunked), settings.accumulate)]
     parts = [part for step in steps[done:] for part in reads(step, objective.compares)]
     return steps, Waiting(load_batches(train, parts, settings.loader_workers))
@@ -230,7 +236,7 @@ class State:
 
     def out_of_patience(self) -> bool:
         """Whether the last `patience` epochs brought no improvement."""
-        values = [row["monitor"] for row in self.log]
+        values = [_monitored(row) for row in self.log]
         return 0 < self.settings.patience <= len(values) - 1 - int(np.argmin(values)) if values else False
 
     def gradients(self, stream: Iterator[Batch], step: list[Chunks], epoch: int, number: int) -> Report:
@@ -290,26 +296,28 @@ class State:
             print(f"resumed with {', '.join(changed)}: results stay valid, but may differ in their last digits")
 
 
-def chunks_of(batch: list[int], chunk: int, equal: bool = True) -> Chunks:
+def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: int = 1) -> Chunks:
     """This process's share of a global batch, in chunks.
 
     Args:
         batch: scan numbers.
-        chunk: scans at a time; 0 takes the whole share.
-        equal: drop scans so that all shares are equal, which objectives that compare scans need; otherwise shares
-            differ by one scan at most.
+        chunk: items at a time; 0 takes the whole share.
+        equal: drop items so that all shares are equal, which objectives that compare scans need; otherwise shares
+            differ by one item at most.
+        scans_per_item: neighbouring scans of the batch that stay together.
 
     Raises:
-        ValueError: there are more processes than scans.
+        ValueError: there are more processes than items.
     """
-    each = len(batch) // world_size()
+    items = np.asarray(batch).reshape(-1, scans_per_item)
+    each = len(items) // world_size()
     if not each:
-        raise ValueError(f"a batch of {len(batch)} scans (one per participant) for {world_size()} processes: use "
-                         "fewer workers, or more participants")
-    used = each * world_size() if equal else len(batch)
-    share = np.array_split(np.asarray(batch[:used]), world_size())[rank()].tolist()
+        raise ValueError(f"a batch of {len(items)} {'scans' if scans_per_item == 1 else 'pairs of scans'} (one per "
+                         f"participant) for {world_size()} processes: use fewer workers, or more participants")
+    used = each * world_size() if equal else len(items)
+    share = np.array_split(items[:used], world_size())[rank()]
     size = chunk or len(share)
-    return [share[start:start + size] for start in range(0, len(share), size)]
+    return [share[start:start + size].flatten().tolist() for start in range(0, len(share), size)]
 
 
 def reads(step: list[Chunks], twice: bool) -> Chunks:
@@ -400,8 +408,8 @@ def _still_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def fitting(step: list[Chunks]) -> Iterator[None]:
-    """If a step does not fit into memory, name the chunk size to try.
+def fitting(step: list[Chunks], scans_per_item: int = 1) -> Iterator[None]:
+    """If a step does not fit into memory, name the chunk size to try, which is in items.
 
     Raises:
         MemoryError: in place of torch's error.
@@ -412,8 +420,9 @@ def fitting(step: list[Chunks]) -> Iterator[None]:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
         scans = max(len(part) for chunks in step for part in chunks)
-        cure = (f"set `chunk: {scans // 2}` (the loss stays that of the whole batch; BatchNorm then sees the chunk), "
-                "or spread the batch over more workers") if scans > 1 else "take a coarser grid or a smaller network"
+        cure = (f"set `chunk: {scans // scans_per_item // 2}` (the loss stays that of the whole batch; BatchNorm then "
+                "sees the chunk), or spread the batch over more workers"
+                ) if scans > scans_per_item else "take a coarser grid or a smaller network"
         raise MemoryError(f"out of memory with {scans} scans at a time: {cure}") from error
 
 
@@ -428,7 +437,8 @@ def validate(objective: Objective, scans: PreparedScans, batch_size: int) -> dic
         return {}
     objective.eval()
     size, compared = scans_at_a_time(scans.store.grid.shape), objective.compares
-    groups = np.array_split(np.arange(len(scans)), math.ceil(len(scans) / (max(batch_size, 2) if compared else size)))
+    count = math.ceil(len(scans) / (batch_size if compared else size))
+    groups = np.array_split(np.arange(len(scans)), min(count, len(scans) // 2) if compared else count)
     chunked = [[group[start:start + size].tolist() for start in range(0, len(group), size)] for group in groups]
     stream = load_batches(scans, [part for parts in chunked for part in parts])
     total: dict[str, float] = {}

@@ -80,7 +80,7 @@ class SimCLR(nn.Module):
         """Loss and the share of views that find their partner, see `compare`; with `embed`, only the embeddings.
 
         Returns:
-            `{"loss": ..., "top1": ...}`, or the two views' embeddings (2, scans, width).
+            `{"loss": ..., "top1": ...}`, or the two views' embeddings (2, items, width).
         """
         first, second = self.head(self.encoder(torch.cat(self.views(batch, epoch)))).chunk(2)
         return torch.stack([first, second]) if embed else self.compare(first, second)
@@ -97,7 +97,7 @@ class SimCLR(nn.Module):
                                spacing_mm=self.spacing_mm, zscored=self.zscored)[0] for view, part in enumerate(parts)]
 
     def compare(self, first: torch.Tensor, second: torch.Tensor) -> Report:
-        """Loss and top-1 accuracy of two views' embeddings (scans, width); over all processes while training."""
+        """Loss and top-1 accuracy of two views' embeddings (items, width); over all processes while training."""
         loss, top1 = nt_xent(first, second, self.temperature, gather=self.training)
         return {"loss": loss, "top1": top1}
 

@@ -36,7 +36,7 @@ from kit.train.distributed import (
     synchronise_batch_norm,
     world_size,
 )
-from kit.train.loop import Settings, TrainingError, chunks_of, validate
+from kit.train.loop import Settings, TrainingError, chunks_of, fit, validate
 from kit.train.objectives import SimCLR
 from kit.train.optimizers import depths_of, learning_rate
 from kit.train.pretrain import build_objective, choose_scans, pretrain
@@ -304,6 +304,24 @@ def test_a_batch_is_shared_among_processes(monkeypatch, equal, shares):
         monkeypatch.setattr("kit.train.loop.rank", lambda number=number: number)
         assert chunks_of(list(range(7)), 0, equal) == [share]
         assert chunks_of(list(range(7)), 2, equal) == [part for part in (share[:2], share[2:]) if part]
+
+
+def test_a_pair_stays_together(monkeypatch):
+    monkeypatch.setattr("kit.train.loop.world_size", lambda: 2)
+    for number, share in enumerate([[0, 1, 2, 3], [4, 5, 6, 7]]):
+        monkeypatch.setattr("kit.train.loop.rank", lambda number=number: number)
+        assert chunks_of(list(range(10)), 0, True, 2) == [share]
+        assert chunks_of(list(range(10)), 1, True, 2) == [share[:2], share[2:]]
+
+
+@pytest.mark.parametrize(("values", "epochs"), [([1.0, 1.0, 1.0], 1), ([np.nan, 2.0, 2.0], 2), ([3.0, np.nan, 1.0], 3)])
+def test_the_best_epoch_is_the_first_of_the_lowest_and_never_nan(store, tmp_path, values, epochs):
+    objective = build_objective(params(store, tmp_path / "run"), store)
+    scans = PreparedScans(store, store.index.head(8))
+    settings = replace(SETTINGS, epochs=3, batch_size=4, learning_rate=1e-3)
+    fit(objective, scans, lambda _: [[0, 1, 2, 3]], scans, settings, tmp_path,
+        monitor=lambda _, epoch: {"monitor": values[epoch - 1]})
+    assert len(checkpoint.read_checkpoint(tmp_path / "checkpoints", "best")["log"]) == epochs
 
 
 def test_more_processes_than_scans_of_a_batch_are_refused(monkeypatch):
