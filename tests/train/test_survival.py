@@ -79,7 +79,14 @@ def gone(numbers: list[int], seconds: float = 10) -> bool:
 
 def wait_for_checkpoint(folder: Path, newer_than: float, process) -> None:
     last, until = folder / "checkpoints/last.pt", time.monotonic() + 300
-    while not (last.exists() and last.stat().st_mtime > newer_than):
+
+    def there() -> bool:
+        try:
+            return last.stat().st_mtime > newer_than
+        except FileNotFoundError:  # for a moment between two renames only `previous.pt` is there
+            return False
+
+    while not there():
         running = process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
         assert time.monotonic() < until and running
         time.sleep(0.02)
