@@ -89,11 +89,10 @@ def _together(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, re
     """Make all views at once, see `kit.augment.batched`; it waits for the device once for each attempt."""
     draws = [drawn_for(number, 0) for number in range(len(images))]
     views, view_masks = batched.geometry(images[:, 0], masks[:, 0], draws, recipe, spacing_mm)
-    few, voxels = list(range(len(images))), masks[0].numel()
+    whole, voxels = masks.flatten(1).sum(1), masks[0].numel()
     for attempt in range(1, redraws + 1):
-        counts = torch.stack([view_masks[few].flatten(1).sum(1), masks[few].flatten(1).sum(1)]).tolist()
-        few = [number for number, seen, whole in zip(few, *counts, strict=True)
-               if not _enough(seen, voxels, partial(int, whole))]
+        counts = torch.stack([view_masks.flatten(1).sum(1), whole], dim=1).tolist()
+        few = [number for number, (seen, has) in enumerate(counts) if not _enough(seen, voxels, partial(int, has))]
         if not few:
             break
         for number in few:
