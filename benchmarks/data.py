@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.ratio import Ratio, memory_bytes, share, times_better
-from kit.device import keep_freed_memory
+from kit.machine import keep_freed_memory
 from kit.preprocess.nifti import write_nifti
-from kit.preprocess.preprocess import ScanTask, prepare, prepare_scan
+from kit.preprocess.preprocess import ScanJob, prepare, prepare_scan
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template, template_on
 from kit.store.grid import PAPER_GRID
@@ -116,7 +116,7 @@ def _one_scan(path: str, output: Path) -> tuple[float, float]:
     """CPU-seconds (imports and template read before) and peak gigabytes of this process, for one scan."""
     template_on(PAPER_GRID)
     begun = time.process_time()
-    done = prepare_scan(ScanTask("scan", path, "", output, EVERYTHING))
+    done = prepare_scan(ScanJob("scan", path, "", output, EVERYTHING))
     if isinstance(done, str):
         raise RuntimeError(done)
     return time.process_time() - begun, memory_bytes("VmHWM") / 1e9

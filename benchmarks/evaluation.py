@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.ratio import Ratio, cpu_seconds, share, times_better
 from benchmarks.training import DEMO, made_scans
-from kit.device import evaluation, keep_freed_memory, on_device, scans_at_a_time
+from kit.device import evaluation, on_device, scans_at_a_time
 from kit.evaluate.predict import predict
 from kit.evaluate.probe import fit_probe
+from kit.machine import keep_freed_memory
 from kit.models.encoders import build_encoder
 from kit.runs import write_whole
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.ratio import Ratio, share, times_better
 from kit.augment.recipe import read_recipe
-from kit.device import keep_freed_memory
+from kit.machine import keep_freed_memory
 from kit.models.encoders import build_encoder
 from kit.store.dataset import Batch, PreparedScans, load_batches
 from kit.store.grid import Grid

@@ -20,7 +20,7 @@ from kit.augment.draws import Draw, draw
 from kit.augment.recipe import read_recipe
 from kit.augment.spatial import cropped_box, in_plane, view_to_scan, warp
 from kit.augment.views import make_views
-from kit.device import keep_freed_memory
+from kit.machine import keep_freed_memory
 from kit.preprocess.nifti import write_nifti
 from kit.store.grid import PAPER_GRID
 from kit.store.store import Store, scan_path, write_scan

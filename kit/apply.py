@@ -34,8 +34,8 @@ from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.predicted import class_columns, number_columns
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of, weights_digest
 from kit.models.features import FeatureReader
-from kit.models.formats import ANY
 from kit.models.reference import LEAST, OUTSIDE, read_reference
+from kit.models.third_party_formats import ANY
 from kit.params import Apply, is_model, is_prepared
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.quality import QC_METRICS

@@ -1,4 +1,4 @@
-"""Where and how networks run: device, precision, scans at a time, threads and memory.
+"""Where and how networks run: device, precision, scans at a time, threads.
 
 With `precision: bf16`, the network's convolutions and matrix products run in bfloat16 during training. Everything else
 is at least float32, even under autocast: views, the pooling that makes the features, heads, losses, and whatever is
@@ -7,7 +7,6 @@ predicted, embedded or validated. With its three digits, bfloat16 would cause ti
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kit.machine import cores
+from kit.machine import cores, keep_freed_memory
 
 Module = TypeVar("Module", bound=nn.Module)
-
-# from malloc.h
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 VOXELS = 2**24  # run at a time without gradients; resnet18 then takes about 8 GB
 
@@ -89,15 +85,3 @@ def set_threads() -> int:
     torch.set_num_threads(threads)
     keep_freed_memory()
     return threads
-
-
-def keep_freed_memory(*_: object) -> None:
-    """Have glibc keep freed memory, instead of asking the system for zeroed pages again and again.
-
-    This cuts reading a scan of 150x192x192 from 4 to 2 ms, and a CPU training step of resnet18_narrow (64 views of
-    36x48x40, two threads) from 2.0 to 1.0 s.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
-    if mallopt is not None:
-        for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
-            mallopt(option, size)

@@ -30,9 +30,9 @@ import pandas as pd
 from kit.cohort.tabular import read_table
 from kit.errors import KitError
 from kit.evaluate.benchmark import weights_together
+from kit.models.bundle import PROGRAM, config_of, write_bundle, write_program, write_weights
 from kit.models.card import card, description
 from kit.models.encoder_file import EncoderError, encoder_at, load_encoder, read_record, weights_digest
-from kit.models.export import PROGRAM, config_of, write_bundle, write_program, write_weights
 from kit.models.reference import FILE as REFERENCE
 from kit.reading import read_yaml
 from kit.runs import MADE_FROM, resolve, shown, write_json, write_whole

@@ -253,7 +253,7 @@ class Tuning(Training):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning-rate factor from stage to stage below the head
     select_by: Literal["loss", "score"] = "loss"  # on validation; score: AUC (for numbers, still the loss)
     # if it did not stop early, train again with three times the steps, to see whether that changes the result
-    check_trained: bool = True
+    check_converged: bool = True
     flip: bool = True  # mirror left and right at random while fine-tuning
     standardise: bool = True  # z-score numeric labels for training; false: as they are
     allow_seen_participants: bool = False  # test on participants that the encoder was pretrained on

@@ -10,7 +10,7 @@ from kit.runs import resolve, shown
 
 RESERVED = ("prepared", "pretrain", "train", "validation", "test", "in_distribution", "kit", "encoder", "model",
             "labels", "aliases", "allowed", "fingerprint")  # not allowed for test sets: records use them
-WEIGHTS = ("neuro_simclr", "brainiac", "brainiac_resnet50", "medicalnet")  # published; see `kit.models.formats`
+WEIGHTS = ("neuro_simclr", "brainiac", "brainiac_resnet50", "medicalnet")  # see `kit.models.third_party_formats`
 
 
 def encoder_at(spec: str, fold: int, seed: int) -> str:

@@ -56,7 +56,7 @@ class Side(NamedTuple):
 def compare(records: Mapping[str, Mapping[str, Any]], fields: Iterable[str] = FIELDS) -> dict[str, str]:
     """Differences between preparations: for each field a line with all values, such as `mask: encoder auto, ...`.
 
-    `any`, which the records of published weights use (`kit.models.formats`), matches everything.
+    `any`, which the records of published weights use (`kit.models.third_party_formats`), matches everything.
     """
     return {field: f"{field}: " + ", ".join(f"{name} {record.get(field)}" for name, record in records.items())
             for field in fields

@@ -151,7 +151,7 @@ def test_classes_have_probabilities_that_sum_to_one():
 
 def test_a_fine_tuned_model_predicts_what_its_own_run_wrote(store, tmp_path):
     values = {"prepared": str(store.folder), "encoder": "random:resnet18_narrow", "task": "age", "steps": 20,
-              "check_steps": 10, "batch_size": 8, "check_trained": False, "validation_fraction": 0.6,
+              "check_steps": 10, "batch_size": 8, "check_converged": False, "validation_fraction": 0.6,
               "output_dir": str(tmp_path / "model")}
     params = check(Finetune, values)
     run = Run.of(params)

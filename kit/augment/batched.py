@@ -24,7 +24,7 @@ from kit.augment.masking import masked_patches
 from kit.augment.recipe import Recipe
 from kit.augment.spatial import LARGEST, bend, cropped_box, spline, view_to_scan
 
-BOX = (1, 2, 3)  # the dimensions of a volume
+SPATIAL = (1, 2, 3)  # the dimensions of a volume
 PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))  # multipliers, key increments (Salmon et al. 2011)
 LOW = 0xFFFFFFFF  # the low 32 bits
 
@@ -62,12 +62,12 @@ def fill(values: torch.Tensor, inside: torch.Tensor, draws: Sequence[Draw], reci
     Returns:
         the views, (batch, depth, height, width), zero outside the masks.
     """
-    count = inside.sum(BOX, keepdim=True).clamp_(min=1)
+    count = inside.sum(SPATIAL, keepdim=True).clamp_(min=1)
     if not zscored:
-        mean = values.sum(BOX, keepdim=True) / count
-        sd = (values.sub(mean).mul_(inside).square_().sum(BOX, keepdim=True) / count).sqrt_()
+        mean = values.sum(SPATIAL, keepdim=True) / count
+        sd = (values.sub(mean).mul_(inside).square_().sum(SPATIAL, keepdim=True) / count).sqrt_()
         values = _z_score(values, inside, count)
-    lowest = values.masked_fill(~inside, math.inf).amin(BOX, keepdim=True)
+    lowest = values.masked_fill(~inside, math.inf).amin(SPATIAL, keepdim=True)
     values = values.sub(lowest.masked_fill(lowest == math.inf, 0)).mul_(inside)  # magnitude: darkest at zero
     values = _contrast(values, inside, count, draws, recipe, spacing_mm)
     values = _acquisition(values, draws, recipe, spacing_mm).mul_(inside)
@@ -151,9 +151,9 @@ def _sample(volumes: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tenso
 
 def _z_score(values: torch.Tensor, inside: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """As `kit.augment.contrast.z_score_views`."""
-    mean = values.sum(BOX, keepdim=True) / count
+    mean = values.sum(SPATIAL, keepdim=True) / count
     values = values.sub(mean).mul_(inside)
-    sd = (values.square().sum(BOX, keepdim=True) / count).sqrt_()
+    sd = (values.square().sum(SPATIAL, keepdim=True) / count).sqrt_()
     return values.mul_(torch.where(sd > 1e-6 * mean.abs().clamp(min=1), 1 / sd, 0))
 
 
@@ -164,18 +164,18 @@ def _contrast(values: torch.Tensor, inside: torch.Tensor, count: torch.Tensor, d
         values = values * _each(draws, "scale", values)
     for name, turned in (("gamma", False), ("gamma_inverted", True)):
         if _any(draws, name):
-            span = values.amax(BOX, keepdim=True).clamp_(min=1e-7)
+            span = values.amax(SPATIAL, keepdim=True).clamp_(min=1e-7)
             unit = 1 - values / span if turned else values / span
             unit = unit.clamp_(min=1e-30).log2_().mul_(_each(draws, name, values)).exp2_()
             values = (1 - unit if turned else unit).mul_(span).mul_(inside)
     if _any(draws, "contrast"):
-        high, mean = values.amax(BOX, keepdim=True), values.sum(BOX, keepdim=True) / count
+        high, mean = values.amax(SPATIAL, keepdim=True), values.sum(SPATIAL, keepdim=True) / count
         stretched = values.sub(mean).mul_(_each(draws, "contrast", values)).add_(mean).clamp_(min=0)
         values = torch.minimum(stretched, high).mul_(inside)
     if _any(draws, "histogram_sd"):
         knots = recipe.setting("histogram", "knots")
         levels = _to(np.stack([histogram_levels(drawn, knots) for drawn in draws]), values.device, values.dtype)
-        span, steps = values.amax(BOX, keepdim=True).clamp_(min=1e-7), knots + 1
+        span, steps = values.amax(SPATIAL, keepdim=True).clamp_(min=1e-7), knots + 1
         place = (values * (steps / span)).flatten(1)
         index = place.long().clamp_(0, steps - 1)
         place = (place - index) * levels.diff().gather(1, index) + levels.gather(1, index)

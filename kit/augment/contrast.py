@@ -1,7 +1,7 @@
 """Change the grey levels of one scan's brain, in place.
 
 Every function modifies and returns the values of the brain's voxels, (voxels,) float32 or float64. If positions
-matter, `places` (voxels,) int64 gives them in the flattened volume of `shape`. Functions on "magnitude" values expect
+matter, `indices` (voxels,) int64 gives them in the flattened volume of `shape`. Functions on "magnitude" values expect
 the darkest value at zero, as in a scanner's image; the final z-score removes that shift.
 """
 
@@ -55,7 +55,7 @@ def histogram(values: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
     return place.mul_(knots.diff().index_select(0, index)).add_(knots.index_select(0, index)).mul_(span)
 
 
-def bias_field(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int,
+def bias_field(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int], sd: float, seed: int,
                points: Sequence[int]) -> torch.Tensor:
     """Multiply magnitude values by exp(smooth field), like the sensitivity of a receive coil.
 
@@ -68,7 +68,7 @@ def bias_field(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int],
                                  for counts in zip(shape, points, strict=True))
     drawn = bias_control_points(points, sd, seed).to(values)
     field = along_y @ torch.tensordot(along_z, drawn, 1) @ along_x.T
-    return values.mul_(field.view(-1).index_select(0, places).exp_())
+    return values.mul_(field.view(-1).index_select(0, indices).exp_())
 
 
 def bias_control_points(points: Sequence[int], sd: float, seed: int) -> torch.Tensor:
@@ -82,15 +82,15 @@ def between_points(side: int, points: int) -> np.ndarray:
     return np.clip(1 - np.abs(at[:, None] - np.arange(points)), 0, None)
 
 
-def noise(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int) -> torch.Tensor:
+def noise(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int], sd: float, seed: int) -> torch.Tensor:
     """Add Gaussian noise of standard deviation `sd`; a voxel's noise does not depend on the mask."""
-    return values.add_(normal(shape, seed, values).view(-1).index_select(0, places), alpha=sd)
+    return values.add_(normal(shape, seed, values).view(-1).index_select(0, indices), alpha=sd)
 
 
-def rician(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], sd: float, seed: int) -> torch.Tensor:
+def rician(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int], sd: float, seed: int) -> torch.Tensor:
     """Apply the noise of a magnitude image: |x + n1 + i n2|, both normal (Gudbjartsson and Patz 1995, eq. 1)."""
-    noise(values, places, shape, sd, seed)
-    return torch.hypot(values, noise(torch.zeros_like(values), places, shape, sd, seed + 1), out=values)
+    noise(values, indices, shape, sd, seed)
+    return torch.hypot(values, noise(torch.zeros_like(values), indices, shape, sd, seed + 1), out=values)
 
 
 def z_score_views(values: torch.Tensor) -> torch.Tensor:

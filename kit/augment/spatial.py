@@ -110,7 +110,7 @@ def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.nda
         box: from `cropped_box`: beyond it, its border is stretched outwards. None: zero beyond the scan.
 
     Returns:
-        values (voxels,) float32 (float64 if the image is) of the view's brain, clipped at `LARGEST`, and their places
+        values (voxels,) float32 (float64 if the image is) of the view's brain, clipped at `LARGEST`, and their indices
         in the flattened view, increasing, (voxels,) int64.
     """
     side = np.asarray(image.shape, float)
@@ -128,26 +128,26 @@ def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.nda
         parts = _separable(image, mask, linear, offset, slab, box)
     else:
         parts = _by_points(image, mask, linear, offset, bent, apart, slab, box)
-    values, places = image.new_empty(image.numel()), mask.new_empty(mask.numel(), dtype=torch.int64)
+    values, indices = image.new_empty(image.numel()), mask.new_empty(mask.numel(), dtype=torch.int64)
     count = 0
-    for first, (value, place) in zip(range(0, image.numel(), slab * image[0].numel()), parts, strict=True):
-        part = slice(count, count + len(place))
+    for first, (value, index) in zip(range(0, image.numel(), slab * image[0].numel()), parts, strict=True):
+        part = slice(count, count + len(index))
         torch.clamp(value, -LARGEST, LARGEST, out=values[part])
-        torch.add(place, first, out=places[part])
+        torch.add(index, first, out=indices[part])
         count = part.stop
-    return values[:count], places[:count]
+    return values[:count], indices[:count]
 
 
 def brain(volume: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the values inside a mask, and their places in the flattened volume."""
-    places = inside.reshape(-1).nonzero().view(-1)
-    return volume.reshape(-1).index_select(0, places), places
+    """Return the values inside a mask, and their indices in the flattened volume."""
+    indices = inside.reshape(-1).nonzero().view(-1)
+    return volume.reshape(-1).index_select(0, indices), indices
 
 
-def scatter(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return a volume with these values at these places, and zeros elsewhere."""
+def scatter(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a volume with these values at these indices, and zeros elsewhere."""
     volume = values.new_zeros(tuple(shape))
-    volume.view(-1).scatter_(0, places, values)
+    volume.view(-1).scatter_(0, indices, values)
     return volume
 
 
@@ -193,15 +193,15 @@ def _by_points(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
                apart: float, slab: int, box: np.ndarray | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Resample through any map, point by point inside the brain."""
     padded, inside = (F.pad(part, (1,) * 6) for part in (image, mask.view(torch.int8)))  # zero outside the scan
-    for where in _places(image.shape, linear, offset, bent, apart, slab, padded):
+    for where in _flat_indices(image.shape, linear, offset, bent, apart, slab, padded):
         if box is not None:
             where = torch.stack([axis.clamp(*ends) for axis, ends in zip(where, box.T.tolist(), strict=True)])
         near = _flat([axis.round().clamp_(-1, side) for axis, side in zip(where, image.shape, strict=True)], inside)
-        places = inside.view(-1).index_select(0, near).nonzero().view(-1)
-        yield _between(padded, [axis.reshape(-1).index_select(0, places) for axis in where]), places
+        indices = inside.view(-1).index_select(0, near).nonzero().view(-1)
+        yield _between(padded, [axis.reshape(-1).index_select(0, indices) for axis in where]), indices
 
 
-def _places(shape: tuple[int, ...], linear: np.ndarray, offset: np.ndarray, bent: np.ndarray | None, apart: float,
+def _flat_indices(shape: tuple[int, ...], linear: np.ndarray, offset: np.ndarray, bent: np.ndarray | None, apart: float,
             slab: int, like: torch.Tensor) -> Iterator[torch.Tensor]:
     """Locate a view's voxels in the scan, a few slices at a time: (3, slices, height, width)."""
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -221,7 +221,7 @@ def _places(shape: tuple[int, ...], linear: np.ndarray, offset: np.ndarray, bent
 
 
 def _flat(voxels: Sequence[torch.Tensor], padded: torch.Tensor) -> torch.Tensor:
-    """Return int64 places of voxels (z, y, x), integers from -1, in the flattened volume padded by one voxel."""
+    """Return int64 indices of voxels (z, y, x), integers from -1, in the flattened volume padded by one voxel."""
     z, y, x = (axis.reshape(-1).to(torch.int32) for axis in voxels)
     _, height, width = padded.shape
     return z.mul_(height).add_(y).mul_(width).add_(x).add_((height + 1) * width + 1).long()

@@ -18,7 +18,7 @@ from kit.augment.spatial import bend, cropped_box, scatter, view_to_scan, warp
 ATTEMPTS = 8  # draws of a view before it is centred on the brain
 LEAST_BRAIN = 0.01  # share of the box that must be brain
 GREY = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "rician_sd")
-BOX = ("motion_mm", "ghosting", "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen")  # act on the whole box
+WHOLE_BOX = ("motion_mm", "ghosting", "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen")  # act on the whole box
 
 Views = tuple[torch.Tensor, torch.Tensor, list[Draw]]
 DrawnFor = Callable[[int, int], Draw]  # of a scan's number in the batch and the attempt
@@ -75,10 +75,10 @@ def _one_by_one(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, 
         image, mask = images[number, 0], masks[number, 0]
         for attempt in range(redraws + 1):
             drawn = drawn_for(number, attempt)
-            values, places = _geometry(image, mask, drawn, recipe, spacing_mm)
-            if _enough(len(places), mask.numel(), lambda: int(torch.count_nonzero(mask))):
+            values, indices = _geometry(image, mask, drawn, recipe, spacing_mm)
+            if _enough(len(indices), mask.numel(), lambda: int(torch.count_nonzero(mask))):
                 break
-        _fill(views[number, 0], view_masks[number, 0], values, places, drawn, recipe, spacing_mm, zscored)
+        _fill(views[number, 0], view_masks[number, 0], values, indices, drawn, recipe, spacing_mm, zscored)
         return drawn
 
     return views, view_masks, [make(number) for number in range(len(images))]
@@ -117,37 +117,37 @@ def _nothing(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, t
 
 def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Recipe,
               spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the values of the view's brain, and their places in the flattened view."""
+    """Return the values of the view's brain, and their indices in the flattened view."""
     shape, apart = tuple(image.shape), recipe.setting("elastic", "apart_mm")
     stretched = _drawn(drawn, ["rotation_degrees"]) and recipe.setting("rotate", "padding") == "border"
     return warp(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
                 apart / spacing_mm, box=cropped_box(drawn, shape) if stretched else None)
 
 
-def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places: torch.Tensor, drawn: Draw,
+def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, drawn: Draw,
           recipe: Recipe, spacing_mm: float, zscored: bool) -> None:
     """Apply everything after the geometry; write the result into an empty view (depth, height, width) and its mask.
 
     `drawn.shift` needs no work, since subtracting the darkest voxel, or the z-score, undoes it.
     """
-    if not len(places):
+    if not len(indices):
         return
     shape = tuple(view.shape)
     if not zscored:
         sd, mean = torch.std_mean(values, correction=0)
         contrast.z_score_views(values)
-    if _drawn(drawn, GREY + BOX):
+    if _drawn(drawn, GREY + WHOLE_BOX):
         contrast.magnitude(values)
-        _contrast(values, places, shape, drawn, recipe, spacing_mm)
-        if _drawn(drawn, BOX):
-            image = _acquisition(scatter(values, places, shape), drawn, recipe, spacing_mm)
-            values = image.reshape(-1).index_select(0, places)
+        _contrast(values, indices, shape, drawn, recipe, spacing_mm)
+        if _drawn(drawn, WHOLE_BOX):
+            image = _acquisition(scatter(values, indices, shape), drawn, recipe, spacing_mm)
+            values = image.reshape(-1).index_select(0, indices)
         if drawn.rician_sd:
-            contrast.rician(values, places, shape, drawn.rician_sd, drawn.field_seed + 2)
+            contrast.rician(values, indices, shape, drawn.rician_sd, drawn.field_seed + 2)
     if drawn.noise_sd:
-        contrast.noise(values, places, shape, drawn.noise_sd, drawn.field_seed + 1)
-    view.view(-1).scatter_(0, places, contrast.z_score_views(values))
-    inside.view(-1).index_fill_(0, places, True)
+        contrast.noise(values, indices, shape, drawn.noise_sd, drawn.field_seed + 1)
+    view.view(-1).scatter_(0, indices, contrast.z_score_views(values))
+    inside.view(-1).index_fill_(0, indices, True)
     if drawn.cutout_mm:
         physics.cutout(view, drawn.cutout_mm / spacing_mm, recipe.setting("cutout", "boxes"), drawn)
     if drawn.patches:
@@ -156,7 +156,7 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, places
         view.mul_(sd).add_(mean).mul_(inside)
 
 
-def _contrast(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], drawn: Draw, recipe: Recipe,
+def _contrast(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int], drawn: Draw, recipe: Recipe,
               spacing_mm: float) -> None:
     """Apply what the tissue's grey levels and the coil do to magnitude values, in place."""
     if drawn.scale != 1:
@@ -172,7 +172,7 @@ def _contrast(values: torch.Tensor, places: torch.Tensor, shape: Sequence[int], 
     if drawn.bias_sd:
         apart = recipe.setting("bias", "spacing_mm") / spacing_mm
         points = [max(2, math.ceil(side / apart) + 1) for side in shape]
-        contrast.bias_field(values, places, shape, drawn.bias_sd, drawn.field_seed, points)
+        contrast.bias_field(values, indices, shape, drawn.bias_sd, drawn.field_seed, points)
 
 
 def _acquisition(image: torch.Tensor, drawn: Draw, recipe: Recipe, spacing_mm: float) -> torch.Tensor:

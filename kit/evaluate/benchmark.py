@@ -42,7 +42,7 @@ from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
 from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
 from kit.store.dataset import PreparedScans
-from kit.store.leakage import PLACES
+from kit.store.leakage import ORIGIN_COLUMNS
 from kit.store.store import Store
 
 CORRECTION = "validation, to correct the bias"  # the validation part again; its predictions fit the bias correction
@@ -89,7 +89,7 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
 
     Written to the run's folder:
         tidy.csv: one score per row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
-            participants (tested), train_participants, trained, fingerprint.
+            participants (tested), train_participants, converged, fingerprint.
         scores.csv: scores over seeds; see `kit.evaluate.compare.scores`.
         differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
         further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
@@ -161,6 +161,7 @@ class _Bench:
         self._noted: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
         self._features: dict[tuple[str, Path], dict[str, np.ndarray]] = {}
         self._memo: dict[Path, str] = {}
+        self._said: set[str] = set()
         self._check_leakage()
 
     @cached_property
@@ -217,12 +218,18 @@ class _Bench:
             if cell.mode == "baseline":
                 found = baseline_predictions(
                     cell.encoder, task, demographics=self.params.demographics, volumes=self.params.volumes,
-                    atlas=self.params.atlas, cache=self.params.output_dir / "measured")
+                    atlas=self.params.atlas, cache=self.params.output_dir / "measured", say=self._say)
             elif cell.mode == "probe":
                 found = probe_tested(task, {part: self._features_of(cell, seed, task, part) for part in task.parts})
             else:
                 found = self._finetuned(cell, seed, task, folder, home)
             write_table(self.file(cell, seed), _table(task, _corrected(task, found) if corrects else found or {}))
+
+    def _say(self, words: str) -> None:
+        """Print a line once, not again for each fraction, fold and seed."""
+        if words not in self._said:
+            print(words)
+        self._said.add(words)
 
     def _corrects(self, cell: Cell) -> bool:
         """Whether to correct predictions for their pull to the mean: regression only, if the parameters ask for it."""
@@ -236,11 +243,12 @@ class _Bench:
         choice = Choice(notes["learning_rate"], notes["weight_decay"]) if notes else None
         encoder, _ = self.encoder(cell.encoder, cell.fold, seed)
         tuned = tune(task, encoder, self.params, seed, place, choice, home,
-                     check=choice is None and self.params.check_trained)
+                     check=choice is None and self.params.check_converged)
         if choice is None:
             os.replace(place / "tries.csv", folder / "tries.csv")
-            write_json(known, {**tuned.choice._asdict(), "trained": tuned.trained, "validation": tuned.validation_score,
-                               "standard_error": tuned.standard_error, "longer": tuned.longer_score})
+            write_json(known, {**tuned.choice._asdict(), "converged": tuned.converged,
+                               "validation": tuned.validation_score, "standard_error": tuned.standard_error,
+                               "longer": tuned.longer_score})
         found = predict_tested(task, tuned.predictor)
         shutil.rmtree(place)
         return found
@@ -290,7 +298,7 @@ class _Bench:
 
     def _columns_of(self, cell: Cell) -> str:
         """Digest of the columns that a baseline reads, which are in no other record."""
-        names = {"site": PLACES, "demographics": self.params.demographics or DEMOGRAPHICS}[cell.encoder]
+        names = {"site": ORIGIN_COLUMNS, "demographics": self.params.demographics or DEMOGRAPHICS}[cell.encoder]
         rows = [part.rows[["scan", *(name for name in part.rows if name in names or name.casefold() in names)]]
                 for part in self.tasks[cell.task, cell.fold].parts.values()]
         return _digest(each.to_csv(index=False).encode() for each in rows)
@@ -330,10 +338,10 @@ class _Bench:
             if self.file(cell, seed).exists():
                 tables.append(read_table(self.file(cell, seed), text=TEXT).assign(seed=seed))
         choice, task = self.folder(cell) / "choice.json", self.tasks[cell.task, cell.fold]
-        trained = json.loads(choice.read_text(encoding="utf-8"))["trained"] if choice.exists() else None
+        converged = json.loads(choice.read_text(encoding="utf-8"))["converged"] if choice.exists() else None
         people = task.with_labels_for(cell.label_fraction, self.params.seeds[0]).parts["train"].participants.nunique()
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-        return table.assign(**cell._asdict(), trained=trained, train_participants=people,
+        return table.assign(**cell._asdict(), converged=converged, train_participants=people,
                             fingerprint=self.made_from(cell).fingerprint)
 
 
@@ -362,7 +370,7 @@ def _tables(bench: _Bench, run: Run) -> Results:
     predictions = pd.concat([bench.table_of(cell) for cell in bench.cells], ignore_index=True)
     kinds = {name: task.labels.kind for (name, _), task in bench.tasks.items()}
     about = predictions.groupby([*ROW], sort=False).agg(
-        trained=("trained", _all_trained), train_participants=("train_participants", "mean")).reset_index()
+        converged=("converged", _all_converged), train_participants=("train_participants", "mean")).reset_index()
     seeds = [scores(rows, kinds).assign(seed=seed) for seed, rows in predictions.groupby("seed")]
     prints = predictions.groupby(ROW, sort=False)["fingerprint"].agg(lambda each: fingerprint(
         {"models": sorted(set(each))}) if each.nunique() > 1 else each.iloc[0]).reset_index()
@@ -374,10 +382,10 @@ def _tables(bench: _Bench, run: Run) -> Results:
         return table.iloc[np.argsort(places, kind="stable")][columns].reset_index(drop=True)
 
     tidy = finished(pd.concat(seeds, ignore_index=True), [
-        *ROW, "seed", "metric", "distribution", "value", "low", "high", "participants", "train_participants", "trained",
-        "fingerprint"])
+        *ROW, "seed", "metric", "distribution", "value", "low", "high", "participants", "train_participants",
+        "converged", "fingerprint"])
     over_seeds = finished(scores(predictions, kinds), [
-        *ROW, "metric", "distribution", "value", "low", "high", "participants", "seeds", "trained", "fingerprint"])
+        *ROW, "metric", "distribution", "value", "low", "high", "participants", "seeds", "converged", "fingerprint"])
     pretrained = [name for name, spec in bench.params.encoders.items() if not is_random(spec)]
     compared = differences(predictions, kinds, pretrained)
     subgroups = _subgroups(predictions, kinds, bench.params)
@@ -443,7 +451,7 @@ def _corrected(task: Task, found: Mapping[str, np.ndarray] | None) -> dict[str, 
     return found
 
 
-def _all_trained(each: pd.Series) -> bool | None:
+def _all_converged(each: pd.Series) -> bool | None:
     known = each.dropna()
     return bool(known.all()) if len(known) else None
 

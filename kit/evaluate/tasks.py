@@ -17,7 +17,15 @@ from kit.params import Tuning
 from kit.preprocess.quality import usable
 from kit.runs import shown
 from kit.store.dataset import PreparedScans
-from kit.store.leakage import PLACES, TRAINING_PARTS, check_apart, check_encoder, datasets_seen, places_of, plain_name
+from kit.store.leakage import (
+    ORIGIN_COLUMNS,
+    TRAINING_PARTS,
+    check_apart,
+    check_encoder,
+    datasets_seen,
+    origins_of,
+    plain_name,
+)
 from kit.store.store import Store
 
 
@@ -222,15 +230,15 @@ def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
         stated); `shares`, such as "site A (train), dataset ixi (pretraining)", "" for nothing; `unknown`, what could
         not be compared, such as "site (pretraining)".
     """
-    learned = {"train": {column: set(names) for column, names in places_of(task.parts["train"].rows).items()}}
+    learned = {"train": {column: set(names) for column, names in origins_of(task.parts["train"].rows).items()}}
     if record.get("participants") or {"seen", "datasets"} & set(record):
         learned["pretraining"] = {column: set(names) for column, names in record.get("seen", {}).items()} | (
             {"dataset": set(record["datasets"])} if record.get("datasets") else {})
     rows = []
     for name, distribution in task.tested.items():
-        here = {column: sorted(set(names)) for column, names in places_of(task.parts[name].rows).items()}
+        here = {column: sorted(set(names)) for column, names in origins_of(task.parts[name].rows).items()}
         shared, unknown = [], []
-        for column in PLACES:
+        for column in ORIGIN_COLUMNS:
             alike = plain_name if column == "dataset" else normalised
             for where, there in learned.items():
                 known = set(map(alike, there.get(column, ())))
@@ -238,7 +246,7 @@ def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
                 shared += [f"{column} {' and '.join(both)} ({where})"] * bool(both)
                 if column in ("dataset", "site") and not (here.get(column) and known):
                     unknown.append(f"{column} ({where})")
-        rows.append({"distribution": distribution, **{column: ", ".join(here.get(column, ())) for column in PLACES},
+        rows.append({"distribution": distribution, **{name: ", ".join(here.get(name, ())) for name in ORIGIN_COLUMNS},
                      "shares": ", ".join(shared), "unknown": ", ".join(unknown)})
     return pd.DataFrame(rows)
 

@@ -65,7 +65,7 @@ class Tuned:
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
         standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
         longer_score: the score after up to three times the steps.
-        trained: whether the two scores differ by no more than the standard error; None if not checked.
+        converged: whether the two scores differ by no more than the standard error; None if not checked.
     """
 
     predictor: Predictor
@@ -75,7 +75,7 @@ class Tuned:
     validation_score: float
     standard_error: float
     longer_score: float
-    trained: bool | None
+    converged: bool | None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
             The caller removes `tries/` once the results are written.
         choice: hyperparameters already known; then there is one try.
         home: the run's folder, watched for the file `stop`; `folder` if not given.
-        check: whether to check that training was long enough; None: as the parameters say (`check_trained`).
+        check: whether to check that training was long enough; None: as the parameters say (`check_converged`).
 
     Raises:
         Stopped: the run was asked to stop; the checkpoint and `unfinished.csv` in `home` are written.
@@ -147,7 +147,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     if folder is None and params.processes() > 1:
         with tempfile.TemporaryDirectory() as place:  # worker processes read their job from here
             return tune(task, encoder, params, seed, Path(place), choice, home, check)
-    home, check = home or folder, params.check_trained if check is None else check
+    home, check = home or folder, params.check_converged if check is None else check
 
     def job(choice: Choice, times: int = 1) -> Job:
         name = f"rate {choice.learning_rate:g} decay {choice.weight_decay:g} times {times}"
@@ -175,8 +175,8 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     tries = pd.DataFrame(rows)
     if folder:
         write_table(folder / "tries.csv", tries)
-    trained = abs(longer - score) <= error if check else None
-    return Tuned(predictor, log, each, tries, score, error, longer, trained)
+    converged = abs(longer - score) <= error if check else None
+    return Tuned(predictor, log, each, tries, score, error, longer, converged)
 
 
 def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:

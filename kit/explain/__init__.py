@@ -2,7 +2,7 @@
 
 - `targets`: the output to explain: a prediction, a class, a similarity, a principal direction
 - `saliency`: a map for one scan, by nine methods
-- `asked`: a model with the output to explain and the methods' options
+- `explainer`: a model with the output to explain and the methods' options
 - `maps`: 4_saliency: the model, the scans to explain, their maps and group means
 - `checks`: sanity checks of maps, as numbers and as a verdict in words
 - `shuffled`: the same network fine-tuned on shuffled labels, for one of the checks

@@ -22,9 +22,9 @@ from kit.cohort.tables import read_cohort
 from kit.explain.atlas_files import LICENCES, AtlasError, templates, wheel_file
 from kit.explain.label_names import BOTH, label_names, split_side
 from kit.params import Saliency
+from kit.preprocess.header import affine_of
 from kit.preprocess.index import scan_names
 from kit.preprocess.nifti import upright
-from kit.preprocess.place import affine_of
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.template import template_on, tissue_share_on
 from kit.runs import resolve, shown

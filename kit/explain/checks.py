@@ -30,7 +30,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from kit.device import evaluation, scans_at_a_time
-from kit.explain.asked import Asked
+from kit.explain.explainer import Explainer
 from kit.explain.saliency import CONTRIBUTIONS, TIMES_IMAGE, baseline_of, cubes, frozen
 from kit.explain.targets import encoder_of
 from kit.models.features import stages_of
@@ -136,18 +136,18 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, gi
     return float((of[0, 1] - of[0, 2] * of[1, 2]) / left) if left > 1e-9 else float("nan")
 
 
-def _likeness(asked: Asked, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
+def _likeness(explainer: Explainer, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
     """Rank correlation of two models' maps of one scan, partial where the module's docstring says so."""
-    image, mask = asked.read(scan)
-    given = image - baseline_of(image, mask, asked.options) if method in TIMES_IMAGE else None
+    image, mask = explainer.read(scan)
+    given = image - baseline_of(image, mask, explainer.options) if method in TIMES_IMAGE else None
     return rank_correlation(found, other, mask, given)
 
 
-def randomisation(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
+def randomisation(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
     """Compare one scan's maps with those of copies of the model with randomised layers.
 
     Args:
-        asked: the model and the output to explain.
+        explainer: the model and the output to explain.
         scan: its name.
         maps: by method.
         seed: of the weights.
@@ -156,24 +156,24 @@ def randomisation(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: in
         One row per method and copy: `method`, `scan`, `how` (cascading or independent), `layers` (those randomised),
         `share` (of the model's weights), `rank_correlation`.
     """
-    groups = layer_groups(asked.model)
+    groups = layer_groups(explainer.model)
     plan = [("cascading", groups[: number + 1]) for number in range(len(groups))]
     plan += [("independent", [group]) for group in groups[1:]]
-    sizes = {name: parameter.numel() for name, parameter in asked.model.named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in explainer.model.named_parameters()}
     rows = []
     for how, drawn in progress(plan, desc="randomised copies"):
         names = [name for _, members in drawn for name in members]
-        fresh = reinitialised(asked.model, seed, names)
+        fresh = reinitialised(explainer.model, seed, names)
         layers = drawn[0][0] if len(drawn) == 1 else f"{drawn[0][0]} to {drawn[-1][0]}"
         share = sum(size for name, size in sizes.items()
                     if any(name.startswith(f"{each}.") for each in names)) / sum(sizes.values())
         for method, found in maps.items():
-            likeness = _likeness(asked, scan, method, found, asked.map(scan, method, model=fresh))
+            likeness = _likeness(explainer, scan, method, found, explainer.map(scan, method, model=fresh))
             rows.append((method, scan, how, layers, share, likeness))
     return pd.DataFrame(rows, columns=["method", "scan", "how", "layers", "share", "rank_correlation"])
 
 
-def curves(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
+def curves(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
     """Record the output while cubes of brain are deleted from a scan or inserted into the baseline, strongest first.
 
     Cubes have half the side of occlusion's, at least two voxels, and deleted ones take the baseline's values. For
@@ -183,11 +183,11 @@ def curves(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) 
         One row per order, kind and fraction: `method` (or `random 0`, ...), `kind` (deletion or insertion), `fraction`
         of the cubes, `output`.
     """
-    image, mask = asked.read(scan)
-    score, side = asked.of(asked.model, scan), max(2, asked.options.patch // 2)
+    image, mask = explainer.read(scan)
+    score, side = explainer.of(explainer.model, scan), max(2, explainer.options.patch // 2)
     number = cubes(mask, side)
-    count, empty = int(number[mask].max()) + 1, baseline_of(image, mask, asked.options)
-    ends = _outputs(score, [image, empty], asked)
+    count, empty = int(number[mask].max()) + 1, baseline_of(image, mask, explainer.options)
+    ends = _outputs(score, [image, empty], explainer)
     orders = {}
     for method, found in maps.items():
         weight = found * (np.sign(ends[0] - ends[1]) or 1.0) if method in CONTRIBUTIONS else np.abs(found)
@@ -202,7 +202,7 @@ def curves(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) 
         first = place[name][number] < round(fraction * count)
         return np.where(first == (kind == "insertion"), image, empty)
 
-    outputs = _outputs(score, (changed(*job) for job in jobs), asked, len(jobs))
+    outputs = _outputs(score, (changed(*job) for job in jobs), explainer, len(jobs))
     return pd.DataFrame(jobs, columns=["method", "kind", "fraction"]).assign(output=outputs)
 
 
@@ -227,9 +227,10 @@ def areas(table: pd.DataFrame) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def _outputs(score: nn.Module, images: Iterable[np.ndarray], asked: Asked, count: int | None = None) -> np.ndarray:
+def _outputs(score: nn.Module, images: Iterable[np.ndarray], explainer: Explainer,
+             count: int | None = None) -> np.ndarray:
     """Run a module over images in batches: (images,)."""
-    where, size = next(score.parameters()).device, scans_at_a_time(asked.store.grid.shape)
+    where, size = next(score.parameters()).device, scans_at_a_time(explainer.store.grid.shape)
     found: list[np.ndarray] = []
     waiting: list[np.ndarray] = []
     with frozen(score), evaluation(where), progress(total=count, desc="deletion and insertion",
@@ -249,21 +250,21 @@ def _outputs(score: nn.Module, images: Iterable[np.ndarray], asked: Asked, count
     return np.concatenate(found)
 
 
-def stability(asked: Asked, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
+def stability(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
     """Rank correlations of a scan's maps with those after slight noise, and after a shift by one voxel along x.
 
     Returns:
         One row per method: `noise`, `shift`.
     """
-    image, mask = asked.read(scan)
+    image, mask = explainer.read(scan)
     noise = np.random.default_rng([seed, 5]).normal(0, NOISE_SD * image[mask].std(), image.shape)
     noisy = np.where(mask, image + noise, 0).astype(np.float32)
     shifted = [np.concatenate([np.zeros_like(values[..., :1]), values[..., :-1]], -1) for values in (image, mask)]
     rows = {}
     for method, found in maps.items():
-        after = asked.map(scan, method, image=shifted[0], mask=shifted[1])
+        after = explainer.map(scan, method, image=shifted[0], mask=shifted[1])
         back = np.concatenate([after[..., 1:], np.zeros_like(after[..., :1])], -1)
-        rows[method] = {"noise": rank_correlation(found, asked.map(scan, method, image=noisy, mask=mask), mask),
+        rows[method] = {"noise": rank_correlation(found, explainer.map(scan, method, image=noisy, mask=mask), mask),
                         "shift": rank_correlation(found, back, mask)}
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -276,10 +277,11 @@ def outside_share(found: np.ndarray, mask: np.ndarray) -> float:
     return float(weight[out].sum() / weight.sum() / out.mean())
 
 
-def incompleteness(asked: Asked, scan: str, found: np.ndarray) -> float:
+def incompleteness(explainer: Explainer, scan: str, found: np.ndarray) -> float:
     """Relative error of integrated gradients' sum: it should equal the scan's output minus the baseline's."""
-    image, mask = asked.read(scan)
-    ends = _outputs(asked.of(asked.model, scan), [image, baseline_of(image, mask, asked.options)], asked)
+    image, mask = explainer.read(scan)
+    score = explainer.of(explainer.model, scan)
+    ends = _outputs(score, [image, baseline_of(image, mask, explainer.options)], explainer)
     difference = float(ends[0] - ends[1])
     return abs(float(found.sum(dtype=np.float64)) - difference) / abs(difference) if difference else float("nan")
 
@@ -309,12 +311,12 @@ class Checked(NamedTuple):
     verdicts: pd.DataFrame
 
 
-def check_maps(asked: Asked, scans: Sequence[str], methods: Sequence[str], run: Run, *, learned: str = "",
+def check_maps(explainer: Explainer, scans: Sequence[str], methods: Sequence[str], run: Run, *, learned: str = "",
                shuffled: nn.Module | None = None, seed: int = 0) -> Checked:
     """Run all checks; writes `checks.csv`, `randomisation.csv`, `agreement.csv` and `verdicts.csv`.
 
     Args:
-        asked: the model and the output to explain.
+        explainer: the model and the output to explain.
         scans: names of the scans to check on.
         methods: of the maps.
         run: receives the tables.
@@ -325,11 +327,11 @@ def check_maps(asked: Asked, scans: Sequence[str], methods: Sequence[str], run: 
     """
     tables, copies, alike = [], [], []
     for scan in scans:
-        mask = asked.read(scan)[1]
-        maps = {method: asked.map(scan, method) for method in methods}
-        copies.append(randomisation(asked, scan, maps, seed))
+        mask = explainer.read(scan)[1]
+        maps = {method: explainer.map(scan, method) for method in methods}
+        copies.append(randomisation(explainer, scan, maps, seed))
         alike.append(agreement(maps, mask))
-        tables.append(_numbers(asked, scan, maps, copies[-1], alike[-1], shuffled, seed))
+        tables.append(_numbers(explainer, scan, maps, copies[-1], alike[-1], shuffled, seed))
     checked = Checked(pd.concat(tables, ignore_index=True), pd.concat(copies, ignore_index=True),
                       sum(alike) / len(alike), verdicts(pd.concat(tables), learned))
     for name, table in (("checks", checked.table), ("randomisation", checked.randomised),
@@ -339,17 +341,17 @@ def check_maps(asked: Asked, scans: Sequence[str], methods: Sequence[str], run: 
     return checked
 
 
-def _numbers(asked: Asked, scan: str, maps: dict[str, np.ndarray], copies: pd.DataFrame, alike: pd.DataFrame,
+def _numbers(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], copies: pd.DataFrame, alike: pd.DataFrame,
              shuffled: nn.Module | None, seed: int) -> pd.DataFrame:
-    mask = asked.read(scan)[1]
+    mask = explainer.read(scan)[1]
     cascade = copies[copies["how"] == "cascading"].groupby("method", sort=False)["rank_correlation"]
     table = pd.DataFrame({"randomised": cascade.nth(-1).to_numpy(), "head": cascade.nth(0).to_numpy()},
                          index=list(maps))
     table["shuffled"] = [np.nan if shuffled is None else _likeness(
-        asked, scan, method, found, asked.map(scan, method, model=shuffled)) for method, found in maps.items()]
-    table = table.join(areas(curves(asked, scan, maps, seed))).join(stability(asked, scan, maps, seed))
+        explainer, scan, method, found, explainer.map(scan, method, model=shuffled)) for method, found in maps.items()]
+    table = table.join(areas(curves(explainer, scan, maps, seed))).join(stability(explainer, scan, maps, seed))
     table["outside"] = [outside_share(found, mask) for found in maps.values()]
-    table["incomplete"] = [incompleteness(asked, scan, found) if method == "integrated_gradients" else np.nan
+    table["incomplete"] = [incompleteness(explainer, scan, found) if method == "integrated_gradients" else np.nan
                            for method, found in maps.items()]
     others = alike.where(~np.eye(len(alike), dtype=bool))
     table["agreement"] = others.mean(axis=1)

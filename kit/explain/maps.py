@@ -20,8 +20,8 @@ from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import read_table
 from kit.device import on_device
 from kit.evaluate.finetune import load_predictor
-from kit.explain.asked import Asked
 from kit.explain.atlas import Atlas
+from kit.explain.explainer import Explainer
 from kit.explain.native import write_native
 from kit.explain.regions import region_intervals
 from kit.explain.saliency import Maps, Options, check_methods, passes_of
@@ -100,14 +100,14 @@ def open_model(params: Saliency, store: Store, run: Run) -> Opened:
     return Opened(on_device(model).eval(), record, chosen)
 
 
-def ask(params: Saliency, opened: Opened, store: Store) -> Asked:
+def explainer_of(params: Saliency, opened: Opened, store: Store) -> Explainer:
     """Set up the output to explain and the methods' options from the parameters.
 
     Raises:
         TargetError: the model has no such output.
     """
-    asked = question(params.target, opened.model, opened.record, store, opened.chosen, params.like, params.seed)
-    return Asked(opened.model, asked.of, asked.words, store, options_of(params, store))
+    output = question(params.target, opened.model, opened.record, store, opened.chosen, params.like, params.seed)
+    return Explainer(opened.model, output.of, output.words, store, options_of(params, store))
 
 
 def options_of(params: Saliency, store: Store) -> Options:
@@ -191,7 +191,7 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
     first = ~participant_ids(rows).duplicated().to_numpy()
     groups = {}
     for name in whom:
-        if name == "controls" and known["chance"].isna().all():
+        if name == "controls" and known["p_true"].isna().all():
             print(f"whom: {task.get('task', 'this')} is a number, which has no controls")
             continue
         groups[name] = _group(known, name, rows, first, count, seed)
@@ -205,39 +205,39 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
 
 
 def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
-    """A run's predictions in distribution: scan, participant, true, predicted, chance (of the true class), right, said.
+    """A run's predictions in distribution: scan, participant, true, predicted, p_true, right, said.
 
-    `chance` is a probability. For regression it is nan and `right` is true. For more than two classes, `predicted` is
-    the highest class probability.
+    `p_true` is the probability of the true class. For regression it is nan and `right` is true. For more than two
+    classes, `predicted` is the highest class probability.
     """
     known = read_table(model / "predictions.csv", text=("scan", "participant"))
     known = known[known["distribution"] == "in_distribution"].reset_index(drop=True)
     true = known["true"].to_numpy()
     if "predicted_0" in known:
-        chances = softmax(known.filter(regex=r"^predicted_\d+$").to_numpy(), axis=1)  # (scans, classes)
+        probabilities = softmax(known.filter(regex=r"^predicted_\d+$").to_numpy(), axis=1)  # (scans, classes)
     elif set(true) <= {0.0, 1.0} and (classes or set(true) == {0.0, 1.0}):
-        chances = expit(np.stack([-known["predicted"], known["predicted"]], axis=1))
+        probabilities = expit(np.stack([-known["predicted"], known["predicted"]], axis=1))
     else:
         said = [f"true {one:.1f}, predicted {other:.1f}" for one, other in zip(true, known["predicted"], strict=True)]
-        return known.assign(chance=np.nan, right=True, said=said)
+        return known.assign(p_true=np.nan, right=True, said=said)
     number = true.astype(int)
-    classes = classes or [str(each) for each in range(chances.shape[1])]
-    chance = chances[np.arange(len(known)), number]
+    classes = classes or [str(each) for each in range(probabilities.shape[1])]
+    p_true = probabilities[np.arange(len(known)), number]
     if "predicted_0" in known:
-        known = known.assign(predicted=chances.max(1))
+        known = known.assign(predicted=probabilities.max(1))
     said = [f"true {classes[one]}, predicted {classes[row.argmax()]} ({row.max():.2f})"
-            for one, row in zip(number, chances, strict=True)]
-    return known.assign(chance=chance, right=chances.argmax(1) == number, said=said)
+            for one, row in zip(number, probabilities, strict=True)]
+    return known.assign(p_true=p_true, right=probabilities.argmax(1) == number, said=said)
 
 
 def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, first: np.ndarray, count: int, seed: int) -> list[str]:
     """Names of one group's scans, at most `count` participants."""
-    number = known["chance"].isna().all()
+    number = known["p_true"].isna().all()
     if name in ("random", "controls"):
         keep = first & (np.ones(len(known), bool) if name == "random" else (known["true"] == 0).to_numpy())
         return _drawn(rows[keep], count, seed)["scan"].tolist()
     if name == "worst":
-        error = (known["predicted"] - known["true"]).abs() if number else 1 - known["chance"]
+        error = (known["predicted"] - known["true"]).abs() if number else 1 - known["p_true"]
         ranked = known.assign(rank=error)[~known["right"] | number]
     else:
         two = not number and "predicted_0" not in known
@@ -272,23 +272,23 @@ def no_better_than_chance(model: Path) -> str:
         f"median's {guess:.1f})")
 
 
-def saliency_maps(asked: Asked, rows: pd.DataFrame, methods: Sequence[str], run: Run) -> Maps:
+def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[str], run: Run) -> Maps:
     """Make maps of each scan by each method, written as `maps/<scan>_<method>.nii.gz` in MNI152 space."""
     maps: Maps = {}
-    masks = {scan: asked.store.read(scan)[1] for scan in rows["scan"]}
-    total = sum(passes_of(method, mask, asked.options) for mask in masks.values() for method in methods)
+    masks = {scan: explainer.store.read(scan)[1] for scan in rows["scan"]}
+    total = sum(passes_of(method, mask, explainer.options) for mask in masks.values() for method in methods)
     with progress(total=total, desc="maps", unit="pass") as bar:
         def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
             bar.update(len(inputs[0]))  # not returned: a hook's return value replaces the model's output
 
-        hook = asked.model.register_forward_hook(count)
+        hook = explainer.model.register_forward_hook(count)
         try:
             for scan, mask in masks.items():
                 for method in methods:
                     bar.set_postfix_str(f"{scan} {method}", refresh=False)
-                    values = np.where(mask, asked.map(scan, method), np.float32(0))
+                    values = np.where(mask, explainer.map(scan, method), np.float32(0))
                     maps[scan, method] = values
-                    write_nifti(run / "maps" / f"{scan}_{method}.nii.gz", values, asked.store.grid.affine)
+                    write_nifti(run / "maps" / f"{scan}_{method}.nii.gz", values, explainer.store.grid.affine)
         finally:
             hook.remove()
     return maps

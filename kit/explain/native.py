@@ -8,8 +8,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from kit.preprocess.header import affine_of
 from kit.preprocess.nifti import ScanError, file_bytes
-from kit.preprocess.place import affine_of
 from kit.preprocess.resample import resample
 from kit.preprocess.scan_file import read_scan
 from kit.runs import shown, write_whole

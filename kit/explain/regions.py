@@ -35,11 +35,13 @@ def region_intervals(maps: Maps, store: Store, atlas: Atlas | Mapping[str, Atlas
     Returns:
         Columns method, region, side, share_of_saliency (mean share of the absolute map, 0-1), low and high (95 %
         bootstrap percentile interval; nan with one participant), share_of_brain, ratio (of the two means; 1 for a
-        uniform map), participants. A method's regions are sorted by share, largest first.
+        uniform map), participants. A method's regions are sorted by share, largest first. No map, no row.
 
     Raises:
         ValueError: shapes differ, or a map is zero inside its mask.
     """
+    if not maps:
+        return pd.DataFrame(columns=COLUMNS)
     shares = {(method, scan): shares_of(values, store.read(scan)[1], atlas if isinstance(atlas, Atlas) else atlas[scan])
               for (scan, method), values in maps.items()}
     table = pd.concat(shares, names=["method", "scan"]).unstack(["region", "side"]).fillna(0.0)

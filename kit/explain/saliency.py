@@ -291,7 +291,7 @@ def _rollout(encoder: ViTEncoder, scan: torch.Tensor) -> torch.Tensor:
     assert joint is not None  # a ViT has layers
     tokens = joint[0, 1:, 1:].mean(0)
     sides = [side // patch for side, patch in zip(scan.shape[2:], encoder.patch, strict=True)]
-    flat = torch.zeros(int(np.prod(sides)), device=scan.device).index_copy(0, encoder.places, tokens)
+    flat = torch.zeros(int(np.prod(sides)), device=scan.device).index_copy(0, encoder.brain_patches, tokens)
     volume = flat.reshape(sides)
     for axis, patch in enumerate(encoder.patch):
         volume = volume.repeat_interleave(patch, axis)

@@ -32,7 +32,7 @@ def shuffled_model(model: Path, steps: int, seed: int = 0) -> nn.Module:
         EncoderError, StoreError, LabelError: see `kit.evaluate.finetune.run_finetune`.
     """
     kept = read_yaml(model / "params.yaml")
-    params = Finetune.model_validate(kept | {"steps": min(steps, kept["steps"]), "check_trained": False, "workers": 1,
+    params = Finetune.model_validate(kept | {"steps": min(steps, kept["steps"]), "check_converged": False, "workers": 1,
                                              "nodes": 1, "warmup_steps": 0})
     stores, aliases = open_stores(params), read_aliases(params.aliases)
     spec = encoder_at(params.encoder, params.fold, params.seed)

@@ -23,7 +23,7 @@ from kit.cohort.tabular import read_table
 from kit.device import on_device
 from kit.evaluate.finetune import load_predictor
 from kit.evaluate.metrics import bootstrap
-from kit.explain.asked import Asked
+from kit.explain.explainer import Explainer
 from kit.explain.maps import EFFECTS, check_model, known_place
 from kit.explain.saliency import Maps, check_methods
 from kit.explain.targets import question
@@ -82,7 +82,7 @@ def inside_known_places(maps: Maps, store: Store, task: str | None, run: Run) ->
     return table
 
 
-def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> pd.DataFrame:
+def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: Run) -> pd.DataFrame:
     """Compare all methods' maps of all models with known places; also written to `truth.csv`.
 
     Each model is judged on tested participants of its own task whose place is known, drawn by the seed: models with
@@ -90,7 +90,7 @@ def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> p
 
     Args:
         params: its `model` and `compare` are judged on `truth_participants` participants each.
-        asked: of `model`.
+        explainer: of `model`.
         task: of `model`.
 
     Returns:
@@ -101,20 +101,21 @@ def truth_table(params: Saliency, asked: Asked, task: str | None, run: Run) -> p
     for name, folder in models.items():
         if name == "model":
             assert task is not None  # else there are no models
-            here, of_task = asked, task
+            here, of_task = explainer, task
         else:
-            check_model(folder, asked.store, params.allow_differences)
-            model, record = load_predictor(folder, asked.store.record)
+            check_model(folder, explainer.store, params.allow_differences)
+            model, record = load_predictor(folder, explainer.store.record)
             check_methods(model, params.methods, params.layer)
             rows = pd.DataFrame({"scan": []})
-            question_of = question("prediction", on_device(model), record, asked.store, rows)
-            here, of_task = Asked(model, question_of.of, question_of.words, asked.store, asked.options), record["task"]
-        scans = scans_with_place(folder, asked.store, of_task, params.truth_participants, params.seed)
-        found = summary(measure(here, scans, params.methods, of_task), asked.store, params.seed)
+            output = question("prediction", on_device(model), record, explainer.store, rows)
+            here = explainer._replace(model=model, of=output.of, words=output.words)
+            of_task = record["task"]
+        scans = scans_with_place(folder, explainer.store, of_task, params.truth_participants, params.seed)
+        found = summary(measure(here, scans, params.methods, of_task), explainer.store, params.seed)
         found.insert(0, "task", of_task)
         found.insert(0, "model", name)
         tables.append(found)
-    table = pd.concat(tables, ignore_index=True) if tables else summary(pd.DataFrame(columns=COLUMNS), asked.store)
+    table = pd.concat(tables, ignore_index=True) if tables else summary(pd.DataFrame(columns=COLUMNS), explainer.store)
     write_stamped(run / "truth.csv", table)
     return table
 
@@ -130,14 +131,14 @@ def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int
     return [there[number] for number in rng_for(seed).permutation(len(there))[:count]]
 
 
-def measure(asked: Asked, scans: Sequence[str], methods: Sequence[str], task: str) -> pd.DataFrame:
+def measure(explainer: Explainer, scans: Sequence[str], methods: Sequence[str], task: str) -> pd.DataFrame:
     """Make maps and compare them with known places: one row per scan and method, see `against_place`."""
     rows = []
     for scan in progress(scans, desc="known places", disable=not scans):
-        place, mask = known_place(asked.store, scan, task), asked.store.read(scan)[1]
+        place, mask = known_place(explainer.store, scan, task), explainer.store.read(scan)[1]
         assert place is not None  # the scans were drawn from those with one
         rows += [{"scan": scan, "method": method, "place": EFFECTS[task],
-                  **against_place(asked.map(scan, method), place, mask)} for method in methods]
+                  **against_place(explainer.map(scan, method), place, mask)} for method in methods]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -31,7 +31,7 @@ def card(record: Mapping[str, Any], config: Mapping[str, Any], run: Path, licenc
 
     Args:
         record: the encoder's.
-        config: see `kit.models.export.config_of`.
+        config: see `kit.models.bundle.config_of`.
         run: folder of the encoder's file; its `made_from.csv` and `log.csv` are used if they belong to this encoder.
         licence: of the weights, by the name that hubs use; if empty, the card says that it is to be filled in.
         scores: rows of a benchmark's `scores.csv` for this encoder.

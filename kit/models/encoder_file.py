@@ -2,7 +2,7 @@
 
 The record holds the architecture, the preparation of the training scans, and hashed ids of the participants and scans
 seen in training (`kit.store.leakage`). It can be read without the weights, so a mismatch is refused before work starts.
-The same functions read third-party weights (`kit.models.foreign`).
+The same functions read third-party weights (`kit.models.third_party_files`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import nn
 
 from kit.models.encoder import Encoder
 from kit.models.encoders import build_encoder
-from kit.models.foreign import EncoderError as EncoderError
-from kit.models.foreign import fill, foreign_record
+from kit.models.third_party_files import EncoderError as EncoderError
+from kit.models.third_party_files import fill, third_party_record
 from kit.problems import encoder_at as encoder_at  # defined there because it needs no torch
 from kit.problems import encoder_parts
 from kit.provenance import OLDER, Side, misfit
@@ -60,7 +60,7 @@ def read_record(encoder: str | Path) -> dict[str, Any]:
         except Exception as error:  # from the OS, from safetensors, or a record that is not ours
             raise EncoderError(f"{shown(path)} is not an encoder of this kit ({type(error).__name__}: "
                                f"{error})") from None
-    return foreign_record(kind, path)
+    return third_party_record(kind, path)
 
 
 def _file(rest: str) -> Path:
@@ -107,7 +107,7 @@ def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0
 
     Args:
         encoder: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, a run of 2_pretrain,
-            or third-party weights as PATH or FORMAT:PATH (`kit.models.formats.FORMATS`).
+            or third-party weights as PATH or FORMAT:PATH (`kit.models.third_party_formats.FORMATS`).
         preparation: the record of the prepared scans.
         seed: of random weights.
         allow: fields in which the preparations may differ; see `kit.provenance.check_fit`.

@@ -17,7 +17,7 @@ from kit.device import at_least_float32
 from kit.models.convolution import with_right_gradients
 from kit.models.encoder import Encoder
 from kit.models.pooling import AveragePool
-from kit.models.rivals import RIVALS, build_rival
+from kit.models.third_party_networks import THIRD_PARTY, build_third_party
 from kit.preprocess.template import template_on
 from kit.store.grid import Grid
 
@@ -83,10 +83,10 @@ class ViTEncoder(Encoder):
 
     Attributes:
         patch: voxels of a patch along each axis, see `patch_size`.
-        places: (tokens,) int64, indices of the patches that become tokens; fixed by the grid, see `brain_patches`.
+        brain_patches: (tokens,) int64, indices of the patches that become tokens; see the function of that name.
     """
 
-    places: torch.Tensor
+    brain_patches: torch.Tensor
 
     def __init__(self, architecture: str, grid: Grid) -> None:
         super().__init__()
@@ -98,18 +98,18 @@ class ViTEncoder(Encoder):
             "decoder_mlp_dim": 4 * decoder_width, "decoder_num_layers": decoder_layers, "decoder_num_heads": heads,
             "qkv_bias": True}
         self.autoencoder = MaskedAutoEncoderViT(**self.arguments)
-        # learn positions, starting from MONAI's sines and cosines: in registered scans each place has its own anatomy
+        # learn positions, starting from MONAI's sines and cosines: registered scans have their anatomy in place
         self.autoencoder.patch_embedding.position_embeddings.requires_grad_(True)
         self.autoencoder.decoder_pos_embedding.requires_grad_(True)
         for block in self.autoencoder.modules():
             if isinstance(block, SABlock):
                 block.use_flash_attention = True  # the same attention without its full matrix in memory
-        self.register_buffer("places", torch.from_numpy(brain_patches(grid)), persistent=False)
+        self.register_buffer("brain_patches", torch.from_numpy(brain_patches(grid)), persistent=False)
         self.features = width
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, 1, depth, height, width) -> embedded patches with positions (batch, tokens, features)."""
-        return self.autoencoder.patch_embedding(images).index_select(1, self.places)
+        return self.autoencoder.patch_embedding(images).index_select(1, self.brain_patches)
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Encode any subset of tokens: (batch, some, features) -> class token first (batch, 1 + some, features)."""
@@ -160,17 +160,17 @@ def brain_patches(grid: Grid) -> np.ndarray:
         ValueError: there are fewer than two, because the grid misses the brain.
     """
     brain = patches(template_on(grid)[1][None, None], patch_size(grid))[0]
-    places = np.flatnonzero(brain.mean(-1) >= LEAST_BRAIN)
-    if len(places) < 2:
-        raise ValueError(f"{grid}: the template's brain fills {len(places)} patches; a ViT needs two")
-    return places
+    indices = np.flatnonzero(brain.mean(-1) >= LEAST_BRAIN)
+    if len(indices) < 2:
+        raise ValueError(f"{grid}: the template's brain fills {len(indices)} patches; a ViT needs two")
+    return indices
 
 
 def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> Encoder:
     """Build an encoder with random weights drawn from the seed.
 
     Args:
-        architecture: see `kit.params.Architecture` and `kit.models.rivals.RIVALS`.
+        architecture: see `kit.params.Architecture` and `kit.models.third_party_networks.THIRD_PARTY`.
         grid: of the scans that it will read; a ViT works on no other.
         seed: of the weights; the caller's random state is left unchanged.
     """
@@ -178,8 +178,8 @@ def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> Encoder:
         warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 omits `indexing`, which torch will require
         torch.manual_seed(seed)
         encoder: Encoder
-        if architecture in RIVALS:
-            encoder = build_rival(architecture, grid)
+        if architecture in THIRD_PARTY:
+            encoder = build_third_party(architecture, grid)
         elif architecture in VIT_SIZES:
             encoder = ViTEncoder(architecture, grid)
         else:

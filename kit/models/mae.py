@@ -49,7 +49,7 @@ class MaskedAutoencoder(nn.Module):
         first, tokens = network.decoder_embed(tokens).split([1, tokens.shape[1] - 1], dim=1)
         every = network.mask_tokens.to(tokens.dtype).repeat(len(images), count, 1)
         every = every.scatter(1, seen[..., None].expand_as(tokens), tokens)
-        every = every + network.decoder_pos_embedding.index_select(1, self.encoder.places)
+        every = every + network.decoder_pos_embedding.index_select(1, self.encoder.brain_patches)
         decoded = network.decoder_blocks(torch.cat([first, every], dim=1))
         with no_autocast(images.device):
             return network.decoder_pred(at_least_float32(decoded))[:, 1:]
@@ -61,7 +61,7 @@ class MaskedAutoencoder(nn.Module):
             images: (batch, 1, depth, height, width) float.
             normalise: subtract each patch's mean and divide by its SD, which He et al. 2022 found best.
         """
-        true = patches(images, self.encoder.patch).index_select(1, self.encoder.places)
+        true = patches(images, self.encoder.patch).index_select(1, self.encoder.brain_patches)
         if not normalise:
             return true
         return (true - true.mean(-1, keepdim=True)) / (true.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -69,13 +69,13 @@ class MaskedAutoencoder(nn.Module):
     def hold_brain(self, masks: torch.Tensor) -> torch.Tensor:
         """Which tokens hold brain in the scans' masks: (batch, 1, depth, height, width) bool -> (batch, tokens)."""
         share = patches(masks.float(), self.encoder.patch).mean(-1)
-        return share.index_select(1, self.encoder.places) >= LEAST_BRAIN
+        return share.index_select(1, self.encoder.brain_patches) >= LEAST_BRAIN
 
     def images_of(self, values: torch.Tensor) -> torch.Tensor:
         """Invert `targets`, except for their normalisation; zero where there is no token."""
         (a, b, c), shape = self.encoder.patch, self.encoder.autoencoder.img_size
         every = values.new_zeros(len(values), shape[0] // a * (shape[1] // b) * (shape[2] // c), a * b * c)
-        every = every.index_copy(1, self.encoder.places, values)
+        every = every.index_copy(1, self.encoder.brain_patches, values)
         return rearrange(every, "n (d h w) (a b c) -> n 1 (d a) (h b) (w c)", a=a, b=b, c=c, d=shape[0] // a,
                          h=shape[1] // b)
 

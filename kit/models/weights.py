@@ -2,7 +2,7 @@
 
     python -m kit.models.weights neuro_simclr weights/
 
-Nothing else in the kit downloads weights. `kit.models.foreign` reads the files.
+Nothing else in the kit downloads weights. `kit.models.third_party_files` reads the files.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
-from kit.models.foreign import EncoderError
-from kit.models.formats import FORMATS
+from kit.models.third_party_files import EncoderError
+from kit.models.third_party_formats import FORMATS
 from kit.runs import resolve, shown, write_whole
 
 _MEDICALNET = "https://huggingface.co/TencentMedicalNet/MedicalNet-Resnet{0}/resolve/main/resnet_{0}{1}.pth"

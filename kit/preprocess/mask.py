@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from kit.preprocess.header import corners_apart, same_affine
 from kit.preprocess.nifti import ScanError, other_form, upright
-from kit.preprocess.place import corners_apart, same_place
 from kit.preprocess.scan_file import read_scan
 
 # No brain is larger: if "nonzero" finds more, the scan is not skull-stripped.
@@ -72,7 +72,7 @@ def read_mask(path: str | Path, array: np.ndarray, affine: np.ndarray, no_codes_
         places.append(mask_other)
     for by_other_form, place in enumerate(places):
         turned, at = upright(values.T, place)
-        if turned.shape == array.shape and same_place(at, affine, array.shape):
+        if turned.shape == array.shape and same_affine(at, affine, array.shape):
             return GivenMask(brain_of(turned, affine), by_other_form > 0)
     if values.shape != array.shape:
         raise ScanError(f"mask: its shape {values.shape} is not the scan's {array.shape} (z, y, x); "

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from kit.errors import KitError
-from kit.preprocess.place import ROUNDING_MM, affine_of, corners_apart, in_mm, no_codes, plausible, voxel_sizes
+from kit.preprocess.header import ROUNDING_MM, affine_of, corners_apart, in_mm, no_codes, plausible, voxel_sizes
 from kit.runs import write_whole
 
 # A header can claim any size; beyond this many voxels (4 GB as float32) it is taken to be broken.
@@ -35,7 +35,7 @@ def read_nifti(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray,
     Axes are flipped and swapped to the nearest RAS orientation (nibabel's `as_closest_canonical`), never
     resampled; an oblique scan keeps its rotation in the affine. Intensities are scaled as the header says,
     and trailing dimensions of length one are dropped. If the header has both an sform and a qform, the sform is used
-    (see `kit.preprocess.place`). Metres and microns become millimetres.
+    (see `kit.preprocess.header`). Metres and microns become millimetres.
 
     Args:
         path: the file.

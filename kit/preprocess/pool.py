@@ -1,4 +1,4 @@
-"""Run many tasks over a few processes, any of which may be killed."""
+"""Run many jobs over a few processes, any of which may be killed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from kit.machine import keep_freed_memory
 
-def run_all(function: Callable[[Any], Any], tasks: list[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Yield each task with its result as it finishes; the result is None if the task kills its process twice.
 
-    A killed process breaks its whole pool. The tasks in flight are then retried one by one to find the one at
-    fault; the remaining tasks run in parallel again.
+def run_all(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+    """Yield each job with its result as it finishes; the result is None if the job kills its process twice.
+
+    A killed process breaks its whole pool. The jobs in flight are then retried one by one to find the one at
+    fault; the remaining jobs run in parallel again.
     """
     if workers == 0:
-        yield from ((task, function(task)) for task in tasks)
+        yield from ((job, function(job)) for job in jobs)
         return
-    waiting: deque[Any] = deque(tasks)
+    waiting: deque[Any] = deque(jobs)
     suspects: deque[Any] = deque()
     while waiting or suspects:
         queue, together = (suspects, 1) if suspects else (waiting, workers)
         flying: dict = {}
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(together, mp_context=context, initializer=_leave_with_parent) as pool:
+        with ProcessPoolExecutor(together, mp_context=context, initializer=_begin) as pool:
             try:
                 while queue or flying:
                     # Few in flight: the rest of a large cohort waits here, not in the pool.
@@ -39,13 +41,13 @@ def run_all(function: Callable[[Any], Any], tasks: list[Any], workers: int) -> I
                         yield flying.pop(future), result
             except BrokenProcessPool:
                 if queue is suspects:
-                    yield from ((task, None) for task in flying.values())
+                    yield from ((job, None) for job in flying.values())
                 else:
                     suspects.extend(flying.values())
 
 
-def _leave_with_parent() -> None:
-    """End this process when its parent is killed; otherwise it would wait for tasks forever."""
+def _begin() -> None:
+    """Set up a process, which ends when its parent is killed; otherwise it would wait for jobs forever."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -53,4 +55,5 @@ def _leave_with_parent() -> None:
         parent.join()
         os._exit(1)
 
+    keep_freed_memory()
     threading.Thread(target=watch, daemon=True).start()

@@ -20,8 +20,7 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import from_matvec
 
-from kit.preprocess import intensity, quality
-from kit.preprocess import skullstrip as brain
+from kit.preprocess import intensity, quality, skullstrip
 from kit.preprocess.index import check_cohort, scan_names, write_tables
 from kit.preprocess.nifti import ScanError, other_form, upright
 from kit.preprocess.pool import run_all
@@ -51,7 +50,7 @@ LEVEL_DEG = 20.0
 LEVEL_BOX_MM = ((-95, -115, -110), (95, 115, 95))
 
 
-class ScanTask(NamedTuple):
+class ScanJob(NamedTuple):
     """One scan to prepare."""
 
     scan: str
@@ -89,15 +88,15 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     remove_leftovers(folder)
     wanted = settings.mask in ("auto", "given") and "mask_path" in cohort
     masks = cohort["mask_path"].fillna("") if wanted else [""] * len(cohort)
-    tasks = [
-        ScanTask(name, str(image), str(mask), scan_path(folder, name), settings)
+    jobs = [
+        ScanJob(name, str(image), str(mask), scan_path(folder, name), settings)
         for name, image, mask in zip(names, cohort["image_path"], masks, strict=True)
     ]
-    outcomes: dict[str, dict[str, Any] | str] = {task.scan: found for task in tasks if (found := _found(task))}
-    with progress(total=len(tasks), initial=len(outcomes), desc="prepare", unit="scan") as bar:
-        todo = [task for task in tasks if task.scan not in outcomes]
-        for task, outcome in run_all(prepare_scan, todo, workers):
-            outcomes[task.scan] = outcome or "its process was killed twice, most likely for lack of memory"
+    outcomes: dict[str, dict[str, Any] | str] = {job.scan: found for job in jobs if (found := _found(job))}
+    with progress(total=len(jobs), initial=len(outcomes), desc="prepare", unit="scan") as bar:
+        todo = [job for job in jobs if job.scan not in outcomes]
+        for job, outcome in run_all(prepare_scan, todo, workers):
+            outcomes[job.scan] = outcome or "its process was killed twice, most likely for lack of memory"
             bar.update()
     index, failed = write_tables(cohort, names, outcomes, folder, brain_ml)
     if len(noted := index[index["header_note"] != ""]):
@@ -106,15 +105,15 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     return index, failed
 
 
-def prepare_scan(task: ScanTask) -> dict[str, Any] | str:
+def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
     """Prepare one scan; return its quality columns of the index, or the reason why it failed."""
     start = perf_counter()
     try:
-        search, source = _sources(task)
-        image, mask, notes = _to_template_space(task, _known(task, search))
+        search, source = _sources(job)
+        image, mask, notes = _to_template_space(job, _known(job, search))
         notes["quality"]["seconds"] = round(perf_counter() - start, 2)
         notes |= {"search": search, "source": source}
-        write_scan(task.output, image, mask, task.scan, task.settings.grid.affine, notes)
+        write_scan(job.output, image, mask, job.scan, job.settings.grid.affine, notes)
         return notes["quality"]
     except Exception as error:  # one bad scan must not stop the others
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -124,13 +123,13 @@ def prepare_scan(task: ScanTask) -> dict[str, Any] | str:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _to_template_space(task: ScanTask, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _to_template_space(job: ScanJob, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return the image and mask on the grid, and notes with the transforms and QC metrics.
 
     `known` holds what an earlier search found: the transforms by kind, the orientation and the pose.
     """
-    settings, grid = task.settings, task.settings.grid
-    head = _upright_head(task, known)
+    settings, grid = job.settings, job.settings.grid
+    head = _upright_head(job, known)
     array, affine, native_mask = head.array, head.affine, head.brain.mask
     if settings.bias_correction == "n4":
         array = intensity.correct_bias(array, affine, native_mask)
@@ -152,17 +151,17 @@ def _to_template_space(task: ScanTask, known: dict[str, Any]) -> tuple[np.ndarra
                           "quality": {"mask_source": head.brain.source, "header_note": head.brain.note, **metrics}}
 
 
-class UprightScan(NamedTuple):
-    """An upright scan and its brain."""
+class Head(NamedTuple):
+    """A scan, upright once `_upright_head` is done with it, and its brain."""
 
     array: np.ndarray  # float32 (z, y, x)
     affine: np.ndarray  # (4, 4), voxel (x, y, z) to mm, RAS+ once upright
-    brain: brain.Brain
+    brain: skullstrip.Brain
     orientation: np.ndarray = np.eye(4)  # (4, 4) rotation from these millimetres to those of the header
     pose: np.ndarray | None = None  # the pose in which deepbet saw it again; see `_level`
 
 
-def _upright_head(task: ScanTask, known: dict[str, Any]) -> UprightScan:
+def _upright_head(job: ScanJob, known: dict[str, Any]) -> Head:
     """Read a scan, find its brain, and turn both upright if the header's orientation is wrong.
 
     deepbet expects upright heads and finds half a brain in others. If its brain is unlike the template's, it sees all
@@ -170,11 +169,11 @@ def _upright_head(task: ScanTask, known: dict[str, Any]) -> UprightScan:
     and the mask more like the template's brain is kept. `known` holds what an earlier preparation found; if empty,
     everything is searched.
     """
-    kind, no_codes_ok = task.settings.mask, task.settings.orientation_unknown == "assume_ras"
-    array, affine = read_scan(task.image_path, no_codes_ok=no_codes_ok)
-    found = brain.find_brain(kind, array, affine, task.mask_path, no_codes_ok, other_form(task.image_path))
-    head = UprightScan(array, affine, found)
-    if task.settings.registration == "none":
+    kind, no_codes_ok = job.settings.mask, job.settings.orientation_unknown == "assume_ras"
+    array, affine = read_scan(job.image_path, no_codes_ok=no_codes_ok)
+    found = skullstrip.find_brain(kind, array, affine, job.mask_path, no_codes_ok, other_form(job.image_path))
+    head = Head(array, affine, found)
+    if job.settings.registration == "none":
         return head
     if known:
         head = _turn(head, np.array(known["orientation"]))
@@ -193,7 +192,7 @@ def _upright_head(task: ScanTask, known: dict[str, Any]) -> UprightScan:
     return head
 
 
-def _orientation(head: UprightScan) -> np.ndarray:
+def _orientation(head: Head) -> np.ndarray:
     """Return the likeliest of 24 orientations, (4, 4)."""
     if head.brain.source != "deepbet":
         return find_orientation(head.array, head.affine, head.brain.mask)
@@ -204,24 +203,24 @@ def _orientation(head: UprightScan) -> np.ndarray:
 def _quick_likeness(array: np.ndarray, affine: np.ndarray) -> float:
     """Return how similar to the template the brain is that deepbet finds in this head; higher is better."""
     try:
-        return initial_pose(array, affine, brain.deepbet_mask(array, quick=True)).likeness
+        return initial_pose(array, affine, skullstrip.deepbet_mask(array, quick=True)).likeness
     except ScanError:  # no brain found
         return 0.0
 
 
-def _turn(head: UprightScan, orientation: np.ndarray) -> UprightScan:
+def _turn(head: Head, orientation: np.ndarray) -> Head:
     """Undo a wrong orientation of a head; deepbet segments it again."""
     if np.array_equal(orientation, np.eye(4)):
         return head
     array, affine = _turned(head.array, head.affine, orientation)
     if head.brain.source == "deepbet":
-        mask = brain.deepbet_mask(array)
+        mask = skullstrip.deepbet_mask(array)
     else:
         mask = _turned(head.brain.mask.astype(np.float32), head.affine, orientation)[0] > 0.5
-    return UprightScan(array, affine, head.brain._replace(mask=mask), orientation)
+    return Head(array, affine, head.brain._replace(mask=mask), orientation)
 
 
-def _level(head: UprightScan, pose: np.ndarray) -> UprightScan:
+def _level(head: Head, pose: np.ndarray) -> Head:
     """Let deepbet segment a tilted head again, levelled and cropped around the brain.
 
     `pose` (4, 4) takes the level box's millimetres, from the brain's centre, to the head's.
@@ -231,7 +230,7 @@ def _level(head: UprightScan, pose: np.ndarray) -> UprightScan:
     """
     to = from_matvec(np.eye(3), LEVEL_BOX_MM[0])
     sides = np.subtract(LEVEL_BOX_MM[1], LEVEL_BOX_MM[0]).astype(int) + 1
-    mask = brain.deepbet_mask(resample(head.array, head.affine, pose, tuple(sides[::-1].tolist()), to))
+    mask = skullstrip.deepbet_mask(resample(head.array, head.affine, pose, tuple(sides[::-1].tolist()), to))
     mask = resample(mask, to, np.linalg.inv(pose), head.array.shape, head.affine) > 0.5
     return head._replace(brain=head.brain._replace(mask=mask), pose=pose)
 
@@ -241,39 +240,39 @@ def _turned(array: np.ndarray, affine: np.ndarray, orientation: np.ndarray) -> t
     return upright(array.T, orientation.T @ affine)
 
 
-def _sources(task: ScanTask) -> tuple[str, str]:
+def _sources(job: ScanJob) -> tuple[str, str]:
     """Return two digests: of the inputs of a scan's transform search, and of everything the scan is made from.
 
     Both cover its files' paths, sizes and modification times; the first only the settings that affect the search, the
     second all settings.
     """
     files = []
-    for path in filter(None, (task.image_path, task.mask_path)):
+    for path in filter(None, (job.image_path, job.mask_path)):
         try:
             stats = [(file.name, file.stat()) for file in scan_files(path)]
         except OSError as error:
-            raise ScanError("no such file" if path == task.image_path else "mask: no such file") from error
+            raise ScanError("no such file" if path == job.image_path else "mask: no such file") from error
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
-    settings = asdict(task.settings)
+    settings = asdict(job.settings)
     before = [settings["orientation_unknown"], settings["bias_correction"], settings["mask"]]
     search, source = (hashlib.sha256(json.dumps([FORMAT, files, each]).encode()).hexdigest()
                       for each in (before, settings))
     return search, source
 
 
-def _known(task: ScanTask, search: str) -> dict[str, Any]:
+def _known(job: ScanJob, search: str) -> dict[str, Any]:
     """Return the transforms, orientation and pose that an earlier preparation found in the same files, by name."""
     try:
-        notes = read_facts(task.output)["notes"]
+        notes = read_facts(job.output)["notes"]
         return notes["transforms"] if notes.get("search") == search else {}
     except StoreError:
         return {}
 
 
-def _found(task: ScanTask) -> dict[str, Any] | None:
+def _found(job: ScanJob) -> dict[str, Any] | None:
     """Return the QC metrics of a scan already prepared from these files and settings, else None."""
     try:
-        notes = read_facts(task.output)["notes"]
-        return notes["quality"] if notes["source"] == _sources(task)[1] else None
+        notes = read_facts(job.output)["notes"]
+        return notes["quality"] if notes["source"] == _sources(job)[1] else None
     except (StoreError, ScanError):
         return None

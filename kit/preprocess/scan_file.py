@@ -12,6 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from kit.preprocess.dicom import from_itk, quiet, read_dicom, voxel_kind
+from kit.preprocess.header import as_stored
 from kit.preprocess.nifti import (
     ASSUME_RAS,
     SINGULAR,
@@ -23,7 +24,6 @@ from kit.preprocess.nifti import (
     read_nifti,
     upright,
 )
-from kit.preprocess.place import as_stored
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 REFUSED = {

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kit.preprocess.header import corners_apart
 from kit.preprocess.mask import LEAST_BRAIN_ML, millilitres, nonzero_mask, own_voxels, read_mask
 from kit.preprocess.nifti import ScanError, write_nifti
-from kit.preprocess.place import corners_apart
 
 if TYPE_CHECKING:
     from deepbet import BrainExtraction

@@ -27,7 +27,7 @@ ERRORS = ("mean_absolute_error",)  # lower is better
 SIGNIFICANT = 0.05  # for p after Holm's correction
 PAGE = 130  # characters per line of the summary
 _CELL = ["encoder", "mode", "task", "label_fraction", "metric", "distribution"]
-_PLACE = ["task", "metric", "distribution", "label_fraction"]
+_PANEL = ["task", "metric", "distribution", "label_fraction"]
 
 
 def forest(differences: pd.DataFrame, title: str = "", note: str = "") -> Figure:
@@ -160,11 +160,11 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
     encoder, which is the first in `differences`. The sentence counts all its differences, whichever side they favour.
 
     Args:
-        scores: as for `scores_table`, with `trained` (False: more steps would change the validation score).
+        scores: as for `scores_table`, with `converged` (False: more steps would change the validation score).
         differences: as for `forest`, for any number of encoders, modes and label fractions; may be empty.
         note: a remark on the data, such as "procedural data".
     """
-    need(scores, "scores", [*_CELL, "trained"])
+    need(scores, "scores", [*_CELL, "converged"])
     about, cells = f" ({note})" if note else "", _cells(scores)
     lines = [f"Main result{about}: score [95 % interval over participants and seeds]"]
     reference = differences["encoder"].iloc[0] if len(differences) else None
@@ -184,7 +184,7 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
                                    for name, words in METRICS.items()})
     lines += ["", *textwrap.wrap(verdict(differences), PAGE)]
     lines += textwrap.wrap(f"Not trained to the end (three times the steps change the validation score by more than "
-                           f"its standard error): {_untrained(scores) or 'none'}.", PAGE)
+                           f"its standard error): {_unconverged(scores) or 'none'}.", PAGE)
     if scores["low"].isna().any():
         lines += textwrap.wrap(f"[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a "
                                "class), or as every draw gives the same.", PAGE)
@@ -203,8 +203,8 @@ def verdict(differences: pd.DataFrame) -> str:
             "decided (p < .05 after Holm's correction).")
 
 
-def _untrained(scores: pd.DataFrame) -> str:
-    lacking = scores[scores["trained"].astype(str) == "False"]
+def _unconverged(scores: pd.DataFrame) -> str:
+    lacking = scores[scores["converged"].astype(str) == "False"]
     models = lacking.groupby(["encoder", "mode", "task"], sort=False)["label_fraction"].unique()
     return "; ".join(f"{encoder} ({mode}, {readable(task)}, {', '.join(f'{each:.0%}' for each in sorted(fractions))})"
                      for (encoder, mode, task), fractions in models.items())
@@ -286,7 +286,7 @@ def _style(name: str, mode: str, names: list[str]) -> dict:
 
 
 def _cells(scores: pd.DataFrame) -> pd.DataFrame:
-    """Add `text`, and repeat baselines for each mode that has a score with the same `_PLACE`."""
+    """Add `text`, and repeat baselines for each mode that has a score with the same `_PANEL`."""
     need(scores, "scores", [*_CELL, "value", "low", "high", "participants"])
     if (twice := scores[scores.duplicated(_CELL)]).size:
         raise ValueError(f"scores: {len(twice)} cells have several scores, the first {tuple(twice[_CELL].iloc[0])}; "
@@ -294,18 +294,18 @@ def _cells(scores: pd.DataFrame) -> pd.DataFrame:
     baseline = scores["mode"] == "baseline"
     parts, alone = [], scores[baseline]
     for mode, of_mode in scores[~baseline].groupby("mode", sort=False):
-        beside = _places(scores[baseline]).isin(_places(of_mode))
+        beside = _panels(scores[baseline]).isin(_panels(of_mode))
         parts += [scores[baseline][beside].assign(mode=mode), of_mode]
-        alone = alone[~_places(alone).isin(_places(of_mode))]
+        alone = alone[~_panels(alone).isin(_panels(of_mode))]
     cells = pd.concat([*parts, alone], ignore_index=True)
-    most = cells.groupby([*_PLACE, "mode"])["participants"].transform("max")
+    most = cells.groupby([*_PANEL, "mode"])["participants"].transform("max")
     texts = [with_interval(row.value, row.low, row.high, _digits(row.metric))
              for row in cells.itertuples()]
     return cells.assign(text=texts, most=most.astype(int))
 
 
-def _places(scores: pd.DataFrame) -> pd.Index:
-    return pd.MultiIndex.from_frame(scores[_PLACE])
+def _panels(scores: pd.DataFrame) -> pd.Index:
+    return pd.MultiIndex.from_frame(scores[_PANEL])
 
 
 def _digits(metric: str) -> int:

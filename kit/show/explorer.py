@@ -28,7 +28,7 @@ from kit.show.recipe_controls import RecipeControls
 from kit.show.similarity import Similarity, pair_facts
 from kit.store.grid import Grid
 
-Asked = tuple[str, Recipe, int]  # scan, recipe, seed
+Choice = tuple[str, Recipe, int]  # scan, recipe, seed
 MakePair = Callable[[str, Recipe, int], Pair]
 
 _MARGIN, _HEADER, _GAP, _SLICES = 110, 20, 4, 600  # pixels: row names, column names, gaps, all slices
@@ -125,48 +125,48 @@ def explorer(
         words.value = f"{html.escape(pair.drawn)} <i>({pair.seconds:.2f} s)</i>"
         redraw()
 
-    def add_facts(request: int, asked: Asked) -> None:
+    def add_facts(request: int, chosen: Choice) -> None:
         if request == now["request"]:
-            found = similarity(list(scans).index(asked[0]), *asked[1:]) if similarity else []
+            found = similarity(list(scans).index(chosen[0]), *chosen[1:]) if similarity else []
             if request == now["request"]:
                 facts.value = png(pair_facts(now["pair"], found, note))
 
-    def make(request: int, asked: Asked) -> None:
+    def make(request: int, chosen: Choice) -> None:
         if request != now["request"]:  # overtaken while waiting
             return
         try:
-            pair = make_pair(*asked)
+            pair = make_pair(*chosen)
             if request == now["request"]:
                 show(pair)
-                add_facts(request, asked)
+                add_facts(request, chosen)
         except Exception as error:  # an error in a thread would go unseen
             words.value = _wrong(error)
 
-    def asked() -> Asked:
+    def chosen() -> Choice:
         return scan.value, controls.recipe(strength.value), number.value
 
-    def ask(_change: object = None) -> None:
+    def request_pair(_change: object = None) -> None:
         now["request"] += 1
         try:
-            worker.submit(make, now["request"], asked())
+            worker.submit(make, now["request"], chosen())
         except ValueError as error:  # an impossible recipe
             words.value = _wrong(error)
 
-    controls = RecipeControls(ask)
+    controls = RecipeControls(request_pair)
 
     def choose(_change: object = None) -> None:
         controls.show(recipes[named.value])
-        strength.unobserve(ask, "value")
+        strength.unobserve(request_pair, "value")
         strength.value = recipes[named.value].strength
-        strength.observe(ask, "value")
-        ask()
+        strength.observe(request_pair, "value")
+        request_pair()
 
     controls.show(recipes[named.value])
     strength.value = recipes[named.value].strength
-    first = asked()
+    first = chosen()
     show(make_pair(*first))
     worker.submit(add_facts, 0, first)
-    for widget, answer in ((scan, ask), (named, choose), (strength, ask), (number, ask)):
+    for widget, answer in ((scan, request_pair), (named, choose), (strength, request_pair), (number, request_pair)):
         widget.observe(answer, "value")
     for slider in sliders:
         slider.observe(redraw, "value")
@@ -174,7 +174,7 @@ def explorer(
     transforms = widgets.Accordion([controls.box], titles=("transforms: switch on and off, drag the ranges",))
     return widgets.VBox([
         widgets.HBox([widgets.VBox([scan, named, strength, number, again, *sliders]), picture]), words, facts,
-        transforms, _keep(lambda: asked()[1], recipe_path)])
+        transforms, _keep(lambda: chosen()[1], recipe_path)])
 
 
 def _keep(recipe: Callable[[], Recipe], path: str) -> widgets.VBox:

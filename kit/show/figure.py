@@ -37,6 +37,15 @@ def blank(width: float, height: float, title: str = "", note: str = "") -> Figur
     return figure
 
 
+def in_words(words: str, title: str = "", note: str = "") -> Figure:
+    """Make a figure of one sentence, where there is nothing to draw; arguments as for `blank`."""
+    figure = blank(620, 40, title, note)
+    axes = figure.subplots()
+    bare(axes)
+    axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=TEXT)
+    return figure
+
+
 def png(figure: Figure, **options: Any) -> bytes:
     """Convert a figure to PNG bytes for a widget; options as for `savefig`."""
     buffer = io.BytesIO()

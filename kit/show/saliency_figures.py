@@ -22,7 +22,7 @@ from kit.explain.regions import ELSEWHERE
 from kit.preprocess.resample import resample
 from kit.preprocess.template import template_on
 from kit.runs import write_whole
-from kit.show.figure import LEGEND, MAX_WIDTH, TEXT, bare, blank, label
+from kit.show.figure import LEGEND, MAX_WIDTH, TEXT, bare, blank, in_words, label
 from kit.show.planes import PLANES, Point, cut, focus, footer, slice_mm, slice_name, voxel_at, window
 from kit.show.slices import draw_grey, letters, same_shape
 from kit.show.wording import need, readable
@@ -138,7 +138,8 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
                  background: np.ndarray | None = None, at: Point | None = None) -> Figure:
     """Draw groups' smoothed mean maps over the template, in the same slices and with one colour scale.
 
-    For two groups their difference, first minus second, is added with its own scale.
+    For two groups their difference, first minus second, is added with its own scale. For no group, whose maps are
+    thus all zero, a sentence says so.
 
     Args:
         means: (depth, height, width) on the grid, by group; see `kit.explain.maps.class_means`.
@@ -148,6 +149,8 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
     Raises:
         ValueError: an array's shape is not the grid's.
     """
+    if not means:
+        return in_words(ALL_ZERO, title, note)
     template, brain = template_on(grid)
     background = np.where(brain, template, 0) if background is None else background
     same_shape(grid, background=background, outline=outline, **{str(name): values for name, values in means.items()})
@@ -168,6 +171,7 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
     return figure
 
 
+ALL_ZERO = "every map is zero: nothing to draw"
 SIDES, NO_SIDE = {"left": "#3b6ea5", "right": "#c1666b"}, "#8a8a8a"
 
 
@@ -182,8 +186,10 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
         top: regions per method.
 
     Raises:
-        ValueError: the table lacks a column, or has no rows.
+        ValueError: the table lacks a column.
     """
+    if not len(table):
+        return in_words(ALL_ZERO, title, note)
     need(table, "regions", ("method", "region", "side", "share_of_saliency", "low", "high", "share_of_brain"))
     methods = list(dict.fromkeys(table["method"]))
     columns = min(2, len(methods))

@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from kit.device import keep_freed_memory
 from kit.errors import KitError
+from kit.machine import keep_freed_memory
 from kit.seeding import scan_key
 from kit.store.store import Store
 

@@ -27,7 +27,7 @@ from kit.store.store import Store, StoreError, scan_path
 
 SLICES = 8  # one or two blocks of the store
 TRAINING_PARTS = ("pretrain", "train", "validation")  # parts used for training; all others are for testing
-PLACES = ("dataset", "site", "scanner", "manufacturer")  # columns that say where scans come from
+ORIGIN_COLUMNS = ("dataset", "site", "scanner", "manufacturer")  # columns that say where scans come from
 _hashed: dict[tuple[str, int, str], str] = {}  # by file, its time and the salt, as folds and tasks ask repeatedly
 
 
@@ -65,15 +65,15 @@ def seen_by(store: Store, rows: pd.DataFrame, ids: pd.Series, aliases: Aliases |
     return {"participants": sorted(participant_hash(each, salt()) for each in keys),
             "voxels": sorted(set(voxel_hashes(store, rows["scan"]).values())),
             "salt": participant_hash("salt", salt()),
-            "seen": {column: names.value_counts().to_dict() for column, names in places_of(rows).items()}}
+            "seen": {column: names.value_counts().to_dict() for column, names in origins_of(rows).items()}}
 
 
-def places_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
-    """Return the names in each column of `PLACES` that the rows have, without empty cells.
+def origins_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return the names in each column of `ORIGIN_COLUMNS` that the rows have, without empty cells.
 
     A numeric site name gets its dataset as a prefix, since site 1 of two datasets are different sites.
     """
-    found = {column: rows[column].dropna().astype(str) for column in PLACES if column in rows}
+    found = {column: rows[column].dropna().astype(str) for column in ORIGIN_COLUMNS if column in rows}
     if "site" in found:
         numbered = found["site"].str.fullmatch(r"[\d.]+")
         datasets = rows["dataset"].astype(str).reindex(found["site"].index)
@@ -128,7 +128,7 @@ def datasets_seen(record: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
         record: the encoder's record; only that of published weights has `datasets`.
     """
     known = set(map(plain_name, record.get("datasets", ())))
-    return sorted({name for name in places_of(rows).get("dataset", ()) if plain_name(name) in known})
+    return sorted({name for name in origins_of(rows).get("dataset", ()) if plain_name(name) in known})
 
 
 def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], aliases: Aliases | None = None) -> None:

@@ -128,7 +128,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         for number in range(first, len(steps)):
             state.set_rate(epoch + number / len(steps))
             try:
-                with fitting(steps[number], objective.scans_per_item):
+                with explained_out_of_memory(steps[number], objective.scans_per_item):
                     own = state.gradients(stream, steps[number], *place(epoch, number * settings.accumulate))
             except StoreError:
                 saver.save(state.plain(), wait=True)
@@ -408,7 +408,7 @@ def _still_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def fitting(step: list[Chunks], scans_per_item: int = 1) -> Iterator[None]:
+def explained_out_of_memory(step: list[Chunks], scans_per_item: int = 1) -> Iterator[None]:
     """If a step does not fit into memory, name the chunk size to try, which is in items.
 
     Raises:

@@ -124,7 +124,7 @@ class MaskedReconstruction(nn.Module):
     def masks(self, batch: Batch, epoch: int) -> torch.Tensor:
         """Which tokens are masked, (batch, tokens) bool; for validation scans, the same throughout a run."""
         key = epoch if self.training else VALIDATION_EPOCH
-        masks = masks_for(batch.keys, len(self.encoder.places), self.mask_ratio, seed=self.seed, epoch=key)
+        masks = masks_for(batch.keys, len(self.encoder.brain_patches), self.mask_ratio, seed=self.seed, epoch=key)
         return masks.to(batch.images.device)
 
     def forward(self, batch: Batch, epoch: int) -> Report:

@@ -11,7 +11,7 @@ import torch
 from kit.evaluate import benchmark
 from kit.evaluate import finetune as finetuning
 from kit.explain.atlas import load_atlas
-from kit.explain.maps import ask, open_model, region_shares, saliency_maps
+from kit.explain.maps import explainer_of, open_model, region_shares, saliency_maps
 from kit.models.encoder_file import read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.params import Benchmark, Finetune, Pretrain, Saliency
@@ -361,7 +361,7 @@ def explained(store, model, folder, **changes):
     def look(params, run):
         opened = Store.open(params.prepared)
         found = open_model(params, opened, run)
-        maps = saliency_maps(ask(params, found, opened), found.chosen, ["gradient"], run)
+        maps = saliency_maps(explainer_of(params, found, opened), found.chosen, ["gradient"], run)
         return found.record, region_shares(maps, found.chosen, opened, load_atlas("tissues", opened.grid), run)
 
     return through(Saliency, look, {"prepared": store.folder, "model": model, "participants": 1, "output_dir": folder,

@@ -51,17 +51,17 @@ def test_it_stops_where_validation_gets_no_better_and_more_steps_change_nothing(
     best = tuned.log["validation_loss"].argmin()
     assert len(tuned.log) == best + 3 < 30
     assert tuned.tries.iloc[0]["stopped_early"] and tuned.tries.iloc[0]["steps"] == 2 * len(tuned.log)
-    assert tuned.trained and [path.name for path in (tmp_path / TRIES).iterdir()] == ["rate 0.003 decay 0.01 times 1"]
+    assert tuned.converged and [path.name for path in (tmp_path / TRIES).iterdir()] == ["rate 0.003 decay 0.01 times 1"]
     longer, log = train(Job.of(task_of(store), ENCODER, asked, 0, tuned.choice, times=3), asked)
     assert losses(log).equals(losses(tuned.log)) and same(longer, tuned.predictor)
 
 
 def test_few_steps_are_no_training(store):
     tuned = tune(task_of(store, "age"), ENCODER, params(store, task="age", steps=8), 0)
-    assert tuned.trained is (abs(tuned.longer_score - tuned.validation_score) <= tuned.standard_error)
-    assert tuned.trained is False and tuned.longer_score < tuned.validation_score
+    assert tuned.converged is (abs(tuned.longer_score - tuned.validation_score) <= tuned.standard_error)
+    assert tuned.converged is False and tuned.longer_score < tuned.validation_score
     unasked = tune(task_of(store, "age"), ENCODER, params(store, task="age", steps=8), 0, check=False)
-    assert unasked.trained is None and unasked.validation_score == tuned.validation_score
+    assert unasked.converged is None and unasked.validation_score == tuned.validation_score
 
 
 def test_the_rate_of_the_lowest_validation_loss_is_chosen_and_can_be_given(store, tmp_path):

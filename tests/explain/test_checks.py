@@ -11,7 +11,6 @@ from torch import nn
 from kit.evaluate.predict import predict
 from kit.evaluate.tasks import read_tasks, score_tested
 from kit.evaluate.tune import Choice, tune
-from kit.explain.asked import Asked
 from kit.explain.checks import (
     agreement,
     areas,
@@ -27,6 +26,7 @@ from kit.explain.checks import (
     stability,
     verdicts,
 )
+from kit.explain.explainer import Explainer
 from kit.explain.maps import no_better_than_chance
 from kit.explain.saliency import Options
 from kit.explain.shuffled import with_shuffled_labels
@@ -49,8 +49,8 @@ class WithToken(nn.Module):
         self.token = nn.Parameter(3 + 0.5 * torch.randn(1000))
 
 
-def asked_of(model, store, **options) -> Asked:
-    return Asked(model, lambda model, _: Output(model), "output", store, Options(**options))
+def explainer_for(model, store, **options) -> Explainer:
+    return Explainer(model, lambda model, _: Output(model), "output", store, Options(**options))
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def test_drawing_layers_anew_leaves_the_others():
 
 
 def test_a_map_of_learned_weights_changes_with_them(right_reader, store, scan):
-    asked = asked_of(right_reader, store)
-    maps = {method: asked.map(scan, method) for method in METHODS}
-    table = randomisation(asked, scan, maps, seed=1)
+    explainer = explainer_for(right_reader, store)
+    maps = {method: explainer.map(scan, method) for method in METHODS}
+    table = randomisation(explainer, scan, maps, seed=1)
     assert table.groupby("how", sort=False).size().to_dict() == {"cascading": 4, "independent": 2}
     whole = table[(table["how"] == "cascading") & (table["share"] == 1)].set_index("method")["rank_correlation"]
     assert (whole.abs() < 0.3).all()  # of integrated gradients beyond the image, which is in both of its maps
@@ -115,7 +115,7 @@ def test_a_map_of_learned_weights_changes_with_them(right_reader, store, scan):
     assert (head > whole).all()  # the head only weights four readers of the right side
 
     # maps of the copy itself are what a model that has learned nothing gives: 1
-    copy = asked_of(reinitialised(right_reader, 1, ["1", "3"]), store)
+    copy = explainer_for(reinitialised(right_reader, 1, ["1", "3"]), store)
     own = {method: copy.map(scan, method) for method in METHODS}
     again = randomisation(copy, scan, own, seed=1)
     np.testing.assert_allclose(again.loc[again["share"] == 1, "rank_correlation"], 1)
@@ -149,10 +149,10 @@ def test_deletion_and_insertion_of_a_sum(store, scan):
     """The output is the sum of one side's brightness: cubes in their true order win, in the reverse order they lose."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), 1))
     net[1].weight.data.view(SHAPE).copy_(torch.from_numpy(np.indices(SHAPE)[2] >= 18))
-    asked = asked_of(net, store, patch=4)
-    true = asked.map(scan, "gradient_x_input")
-    table = curves(asked, scan, {"gradient_x_input": true, "occlusion": -true, "gradient": np.abs(true)})
-    image, mask = asked.read(scan)
+    explainer = explainer_for(net, store, patch=4)
+    true = explainer.map(scan, "gradient_x_input")
+    table = curves(explainer, scan, {"gradient_x_input": true, "occlusion": -true, "gradient": np.abs(true)})
+    image, mask = explainer.read(scan)
     ends = table[(table["kind"] == "deletion") & (table["method"] == "random 0")].set_index("fraction")["output"]
     with torch.no_grad():
         assert ends[0] == pytest.approx(float(net(torch.from_numpy(image)[None, None])), rel=1e-4)
@@ -165,9 +165,9 @@ def test_deletion_and_insertion_of_a_sum(store, scan):
 def test_stability_falls_where_a_map_does_not_move_with_the_brain(store, scan):
     smooth = nn.Sequential(nn.AvgPool3d(6, 6), nn.Flatten(), nn.Linear(24, 4), nn.Softplus(), nn.Linear(4, 1))
     still = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), 1))  # the same gradient for any scan
-    fixed = asked_of(still, store)
+    fixed = explainer_for(still, store)
     rough = stability(fixed, scan, {"gradient": fixed.map(scan, "gradient")}).loc["gradient"]
-    same = asked_of(smooth, store)
+    same = explainer_for(smooth, store)
     even = stability(same, scan, {"gradient": same.map(scan, "gradient")}).loc["gradient"]
     assert rough["noise"] == pytest.approx(1) and abs(rough["shift"]) < 0.1  # its weights do not move with the brain
     assert even["noise"] > 0.9 and even["shift"] > 0.5
@@ -178,10 +178,10 @@ def test_outside_completeness_and_agreement_by_hand(store, scan, right_reader):
     mask[0] = True
     assert outside_share(np.where(mask, 3.0, -1.0), mask) == pytest.approx(0.25 / 0.5)
     assert np.isnan(outside_share(np.zeros((2, 2, 2)), mask))
-    asked = asked_of(right_reader, store, steps=32)
-    found = asked.map(scan, "integrated_gradients")
-    assert incompleteness(asked, scan, found) < 0.02
-    assert incompleteness(asked, scan, 1.5 * found) == pytest.approx(0.5, abs=0.03)
+    explainer = explainer_for(right_reader, store, steps=32)
+    found = explainer.map(scan, "integrated_gradients")
+    assert incompleteness(explainer, scan, found) < 0.02
+    assert incompleteness(explainer, scan, 1.5 * found) == pytest.approx(0.5, abs=0.03)
     alike = agreement({"a": np.arange(8).reshape(2, 2, 2), "b": -np.arange(8).reshape(2, 2, 2)}, np.ones((2, 2, 2)))
     np.testing.assert_allclose(alike, 1)
 
@@ -241,8 +241,9 @@ def test_a_trained_model_passes_and_a_randomised_one_fails(store, task, tmp_path
     scans = rows["scan"].head(2).tolist()
     for name, network in (("learned", model), ("random", reinitialised(model, 1))):  # some seeds are right by chance
         run = Run.open(tmp_path / f"{name} saliency", {})
-        checked = check_maps(asked_of(network, store, patch=4, steps=32), scans, ["gradient", "integrated_gradients"],
-                             run, learned=no_better_than_chance(run_of(tmp_path / name, network, task)))
+        explainer = explainer_for(network, store, patch=4, steps=32)
+        checked = check_maps(explainer, scans, ["gradient", "integrated_gradients"], run,
+                             learned=no_better_than_chance(run_of(tmp_path / name, network, task)))
         assert {"checks.csv", "randomisation.csv", "agreement.csv", "verdicts.csv"} <= {
             path.name for path in run.folder.iterdir()}
         if name == "learned":
@@ -265,9 +266,9 @@ def test_people_swap_labels_and_tested_ones_keep_theirs(task):
 def test_a_map_of_shuffled_labels_is_another(store, task, tmp_path):
     model, other = trained(store, task, steps=20), trained(store, with_shuffled_labels(task), steps=20)
     rows = task.parts["test"].rows[task.parts["test"].labels == 1]
-    checked = check_maps(asked_of(model, store), rows["scan"].head(1).tolist(), ["gradient"],
+    checked = check_maps(explainer_for(model, store), rows["scan"].head(1).tolist(), ["gradient"],
                          Run.open(tmp_path, {}), shuffled=other)
-    same = check_maps(asked_of(model, store), rows["scan"].head(1).tolist(), ["gradient"], Run.open(tmp_path, {}),
+    same = check_maps(explainer_for(model, store), rows["scan"].head(1).tolist(), ["gradient"], Run.open(tmp_path, {}),
                       shuffled=model)
     assert checked.table["shuffled"][0] < 0.5
     assert same.table["shuffled"][0] == pytest.approx(1) and "shuffled labels give" in same.verdicts["verdict"][0]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from tqdm import tqdm
 
-from kit.explain.maps import ask, class_means, known_place, no_better_than_chance, open_model, saliency_maps
+from kit.explain.maps import class_means, explainer_of, known_place, no_better_than_chance, open_model, saliency_maps
 from kit.explain.maps import scans_to_explain as to_explain
 from kit.explain.saliency import MethodError
 from kit.models.encoder_file import save_encoder
@@ -155,7 +155,7 @@ def test_an_encoder_without_a_head(store, tmp_path, monkeypatch):
     assert opened.chosen["whom"].eq("random").all() and opened.chosen["participant"].is_unique
     # a bar that draws at each pass: what it then answers, True, must not become the model's output
     monkeypatch.setattr("kit.explain.maps.progress", partial(tqdm, mininterval=0, miniters=1, leave=False))
-    maps = saliency_maps(ask(params, opened, store), opened.chosen, params.methods, run)
+    maps = saliency_maps(explainer_of(params, opened, store), opened.chosen, params.methods, run)
     assert len(maps) == 8 and all(values.any() for values in maps.values())
     assert len(list((run / "maps").glob("*.nii.gz"))) == 8
 
@@ -171,8 +171,8 @@ def test_the_mean_brain_is_the_cohorts(store, tmp_path):
         "architecture": "resnet18_narrow", "objective": "simclr", "preparation": store.record, "participants": []})
     params = saliency_params(store, tmp_path / "encoder", tmp_path / "run", target="views", whom=["random"],
                              methods=["integrated_gradients"], baseline="mean_brain", patch_mm=16)
-    asked = ask(params, open_model(params, store, Run.of(params)), store)
+    explainer = explainer_of(params, open_model(params, store, Run.of(params)), store)
     first = store.index.drop_duplicates("participant")["scan"]
     mean = np.mean([store.read(scan)[0] for scan in first], axis=0, dtype=np.float32)
-    np.testing.assert_allclose(asked.options.mean_brain, mean, atol=2e-3)
-    assert asked.options.patch == 4
+    np.testing.assert_allclose(explainer.options.mean_brain, mean, atol=2e-3)
+    assert explainer.options.patch == 4

@@ -198,7 +198,7 @@ def test_rollout_sums_to_the_attention_that_is_paid_to_patches(vit):
     found = attribution(vit, image, mask, "attention_rollout")
     patch = vit.encoder.patch
     tokens = found[:: patch[0], :: patch[1], :: patch[2]].ravel()
-    assert (tokens[vit.encoder.places] > 0).all() and np.count_nonzero(tokens) == len(vit.encoder.places)
+    assert (tokens[vit.encoder.brain_patches] > 0).all() and np.count_nonzero(tokens) == len(vit.encoder.brain_patches)
     assert 0.9 < tokens.sum() < 1  # a row of attention sums to 1; the class token has the rest
     assert torch.equal(vit(torch.from_numpy(image)[None, None]), before)  # flash attention is on again
     for block in list(vit.encoder.autoencoder.blocks)[:-1]:
@@ -209,7 +209,7 @@ def test_rollout_of_one_layer_by_hand():
     """All of the attention of one layer goes to one patch: it has half of the map, the residual the other half."""
     vit = build_encoder("vit_narrow", GRID)
     kept = [list(vit.autoencoder.blocks)[0].attn]
-    tokens = len(vit.places) + 1
+    tokens = len(vit.brain_patches) + 1
 
     def look(_, inputs, output):
         kept[0].att_mat = torch.zeros(1, 4, tokens, tokens)
@@ -221,7 +221,7 @@ def test_rollout_of_one_layer_by_hand():
             lambda module, _, __: setattr(module, "att_mat", torch.eye(tokens).expand(1, 4, -1, -1)))
     mask = np.ones(GRID.shape, bool)
     found = attribution(Output(vit), np.zeros(GRID.shape, np.float32), mask, "attention_rollout")
-    flat = found[tuple(slice(None, None, side) for side in vit.patch)].ravel()[vit.places]
+    flat = found[tuple(slice(None, None, side) for side in vit.patch)].ravel()[vit.brain_patches]
     assert flat[4] == pytest.approx(0.5 + 0.5 / (tokens - 1), rel=1e-4)
     np.testing.assert_allclose(np.delete(flat, 4), 0.5 / (tokens - 1), rtol=1e-4)
 

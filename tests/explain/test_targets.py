@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from kit.evaluate.predict import predict
-from kit.explain.asked import Asked
 from kit.explain.checks import reinitialised
+from kit.explain.explainer import Explainer
 from kit.explain.targets import TargetError, question
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
@@ -28,10 +28,10 @@ def rows(store):
     return store.index.head(6)
 
 
-def value(asked, model, store, scan) -> float:
+def value(output, model, store, scan) -> float:
     image = torch.from_numpy(store.read(scan)[0].astype(np.float32))[None, None]
     with torch.no_grad():
-        found = asked.of(model, scan).eval()(image)
+        found = output.of(model, scan).eval()(image)
     assert found.shape == (1,)
     return found.item()
 
@@ -65,33 +65,33 @@ def test_a_number_has_no_classes(encoder, store, rows):
 
 def test_similarity_is_a_cosine_and_its_map_is_complete(encoder, store, rows):
     first, second, third = rows["scan"].iloc[:3]
-    asked = question("similarity", encoder, {}, store, rows)
+    output = question("similarity", encoder, {}, store, rows)
     features = predict(encoder, PreparedScans(store, rows.head(3)))
     cosines = features @ features.T / np.outer(*[np.linalg.norm(features, axis=1)] * 2)
-    assert value(asked, encoder, store, third) == pytest.approx(cosines[2, 0], abs=1e-4)
-    assert value(asked, encoder, store, first) == pytest.approx(cosines[0, 1], abs=1e-4)  # nobody is like himself
+    assert value(output, encoder, store, third) == pytest.approx(cosines[2, 0], abs=1e-4)
+    assert value(output, encoder, store, first) == pytest.approx(cosines[0, 1], abs=1e-4)  # nobody is like himself
     like = question("similarity", Predictor(encoder), TWO, store, rows, like=second)  # a head does not matter
     assert value(like, Predictor(encoder), store, third) == pytest.approx(cosines[2, 1], abs=1e-4)
-    found = Asked(encoder, like.of, like.words, store).map(third, "gradient")
+    found = Explainer(encoder, like.of, like.words, store).map(third, "gradient")
     assert found.shape == GRID.shape and found.any()
     with pytest.raises(TargetError, match="the prepared scans have no 'nobody'"):
         question("similarity", encoder, {}, store, rows, like="nobody")
 
 
 def test_a_scan_is_liker_to_its_own_views_than_to_anothers(encoder, store, rows):
-    asked = question("views", encoder, {}, store, rows)
+    output = question("views", encoder, {}, store, rows)
     first, second = rows["scan"].iloc[[0, 3]]
-    own = value(asked, encoder, store, first)
-    assert own == value(asked, encoder, store, first)  # the views are the seed's
+    own = value(output, encoder, store, first)
+    assert own == value(output, encoder, store, first)  # the views are the seed's
     image = torch.from_numpy(store.read(second)[0].astype(np.float32))[None, None]
     with torch.no_grad():
-        assert own > asked.of(encoder, first)(image).item()
+        assert own > output.of(encoder, first)(image).item()
 
 
 def test_the_principal_direction_is_that_of_the_embeddings(encoder, store, rows):
-    asked = question("component", encoder, {}, store, rows)
+    output = question("component", encoder, {}, store, rows)
     features = predict(encoder, PreparedScans(store, rows))
-    found = np.array([value(asked, encoder, store, scan) for scan in rows["scan"]])
+    found = np.array([value(output, encoder, store, scan) for scan in rows["scan"]])
     assert found.mean() == pytest.approx(0, abs=1e-4)
     assert np.square(found).sum() == pytest.approx(np.linalg.svd(features - features.mean(0))[1][0] ** 2, rel=1e-3)
     with pytest.raises(TargetError, match="three scans or more, these are 2"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kit.evaluate.finetune import load_predictor, run_finetune
-from kit.explain.maps import ask, open_model
+from kit.explain.maps import explainer_of, open_model
 from kit.explain.shuffled import shuffled_model
 from kit.explain.truth import (
     against_place,
@@ -127,14 +127,14 @@ def test_models_are_held_against_the_same_people(tmp_path):
     for name, seed in (("one", 0), ("other", 1)):
         params = check(Finetune, {"prepared": folder, "output_dir": tmp_path / name, "task": "stroke", "steps": 4,
                                   "check_steps": 2, "encoder": "random:resnet18_narrow", "batch_size": 8,
-                                  "check_trained": False, "seed": seed})
+                                  "check_converged": False, "seed": seed})
         run_finetune(params, Run.of(params))
     params = check(Saliency, {"prepared": folder, "model": tmp_path / "one", "compare": {"other": tmp_path / "other"},
                               "methods": ["gradient", "grad_cam_pp"], "truth_participants": 3, "whom": ["random"],
                               "output_dir": tmp_path / "run"})
     run = Run.of(params)
     opened = open_model(params, store, run)
-    table = truth_table(params, ask(params, opened, store), "stroke", run)
+    table = truth_table(params, explainer_of(params, opened, store), "stroke", run)
     assert list(zip(table["model"], table["method"], strict=True)) == [
         (model, method) for model in ("model", "other") for method in ("gradient", "grad_cam_pp")]
     assert table["task"].eq("stroke").all() and (table["participants"] + table["silent"]).eq(3).all()

@@ -105,9 +105,9 @@ def test_tokens_are_the_patches_that_hold_brain():
 def test_background_does_not_reach_the_features_nor_what_is_predicted():
     model = MaskedAutoencoder(build_encoder("vit_narrow", ROOMY)).eval()
     images = torch.randn(2, 1, *ROOMY.shape, generator=torch.Generator().manual_seed(0))
-    inside = model.images_of(torch.ones(2, len(model.encoder.places), 8)) > 0
+    inside = model.images_of(torch.ones(2, len(model.encoder.brain_patches), 8)) > 0
     other = torch.where(inside, images, 100.0)
-    masked = masks_for([5, 6], len(model.encoder.places), 0.75, seed=1, epoch=0)
+    masked = masks_for([5, 6], len(model.encoder.brain_patches), 0.75, seed=1, epoch=0)
     with torch.no_grad():
         assert torch.equal(model.encoder(other), model.encoder(images))
         assert torch.equal(model(other, masked), model(images, masked))
@@ -139,7 +139,7 @@ def test_targets_are_normalised_patch_by_patch():
 def test_the_picture_shows_what_is_predicted_and_lends_it_nothing(normalise):
     model = MaskedAutoencoder(build_encoder("vit_narrow", ROOMY)).eval()
     images = torch.randn(2, 1, *ROOMY.shape, generator=torch.Generator().manual_seed(0))
-    masked = masks_for([5, 6], len(model.encoder.places), 0.75, seed=1, epoch=0)
+    masked = masks_for([5, 6], len(model.encoder.brain_patches), 0.75, seed=1, epoch=0)
     hidden = model.images_of(masked[..., None].expand(-1, -1, 8).float()) > 0
     true, seen, filled = reconstruct(model, images, masked, normalise)
     assert torch.equal(filled[~hidden], true[~hidden]) and torch.equal(seen, true * ~hidden)

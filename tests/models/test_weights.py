@@ -22,7 +22,7 @@ from kit.evaluate.finetune import load_predictor, run_finetune
 from kit.evaluate.tasks import check_tested, overlap, read_tasks
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of
 from kit.models.encoders import build_encoder
-from kit.models.formats import FORMATS, PUBLISHED
+from kit.models.third_party_formats import FORMATS, PUBLISHED
 from kit.models.weights import DOWNLOADS, fetch, keep
 from kit.params import ARCHITECTURES, Benchmark, Finetune, Preprocess
 from kit.preprocess.settings import Preparation
@@ -261,7 +261,7 @@ def test_fine_tuned_weights_of_others_are_saved_and_loaded(store: Store, tmp_pat
     torch.save(encoder.network.state_dict(), tmp_path / "theirs.pt")
     params = check(Finetune, {
         "prepared": str(store.folder), "output_dir": str(tmp_path / "run"), "task": "lesion", "steps": 2,
-        "check_steps": 1, "check_trained": False, "batch_size": 4,
+        "check_steps": 1, "check_converged": False, "batch_size": 4,
         "encoder": f"resnet18_narrow:{tmp_path / 'theirs.pt'}"})
     task, predictions, _ = run_finetune(params, Run.of(params))
     predictor, record = load_predictor(tmp_path / "run", store.record)

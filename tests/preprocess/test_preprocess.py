@@ -20,7 +20,7 @@ from kit.preprocess.index import PreparationError
 from kit.preprocess.intensity import z_score
 from kit.preprocess.nifti import ScanError, write_nifti
 from kit.preprocess.pool import run_all
-from kit.preprocess.preprocess import ScanTask, prepare
+from kit.preprocess.preprocess import ScanJob, prepare
 from kit.preprocess.register import ORIENTATIONS, RegistrationError
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template
@@ -346,13 +346,13 @@ def test_two_processes_prepare_what_one_prepares(cohort: pd.DataFrame, tmp_path:
             np.testing.assert_array_equal(left, right)
 
 
-def _shout_or_die(task: ScanTask) -> str:
-    if task.scan == "deadly":
+def _shout_or_die(job: ScanJob) -> str:
+    if job.scan == "deadly":
         os.kill(os.getpid(), signal.SIGKILL)
-    return task.scan.upper()
+    return job.scan.upper()
 
 
 def test_killed_process_costs_its_own_scan_only() -> None:
-    tasks = [ScanTask(name, "", "", Path(), settings()) for name in ("a", "b", "deadly", "c", "d")]
-    results = {task.scan: result for task, result in run_all(_shout_or_die, tasks, workers=2)}
+    jobs = [ScanJob(name, "", "", Path(), settings()) for name in ("a", "b", "deadly", "c", "d")]
+    results = {job.scan: result for job, result in run_all(_shout_or_die, jobs, workers=2)}
     assert results == {"a": "A", "b": "B", "c": "C", "d": "D", "deadly": None}

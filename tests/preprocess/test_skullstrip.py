@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from kit.params import Preprocess
-from kit.preprocess import skullstrip as brain
+from kit.preprocess import skullstrip
 from kit.preprocess.nifti import ScanError, write_nifti
 from kit.preprocess.skullstrip import INSTALL, NETWORKS, deepbet_mask, dice, find_brain, missing_tool, tool_mask
 from kit.preprocess.template import template
@@ -140,12 +140,12 @@ def test_networks_that_are_not_as_expected_are_refused_before_work(tmp_path: Pat
         (tmp_path / "data" / "models" / name).write_bytes(data)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "deepbet", raising=False)
-    brain._network_folder.cache_clear()
+    skullstrip._network_folder.cache_clear()
     try:
         with pytest.raises(ParameterError, match="deepbet's bbox_model.pt is missing or not the one of deepbet 1.0.2"):
             check(Preprocess, {"output_dir": str(tmp_path), "mask": "auto"})
     finally:
-        brain._network_folder.cache_clear()
+        skullstrip._network_folder.cache_clear()
 
 
 def test_no_window_is_needed() -> None:

@@ -16,7 +16,7 @@ import pytest
 from kit.cohort.tables import read_cohort
 from kit.evaluate.tasks import read_tasks
 from kit.evaluate.tune import Choice, score_validation, tune
-from kit.explain.asked import Asked
+from kit.explain.explainer import Explainer
 from kit.explain.saliency import Options
 from kit.explain.targets import Output
 from kit.explain.truth import implant_lesion, measure, summary
@@ -84,8 +84,9 @@ def test_maps_find_lesions_in_real_brains(brains: Store, tmp_path: Path) -> None
     assert score_validation(task, model) > 0.8
     tested = task.parts["test"].rows
     scans = tested.loc[tested["stroke"] == 1, "scan"].head(12).tolist()
-    asked = Asked(model, lambda model, _: Output(model), "log-odds of a lesion", store, Options(patch=6, steps=32))
-    table = summary(measure(asked, scans, METHODS, "stroke"), store).set_index("method")
+    explainer = Explainer(model, lambda model, _: Output(model), "log-odds of a lesion", store,
+                          Options(patch=6, steps=32))
+    table = summary(measure(explainer, scans, METHODS, "stroke"), store).set_index("method")
     print(table.filter(regex="participants|silent|pointing$|mass|rank_ratio$").round(2).to_string())
     assert (table["mass_ratio_low"] >= 3).any(), table["mass_ratio"].to_dict()
     assert (table["rank_ratio_low"] >= 3).any() and table["pointing"].max() >= 0.5

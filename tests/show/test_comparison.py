@@ -37,7 +37,7 @@ def scores() -> pd.DataFrame:
         low, high = (np.nan, np.nan) if encoder == "guess" else (value - 0.08, value + 0.06)
         rows.append({"encoder": encoder, "mode": mode, "task": task, "label_fraction": fraction, "metric": metric,
                      "distribution": where, "value": value, "low": low, "high": high, "participants": 120, "seeds": 2,
-                     "trained": True})
+                     "converged": True})
     return pd.DataFrame(rows)
 
 
@@ -222,9 +222,9 @@ def test_the_sentence_counts_wins_and_losses(differences):
 
 def test_the_summary_names_what_is_not_trained_to_the_end(scores, differences):
     assert "standard error): none.\n" in summary(scores, differences)
-    scores["trained"] = scores["trained"].astype(object)
-    scores.loc[scores["mode"] == "baseline", "trained"] = np.nan  # nothing to train
-    scores.loc[(scores["mode"] == "finetune") & (scores["task"] == "age"), "trained"] = False
+    scores["converged"] = scores["converged"].astype(object)
+    scores.loc[scores["mode"] == "baseline", "converged"] = np.nan  # nothing to train
+    scores.loc[(scores["mode"] == "finetune") & (scores["task"] == "age"), "converged"] = False
     text = " ".join(summary(scores, differences).split())  # folded at the page
     assert "standard error): SimCLR (finetune, age, 20%, 100%). [–]" in text
 

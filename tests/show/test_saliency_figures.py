@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kit.explain.regions import region_intervals
 from kit.preprocess.template import template_on
 from kit.show.saliency_figures import Scale, group_figure, mosaic, region_bars, scan_figure, smoothed, viewer
 from kit.store.grid import PAPER_GRID, Grid
@@ -105,6 +106,13 @@ def test_groups_share_a_scale_and_differ_in_another(scan, found):
     assert difference[24 - 1 - 16, 6] > 0
     assert {axes.get_title() for axes in panels[::3]} == {panels[0].get_title()}  # one place
     assert len(group_figure({"all": found}, GRID).axes) == 3 + 1
+
+
+def test_where_every_map_is_zero_a_sentence_says_so(store):
+    """Grad-CAM's are where nothing raises the output: the notebook goes on."""
+    nothing = region_intervals({}, store, {}, {})
+    for figure in (group_figure({}, GRID, "means"), region_bars(nothing, note="procedural data")):
+        assert [text.get_text() for text in figure.axes[0].texts] == ["every map is zero: nothing to draw"]
 
 
 def test_region_bars_show_intervals_and_an_even_map():

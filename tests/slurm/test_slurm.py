@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from kit.runs import ROOT
@@ -18,7 +20,7 @@ from tests.conftest import make_store
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 200  # of the tasks of an array: more than fit between a start and the signal
+EPOCHS = 40  # of the tasks of an array: one is not done before the other is seen to train
 
 
 class Job:
@@ -40,9 +42,8 @@ class Job:
 
     def reach(self, step, seconds=400):
         """Wait until the training has come so far."""
-        live, until = self.run / "live.json", time.monotonic() + seconds
-        while not (live.exists() and (found := re.search(r'"step": (\d+)', live.read_text()))
-                   and int(found[1]) >= step):
+        until = time.monotonic() + seconds
+        while reached(self.run) < step:
             assert time.monotonic() < until and self.show("JobState") in ("PENDING", "RUNNING"), self.log.read_text()
             time.sleep(0.1)
 
@@ -53,6 +54,43 @@ class Job:
         """The job's log, and the notebook's printed lines."""
         cells = nbformat.read(self.output, as_version=4).cells
         return self.log.read_text(), "".join(out.get("text", "") for cell in cells for out in cell.get("outputs", []))
+
+
+def reached(run):
+    """How many steps a training has behind it."""
+    live = run / "live.json"
+    found = re.search(r'"step": (\d+)', live.read_text()) if live.exists() else None
+    return int(found[1]) if found else 0
+
+
+def kernel(number, task):
+    """The process in which a task's notebook trains; None if there is none."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            its = process.environ()
+            if (its.get("SLURM_ARRAY_JOB_ID"), its.get("SLURM_ARRAY_TASK_ID")) == (number, str(task)) and (
+                    "ipykernel_launcher" in process.cmdline()):
+                return process
+    return None
+
+
+def hang_until_time_is_up(number, folder):
+    """Let both tasks train a little, then hang, as where a file system is gone, until Slurm sends its signal.
+
+    Without that they would have to be longer than two minutes on the fastest machine.
+    """
+    hung, until = {0: None, 1: None}, time.monotonic() + 400
+    while hung:
+        for task, process in list(hung.items()):
+            log = folder / f"{task}.log"
+            if process is None and reached(folder / f"seed-{task}") >= 4 and (process := kernel(number, task)):
+                process.suspend()
+                hung[task] = process
+            elif process and "USR1: time is nearly up" in log.read_text():
+                process.resume()
+                del hung[task]
+            assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
 
 
 def parameter_file(folder, store, **params):
@@ -95,6 +133,7 @@ def test_tasks_of_an_array_meet_a_real_time_limit_and_are_requeued_one_by_one(jo
         f"--output={tmp_path}/%a.log", "--array=0-1", "--time=2", "--signal=B:USR1@60", "--mem=1500",
         "--cpus-per-task=1", "slurm/papermill.sbatch", "notebooks/2_pretrain.ipynb", tmp_path / "seed-%a.ipynb",
         parameter_file(tmp_path, scans, epochs=EPOCHS), "-p", "seed", "%a", "-p", "output_dir", tmp_path / "seed-%a")
+    hang_until_time_is_up(number, tmp_path)
     tables = []
     for task in (0, 1):
         log = tmp_path / f"{task}.log"

@@ -147,7 +147,7 @@ def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
     _, again, read = run_finetune(tuned, run)
     assert np.allclose(again["predicted"], predictions["predicted"]) and read == metrics
     if mode == "finetune":  # the model that is left gives the predictions that were written
-        assert metrics["trained"] in (0, 1) and metrics["learning_rate"] == 3e-3 and not (run / "tries").exists()
+        assert metrics["converged"] in (0, 1) and metrics["learning_rate"] == 3e-3 and not (run / "tries").exists()
         assert metrics[f"validation_{metric}"] == pd.read_csv(run / "tries.csv")["validation_score"][0]
         assert len(pd.read_csv(run / "log.csv")) > 1
         model, record = load_predictor(tmp_path / "run", store.record)

@@ -38,7 +38,7 @@ def test_an_autoencoder_is_counted_with_the_patches_that_it_sees(store, tmp_path
     asked = params(store, tmp_path / "run", objective="mae", architecture="vit_narrow", mask_ratio=ratio)
     found, model = need(asked, store), build_objective(asked, store).autoencoder
     with FlopCounterMode(display=False) as counter:  # computed, not faked
-        masked = masks_for(range(2), len(model.encoder.places), ratio, seed=0, epoch=0)
+        masked = masks_for(range(2), len(model.encoder.brain_patches), ratio, seed=0, epoch=0)
         model(torch.zeros(2, 1, *store.grid.shape), masked).square().mean().backward()
     assert found.operations == counter.get_total_flops() / 2 and found.scan_bytes > 0
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from kit.evaluate.predict import predict
 from kit.models.encoder_file import load_encoder
 from kit.models.encoders import build_encoder
-from kit.models.rivals import SLAB, nearest
+from kit.models.third_party_networks import SLAB, nearest
 from kit.preprocess.settings import Preparation
 from kit.store.dataset import PreparedScans
 from kit.store.grid import PAPER_GRID

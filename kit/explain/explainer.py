@@ -12,7 +12,7 @@ from kit.explain.saliency import DEFAULTS, Options, attribution
 from kit.store.store import Store
 
 
-class Asked(NamedTuple):
+class Explainer(NamedTuple):
     """Everything needed to make maps.
 
     Attributes:

@@ -69,6 +69,6 @@ def corners_apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, int, int
     return float(np.linalg.norm((one - other)[:3, :3] @ corners + (one - other)[:3, 3:], axis=0).max())
 
 
-def same_place(one: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> bool:
+def same_affine(one: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> bool:
     """Return whether two (4, 4) affines put an array (z, y, x) in the same place, up to rounding."""
     return np.allclose(one, other, atol=1e-2) or corners_apart(one, other, shape) <= ROUNDING_MM

@@ -56,7 +56,7 @@ def plain(encoder: nn.Module) -> Plain:
         return Plain("DenseNet121", arguments, _weights(encoder.network) | last)
     if isinstance(encoder, ViTEncoder):
         return Plain("MaskedAutoEncoderViT", json.loads(json.dumps(encoder.arguments)), _weights(encoder.autoencoder),
-                     encoder.places.tolist())
+                     encoder.brain_patches.tolist())
     raise EncoderError(f"{type(encoder).__name__}: no export to MONAI's classes is known for this network")
 
 

@@ -1,7 +1,7 @@
-"""Third-party weights: load a foreign file as an encoder with a record, like the kit's own encoder.safetensors.
+"""Third-party weights: load a file as an encoder with a record, like the kit's own encoder.safetensors.
 
-Reads files of `torch.save` and safetensors, tensors only, and accounts for every name in them. `kit.models.formats`
-holds what is known of each format.
+Reads files of `torch.save` and safetensors, tensors only, and accounts for every name in them.
+`kit.models.third_party_formats` holds what is known of each format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 
 from kit.errors import KitError
 from kit.models.encoders import VIT_SIZES
-from kit.models.formats import FORMATS, Format
+from kit.models.third_party_formats import FORMATS, Format
 from kit.runs import shown
 
 Shapes = dict[str, tuple[int, ...]]
@@ -36,13 +36,13 @@ class EncoderError(KitError, ValueError):
     """An encoder does not fit; the message says what it has and what was asked for."""
 
 
-def foreign_record(kind: str, path: Path) -> dict[str, Any]:
-    """Describe a foreign file, with the fields of an encoder's record.
+def third_party_record(kind: str, path: Path) -> dict[str, Any]:
+    """Describe a third-party file, with the fields of an encoder's record.
 
     Prints, once for each file, what it is, whether its hash is known, its licence, and which of its parts are ignored.
 
     Args:
-        kind: one of `kit.models.formats.FORMATS`, or `auto` to recognise it by the names in the file.
+        kind: one of `kit.models.third_party_formats.FORMATS`, or `auto` to recognise it by the names in the file.
         path: of the file.
 
     Returns:
@@ -98,12 +98,12 @@ def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, a
 
 
 def fill(network: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
-    """Load a foreign file into its network; nothing may be missing, left over or of another shape.
+    """Load a third-party file into its network; nothing may be missing, left over or of another shape.
 
     Args:
         network: from `build_encoder`, with the record's architecture.
         path: of the file.
-        record: from `foreign_record`.
+        record: from `third_party_record`.
 
     Raises:
         EncoderError: lists all names that do not fit, by kind.

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kit.preprocess.header import ROUNDING_MM, corners_apart
 from kit.preprocess.mask import read_mask
 from kit.preprocess.nifti import ScanError, other_form, read_nifti
-from kit.preprocess.place import ROUNDING_MM, corners_apart
 from kit.preprocess.scan_file import read_scan
 
 AFFINE = np.array([[2.0, 0, 0, -9], [0, 1.5, 0, -7], [0, 0, 3, -11], [0, 0, 0, 1]])

@@ -2,7 +2,8 @@
 
 BrainIAC (Tak et al., Nature Neuroscience 2026) and MedicalNet (Chen et al. 2019, arXiv 1904.00625) were trained with
 other axes, sizes and intensity scales. Each class applies to the kit's z-scored scans what their public code does to a
-scan on their grid: axis order, size, intensities, then features. `kit.models.formats` lists what could not be checked.
+scan on their grid: axis order, size, intensities, then features. `kit.models.third_party_formats` lists what could not
+be checked.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kit.store.grid import Grid
 Shape = tuple[int, int, int]
 
 DEPTHS = tuple(int(name.removeprefix("resnet")) for name in resnet_params)  # 10 to 200
-RIVALS = ("brainiac", "brainiac_resnet50", *(f"medicalnet_resnet{depth}" for depth in DEPTHS))
+THIRD_PARTY = ("brainiac", "brainiac_resnet50", *(f"medicalnet_resnet{depth}" for depth in DEPTHS))
 # grid of ICBM152 2009a, the size of BrainIAC's sample scans: first voxel (x, y, z) in mm, and shape (z, y, x)
 WHOLE_HEAD = ((-98.0, -134.0, -72.0), (189, 233, 197))
 SLAB: Shape = (56, 448, 448)  # MedicalNet's input (depth, height, width)
@@ -148,8 +149,8 @@ def zero_to_one(images: torch.Tensor) -> torch.Tensor:
     return torch.where(brain, (images - low) / torch.where(high > low, high - low, 1), 0)
 
 
-def build_rival(architecture: str, grid: Grid) -> Encoder:
-    """Build one of `RIVALS` with random weights.
+def build_third_party(architecture: str, grid: Grid) -> Encoder:
+    """Build one of `THIRD_PARTY` with random weights.
 
     Args:
         architecture: its name.
