@@ -24,7 +24,7 @@ from kit.explain.label_names import BOTH, label_names, split_side
 from kit.params import Saliency
 from kit.preprocess.header import affine_of
 from kit.preprocess.index import scan_names
-from kit.preprocess.nifti import upright
+from kit.preprocess.nifti import ScanError, upright
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.template import template_on, tissue_share_on
 from kit.runs import resolve, shown
@@ -67,8 +67,8 @@ def load_atlas(source: str | Path | None, grid: Grid, names: str | Path | None =
         names: names of a NIfTI's labels; see `label_names`.
 
     Raises:
-        AtlasError: the atlas is missing, does not overlap the template, or has left and right swapped.
-        ScanError, TableError: a file cannot be read.
+        AtlasError: the atlas cannot be read, does not overlap the template, or has left and right swapped.
+        TableError: the names cannot be read.
     """
     if source is None:
         source = DEFAULT if templates() is not None else "tissues"
@@ -108,12 +108,12 @@ def own_atlas(store: Store, scan: str, path: str | Path, names: str | Path | Non
         names: names of the labels; see `label_names`. None: labels are named by number.
 
     Raises:
-        AtlasError: the label map does not overlap the prepared brain.
-        ScanError, StoreError, TableError: a file cannot be read.
+        AtlasError: the label map cannot be read, or does not overlap the prepared brain.
+        StoreError, TableError: a file cannot be read.
     """
-    stored, affine = read_scan(path)
+    stored, affine = _read(path)
     labels = _on(stored, affine, read_transform(store.folder, scan), store.grid)
-    found = np.unique(stored[stored > 0]).astype(int)
+    found = np.unique(np.rint(stored[stored > 0])).astype(int)
     if not (labels[store.read(scan)[1]] > 0).any():
         raise AtlasError(f"{shown(path)}: no label lies in the brain of {scan}; does it belong to another scan?")
     table = _complete(label_names(names) if names else None, found)
@@ -140,8 +140,16 @@ def own_atlases(store: Store, scans: list[str], cohort: str | Path, column: str,
     paths = pd.Series(table[column].to_numpy(), scan_names(table))
     if lacking := [scan for scan in scans if not isinstance(paths.get(scan), str) or not paths[scan]]:
         raise AtlasError(f"{shown(cohort)}: no {column} of {len(lacking)} scans: {', '.join(lacking[:3])}")
-    folder = resolve(cohort).parent
-    return {scan: own_atlas(store, scan, folder / paths[scan], names) for scan in scans}
+    root = resolve(cohort)
+    folder = root if root.is_dir() else root.parent
+    return {scan: own_atlas(store, scan, folder / Path(paths[scan]).expanduser(), names) for scan in scans}
+
+
+def _read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return read_scan(path)
+    except ScanError as error:
+        raise AtlasError(f"{shown(path)}: {error}") from error
 
 
 @lru_cache(maxsize=4)
@@ -152,9 +160,9 @@ def _load(source: str, grid: Grid, names: str | None) -> Atlas:
         atlas = _harvard_oxford(grid)
     elif source.startswith("deepmriprep:"):
         atlas = _of_deepmriprep(source, grid)
-    elif ":" not in source or Path(source).exists():
-        values, affine = read_scan(source)
-        table = _complete(label_names(names) if names else None, np.unique(values[values > 0]).astype(int))
+    elif ":" not in source or resolve(source).exists():
+        values, affine = _read(resolve(source))
+        table = _complete(label_names(names) if names else None, np.unique(np.rint(values[values > 0])).astype(int))
         atlas = Atlas(_on(values, affine, np.eye(4), grid), grid.affine, table, Path(source).name,
                       "see where it is from", shown(source))
     else:
@@ -241,7 +249,7 @@ def _on(values: np.ndarray, affine: np.ndarray, matrix: np.ndarray, grid: Grid) 
     """Sample labels (z, y, x) at a grid's voxel centres, int32; `matrix` maps MNI to the labels' own millimetres."""
     onto = np.linalg.inv(affine) @ matrix @ grid.affine  # both (x, y, z)
     moved = ndimage.affine_transform(values.T, onto, output_shape=grid.shape[::-1], order=0)
-    return np.ascontiguousarray(np.rint(moved).astype(np.int32).T)
+    return np.ascontiguousarray(np.rint(moved).clip(0).astype(np.int32).T)
 
 
 def _right_of_midline(grid: Grid) -> np.ndarray:

@@ -63,10 +63,11 @@ def wheel_file(name: str, ending: str) -> bytes:
 def templates() -> Path | zipfile.Path | None:
     """Find deepmriprep's data folder without importing the package; None if it is not available."""
     if named := os.environ.get(WHEEL):
-        if Path(named).is_dir():
+        if (Path(named) / TEMPLATES).is_dir():
             return Path(named) / TEMPLATES
         if not zipfile.is_zipfile(named):
-            raise AtlasError(f"${WHEEL} names {named}, which is neither deepmriprep's wheel nor a folder")
+            raise AtlasError(f"${WHEEL} names {named}, which is neither deepmriprep's wheel nor a folder "
+                             f"with {TEMPLATES}")
         return zipfile.Path(named, TEMPLATES)
     spec = importlib.util.find_spec("deepmriprep")
     return None if spec is None or spec.origin is None else Path(spec.origin).parents[1] / TEMPLATES

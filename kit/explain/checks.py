@@ -98,8 +98,8 @@ def reinitialised(model: nn.Module, seed: int, only: Sequence[str] | None = None
 def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
     """Group the layers with weights from the head down: (group name, module names).
 
-    The kit's networks have a head, four stages (a ViT's blocks in four groups) and the layers before them; other
-    networks are grouped by their children.
+    The kit's networks have a head, four stages (a ViT's blocks in four groups), and the layers before and after those;
+    other networks are grouped by their children. A ViT's class token belongs to no group.
     """
     names = {module: name for name, module in model.named_modules()}
     encoder = encoder_of(model)
@@ -113,8 +113,9 @@ def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
                 [names[stages[number]] for number in part]) for part in parts]
     taken = [name for _, members in groups for name in members]
     rest = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
-            and not any(name == each or name.startswith(f"{each}.") for each in taken)]
-    return [*groups, ("what is before them", rest)]
+            and not any(name == each or name.startswith(f"{each}.") or each.startswith(f"{name}.") for each in taken)
+            and ".decoder" not in f".{name}"]  # of a masked autoencoder, through which no feature goes
+    return [*groups, ("stem and norm", rest)]
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, given: np.ndarray | None = None) -> float:

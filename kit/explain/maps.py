@@ -261,6 +261,8 @@ def no_better_than_chance(model: Path) -> str:
     record = json.loads((model / "task.json").read_text(encoding="utf-8"))
     if record["kind"] == "classification":
         auc, low = metrics["in_distribution_auc"], metrics.get("in_distribution_auc_low")
+        if auc is None:
+            return "only one class was tested, so that nobody knows whether the model predicts better than chance"
         low = auc if low is None or np.isnan(low) else low  # with too few participants there is no interval
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")
@@ -382,4 +384,5 @@ def known_place(store: Store, scan: str, task: str) -> np.ndarray | None:
         (depth, height, width) bool, or None if unknown.
     """
     path = store.folder / "effects" / f"{scan}_{EFFECTS.get(task)}.nii.gz"
-    return read_nifti(path)[0] > 0 if path.exists() else None
+    place = read_nifti(path)[0] > 0 if path.exists() else None
+    return place if place is not None and place.any() else None  # a coarse grid may have lost a small one

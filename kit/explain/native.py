@@ -74,7 +74,10 @@ def _header(path: Path) -> nib.Nifti1Header | None:
     """
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return None
-    data = file_bytes(path)
+    try:
+        data = file_bytes(path)
+    except ScanError as error:
+        raise ScanError(f"{shown(path)}: {error}") from error
     kind = next((kind for kind in (nib.Nifti1Image, nib.Nifti2Image) if kind.header_class.may_contain_header(data)),
                 None)
     if kind is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +40,16 @@ def shuffled_model(model: Path, steps: int, seed: int = 0) -> nn.Module:
     encoder, _ = load_encoder(spec, stores["prepared"].record, params.seed, params.allow_differences)
     task, = tasks_of(params, stores, params.task, params.task_type, params.missing_codes, aliases, [params.fold])
     task = with_shuffled_labels(task.with_labels_for(params.label_fraction, params.seed), seed)
-    choice = Choice(params.learning_rates[0], params.weight_decays[0])
+    chosen = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
+    choice = Choice(chosen["learning_rate"], chosen["weight_decay"])
     return on_device(tune(task, encoder, params, params.seed, choice=choice, check=False).predictor).eval()
 
 
 def with_shuffled_labels(task: Task, seed: int = 0) -> Task:
-    """Give the training and validation participants each other's labels, the same for all scans of one; test labels
-    stay."""
+    """Shuffle labels among the participants of training, and of validation; all scans of a person keep one label.
+
+    Test labels stay.
+    """
     parts = dict(task.parts)
     for number, (name, part) in enumerate(task.parts.items()):
         if name in ("train", "validation"):

@@ -153,14 +153,14 @@ def _output(target: str, model: Predictor, record: dict[str, Any], store: Store)
 def _similarity(store: Store, rows: pd.DataFrame, like: str | None) -> Question:
     if like is not None and like not in set(store.index["scan"]):
         raise TargetError(f"like: the prepared scans have no {like!r}")
-    if like is None and len(rows) < 2:
-        raise TargetError("target: similarity needs a second scan; name one in like, or show two")
     first = like or rows["scan"].iloc[0]
-    second = like or rows["scan"].iloc[1]  # the first is compared with the second, the others with the first
+    others = [scan for scan in rows["scan"] if scan != first]  # all are compared with the first, which is with these
+    if not others:
+        raise TargetError("target: similarity needs a second scan; name one in like, or show two")
 
     def of(model: nn.Module, scan: str) -> Cosine:
         encoder = _encoder(model)
-        other = second if scan == first else first
+        other = others[0] if scan == first else first
         return Cosine(encoder, torch.from_numpy(_embed(encoder, store, [other])[0]).to(_device(encoder)))
 
     return Question(f"likeness to {like or first}", of)

@@ -86,36 +86,30 @@ def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: R
     """Compare all methods' maps of all models with known places; also written to `truth.csv`.
 
     Each model is judged on tested participants of its own task whose place is known, drawn by the seed: models with
-    the same task and split share them.
+    the same task and split share them. Explained is the prediction, whatever the target.
 
     Args:
         params: its `model` and `compare` are judged on `truth_participants` participants each.
-        explainer: of `model`.
-        task: of `model`.
+        explainer: of the shown maps: its store and the methods' options.
+        task: of `model`; None: an encoder, which has no task and thus no known place.
 
     Returns:
         One row per model, task and method, see `summary`; empty if no place is known.
     """
-    tables = []
+    store = explainer.store
+    tables = [summary(pd.DataFrame(columns=COLUMNS), store).assign(model=[], task=[])]
     models = {"model": params.model, **params.compare} if task is not None else {}
     for name, folder in models.items():
-        if name == "model":
-            assert task is not None  # else there are no models
-            here, of_task = explainer, task
-        else:
-            check_model(folder, explainer.store, params.allow_differences)
-            model, record = load_predictor(folder, explainer.store.record)
-            check_methods(model, params.methods, params.layer)
-            rows = pd.DataFrame({"scan": []})
-            output = question("prediction", on_device(model), record, explainer.store, rows)
-            here = explainer._replace(model=model, of=output.of, words=output.words)
-            of_task = record["task"]
-        scans = scans_with_place(folder, explainer.store, of_task, params.truth_participants, params.seed)
-        found = summary(measure(here, scans, params.methods, of_task), explainer.store, params.seed)
-        found.insert(0, "task", of_task)
-        found.insert(0, "model", name)
-        tables.append(found)
-    table = pd.concat(tables, ignore_index=True) if tables else summary(pd.DataFrame(columns=COLUMNS), explainer.store)
+        check_model(folder, store, params.allow_differences)
+        model, record = load_predictor(folder, store.record)
+        check_methods(model, params.methods, params.layer)
+        output = question("prediction", on_device(model), record, store, pd.DataFrame({"scan": []}))
+        here = explainer._replace(model=model.eval(), of=output.of, words=output.words)
+        scans = scans_with_place(folder, store, record["task"], params.truth_participants, params.seed)
+        found = summary(measure(here, scans, params.methods, record["task"]), store, params.seed)
+        tables.append(found.assign(model=name, task=record["task"]))
+    table = pd.concat([each for each in tables if len(each)] or tables, ignore_index=True)
+    table = table[["model", "task", *table.columns.drop(["model", "task"])]]
     write_stamped(run / "truth.csv", table)
     return table
 

@@ -24,7 +24,7 @@ def cohort_figure(scans: pd.DataFrame, note: str = "") -> Figure:
     datasets = scans["dataset"].unique()
     figure = blank(900, 70 + 26 * max(len(datasets), len(labels)), "The cohort", note)
     left, right = figure.subplots(1, 2)
-    split = scans["split"].replace("", "no split") if "split" in scans else pd.Series("scans", scans.index)
+    split = scans["split"].fillna("").replace("", "no split") if "split" in scans else pd.Series("scans", scans.index)
     counts = scans.groupby(["dataset", split], sort=False).size().unstack(fill_value=0).loc[datasets[::-1]]
     _stacked(left, counts)
     label(left, "scans", "")

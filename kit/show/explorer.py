@@ -109,7 +109,7 @@ def explorer(
     number = widgets.IntText(seed, description="seed")
     scan = widgets.Dropdown(options=list(scans), description="scan")
     named = widgets.Dropdown(options=list(recipes), description="recipe")
-    strength = widgets.FloatSlider(1, min=0, max=2, step=0.1, description="strength")
+    strength = widgets.FloatSlider(1, min=0, max=4, step=0.05, description="strength")
     again = widgets.Button(description="Draw again")
     sliders = [_slice_slider(grid, plane) for plane in ("sagittal", "coronal", "axial")]  # x, y, z
     words, picture = widgets.HTML(), widgets.Image(format="png")

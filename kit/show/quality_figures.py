@@ -70,12 +70,14 @@ def refused_montage(failed: pd.DataFrame, note: str = "", title: str = "", assum
     return montage(images, QC_GRID, titles, note, title, tuple(PLANES))
 
 
-def quality_histograms(index: pd.DataFrame, title: str = "", note: str = "") -> Figure:
+def quality_histograms(index: pd.DataFrame, title: str = "", note: str = "",
+                       brain_ml: tuple[float, float] | None = None) -> Figure:
     """Draw histograms of each QC metric that varies, by site; limits are dashed, flagged scans marked below.
 
     Args:
         index: of prepared scans, with the columns of `kit.preprocess.quality.QC_METRICS`, `flags`, and `site` or
             `dataset`.
+        brain_ml: the limits of the brain's volume (ml), if not those for adults.
     """
     differing = {name: metric for name, metric in QC_METRICS.items() if index[name].nunique() > 1}
     rows = max(1, math.ceil(len(differing) / IN_A_ROW))
@@ -90,7 +92,7 @@ def quality_histograms(index: pd.DataFrame, title: str = "", note: str = "") -> 
         flagged = index[name][index["flags"].str.contains(name)]
         if len(flagged):
             axes.plot(flagged, 0 * flagged, "x", color="#b03a2e", markersize=6, clip_on=False, label="flagged")
-        for limit in (metric.low, metric.high):
+        for limit in brain_ml if brain_ml and name == "brain_ml" else (metric.low, metric.high):
             if edges[0] <= limit <= edges[-1]:
                 axes.axvline(limit, color="#b03a2e", linewidth=0.8, linestyle="--", label="limit")
         label(axes, name.replace("_", " "), "scans" if number % IN_A_ROW == 0 else "")

@@ -86,12 +86,14 @@ def test_a_partial_correlation_takes_out_what_the_scan_explains():
 def test_layers_from_the_head_down():
     resnet = Predictor(build_encoder("resnet18_narrow", GRID))
     groups = layer_groups(resnet)
-    assert [name for name, _ in groups] == ["head", "stage 4", "stage 3", "stage 2", "stage 1", "what is before them"]
+    assert [name for name, _ in groups] == ["head", "stage 4", "stage 3", "stage 2", "stage 1", "stem and norm"]
     covered = [name for name, _ in resnet.named_parameters()
                if any(name.startswith(f"{member}.") for _, members in groups for member in members)]
     assert covered == [name for name, _ in resnet.named_parameters()]
     vit = layer_groups(build_encoder("vit_narrow", Grid((36, 48, 40), 4.0)))
-    assert [name for name, _ in vit] == ["stage 4", "stage 3", "stage 2", "stage 1", "what is before them"]
+    assert [name for name, _ in vit] == ["stage 4", "stage 3", "stage 2", "stage 1", "stem and norm"]
+    assert vit[-1][1] == ["autoencoder.patch_embedding", "autoencoder.patch_embedding.patch_embeddings",
+                          "autoencoder.blocks.4"]  # a norm; not the autoencoder itself, with all its blocks
     assert [name for name, _ in layer_groups(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))] == ["2", "0"]
 
 

@@ -141,6 +141,8 @@ def test_models_are_held_against_the_same_people(tmp_path):
     scans = [scans_with_place(tmp_path / name, store, "stroke", 3, 0) for name in ("one", "other")]
     assert scans[0] == scans[1] and store.index.set_index("scan").loc[scans[0], "stroke"].eq(1).all()
     assert len(pd.read_csv(run / "truth.csv")) == 4
+    of_an_encoder = truth_table(params, explainer_of(params, opened, store), None, run)
+    assert not len(of_an_encoder) and list(of_an_encoder) == list(table)  # the notebook shows its columns
 
     shuffled = shuffled_model(tmp_path / "one", steps=2)
     learned, _ = load_predictor(tmp_path / "one", store.record)

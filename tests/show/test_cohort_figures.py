@@ -9,7 +9,7 @@ from kit.show.cohort_figures import cohort_figure, outcome_figure
 SCANS = pd.DataFrame({
     "participant": [*"abcdefghij"], "session": "01", "dataset": ["A"] * 6 + ["B"] * 4, "image_path": "x",
     "mask_path": "",
-    "split": ["train"] * 4 + ["test"] * 2 + [""] * 4, "age": [20.0, 30, 40, 50, 60, 61, 62, 63, 64, None],
+    "split": ["train"] * 4 + ["test"] * 2 + [None] * 4, "age": [20.0, 30, 40, 50, 60, 61, 62, 63, 64, None],
     "sex": ["F"] * 5 + ["M"] * 3 + ["", ""]})
 
 
