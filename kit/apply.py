@@ -37,6 +37,7 @@ from kit.models.features import FeatureReader
 from kit.models.reference import LEAST, OUTSIDE, read_reference
 from kit.models.third_party_formats import ANY
 from kit.params import Apply, is_model, is_prepared
+from kit.preprocess.index import FAILED
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.quality import QC_METRICS
 from kit.preprocess.scan_file import read_scan
@@ -110,7 +111,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     started, spec = perf_counter(), params.encoder
     model = resolve(spec) if is_model(spec) else None
     record = model_record(model) if model else read_record(spec)
-    coarse, failed, allow = pd.Series(dtype=str), pd.DataFrame(), list(params.allow_differences)
+    coarse, failed, allow = pd.Series(dtype=str), pd.DataFrame(columns=list(FAILED)), list(params.allow_differences)
     scans = scans_of(params) if scans is None else scans
     if isinstance(scans, Store):
         store = scans

@@ -343,6 +343,7 @@ class Saliency(Parameters):
     atlas: str | None = None
     atlas_names: ProjectPath | None = None  # a table of a label map's labels: index, label
     cohort: str | None = None  # the cohort that was prepared; if given, maps are also written in the scans' own space
+    contrast: str = "T1w"  # the scans of that folder that were prepared; of a table all are taken
     allow_differences: list[Allowed] = []  # where preparations may differ: registration, mask, bias_correction
     seed: Seed = 0  # of all that is random
 
@@ -353,6 +354,13 @@ class Saliency(Parameters):
         if (self.atlas or "").startswith("column:") and self.cohort is None:
             problems.append(f"atlas: {self.atlas} is a column of the cohort; set cohort to the table that "
                             "`prepared` was made from")
+        if self.cohort == "sample":
+            problems.append("cohort: name the sample's folder under outputs/sample; a sample of another size has other "
+                            "scans")
+        elif self.cohort is not None:
+            problems += _cohort_problems(self.cohort, self.contrast)
+        if self.compare and not (self.model / "task.json").exists():
+            problems.append("compare: an encoder without a head has no task to be compared on")
         if not (self.model / "task.json").exists() and (self.model / "encoder.safetensors").is_file():
             if self.target not in (of := ("similarity", "views", "component")):
                 problems.append(f"target: got {self.target!r}; an encoder without a head has {', '.join(of)}")

@@ -84,7 +84,7 @@ def atlas_for(params: Saliency, store: Store, scans: Sequence[str]) -> Atlas | d
     kind, _, column = (params.atlas or "").partition(":")
     if kind == COLUMN:
         assert params.cohort is not None  # the parameters were checked
-        return own_atlases(store, list(scans), params.cohort, column, params.atlas_names)
+        return own_atlases(store, list(scans), params.cohort, column, params.atlas_names, params.contrast)
     return load_atlas(params.atlas, store.grid, params.atlas_names)
 
 
@@ -121,7 +121,7 @@ def own_atlas(store: Store, scan: str, path: str | Path, names: str | Path | Non
 
 
 def own_atlases(store: Store, scans: list[str], cohort: str | Path, column: str,
-                names: str | Path | None = None) -> dict[str, Atlas]:
+                names: str | Path | None = None, contrast: str = "T1w") -> dict[str, Atlas]:
     """Resample scans' own label maps, such as FreeSurfer's or DLMUSE's, onto the prepared grid; by scan.
 
     Args:
@@ -130,11 +130,12 @@ def own_atlases(store: Store, scans: list[str], cohort: str | Path, column: str,
         cohort: the table that the store was prepared from.
         column: its column of paths, such as `dlmuse_path`.
         names: names of the labels; see `label_names`.
+        contrast: which scans of a folder.
 
     Raises:
         AtlasError: the table lacks the column, or a scan's label map.
     """
-    table = read_cohort(cohort)
+    table = read_cohort(cohort, contrast)
     if column not in table:
         raise AtlasError(f"{shown(cohort)}: no column {column}; its columns are {', '.join(table.columns)}")
     paths = pd.Series(table[column].to_numpy(), scan_names(table))

@@ -299,8 +299,9 @@ class Checked(NamedTuple):
 
     Attributes:
         table: one row per method and scan: `randomised` and `head` (rank correlation with all layers randomised, and
-            with only the head), `shuffled` (nan without such a model), `deletion`, `insertion`, `noise`, `shift`,
-            `outside`, `incomplete` (nan except for integrated gradients), `agreement` (mean with the other methods).
+            with only the head, or an encoder's last stage), `shuffled` (nan without such a model), `deletion`,
+            `insertion`, `noise`, `shift`, `outside`, `incomplete` (nan except for integrated gradients), `agreement`
+            (mean with the other methods).
         randomised: see `randomisation`.
         agreement: see `agreement`; mean over scans.
         verdicts: see `verdicts`.
@@ -312,7 +313,7 @@ class Checked(NamedTuple):
     verdicts: pd.DataFrame
 
 
-def check_maps(explainer: Explainer, scans: Sequence[str], methods: Sequence[str], run: Run, *, learned: str = "",
+def check_maps(explainer: Explainer, scans: Sequence[str], methods: Sequence[str], run: Run, *, model_fault: str = "",
                shuffled: nn.Module | None = None, seed: int = 0) -> Checked:
     """Run all checks; writes `checks.csv`, `randomisation.csv`, `agreement.csv` and `verdicts.csv`.
 
@@ -321,8 +322,8 @@ def check_maps(explainer: Explainer, scans: Sequence[str], methods: Sequence[str
         scans: names of the scans to check on.
         methods: of the maps.
         run: receives the tables.
-        learned: reason not to trust the model itself, such as predicting no better than chance; see
-            `kit.explain.maps.no_better_than_chance`. If not empty, none of its maps is supported.
+        model_fault: why the model itself cannot be trusted, such as predicting no better than chance; see
+            `kit.explain.maps.no_better_than_chance`. "" if it can; else none of its maps is supported.
         shuffled: the same network trained on shuffled labels.
         seed: of weights, orders and noise.
     """
@@ -334,7 +335,7 @@ def check_maps(explainer: Explainer, scans: Sequence[str], methods: Sequence[str
         alike.append(agreement(maps, mask))
         tables.append(_numbers(explainer, scan, maps, copies[-1], alike[-1], shuffled, seed))
     checked = Checked(pd.concat(tables, ignore_index=True), pd.concat(copies, ignore_index=True),
-                      sum(alike) / len(alike), verdicts(pd.concat(tables), learned))
+                      sum(alike) / len(alike), verdicts(pd.concat(tables), model_fault))
     for name, table in (("checks", checked.table), ("randomisation", checked.randomised),
                         ("agreement", checked.agreement.rename_axis("method").reset_index()),
                         ("verdicts", checked.verdicts)):
@@ -359,13 +360,13 @@ def _numbers(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], copie
     return table.rename_axis("method").reset_index().assign(scan=scan)
 
 
-def verdicts(table: pd.DataFrame, learned: str = "", least: Thresholds = THRESHOLDS) -> pd.DataFrame:
+def verdicts(table: pd.DataFrame, model_fault: str = "", limits: Thresholds = THRESHOLDS) -> pd.DataFrame:
     """Judge each method by its means over scans.
 
     Args:
         table: see `Checked`.
-        learned: see `check_maps`.
-        least: the limits.
+        model_fault: see `check_maps`.
+        limits: beyond which a check fails.
 
     Returns:
         One row per method: `method`, `supported` (bool), `verdict` (which checks fail, or that it passes).
@@ -373,33 +374,33 @@ def verdicts(table: pd.DataFrame, learned: str = "", least: Thresholds = THRESHO
     means = table.groupby("method", sort=False).mean(numeric_only=True)
     rows = []
     for method, row in means.iterrows():
-        faults = [learned] * bool(learned) + _faults(row, least)
-        anew = "none" if np.isnan(row["randomised"]) else f"another ({row['randomised']:.2f})"
+        faults = [model_fault] * bool(model_fault) + _faults(row, limits)
+        anew = ("no map" if np.isnan(row["randomised"]) else f"another map (rank correlation {row['randomised']:.2f})")
         words = "not supported: " + "; ".join(faults) if faults else (
             f"passes: {anew} with random weights, beats random order by {row[['deletion', 'insertion']].mean():.2f}, "
-            f"stable ({min(row['noise'], row['shift']):.2f})")
+            f"at least {min(row['noise'], row['shift']):.2f} after noise and shift")
         rows.append((method, not faults, words))
     return pd.DataFrame(rows, columns=["method", "supported", "verdict"])
 
 
-def _faults(row: pd.Series, least: Thresholds) -> list[str]:
+def _faults(row: pd.Series, limits: Thresholds) -> list[str]:
     if np.isnan(row["randomised"]) and np.isnan(row["noise"]):
         return ["the map is the same everywhere"]
     faithful, faults = row[["deletion", "insertion"]].mean(), []
-    if row["randomised"] > least.randomised:
+    if row["randomised"] > limits.randomised:
         faults.append(f"random weights give much the same map (rank correlation {row['randomised']:.2f})")
-    if row["shuffled"] > least.shuffled:
+    if row["shuffled"] > limits.shuffled:
         faults.append(f"so do shuffled labels ({row['shuffled']:.2f})" if faults else
                       f"shuffled labels give much the same map ({row['shuffled']:.2f})")
-    if not faithful >= least.faithful:
+    if not faithful >= limits.faithful:
         faults.append("removing what it marks changes the output no more than removing brain at random "
                       f"({faithful:.2f})")
     faults += [f"it is another map after {what} ({row[name]:.2f})"
                for name, what in (("noise", "a little noise"), ("shift", "a shift by one voxel"))
-               if not row[name] >= least.stable]
-    if row["outside"] > least.outside:
-        faults.append(f"it prefers what is outside the brain ({row['outside']:.1f} times an even map)")
-    if row["incomplete"] > least.incomplete:
+               if not row[name] >= limits.stable]
+    if row["outside"] > limits.outside:
+        faults.append(f"it prefers what is outside the brain ({row['outside']:.1f} times a uniform map)")
+    if row["incomplete"] > limits.incomplete:
         faults.append(f"its sum is off by {100 * row['incomplete']:.0f} % (take more steps)")
     return faults
 

@@ -358,16 +358,19 @@ def region_shares(maps: Maps, rows: pd.DataFrame, store: Store, atlas: Atlas | M
     return table
 
 
-def native_maps(maps: Maps, store: Store, cohort: str | None, run: Run) -> list[Path]:
+def native_maps(maps: Maps, store: Store, cohort: str | None, contrast: str, run: Run) -> list[Path]:
     """Write maps on the voxels of the scans' original files to `native/`, to overlay them in any viewer.
 
     Args:
         cohort: the table or folder that the scans were prepared from; None: nothing is written.
+        contrast: which scans of a folder.
     """
     if cohort is None:
         return []
-    table = read_cohort(cohort)
+    table = read_cohort(cohort, contrast)
     paths = dict(zip(scan_names(table), table["image_path"], strict=True))
+    if lacking := sorted({scan for scan, _ in maps} - set(paths)):
+        print(f"{cohort} lacks {len(lacking)} of the scans shown: {', '.join(lacking[:3])}; they get no native map")
     return [write_native(run / "native" / f"{scan}_{method}.nii.gz", store, scan, values, paths[scan])
             for (scan, method), values in maps.items() if scan in paths]
 

@@ -153,11 +153,11 @@ def summary(table: pd.DataFrame, store: Store, seed: int = 0) -> pd.DataFrame:
     person = dict(zip(store.index["scan"], participant_ids(store.index), strict=True))
     for method, part in table.groupby("method", sort=False):
         means = part.assign(participant=part["scan"].map(person)).groupby("participant")[list(MEASURES)].mean()
-        said = means.dropna()
-        row = {"method": method, "participants": len(said), "silent": len(means) - len(said)}
+        nonzero = means.dropna()
+        row = {"method": method, "participants": len(nonzero), "silent": len(means) - len(nonzero)}
         for name in MEASURES:
-            low, high = _interval(said[name].to_numpy(), seed)
-            row |= {name: said[name].mean(), f"{name}_low": low, f"{name}_high": high}
+            low, high = _interval(nonzero[name].to_numpy(), seed)
+            row |= {name: nonzero[name].mean(), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     columns = ["method", "participants", "silent",
                *(f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high"))]

@@ -19,7 +19,7 @@ from kit.evaluate.metrics import LEAST_PARTICIPANTS
 from kit.show.figure import MAX_WIDTH, TEXT, blank, label, shared_legend
 from kit.show.wording import in_units, need, need_one, readable, with_interval
 
-CHANCE = ("guess", "demographics", "site", "volumes", "voxels", "random init")  # an encoder has to beat these
+BASELINES = ("guess", "demographics", "site", "volumes", "voxels", "random init")  # an encoder has to beat these
 MODES = {"probe": "Linear probe on frozen features", "finetune": "All weights trained",
          "baseline": "Without an encoder"}
 METRICS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
@@ -99,10 +99,10 @@ def _towards_better(differences: pd.DataFrame) -> pd.DataFrame:
 def ordered(names: Iterable[str]) -> list[str]:
     """Sort unique names: first what an encoder has to beat, then supervised, MAE, and the rest in their given order."""
     def rank(name: str) -> int:
-        if name in CHANCE:
-            return CHANCE.index(name)
+        if name in BASELINES:
+            return BASELINES.index(name)
         families = [name.lower().startswith(family) for family in ("supervised", "mae")]
-        return len(CHANCE) + (families.index(True) if any(families) else len(families))
+        return len(BASELINES) + (families.index(True) if any(families) else len(families))
     return sorted(dict.fromkeys(names), key=rank)
 
 
@@ -276,11 +276,11 @@ def label_efficiency(scores: pd.DataFrame, title: str = "", note: str = "") -> F
 
 
 def _style(name: str, mode: str, names: list[str]) -> dict:
-    if name in CHANCE:
-        place = CHANCE.index(name)
+    if name in BASELINES:
+        place = BASELINES.index(name)
         return {"color": f"{0.7 - 0.1 * place:.1f}", "linestyle": ":", "linewidth": 1, "marker": "sv^<>D"[place],
                 "markersize": 4, "elinewidth": 0.6, "label": name}
-    number = [each for each in names if each not in CHANCE].index(name)
+    number = [each for each in names if each not in BASELINES].index(name)
     form = {"linestyle": "--", "marker": "s", "markerfacecolor": "white"} if mode == "finetune" else {"marker": "o"}
     return {"color": f"C{number}", "linewidth": 1.4, "markersize": 4, "capsize": 2, "label": f"{name}, {mode}", **form}
 

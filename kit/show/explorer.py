@@ -126,10 +126,14 @@ def explorer(
         redraw()
 
     def add_facts(request: int, chosen: Choice) -> None:
-        if request == now["request"]:
+        if request != now["request"]:
+            return
+        try:
             found = similarity(list(scans).index(chosen[0]), *chosen[1:]) if similarity else []
             if request == now["request"]:
                 facts.value = png(pair_facts(now["pair"], found, note))
+        except Exception as error:  # an error in a thread would go unseen
+            words.value = _wrong(error)
 
     def make(request: int, chosen: Choice) -> None:
         if request != now["request"]:  # overtaken while waiting
@@ -139,7 +143,7 @@ def explorer(
             if request == now["request"]:
                 show(pair)
                 add_facts(request, chosen)
-        except Exception as error:  # an error in a thread would go unseen
+        except Exception as error:  # the same
             words.value = _wrong(error)
 
     def chosen() -> Choice:

@@ -134,11 +134,11 @@ def mosaic(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: str =
 
 
 def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
-                 unit: str = "times an even map's mean", outline: np.ndarray | None = None, note: str = "",
+                 unit: str = "multiples of a uniform map's mean", outline: np.ndarray | None = None, note: str = "",
                  background: np.ndarray | None = None, at: Point | None = None) -> Figure:
     """Draw groups' smoothed mean maps over the template, in the same slices and with one colour scale.
 
-    For two groups their difference, first minus second, is added with its own scale. For no group, whose maps are
+    For two groups their difference, second minus first, is added with its own scale. For no group, whose maps are
     thus all zero, a sentence says so.
 
     Args:
@@ -158,7 +158,7 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
     shared, scales = Scale.of(*rows.values()), []
     if len(rows) == 2:
         one, other = rows
-        rows[f"{one} − {other}"] = rows[one] - rows[other]
+        rows[f"{other} − {one}"] = rows[other] - rows[one]
     differs = len(rows) - len(means)
     at = focus(list(rows.values())[-1 if differs else 0], grid) if at is None else at
     scales = [shared] * len(means) + [Scale.of(list(rows.values())[-1])] * differs
@@ -215,7 +215,7 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
         people = f", {count} participant{'s' * (count > 1)}" if count else ""
         label(axes, "share of the map (%)", "", readable(method) + people)
         axes.set_xlim(0)
-    shown = {even: "share of the brain: an even map"}
+    shown = {even: "share of the brain: a uniform map"}
     shown |= {Patch(color=colour): side for side, colour in SIDES.items()} | {Patch(color=NO_SIDE): "both, or no side"}
     figure.legend(shown.keys(), shown.values(), loc="outside lower right", ncols=len(shown), **LEGEND)
     return figure

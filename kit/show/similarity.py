@@ -29,14 +29,14 @@ class Similar:
     Attributes:
         pair: of the two views shown.
         pairs: (scans - 1,) of the two views of every other scan, under the same recipe.
-        strangers: (scans * (scans - 1),) of views of different scans. If `pair` is far above them, the contrastive
-            task is easy; if it is among them, hopeless.
+        different_scans: (scans * (scans - 1),) of views of different scans. If `pair` is far above them, the
+            contrastive task is easy; if it is among them, hopeless.
         encoder: its name.
     """
 
     pair: float
     pairs: np.ndarray
-    strangers: np.ndarray
+    different_scans: np.ndarray
     encoder: str = ""
 
 
@@ -95,7 +95,7 @@ def pair_facts(pair: Pair, similar: Sequence[Similar] = (), note: str = "") -> F
 
 def _draw_similar(axes: Axes, similar: Similar) -> None:
     for height, values, name, colour in ((2, similar.pairs, "two views of another scan", "#2471a3"),
-                                         (1, similar.strangers, "views of different scans", "#888888")):
+                                         (1, similar.different_scans, "views of different scans", "#888888")):
         axes.plot(values, np.full(len(values), height), "|", color=colour, markersize=16, label=name)
     axes.axvline(similar.pair, ymax=0.55, color="#c0392b", label=f"this pair: {similar.pair:.3f}")
     axes.set_ylim(0.4, 4.6)

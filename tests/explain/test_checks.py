@@ -245,7 +245,7 @@ def test_a_trained_model_passes_and_a_randomised_one_fails(store, task, tmp_path
         run = Run.open(tmp_path / f"{name} saliency", {})
         explainer = explainer_for(network, store, patch=4, steps=32)
         checked = check_maps(explainer, scans, ["gradient", "integrated_gradients"], run,
-                             learned=no_better_than_chance(run_of(tmp_path / name, network, task)))
+                             model_fault=no_better_than_chance(run_of(tmp_path / name, network, task)))
         assert {"checks.csv", "randomisation.csv", "agreement.csv", "verdicts.csv"} <= {
             path.name for path in run.folder.iterdir()}
         if name == "learned":

@@ -99,11 +99,11 @@ def test_groups_share_a_scale_and_differ_in_another(scan, found):
     means = {"patients": 3 * found, "controls": found[:, :, ::-1].copy()}
     figure = group_figure(means, GRID, "means", outline=found > 1)
     panels = figure.axes[:9]
-    assert [axes.get_ylabel() for axes in panels[::3]] == ["patients", "controls", "patients − controls"]
+    assert [axes.get_ylabel() for axes in panels[::3]] == ["patients", "controls", "controls − patients"]
     limits = [axes.images[1].get_clim() for axes in panels]
     assert limits[0] == limits[5] and limits[8][0] == -limits[8][1] < 0
     difference = np.asarray(panels[6].images[1].get_array())
-    assert difference[24 - 1 - 16, 6] > 0
+    assert difference[24 - 1 - 16, 6] < 0
     assert {axes.get_title() for axes in panels[::3]} == {panels[0].get_title()}  # one place
     assert len(group_figure({"all": found}, GRID).axes) == 3 + 1
 
@@ -131,7 +131,7 @@ def test_region_bars_show_intervals_and_an_even_map():
     assert "procedural data" in figure.get_supxlabel()
     legend, = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
-        "share of the brain: an even map", "left", "right", "both, or no side"]
+        "share of the brain: a uniform map", "left", "right", "both, or no side"]
     with pytest.raises(ValueError, match="lacks low, high"):
         region_bars(table.drop(columns=["low", "high"]))
 

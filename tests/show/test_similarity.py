@@ -32,7 +32,7 @@ def test_similarity_is_the_cosine_of_the_features():
     assert abs(same.pair - 1) < 1e-6 and np.allclose(same.pairs, 1) and len(same.pairs) == 2
     z = scans().images.flatten(1)
     wanted = np.corrcoef(z)[~np.eye(3, dtype=bool)]  # of z-scored voxels the cosine is the correlation
-    assert np.allclose(same.strangers, wanted, atol=1e-5)
+    assert np.allclose(same.different_scans, wanted, atol=1e-5)
     changed, = similarity(1, read_recipe("weak"), 0)
     assert changed.pair < 0.99 and changed.pair == similarity(1, read_recipe("weak"), 0)[0].pair
     assert changed.pair != similarity(1, read_recipe("weak"), 1)[0].pair
