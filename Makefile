@@ -29,9 +29,8 @@ demo: $(READY)  ## the whole path through every notebook on the sample cohort (1
 
 test: $(READY)  ## all tests: unit, integration, every notebook (31 minutes on two cores)
 	$(BIN)/ruff check .
-	$(BIN)/mypy kit
 	$(BIN)/lint-imports
-	$(TESTS) --nbval --durations=30
+	$(BIN)/mypy kit & types=$$!; $(TESTS) --nbval --durations=30; tests=$$?; wait $$types && exit $$tests
 
 check: $(READY)  ## the quick loop (3 minutes)
 	$(BIN)/ruff check .

