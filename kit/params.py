@@ -392,9 +392,9 @@ class Benchmark(Tuning):
     volumes: ProjectPath | None = None  # a table of volumes, such as FreeSurfer's; null: tissues of the prepared scans
     atlas: ProjectPath | None = None  # regions for these tissues, a NIfTI in MNI space; null: cubes of 30 mm
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
-    label_fractions: list[Fraction] = [0.2, 1.0]  # of the training participants, for probes and baselines
+    label_fractions: list[Fraction] = [0.2, 1.0]  # of the training and validation participants, for probes
     finetune_tasks: list[str] = ["stroke"]  # tasks to also fine-tune on
-    finetune_fractions: list[Fraction] = [0.2]  # of the training participants, for fine-tuning
+    finetune_fractions: list[Fraction] = [0.2]  # of the same, for fine-tuning
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each has its own label subset, head and `{seed}` encoder
     task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
     missing_codes: dict[str, list[Code]] = {}  # by task, as in 3_finetune

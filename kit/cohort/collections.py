@@ -107,7 +107,9 @@ def pick(contrasts: list[str], wanted: str, where: str) -> list[int]:
 
 
 def _sessions(folder: Path) -> Iterator[Path]:
-    return (session for pattern in _SESSIONS for session in folder.glob(pattern))
+    made = {"derivatives", "sourcedata"}  # of BIDS: other files of the same people
+    return (session for pattern in _SESSIONS for session in folder.glob(pattern)
+            if not made & set(session.relative_to(folder).parts))
 
 
 def _fomo(folder: Path) -> Iterator[dict[str, Any]]:
@@ -207,6 +209,10 @@ def _participants(folder: Path, dataset: str | None) -> pd.DataFrame | None:
         labels["visit"] = labels.pop("session_id").map(_bare)
     if dataset is not None:
         labels["dataset"] = dataset
+    twice = labels.duplicated([key for key in ("dataset", "participant", "visit") if key in labels])
+    if twice.any():
+        raise CohortError(f"{shown(file)}: {labels['participant'][twice].iloc[0]} is listed twice; a row per session "
+                          "needs a column session_id")
     return labels
 
 

@@ -109,6 +109,8 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
         columns = [name for name in index if name.casefold() in DEMOGRAPHICS]
     if missing := [name for name in columns if name not in index]:
         raise LabelError(f"demographics: no column {', '.join(missing)}; the index has {', '.join(index.columns)}")
+    if not columns:
+        raise DoesNotApply(f"the index has no column {', '.join(DEMOGRAPHICS)}")
     columns = _without_label(task, {name: task.parts[name].rows[list(columns)] for name in FITTED}, tell)
     return {name: pd.DataFrame({column: _covariate(part.rows, column, index) for column in columns})
             for name, part in task.parts.items()}

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -223,7 +222,10 @@ class _Bench:
                 found = probe_tested(task, {part: self._features_of(cell, seed, task, part) for part in task.parts})
             else:
                 found = self._finetuned(cell, seed, task, folder, home)
-            write_table(self.file(cell, seed), _table(task, _corrected(task, found) if corrects else found or {}))
+            if corrects:
+                found = self._corrected(cell, task, found)
+            write_table(self.file(cell, seed), _table(task, found or {}))
+            shutil.rmtree(folder / f"seed{seed}", ignore_errors=True)  # its training, now that its result is written
 
     def _say(self, words: str) -> None:
         """Print a line once, not again for each fraction, fold and seed."""
@@ -235,6 +237,22 @@ class _Bench:
         """Whether to correct predictions for their pull to the mean: regression only, if the parameters ask for it."""
         kind = self.tasks[cell.task, cell.fold].labels.kind
         return self.params.correct_bias and kind == "regression" and cell.encoder != "guess"
+
+    def _corrected(self, cell: Cell, task: Task, found: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """Correct test predictions for their pull to the mean, estimated on validation.
+
+        Predictions that do not rise with the truth on validation are returned unchanged, with a printed line: there is
+        nothing to correct.
+        """
+        found = dict(found or {})
+        validation = found.pop(CORRECTION, None)
+        if validation is not None:
+            try:
+                found = {name: bias_corrected(task.parts[CORRECTION].labels, validation, values)
+                         for name, values in found.items()}
+            except ValueError as error:
+                self._say(f"{cell.encoder} on {cell.task}, {cell.mode}: bias not corrected: {error}")
+        return found
 
     def _finetuned(self, cell: Cell, seed: int, task: Task, folder: Path, home: Path) -> dict[str, np.ndarray]:
         """Fine-tune; the first seed chooses learning rate and weight decay and checks whether training sufficed."""
@@ -249,9 +267,7 @@ class _Bench:
             write_json(known, {**tuned.choice._asdict(), "converged": tuned.converged,
                                "validation": tuned.validation_score, "standard_error": tuned.standard_error,
                                "longer": tuned.longer_score})
-        found = predict_tested(task, tuned.predictor)
-        shutil.rmtree(place)
-        return found
+        return predict_tested(task, tuned.predictor)
 
     def _features_of(self, cell: Cell, seed: int, task: Task, part: str) -> np.ndarray:
         """Features of a part's scans, computed once per encoder and store and kept in `embeddings/`."""
@@ -341,6 +357,10 @@ class _Bench:
         converged = json.loads(choice.read_text(encoding="utf-8"))["converged"] if choice.exists() else None
         people = task.with_labels_for(cell.label_fraction, self.params.seeds[0]).parts["train"].participants.nunique()
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        if tables:  # age and sex are today's, whatever they were when the cell was computed
+            people_of = [covariates(task.parts[name])[["scan", "age", "sex"]].assign(distribution=where)
+                         for name, where in task.tested.items()]
+            table = table.merge(pd.concat(people_of), on=["distribution", "scan"], how="left", validate="many_to_one")
         return table.assign(**cell._asdict(), converged=converged, train_participants=people,
                             fingerprint=self.made_from(cell).fingerprint)
 
@@ -350,9 +370,9 @@ def remove_stale_cells(bench: _Bench, run: Run) -> None:
     reasons: dict[str, list[str]] = {}
     for cell in bench.cells:
         folder = bench.folder(cell)
-        if not any(folder.glob("*.csv")):  # another shard may have begun it just now
-            continue
         before, now = read_made_from(folder), bench.made_from(cell)
+        if before is None and not any(folder.glob("*.csv")):  # another shard may have begun it just now
+            continue
         for line in (changes(before, now) if before else ["no record of what it was made from"]):
             reasons.setdefault(line, []).append(f"{cell.encoder} on {cell.task}")
             shutil.rmtree(folder, ignore_errors=True)
@@ -431,24 +451,9 @@ def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iter
     classes = sorted(set(scans["true"]))
     if params.match_age_sex and kind == "classification" and len(classes) == 2 and task not in ("sex", "gender"):
         people = scans.drop_duplicates("participant").reset_index(drop=True)
-        sex = people["sex"].replace("", None)  # an empty cell is read as ""
-        keep = matched(people["participant"], people["true"] == classes[1], people["age"], sex)
+        keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
         if keep.any():
             yield "pairs of one sex and age", scans[scans["participant"].isin(people["participant"][keep])]
-
-
-def _corrected(task: Task, found: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-    """Correct test predictions for their pull to the mean, estimated on validation.
-
-    Predictions that do not rise with the truth on validation are returned unchanged: there is nothing to correct.
-    """
-    found = dict(found or {})
-    validation = found.pop(CORRECTION, None)
-    if validation is not None:
-        with suppress(ValueError):
-            found = {name: bias_corrected(task.parts[CORRECTION].labels, validation, values)
-                     for name, values in found.items()}
-    return found
 
 
 def _all_converged(each: pd.Series) -> bool | None:
@@ -457,16 +462,15 @@ def _all_converged(each: pd.Series) -> bool | None:
 
 
 def _table(task: Task, predictions: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """One row per tested scan: distribution, scan, participant, age, sex, true, predicted."""
+    """One row per tested scan: distribution, scan, participant, true, predicted."""
     tables = []
     for name, values in predictions.items():
         part = task.parts[name]
-        tables.append(covariates(part).assign(distribution=task.tested[name], true=part.labels,
-                                              **prediction_columns(values)))
-    columns = ["distribution", "scan", "participant", "age", "sex", "true"]
-    return pd.concat(tables, ignore_index=True)[
-        [*columns, *(name for name in tables[0] if name.startswith("predicted"))]] if tables else pd.DataFrame(
-        columns=[*columns, "predicted"])
+        tables.append(pd.DataFrame({"distribution": task.tested[name], "scan": part.rows["scan"].to_numpy(),
+                                    "participant": part.participants.to_numpy(), "true": part.labels,
+                                    **prediction_columns(values)}))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(
+        columns=["distribution", "scan", "participant", "true", "predicted"])
 
 
 def weights_together(digests: Sequence[str]) -> str:
@@ -482,8 +486,8 @@ def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
     """Measure repeat-scan reliability of each pretrained encoder and the untrained one; writes `reliability.csv`.
 
     Returns:
-        one row per encoder (first fold and seed); see `kit.evaluate.reliability.reliability`. Empty, with a printed
-        reason, if too few participants have several scans.
+        one row per encoder (first fold and seed); see `kit.evaluate.reliability.reliability`. An encoder for which too
+        few participants have several scans has none, and the reason is printed.
     """
     bench, seed, rows = _Bench(params), params.seeds[0], []
     by = "site" if "site" in bench.stores["prepared"].index else "session"
@@ -494,8 +498,10 @@ def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
             rows.append(reliability_of(network, bench.stores["prepared"], name, record=record, by=by,
                                        accept_flags=params.accept_flags, aliases=bench.aliases, seed=seed))
         except ReliabilityError as error:
-            print(f"no reliability: {error}")
-            return pd.DataFrame()
+            print(f"{name}: no reliability: {error}")
+    if not rows:
+        (run / "reliability.csv").unlink(missing_ok=True)  # an older one
+        return pd.DataFrame()
     table = pd.concat(rows, ignore_index=True)
     write_table(run / "reliability.csv", table)
     return table

@@ -173,6 +173,9 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
         rows = rows[rows["split"] == TRAVELLING]
     ids, seen = participant_ids(rows), set((record or {}).get("participants", ()))
     known = ids.map(lambda each: participant_hash(each) in seen or not seen.isdisjoint(hashed_ids(each, aliases)))
+    if (nowhere := rows[by].isna() | (rows[by] == "")).any():
+        print(f"reliability: {int(nowhere.sum())} scans without {by} are left out")
+    rows, ids, known = rows[~nowhere], ids[~nowhere], known[~nowhere]
     keep = ~known & ids.duplicated(keep=False)
     rows, ids = rows[keep], ids[keep]
     if ids.nunique() < 2:

@@ -65,7 +65,8 @@ class Tuned:
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
         standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
         longer_score: the score after up to three times the steps.
-        converged: whether the two scores differ by no more than the standard error; None if not checked.
+        converged: whether the two scores differ by no more than the standard error; None if not checked,
+            or if that is nan.
     """
 
     predictor: Predictor
@@ -175,7 +176,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     tries = pd.DataFrame(rows)
     if folder:
         write_table(folder / "tries.csv", tries)
-    converged = abs(longer - score) <= error if check else None
+    converged = abs(longer - score) <= error if check and math.isfinite(error) else None
     return Tuned(predictor, log, each, tries, score, error, longer, converged)
 
 

@@ -147,7 +147,7 @@ def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
     reader.SetFileNames(files)
     reader.SetOutputPixelType(sitk.sitkFloat32)  # rescale slope and intercept applied
     image = reader.Execute()
-    # GDCM sorts slices by position, but uses the first spacing for all of them.
+    # ITK takes even spacing for granted, (last - first) / (n - 1): a missing slice has to be found here.
     normal = np.reshape(image.GetDirection(), (3, 3))[:, 2]
     _check_steps(np.diff([np.dot(_information(file).GetOrigin(), normal) for file in files]))
     return from_itk(image)
@@ -155,6 +155,9 @@ def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_steps(steps: np.ndarray) -> None:
     """Refuse uneven slice spacing, given the distances along the slice normal."""
+    if len(steps) and abs(np.median(steps)) < 1e-3:
+        raise ScanError("DICOM slices without positions, or all at one: where they lie is not known; export the series "
+                        "again, with its geometry")
     if np.ptp(steps) > 0.1 * abs(np.median(steps)) + 1e-3:
         raise ScanError(f"DICOM slices are not evenly spaced ({np.abs(steps).min():.2f} to "
                         f"{np.abs(steps).max():.2f} mm): is one missing or doubled? Export the series again")

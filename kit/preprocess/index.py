@@ -16,6 +16,7 @@ import pandas as pd
 
 from kit.cohort.tabular import read_table
 from kit.errors import KitError
+from kit.machine import NO_LOCKS
 from kit.preprocess.quality import QC_METRICS, flagged
 from kit.runs import write_table, write_whole
 from kit.store.store import claim, read_index, scan_path
@@ -131,7 +132,11 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
         return None
     (folder / "scans").mkdir(parents=True, exist_ok=True)
     with open(folder / ".merge", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:  # without locks, shards that end together merge twice, which is harmless
+                raise
         records = [json.loads((part / "preparation.json").read_text(encoding="utf-8")) for part in parts]
         if differ := sorted({name for record in records for name in record
                              if name != "versions" and record[name] != records[0].get(name)}):

@@ -217,7 +217,9 @@ def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pai
         header = kind.header_class(data[:header_size], check=False)
         _check(header, no_codes_ok)
         return kind.from_file_map({name: nib.FileHolder(fileobj=BytesIO(each)) for name, each in files.items()})
-    except nib.spatialimages.HeaderDataError as error:
+    except ScanError:
+        raise
+    except (nib.spatialimages.HeaderDataError, KeyError, ValueError, OverflowError) as error:
         raise ScanError("damaged NIfTI header; copy the file again, or convert the scan anew") from error
 
 

@@ -86,8 +86,9 @@ def scan_files(path: str | Path) -> list[Path]:
 def _folder_and_series(path: Path) -> tuple[Path, str | None]:
     """Split `folder#4` into the folder and its series "4"; other paths have no series."""
     folder, mark, series = path.name.rpartition("#")
-    if mark and not path.exists() and path.with_name(folder or ".").is_dir():
-        return path.with_name(folder), series
+    its = path.with_name(folder) if folder else path.parent
+    if mark and not path.exists() and its.is_dir():
+        return its, series
     return path, None
 
 

@@ -17,15 +17,16 @@ def in_units(words: str, task: str) -> str:
     return f"{words} ({UNITS[task]})" if task in UNITS else words
 
 
-def with_interval(value: float, low: float | None, high: float | None, digits: int = 2, sign: str = "") -> str:
-    """Format a score as text: `0.73 [0.65, 0.79]`, or `0.73 [–]` without an interval (None or nan).
+def with_interval(value: float | None, low: float | None, high: float | None, digits: int = 2, sign: str = "") -> str:
+    """Format a score as text: `0.73 [0.65, 0.79]`, or `0.73 [–]` without an interval, `– [–]` without a score
+    (None or nan).
 
     Args:
         sign: "+" for a difference, to always write its sign.
     """
     known = not pd.isna(low) and not pd.isna(high)
     form = f"{sign}.{digits}f"
-    return f"{value:{form}} " + (f"[{low:{form}}, {high:{form}}]" if known else "[–]")
+    return ("– " if pd.isna(value) else f"{value:{form}} ") + (f"[{low:{form}}, {high:{form}}]" if known else "[–]")
 
 
 def need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:

@@ -160,9 +160,12 @@ def test_covariates_that_changed_are_seen(tmp_path, capsys):
     before = cell_files(tmp_path / "run")
     index = pd.read_csv(tmp_path / "here/index.csv", dtype={"participant": str, "session": str})
     index.assign(age=index["age"] + 1).to_csv(tmp_path / "here/index.csv", index=False)
-    filled(params_for(stores, tmp_path / "run", **values))
+    results = filled(params_for(stores, tmp_path / "run", **values))
     after = cell_files(tmp_path / "run")
     assert {path.parts[2] for path in before if after[path] != before[path]} == {"demographics"}
+    here = results.predictions[results.predictions["distribution"] == "in_distribution"]
+    own = index.set_index("scan")["age"] + 1
+    assert here["age"].tolist() == pytest.approx(own.loc[here["scan"]].tolist())  # of every row, computed anew or not
     assert "columns: " in capsys.readouterr().out
 
 

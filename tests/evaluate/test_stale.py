@@ -177,6 +177,28 @@ def test_a_half_finished_fine_tuning_of_other_labels_is_not_resumed(store, tmp_p
     assert (tmp_path / "run/model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_half_finished_cell_of_other_labels_is_not_resumed(store, tmp_path, monkeypatch, capsys):
+    values = {"encoders": {"ResNet": "random:resnet18_narrow"}, "baselines": [], "tasks": ["lesion"],
+              "finetune_tasks": ["lesion"], "finetune_fractions": [1.0], "steps": 3, "batch_size": 8}
+    real, calls = checkpoint.save, []
+
+    def save(*arguments, **options):
+        real(*arguments, **options)
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", save)
+        benchmarked(store, tmp_path / "run", **values)
+    assert not list((tmp_path / "run/cells").glob("*/*/*/*.csv")) and list((tmp_path / "run/cells").rglob("last.pt"))
+    correct_labels(store)
+    anew = benchmarked(store, tmp_path / "run", **values).predictions
+    assert "labels of lesion of prepared changed" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(anew, benchmarked(store, tmp_path / "fresh", **values).predictions)
+    assert not list((tmp_path / "run/cells").rglob("checkpoints"))
+
+
 @pytest.mark.parametrize("left", ["", "{"])
 def test_a_run_of_an_older_kit_is_computed_anew(store, tmp_path, capsys, fitted, left):
     first = finetuned(store, tmp_path / "run")[2]
