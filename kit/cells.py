@@ -39,7 +39,7 @@ def current_values(shell: Any) -> dict[str, Any]:
 
 
 def assigned_names(sources: Iterable[str]) -> list[str]:
-    """Names assigned at the top level of the cells' sources, in order, each once."""
+    """Names that the cells' sources assign, in order, each once; not those inside functions."""
     return list({name: None for source in sources for node in ast.parse(source).body for name in _targets(node)})
 
 
@@ -47,7 +47,10 @@ def literals(sources: Iterable[str]) -> dict[str, Any]:
     """The last value assigned to each name, if it is a literal; the value of an expression is unknown afterwards."""
     values: dict[str, Any] = {}
     for node in (node for source in sources for node in ast.parse(source).body):
-        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None  # `+=` and `for` say no value
+        value = None  # `+=`, `for` and tuples say no value of a name
+        if isinstance(node, ast.AnnAssign) or (isinstance(node, ast.Assign)
+                                               and all(isinstance(each, ast.Name) for each in node.targets)):
+            value = node.value
         for name in _targets(node):
             values.pop(name, None)
             if value is not None:
@@ -57,8 +60,14 @@ def literals(sources: Iterable[str]) -> dict[str, Any]:
 
 
 def _targets(node: ast.stmt) -> list[str]:
+    """Names that a statement assigns, in tuples and in the bodies of `if` and the like, too."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return []
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    names = [each.id for target in targets if target is not None for each in ast.walk(target)
+             if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)]
+    return names + [name for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)
+                    for name in _targets(child)]
 
 
 def _counting(shell: Any) -> list[str]:
@@ -67,12 +76,23 @@ def _counting(shell: Any) -> list[str]:
     if not ran:  # no history, as under nbval: IPython also keeps the sources for its tracebacks
         kept = [entry[2] for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
         ran = [cell for cell in map("".join, kept) if cell.lstrip().startswith(MARK)]
+    if ran and not _parses(ran[-1]):
+        raise CellError(f"the cell `{MARK}` was last run with a mistake in it: run it again, then this one")
+    ran = [cell for cell in ran if _parses(cell)]
     own = [place for place, cell in enumerate(ran) if not _papermills(cell)][-1:]
     injected = [place for place, cell in enumerate(ran) if _papermills(cell)][-1:]
     if own and injected and injected < own:
         raise CellError(f"papermill's cell `{MARK}` ran before the notebook's own, which has overwritten its values: "
                         "run papermill's cell again, then this one (if it was deleted, restart the kernel)")
     return [ran[place] for place in own + injected]
+
+
+def _parses(cell: str) -> bool:
+    try:
+        ast.parse(cell)
+    except SyntaxError:
+        return False
+    return True
 
 
 def _papermills(cell: str) -> bool:

@@ -61,6 +61,8 @@ def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None
     path, folder = _file_of(encoder), resolve(output)
     _check_empty(folder)
     record = read_record(path)
+    if record["preparation"] is None:
+        raise ExportError(f"{shown(path)}: nothing says how its scans were prepared, so that nobody could use it")
     network, _ = load_encoder(path, record["preparation"])
     config = config_of(network, record)
     scores = scores_of(benchmark, config["weights"]) if benchmark else None
@@ -71,8 +73,10 @@ def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None
         write_weights(made / "model.safetensors", network)
         write_program(made / PROGRAM, network, config)
         write_bundle(made, network, config, description(record, config), licence or "to be filled in")
-        for each in filter(Path.is_file, (path, path.with_name(REFERENCE))):
-            write_whole(made / each.name, partial(shutil.copyfile, each))
+        # by the names that 2_pretrain gives, whatever the file was called
+        for each, name in ((path, "encoder.safetensors"), (path.with_name(REFERENCE), REFERENCE)):
+            if each.is_file():
+                write_whole(made / name, partial(shutil.copyfile, each))
         text = card(record, config, path.parent, licence, scores)
         write_whole(made / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
         folder.mkdir(exist_ok=True)

@@ -77,6 +77,8 @@ def test_names_come_from_the_source():
     sources = ["# Parameters\nseed = 0\nshape: list = [1]\n", "# Parameters\nsed = 1\nprint(seed)"]
     assert assigned_names(sources) == ["seed", "shape", "sed"]
     assert literals([*sources, "seed = 3 * 4\nsed = 2"]) == {"shape": [1], "sed": 2}
+    tuples = ["seed = 0\nseed, epochs = 1, 2\nif True:\n    steps = 3\ndef of(x):\n    local = x\n"]
+    assert assigned_names(tuples) == ["seed", "epochs", "steps"] and literals(tuples) == {}
 
 
 def test_papermills_cell_is_told_from_the_notebooks_own():
@@ -123,6 +125,14 @@ def test_a_parameter_that_was_deleted_is_back_at_its_default(kernel, tmp_path):
     kernel.run(without)
     kernel.run(READ)
     assert stored(tmp_path / "outputs/b")["seed"] == 0
+
+
+def test_a_bracket_that_was_left_open_costs_one_run_of_the_cell(kernel):
+    kernel.run("# Parameters\nshape = (36, 48, 40", fails="incomplete input")
+    kernel.run(READ, fails="was last run with a mistake in it: run it again")
+    kernel.run(parameters("0_explore_augmentations", seed=7, output_dir="outputs/a"))
+    kernel.run(READ)
+    kernel.run("assert params.seed == 7")
 
 
 def test_a_typo_that_was_corrected_is_forgotten(kernel, tmp_path):

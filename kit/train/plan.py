@@ -92,8 +92,8 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[floa
         with autocast(params.precision, where):
             objective(batch, VALIDATION_EPOCH)["loss"].backward()
     torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begun) / 3
-    return seconds / scans, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"
+    seconds = (time.perf_counter() - begun) / 3 * objective.scans_per_item / scans
+    return seconds, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"
 
 
 def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:

@@ -103,11 +103,19 @@ def check_files(params: Pretrain, folder: Path) -> None:
 
     Writes `damaged.csv` (scan, reason), which the training processes read. A scan left out when a run began stays out
     when it resumes, even if it has been repaired.
+
+    Raises:
+        CheckpointError: a scan that a resumed run learns from is missing or damaged now.
     """
-    store = Store.open(params.prepared)
-    left_out = _damaged(folder) if _has_checkpoint(folder) else {}
+    store, resumes = Store.open(params.prepared), _has_checkpoint(folder)
+    already_out = _damaged(folder) if resumes else {}
     scans = pd.concat(choose_scans(params, store))["scan"].tolist()
-    damaged = left_out | unreadable(store, [scan for scan in scans if scan not in left_out], params.verify)
+    found = unreadable(store, [scan for scan in scans if scan not in already_out], params.verify)
+    if resumes and found:
+        raise CheckpointError(f"{len(found)} scans that {shown(folder)} began with are missing or damaged now: "
+                              f"{', '.join(list(found)[:5])}{', ...' * (len(found) > 5)}. "
+                              "Restore them, and it resumes; or give another output_dir")
+    damaged = already_out | found
     write_table(folder / DAMAGED, pd.DataFrame({"scan": list(damaged), "reason": list(damaged.values())}, dtype=str))
     if damaged:
         warnings.warn(f"{len(damaged)} of {len(scans)} scans are missing or damaged and left out: "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +66,21 @@ class Progress:
         self.written = now
         live = {"step": self.step, "steps": self.steps, "epoch": epoch + 1, "scans_per_second": scans / each,
                 "waiting": waited / each, "seconds_left": each * (self.steps - self.step), "curve": self.curve}
-        try:
+        with suppress(OSError):  # a full disk: shown at the next update
             write_whole(self.folder / "live.json", lambda aside: aside.write_text(json.dumps(live), encoding="utf-8"))
-            self.add({**report, "learning_rate": rate, "scans_per_second": scans / each}, "step")
-        except OSError:
-            return
+        self.add({**report, "learning_rate": rate, "scans_per_second": scans / each}, "step")
 
     def add(self, values: dict[str, Any], kind: str) -> None:
         """Send numbers to TensorBoard, at the current step."""
-        if self.board:
+        if self.board is None:
+            return
+        try:
             for name, value in values.items():
                 if isinstance(value, float) and math.isfinite(value):
                     self.board.add_scalar(f"{kind}/{name}", value, self.step)
+        except OSError as error:  # a full disk: its writer is gone, the training goes on
+            warnings.warn(f"TensorBoard's curves end here ({error}); log.csv goes on", stacklevel=2)
+            self.board = None
 
     def close(self) -> None:
         """Remove the bar and close TensorBoard's file."""

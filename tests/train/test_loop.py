@@ -28,6 +28,7 @@ from kit.runs import Run
 from kit.store.dataset import PreparedScans, collate
 from kit.store.store import Store, StoreError, scan_path, write_scan
 from kit.train import checkpoint
+from kit.train.checkpoint import CheckpointError
 from kit.train.distributed import (
     AllReducedBatchNorm,
     launch,
@@ -348,6 +349,12 @@ def test_scans_that_are_damaged_at_the_start_are_named_and_left_out(tmp_path):
     (run := Run.of(stopped)).folder.joinpath("stop").touch()
     with pytest.warns(UserWarning, match="2 of 32 scans"):
         pretrain(stopped, run)
+    later = scan_path(store.folder, learned["scan"].iloc[2])
+    well = later.read_bytes()
+    later.write_bytes(b"no scan")  # meanwhile
+    with pytest.raises(CheckpointError, match=f"1 scans that .* began with are missing .* now: {later.stem}"):
+        pretrain(stopped, run)
+    later.write_bytes(well)  # restored, it resumes
     image, mask = store.read(learned["scan"].iloc[0])
     write_scan(scan_path(store.folder, bad[0]), image, mask, bad[0], store.grid.affine)
     with pytest.warns(UserWarning, match="2 of 32 scans"):  # mended since: what was left out stays out
