@@ -14,6 +14,7 @@ from kit.cohort.tabular import DATE, DECIMAL_COMMA, NUMBER, trimmed
 from kit.errors import KitError
 
 Kind = Literal["classification", "regression"]
+# -1, and 7, 8, 9 repeated one to four times (7, 77, ... 9999), of either sign
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
                               for times in range(1, 5)) | {-1}
 MOST_CODES = 20  # at most this many integers, gapless from 0 or 1, each three times on average, look like class codes

@@ -129,7 +129,7 @@ def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> 
     image.header.set_xyzt_units("mm")
     data = image.to_bytes()
     if str(path).endswith(".gz"):
-        data = gzip.compress(data, compresslevel=1, mtime=0)  # as nibabel: noise gets no smaller by more
+        data = gzip.compress(data, compresslevel=1, mtime=0)  # nibabel's: more hardly shrinks noise
     write_whole(Path(path), lambda aside: aside.write_bytes(data))
 
 

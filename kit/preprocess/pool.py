@@ -15,7 +15,7 @@ from kit.machine import keep_freed_memory
 
 
 def run_all(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Yield each job with its result as it finishes; the result is None if the job kills its process twice.
+    """Yield each job with its result as it finishes; the result is None if its process dies even when it runs alone.
 
     A killed process breaks its whole pool. The jobs in flight are then retried one by one to find the one at
     fault; the remaining jobs run in parallel again.

@@ -20,7 +20,7 @@ def resample(array: np.ndarray, affine: np.ndarray, matrix: np.ndarray, shape: t
     """Resample an array once, linearly, through a transform onto another grid.
 
     If the new grid is coarser, the array is smoothed first to avoid aliasing: a Gaussian with a full width at half
-    maximum of sqrt(new^2 - old^2) mm along each of the array's axes.
+    maximum of sqrt(new^2 - old^2) mm along each of the array's axes, where new is the smallest new voxel size.
 
     Args:
         array: (z, y, x) numbers; `affine` takes its voxel (x, y, z) to its millimetres.

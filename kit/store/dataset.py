@@ -29,7 +29,7 @@ class Batch:
         images: (batch, 1, depth, height, width) float16 as loaded, float32 after `to`; on the store's intensity scale
             inside the mask, zero outside.
         masks: (batch, 1, depth, height, width) bool.
-        keys: one 63-bit number per scan, the same wherever the scan occurs; it keys the scan's random draws.
+        keys: one 63-bit number per scan, the same wherever the scan occurs; it seeds the scan's augmentations.
         labels: (batch,) float32, nan where there is no label.
     """
 

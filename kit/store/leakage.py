@@ -5,10 +5,11 @@ voxels, which recognises scans that were copied, linked or renamed. An encoder's
 public, so names can be guessed. A site that must prevent this sets its own salt in `KIT_SALT`, and must set the same
 one wherever the encoder is evaluated.
 
-The voxel hash covers eight slices in the prepared scan's centre. They lie inside any brain mask, so two masks of a
-scan give the same hash unless the intensity scale depends on the mask, and they take only one or two blocks of the
-file. An encoder and its scans share a preparation, which gives the same voxels from the same file. A tolerant
-fingerprint would also match across preparations, but on coarse grids it would confuse different people.
+The voxel hash covers eight slices in the prepared scan's centre. They lie inside any brain mask and take only one or
+two blocks of the file. With intensity `zscore`, the default, the scale depends on the mask: the same scan under another
+mask has another hash and is not recognised; with `whitematter` it usually is. An encoder and its scans share a
+preparation, which gives the same voxels from the same file. A tolerant fingerprint would also match across
+preparations, but on coarse grids it would confuse different people.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
         record: the encoder's record.
         store: the store of the tested scans.
         rows, ids: rows of its index, and their participants.
-        allow: only print what was seen.
+        allow: print what was seen instead of raising.
 
     Raises:
         LeakageError: it saw some of them, or its ids were hashed with another salt.

@@ -8,8 +8,8 @@ A prepared folder holds
     scans/<scan>.b2nd  float16 (z, y, x): the image inside the mask, 0 outside
 
 The image carries its mask: zeros outside are +0, and zero voxels inside are -0, the same number with a different bit.
-This halves what must be read. Compression is LZ4HC at its highest level after a byte shuffle: of the two bytes of
-z-scored float16, one is noise and is copied, the other compresses. Zstandard makes files a tenth smaller, but takes
+So no separate mask is stored or read. Compression is LZ4HC at its highest level after a byte shuffle: of the two bytes
+of z-scored float16, one is noise and is copied, the other compresses. Zstandard makes files a tenth smaller, but takes
 twice as long to read (3.4 ms a scan instead of 1.8). A bit shuffle is slower and makes larger files.
 """
 
