@@ -227,7 +227,8 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
 def distances(index: pd.DataFrame) -> pd.DataFrame:
     """Return each metric's signed distance from the site's median, in robust standard deviations.
 
-    It is 0 on the metric's good side, and for metrics without a bad one. Sites come from the column `site`, else `dataset`; small sites are compared with the whole cohort.
+    It is 0 on the metric's good side, and for metrics without a bad one. Sites come from the column
+    `site`, else `dataset`; small sites are compared with the whole cohort.
     """
     found = pd.DataFrame(0.0, index=index.index, columns=list(QC_METRICS))
     if len(index) < LEAST_SCANS:
