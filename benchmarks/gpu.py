@@ -22,25 +22,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training import made_scans
 from kit.augment.recipe import read_recipe
 from kit.augment.views import make_views
-from kit.device import autocast
+from kit.device import autocast, on_device
 from kit.models.encoders import build_encoder
 from kit.runs import outputs_dir, shown, write_json
 from kit.store.dataset import Batch, load_batches
 from kit.store.grid import PAPER_GRID, Grid
+from kit.train.distributed import mean_over_processes
+from kit.train.loop import Waiting, gradients
 from kit.train.objectives import SimCLR
 
 BATCH, REPEATS = 6, 5  # of the paper's 72 scans on 12 devices; timed after two that are not
+LOADERS = 8  # loading processes, as in params/paper; they prefetch two batches each
 # Dense bfloat16 operations a second by the makers' data sheets, SXM form: a step's share of peak is of these.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 EPOCHS, SCANS, DEVICES = 1000, 44_958, 12  # the paper's scans, its code's epochs; devices of our choice
-MODES = {"fp32": ("fp32", False, False), "fp32 channels_last_3d": ("fp32", True, False), "bf16": ("bf16", False, False),
-         "bf16 channels_last_3d": ("bf16", True, False), "bf16 torch.compile": ("bf16", False, True)}
+MODES = {"fp32": ("fp32", False), "bf16": ("bf16", False), "bf16 torch.compile": ("bf16", True)}
 
 
 class Bench:
@@ -99,23 +101,24 @@ def views(bench: Bench) -> None:
             return make_views(batch.images, batch.masks, batch.keys, recipe, seed=0, epoch=turn, view=0,
                               spacing_mm=bench.grid.spacing_mm)
 
-        bench.note(f"views_{name}", BATCH / bench.seconds(make), "views/s",
+        bench.note(f"views {name}", BATCH / bench.seconds(make), "views/s",
                    f"image and mask, recipe {name}, {BATCH} scans of {size} at a time")
     turn = torch.eye(3, 4, device=bench.where)[None].repeat(BATCH, 1, 1) * 0.9
     grid = F.affine_grid(turn, list(batch.images.shape), align_corners=False)
-    bench.note("views_one_grid_sample", BATCH / bench.seconds(
+    bench.note("views of one grid_sample", BATCH / bench.seconds(
         lambda _: F.grid_sample(batch.images, grid, align_corners=False)), "views/s",
         "one grid_sample of the image, its grid given: a bound for what resampling alone takes")
     if bench.grid == PAPER_GRID:  # whose pipeline has its size written in
         pipeline = monai_views()
-        bench.note("views_paper_monai", 1 / bench.seconds(lambda _: pipeline(batch.images[0, 0], batch.masks[0, 0])),
+        bench.note("views paper MONAI", 1 / bench.seconds(lambda _: pipeline(batch.images[0, 0], batch.masks[0, 0])),
                    "views/s", "the paper's view by MONAI's transforms on tensors of the device, one scan at a time")
 
 
 def simclr(bench: Bench, architecture: str) -> SimCLR:
     """The paper's: views by its recipe, a projection to 64."""
-    return SimCLR(build_encoder(architecture, bench.grid), read_recipe("paper"), projection=[512, 512, 64],
-                  temperature=0.1, seed=0, spacing_mm=bench.grid.spacing_mm).to(bench.where).train()
+    model = SimCLR(build_encoder(architecture, bench.grid), read_recipe("paper"), projection=[512, 512, 64],
+                   temperature=0.1, seed=0, spacing_mm=bench.grid.spacing_mm)
+    return (on_device(model) if bench.where.type == "cuda" else model).train()
 
 
 def steps(bench: Bench, architecture: str) -> dict[str, float]:
@@ -125,26 +128,23 @@ def steps(bench: Bench, architecture: str) -> dict[str, float]:
         seconds by mode, of those that ran.
     """
     images, found = torch.randn(2 * BATCH, 1, *bench.grid.shape, device=bench.where), {}
+    operations = operations_of(architecture, bench.grid)
     what = f"{architecture}, two views of {BATCH} scans of {'x'.join(map(str, bench.grid.shape))}, AdamW; views apart"
-    for mode, (precision, last, compiled) in MODES.items():
+    for mode, (precision, compiled) in MODES.items():
+        torch.compiler.reset()
         model = simclr(bench, architecture)
-        model = model.to(memory_format=torch.channels_last_3d) if last else model
-        network: nn.Module = torch.compile(model.encoder) if compiled else model.encoder
+        if compiled:
+            model.encoder.compile(dynamic=False)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
 
-        def step(_: int, model: SimCLR = model, network: nn.Module = network, optimizer: Any = optimizer,
-                 precision: str = precision) -> None:
+        def step(_: int, model: SimCLR = model, optimizer: Any = optimizer, precision: str = precision) -> None:
             optimizer.zero_grad(set_to_none=True)
             with autocast(precision, bench.where):
-                loss = model.compare(*model.head(network(images)).chunk(2))["loss"]
+                loss = model.compare(*model.head(model.encoder(images)).chunk(2))["loss"]
             loss.backward()
             optimizer.step()
 
         try:
-            counter = FlopCounterMode(display=False)
-            if not compiled:
-                with counter:
-                    step(0)
             if bench.where.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             found[mode] = bench.seconds(step)
@@ -155,35 +155,51 @@ def steps(bench: Bench, architecture: str) -> dict[str, float]:
         if bench.where.type == "cuda":
             bench.note(f"memory {mode}", torch.cuda.max_memory_allocated() / 1e9, "GB", what)
         peak = next((value for name, value in PEAK.items() if name in bench.device), None)
-        if peak and not compiled:
-            bench.note(f"share of peak {mode}", counter.get_total_flops() / found[mode] / peak, "",
+        if peak:
+            bench.note(f"share of peak {mode}", operations / found[mode] / peak, "",
                        f"{what}; counted operations over the data sheet's dense bfloat16 speed")
     return found
 
 
-def whole(bench: Bench, architecture: str, step_seconds: float) -> None:
+def operations_of(architecture: str, grid: Grid) -> float:
+    """Multiplications and additions of a step's forward and backward pass, counted without computing anything."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        encoder = build_encoder(architecture, grid).train()
+        encoder(torch.empty(2 * BATCH, 1, *grid.shape)).square().mean().backward()
+    return counter.get_total_flops()
+
+
+def whole(bench: Bench, architecture: str, found: dict[str, float], compiled: bool) -> None:
     """A step with its views and its loading, what share these are, and what the paper's run would take."""
-    model = simclr(bench, architecture)
+    model, mode = simclr(bench, architecture), "bf16 torch.compile" if compiled else "bf16"
+    if mode not in found:
+        return
+    torch.compiler.reset()
+    if compiled:
+        model.encoder.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     with tempfile.TemporaryDirectory() as folder:
-        scans = made_scans(Path(folder), bench.grid.shape, BATCH)
-        stream = load_batches(scans, [list(range(BATCH))] * (REPEATS + 2), 1)
-
-        def step(turn: int) -> None:
-            batch = next(stream).to(bench.where)
+        scans = made_scans(Path(folder), bench.grid.shape, 2 * BATCH)
+        share, fetched = [[list(range(BATCH))]], 2 * LOADERS + 4
+        stream = Waiting(load_batches(scans, [list(range(turn % 2 * BATCH, (turn % 2 + 1) * BATCH))
+                                              for turn in range(2 * fetched)], LOADERS))
+        for turn in range(2 * fetched):  # as `kit.train.loop.fit`; timed once what was prefetched at first is used up
+            if turn == fetched:
+                waited, begun = stream.seconds, time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            with autocast("bf16", bench.where):
-                loss = model(batch, turn)["loss"]
-            loss.backward()
+            mean_over_processes(gradients(model, model, stream, share, 0, turn, 0, "bf16"))
             optimizer.step()
-
-        seconds = bench.seconds(step)
-    what = f"{architecture}, bf16, {BATCH} scans, the paper's recipe, one loading process"
-    bench.note("step_whole", 1e3 * seconds, "ms", what)
-    bench.note("share_of_views_and_loading", max(0.0, 1 - step_seconds / seconds), "", f"{what}, beside the bare step")
+        seconds, waiting = ((end - start) / fetched for start, end in (
+            (begun, time.perf_counter()), (waited, stream.seconds)))
+    what = f"{architecture}, {mode}, {BATCH} scans, the paper's recipe, {LOADERS} loading processes"
+    bench.note(f"whole step {mode}", 1e3 * seconds, "ms", what)
+    bench.note(f"scans per second {mode}", BATCH / seconds, "scans/s", what)
+    bench.note(f"share of waiting for scans {mode}", waiting / seconds, "", what)
+    bench.note(f"share of views and loading {mode}", max(0.0, 1 - found[mode] / seconds), "",
+               f"{what}, beside the bare step")
     hours = EPOCHS * SCANS / BATCH / DEVICES * seconds / 3600
-    bench.note("hours_of_a_long_run", hours, "hours", f"{what}: {EPOCHS} epochs of {SCANS} scans on {DEVICES} such "
-               "devices, the exchange of gradients not counted")
+    bench.note(f"hours of a long run {mode}", hours, "hours", f"{what}: {EPOCHS} epochs of {SCANS} scans on {DEVICES} "
+               "such devices, the exchange of gradients not counted")
 
 
 def main() -> int:
@@ -192,20 +208,21 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--side", type=int, default=0, help="cubes of so many voxels in place of the paper's grid")
     parser.add_argument("--architecture", default="resnet18")
+    parser.add_argument("--no-tests", action="store_true", help="only the figures")
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("make gpu: no CUDA device here, so nothing was tested or measured")
         return 0
     failed = 0
-    if chosen.device == "cuda":
+    if chosen.device == "cuda" and not chosen.no_tests:
         failed = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]).returncode
     grid = Grid((chosen.side,) * 3, 4.0) if chosen.side else PAPER_GRID
     bench = Bench(torch.device(chosen.device), grid)
     print(f"{bench.device}, torch {torch.__version__}")
     views(bench)
     found = steps(bench, chosen.architecture)
-    if found:
-        whole(bench, chosen.architecture, found.get("bf16", min(found.values())))
+    for compiled in (False, True):
+        whole(bench, chosen.architecture, found, compiled)
     path = outputs_dir() / "bench" / ("gpu.json" if chosen.device == "cuda" else "gpu_on_cpu.json")
     write_json(path, bench.lines)
     print(shown(path))

@@ -189,6 +189,7 @@ class Pretrain(Training):
     normalise_patches: bool = True  # MAE: targets are patches minus their mean, over their SD
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
     monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
+    torch_compile: bool = False  # SimCLR: compile the encoder, a minute at the start, for shorter steps on a GPU
     verify: bool = False  # before training, check every scan's checksum, not only its header (minutes to hours)
 
     @property
@@ -205,6 +206,8 @@ class Pretrain(Training):
             problems.append(f"architecture: {self.architecture} has no masked autoencoder; use vit or vit_narrow")
         if self.objective == "mae" and self.session_pairs:
             problems.append("session_pairs: true is for simclr; a masked autoencoder has one view")
+        if self.objective == "mae" and self.torch_compile:
+            problems.append("torch_compile: true is for simclr; a masked autoencoder's tokens differ in number")
         if self.session_pairs and self.sampling == "balanced":
             problems.append("session_pairs: true takes each participant once, which sampling: balanced would undo; "
                             "set sampling: all, or session_pairs: false")

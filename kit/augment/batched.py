@@ -23,6 +23,7 @@ from kit.augment.draws import Draw, detail, histogram_levels
 from kit.augment.masking import masked_patches
 from kit.augment.recipe import Recipe
 from kit.augment.spatial import LARGEST, bend, cropped_box, spline, view_to_scan
+from kit.device import upload
 
 SPATIAL = (1, 2, 3)  # the dimensions of a volume
 PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))  # multipliers, key increments (Salmon et al. 2011)
@@ -94,7 +95,7 @@ def philox(blocks: int, seeds: Sequence[int], device: torch.device) -> list[torc
     """Return four random 32-bit words for each of the counters 0 to `blocks` - 1, each (batch, blocks) int64."""
     counter = torch.arange(blocks, device=device)[None]
     words = [counter, *[counter.new_zeros(1, 1)] * 3]  # the rounds broadcast them
-    keys = [_to(np.array([[seed >> shift & LOW] for seed in seeds], np.int64), device) for shift in (0, 32)]
+    keys = [upload(np.array([[seed >> shift & LOW] for seed in seeds], np.int64), device) for shift in (0, 32)]
     for _ in range(10):
         # a product's low 64 bits suffice: both factors have 32
         products = [word * factor for word, factor in zip(words[::2], PHILOX[0], strict=True)]
@@ -104,15 +105,9 @@ def philox(blocks: int, seeds: Sequence[int], device: torch.device) -> list[torc
     return words
 
 
-def _to(array: np.ndarray, device: torch.device, kind: torch.dtype | None = None) -> torch.Tensor:
-    """Move an array to the device without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.to(kind or tensor.dtype).to(device, non_blocking=True)
-
-
 def _each(draws: Sequence[Draw], name: str, like: torch.Tensor) -> torch.Tensor:
     """Return a field of every draw, (batch, 1, 1, 1)."""
-    return _to(np.array([getattr(drawn, name) for drawn in draws], float), like.device, like.dtype).view(-1, 1, 1, 1)
+    return upload(np.array([getattr(drawn, name) for drawn in draws], float), like.device, like.dtype).view(-1, 1, 1, 1)
 
 
 def _any(draws: Sequence[Draw], name: str) -> bool:
@@ -124,22 +119,22 @@ def _grid(maps: Sequence[np.ndarray], shape: tuple[int, ...], kind: torch.dtype,
           boxes: Sequence[np.ndarray | None] = ()) -> torch.Tensor:
     """Locate the views' voxels in the scans: (batch, depth, height, width, 3), from -1 to 1, (x, y, z) last."""
     back, side = np.stack(maps)[:, ::-1], np.asarray(shape, float)  # (batch, 3 of x y z, 4 of z y x 1)
-    axes = [_to(back[:, None, :, axis] * ((2 * np.arange(count) + 1) / count - 1)[None, :, None]
+    axes = [upload(back[:, None, :, axis] * ((2 * np.arange(count) + 1) / count - 1)[None, :, None]
                 + (back[:, None, :, 3] if axis == 0 else 0), device, kind) for axis, count in enumerate(shape)]
     grid = axes[0][:, :, None, None] + axes[1][:, None, :, None] + axes[2][:, None, None]
     if any(points is not None for points in bent):
         like = next(points for points in bent if points is not None)
         points = np.stack([np.zeros_like(like) if one is None else one for one in bent])
         points *= (2 / side)[:, None, None, None]
-        splines = [_to(spline(count, apart), device, kind) for count in shape]
-        moved = _to(np.einsum("bcd,bdkij->bkijc", back[..., :3], points), device, kind)
+        splines = [upload(spline(count, apart), device, kind) for count in shape]
+        moved = upload(np.einsum("bcd,bdkij->bkijc", back[..., :3], points), device, kind)
         moved = torch.einsum("zk,bkijc->bzijc", splines[0], moved)
         moved = torch.einsum("yi,bzijc->bzyjc", splines[1], moved)
         grid += torch.einsum("xj,bzyjc->bzyxc", splines[2], moved)
     if any(box is not None for box in boxes):
         open_ends = np.array([[-np.inf] * 3, [np.inf] * 3])
         ends = np.stack([open_ends if box is None else (2 * box + 1) / side - 1 for box in boxes])
-        low, high = _to(ends[:, :, ::-1], device, kind).unbind(1)
+        low, high = upload(ends[:, :, ::-1], device, kind).unbind(1)
         grid = torch.clamp(grid, low[:, None, None, None], high[:, None, None, None])
     return grid
 
@@ -174,7 +169,7 @@ def _contrast(values: torch.Tensor, inside: torch.Tensor, count: torch.Tensor, d
         values = torch.minimum(stretched, high).mul_(inside)
     if _any(draws, "histogram_sd"):
         knots = recipe.setting("histogram", "knots")
-        levels = _to(np.stack([histogram_levels(drawn, knots) for drawn in draws]), values.device, values.dtype)
+        levels = upload(np.stack([histogram_levels(drawn, knots) for drawn in draws]), values.device, values.dtype)
         span, steps = values.amax(SPATIAL, keepdim=True).clamp_(min=1e-7), knots + 1
         place = (values * (steps / span)).flatten(1)
         index = place.long().clamp_(0, steps - 1)
@@ -183,12 +178,12 @@ def _contrast(values: torch.Tensor, inside: torch.Tensor, count: torch.Tensor, d
     if _any(draws, "bias_sd"):
         apart = recipe.setting("bias", "spacing_mm") / spacing_mm
         points = [max(2, math.ceil(side / apart) + 1) for side in values.shape[1:]]
-        field = _to(np.stack([bias_control_points(points, drawn.bias_sd, drawn.field_seed).numpy() for drawn in draws]),
-                    values.device, values.dtype)
+        drawn_points = [bias_control_points(points, drawn.bias_sd, drawn.field_seed).numpy() for drawn in draws]
+        field = upload(np.stack(drawn_points), values.device, values.dtype)
         for letter, side, number in zip("zyx", values.shape[1:], points, strict=True):
             axis = "zyx".replace(letter, "k")
             field = torch.einsum(f"{letter}k,b{axis}->bzyx",
-                                 _to(between_points(side, number), values.device, values.dtype), field)
+                                 upload(between_points(side, number), values.device, values.dtype), field)
         values = values * field.exp_()
     return values
 
@@ -203,7 +198,7 @@ def _acquisition(images: torch.Tensor, draws: Sequence[Draw], recipe: Recipe, sp
             chosen = [number for number, drawn in enumerate(draws) if getattr(drawn, name) > above
                       and (not axis or getattr(drawn, axis) == along)]
             if chosen:
-                where = _to(np.array(chosen), images.device)
+                where = upload(np.array(chosen), images.device)
                 images.index_copy_(0, where, change(images.index_select(0, where), [draws[i] for i in chosen],
                                                     *([along] if axis else [])))
 
@@ -240,14 +235,14 @@ def _acquisition(images: torch.Tensor, draws: Sequence[Draw], recipe: Recipe, sp
         for starts_and_poses in zip(*moves, strict=True):  # one movement of every view
             starts, poses = zip(*starts_and_poses, strict=True)
             grid = _grid([view_to_scan(pose, shape, spacing_mm) for pose in poses], shape, part.dtype, part.device)
-            later = line >= _to(np.array(starts, np.float32), part.device).view(-1, 1, 1, 1)
+            later = line >= upload(np.array(starts, np.float32), part.device).view(-1, 1, 1, 1)
             moved = _sample(part, grid, "bilinear") * _sample(torch.ones_like(part), grid, "nearest")
             k_space = torch.where(later, torch.fft.fft(moved, dim=axis + 1), k_space)
         return torch.fft.ifft(k_space, dim=axis + 1).abs().to(part.dtype)
 
     def spike(part: torch.Tensor, drawn: Sequence[Draw]) -> torch.Tensor:
         waves = [np.stack(one) for one in zip(*(physics.plane_wave(one, shape) for one in drawn), strict=True)]
-        z, y, x = (_to(wave, part.device, torch.complex64) for wave in waves)
+        z, y, x = (upload(wave, part.device, torch.complex64) for wave in waves)
         plane = y[:, None, :, None] * x[:, None, None]
         return (part + (z[:, :, None, None] * plane).real * _each(drawn, "spike", part)).abs_().to(part.dtype)
 
@@ -281,7 +276,7 @@ def _occlusion(views: torch.Tensor, draws: Sequence[Draw], recipe: Recipe, spaci
     if _any(draws, "cutout_mm"):
         boxes = recipe.setting("cutout", "boxes")
         edges = np.stack([physics.cutout_boxes(drawn, drawn.cutout_mm / spacing_mm, boxes, shape) for drawn in draws])
-        covers = [_to((np.arange(side) >= edges[..., 0, axis, None]) & (np.arange(side) < edges[..., 1, axis, None]),
+        covers = [upload((np.arange(side) >= edges[..., 0, axis, None]) & (np.arange(side) < edges[..., 1, axis, None]),
                       views.device, views.dtype) for axis, side in enumerate(shape)]  # (batch, boxes, side)
         views = views.masked_fill(torch.einsum("bnz,bny,bnx->bzyx", *covers) > 0.5, 0)
     if _any(draws, "patches"):
@@ -289,7 +284,7 @@ def _occlusion(views: torch.Tensor, draws: Sequence[Draw], recipe: Recipe, spaci
         counts = [-(-side // width) for side in shape]
         masked = np.stack([masked_patches(math.prod(counts), drawn.patches, detail(drawn, "patches"))
                            for drawn in draws])
-        covered = _to(masked.reshape(-1, *counts), views.device)
+        covered = upload(masked.reshape(-1, *counts), views.device)
         for axis, side in enumerate(shape, 1):
             covered = covered.repeat_interleave(width, axis).narrow(axis, 0, side)
         views = views.masked_fill(covered, 0)

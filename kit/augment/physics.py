@@ -18,6 +18,7 @@ from scipy.ndimage import gaussian_filter1d
 from kit.augment.draws import Draw, detail
 from kit.augment.masking import masked_patches, over_voxels
 from kit.augment.spatial import scatter, view_to_scan, warp
+from kit.device import upload
 
 
 def along(image: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
@@ -25,7 +26,7 @@ def along(image: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
 
     For a batch of images, (batch, depth, height, width), the matrices are (batch, side, side).
     """
-    small = torch.from_numpy(matrix).to(image.dtype).to(image.device, non_blocking=True)
+    small = upload(matrix, image.device, image.dtype)
     if axis == 0:
         return torch.matmul(small, image.flatten(-2)).view_as(image)
     small = small if small.dim() == 2 else small[:, None]

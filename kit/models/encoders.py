@@ -16,7 +16,7 @@ from torch import nn
 from kit.device import at_least_float32
 from kit.models.convolution import with_right_gradients
 from kit.models.encoder import Encoder
-from kit.models.pooling import AveragePool
+from kit.models.pooling import AveragePool, MaxPool
 from kit.models.third_party_networks import THIRD_PARTY, build_third_party
 from kit.preprocess.template import template_on
 from kit.store.grid import Grid
@@ -48,7 +48,7 @@ class ResNetEncoder(Encoder):
             "block": "basic", "layers": [2, 2, 2, 2], "block_inplanes": widths, "n_input_channels": 1,
             "feed_forward": False, **stem}  # of MONAI's class; exported weights name them
         self.network = ResNet(**self.arguments)
-        self.network.avgpool = AveragePool(1)
+        self.network.maxpool, self.network.avgpool = MaxPool(3, 2, 1), AveragePool(1)  # MONAI's max-pool, see `MaxPool`
         self.features = widths[-1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

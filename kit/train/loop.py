@@ -66,6 +66,7 @@ class Settings:
     retry_minutes: float = 30.0  # how long the disk may stay full
     loader_workers: int = 0
     precision: str = "fp32"  # of the network while it trains, see `kit.device`
+    torch_compile: bool = False  # compile the encoder by torch.compile
 
     @classmethod
     def of(cls, params: Any, **changes: Any) -> Settings:
@@ -211,6 +212,8 @@ class State:
         self.threads = set_threads()
         self.objective, self.settings, self.folder = objective, settings, folder
         module = on_device(cast(nn.Module, objective))
+        if settings.torch_compile:
+            objective.encoder.compile(dynamic=False)
         # `find_unused_parameters` fixes DDP's bucket order from step 1, so resumed runs are bit-identical
         self.model: nn.Module = (
             DistributedDataParallel(module, find_unused_parameters=True, forward_sync_buffers=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -11,16 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from kit.device import autocast, device
+from kit.device import autocast, device, on_device
 from kit.models.encoders import brain_patches
 from kit.models.mae import masks_for, seen_tokens
 from kit.params import Pretrain
 from kit.store.dataset import Batch
 from kit.store.store import Store
 from kit.train.objectives import VALIDATION_EPOCH, MaskedReconstruction
-from kit.train.pretrain import batches_for, build_objective, choose_scans
+from kit.train.pretrain import Pretext, batches_for, build_objective, choose_scans
 
-SUSTAINED = 50e12  # operations per second, ASSUMED for a device when none can be measured
+# operations per second of resnet18 on an H200 at the paper's grid (docs/cluster.md), for where there is no CUDA device
+SUSTAINED = {"fp32": 58e12, "bf16": 96e12}
 DEVICES = (1, 4, 12)
 
 
@@ -70,30 +72,43 @@ def need(params: Pretrain, store: Store) -> Need:
     return Need(parameters, counter.get_total_flops() / scans, 4.0 * parameters * state, sum(kept.values()) / scans)
 
 
-def seconds_per_scan(params: Pretrain, store: Store, wanted: Need) -> tuple[float, str]:
-    """Seconds of training per scan on one device, and where the number comes from.
+def seconds_per_scan(params: Pretrain, store: Store, wanted: Need, scans: int) -> tuple[float, str]:
+    """Seconds of training per scan on one device with `scans` at a time, and where the number comes from.
 
-    Measured if there is a CUDA device, else estimated from the counted operations and an assumed speed.
+    Measured if there is a CUDA device, else estimated from the counted operations and an H200's speed.
     """
     where = device()
     if where.type != "cuda":
-        return (wanted.operations / SUSTAINED,
-                f"ESTIMATED from counted operations at an assumed {SUSTAINED / 1e12:g} Tflop/s a device; nothing was "
-                "measured here; views are not counted")
-    objective = build_objective(params, store).to(where).train()
-    scans = 2  # the whole share may not fit into memory
-    shape = (scans, 1, *store.grid.shape)
-    batch = Batch(torch.randn(shape, device=where), torch.ones(shape, dtype=torch.bool, device=where),
+        speed = SUSTAINED[params.precision]
+        return (wanted.operations / speed,
+                f"ESTIMATED from counted operations at {speed / 1e12:g} Tflop/s a device, what resnet18 reaches on an "
+                f"H200 in {params.precision}; nothing was measured here; views are not counted")
+    objective = on_device(build_objective(params, store)).train()
+    if params.torch_compile:
+        objective.encoder.compile(dynamic=False)
+    while True:
+        try:
+            seconds = _measured(objective, scans, store.grid.shape, params.precision) * objective.scans_per_item / scans
+            return seconds, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"
+        except torch.OutOfMemoryError:
+            if scans <= 2:  # NT-Xent needs two
+                raise
+        scans = max(scans // 2, 2)
+
+
+def _measured(objective: Pretext, scans: int, shape: Sequence[int], precision: str) -> float:
+    """Seconds of a forward and backward pass of so many scans on the CUDA device."""
+    where, size = device(), (scans, 1, *shape)
+    batch = Batch(torch.randn(size, device=where), torch.ones(size, dtype=torch.bool, device=where),
                   list(range(scans)), torch.zeros(scans, device=where))
     for turn in range(6):
         if turn == 3:
             torch.cuda.synchronize()
             begun = time.perf_counter()
-        with autocast(params.precision, where):
+        with autocast(precision, where):
             objective(batch, VALIDATION_EPOCH)["loss"].backward()
     torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begun) / 3 * objective.scans_per_item / scans
-    return seconds, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"
+    return (time.perf_counter() - begun) / 3
 
 
 def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
@@ -109,17 +124,17 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
     store = Store.open(params.prepared)
     learned = choose_scans(params, store)[0]
     epochs, wanted = params.epochs or 1000, need(params, store)
-    each, source = seconds_per_scan(params, store, wanted)
+    shares = [max(params.batch_size // devices, 1) for devices in DEVICES]
+    at_a_time = [min(params.chunk or share, share) for share in shares]
+    each, source = seconds_per_scan(params, store, wanted, max(at_a_time[-1], 2))
     batches = batches_for(params, learned)(0)
     read = sum(map(len, batches)) * epochs
     scans = read / 2 if params.session_pairs else read  # each of a pair's two sessions gives one view
     rows: list[dict[str, Any]] = []
-    for devices in DEVICES:
-        share = max(params.batch_size // devices, 1)
-        at_a_time = min(params.chunk or share, share)
-        twice = at_a_time < share and params.objective == "simclr"  # chunks are read and run forward twice
+    for devices, share, some in zip(DEVICES, shares, at_a_time, strict=True):
+        twice = some < share and params.objective == "simclr"  # chunks are read and run forward twice
         seconds = scans * each * (4 / 3 if twice else 1) / devices
-        rows.append({"devices": devices, "scans_at_a_time": at_a_time, "memory_gb": wanted.memory(at_a_time) / 1e9,
+        rows.append({"devices": devices, "scans_at_a_time": some, "memory_gb": wanted.memory(some) / 1e9,
                      "hours": seconds / 3600, "gpu_hours": seconds / 3600 * devices,
                      "scans_per_second": read * (2 if twice else 1) / seconds})
     words = (f"{wanted.parameters / 1e6:.1f} million parameters; {wanted.operations / 1e12:.3g} Tflop a scan forward "

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from kit.device import device, on_device
 from kit.evaluate.predict import predict
 from kit.explain.checks import reinitialised
 from kit.explain.explainer import Explainer
@@ -20,7 +21,7 @@ THREE = {"task": "group", "kind": "classification", "classes": ["a", "b", "c"]}
 
 @pytest.fixture(scope="module")
 def encoder() -> nn.Module:
-    return build_encoder("resnet18_narrow", GRID).eval()
+    return on_device(build_encoder("resnet18_narrow", GRID)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def rows(store):
 
 
 def value(output, model, store, scan) -> float:
-    image = torch.from_numpy(store.read(scan)[0].astype(np.float32))[None, None]
+    image = torch.from_numpy(store.read(scan)[0].astype(np.float32))[None, None].to(device())
     with torch.no_grad():
-        found = output.of(model, scan).eval()(image)
+        found = output.of(on_device(model), scan).eval()(image)
     assert found.shape == (1,)
     return found.item()
 
@@ -83,7 +84,7 @@ def test_a_scan_is_liker_to_its_own_views_than_to_anothers(encoder, store, rows)
     first, second = rows["scan"].iloc[[0, 3]]
     own = value(output, encoder, store, first)
     assert own == value(output, encoder, store, first)  # the views are the seed's
-    image = torch.from_numpy(store.read(second)[0].astype(np.float32))[None, None]
+    image = torch.from_numpy(store.read(second)[0].astype(np.float32))[None, None].to(device())
     with torch.no_grad():
         assert own > output.of(encoder, first)(image).item()
 

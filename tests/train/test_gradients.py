@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kit.augment.recipe import Recipe
+from kit.device import device
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
 from kit.runs import ROOT
@@ -201,7 +202,7 @@ def test_the_gradient_is_clipped_and_its_norm_logged(store, tmp_path):
     free, log = trained(store, tmp_path / "free", clip=1e9, optimizer="lars", learning_rate=1.0, epochs=1)
     tied, low = trained(store, tmp_path / "tied", clip=1e-12, optimizer="lars", learning_rate=1.0, epochs=1)
     assert log["gradient_norm"][0] > 0
-    start = simclr().state_dict()["encoder.layers.0.bias"]
+    start = simclr().state_dict()["encoder.layers.0.bias"].to(device())
     assert (free.state_dict()["encoder.layers.0.bias"] - start).abs().max() > 1e-4
     assert (tied.state_dict()["encoder.layers.0.bias"] - start).abs().max() < 1e-9
 
@@ -209,7 +210,7 @@ def test_the_gradient_is_clipped_and_its_norm_logged(store, tmp_path):
 def test_the_moving_average_is_kept(store, tmp_path):
     plain, _ = trained(store, tmp_path / "plain")
     slow, _ = trained(store, tmp_path / "slow", ema=0.999)
-    start = simclr().encoder.layers[0].weight.detach()
+    start = simclr().encoder.layers[0].weight.detach().to(device())
     moved = [float((objective.encoder.layers[0].weight.detach() - start).norm()) for objective in (plain, slow)]
     assert 0 < moved[1] < 0.5 * moved[0]  # it starts after the first step
 

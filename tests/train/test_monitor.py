@@ -122,7 +122,7 @@ def autoencoder(store, **changes):
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_the_mean_scans_loss_by_hand(store, monkeypatch, normalise):
-    objective = autoencoder(store, normalise_patches=normalise)
+    objective = device.on_device(autoencoder(store, normalise_patches=normalise))
     learned, validation = (PreparedScans(store, rows) for rows in (store.index[:20], store.index[20:]))
     monkeypatch.setattr(device, "VOXELS", 3 * math.prod(store.grid.shape))  # three scans at a time
 
@@ -185,7 +185,7 @@ def test_chance_follows_the_batches_that_are_really_used(store):
 
 def test_a_look_takes_few_scans_at_a_time_and_finds_the_same(store, monkeypatch):
     asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused", "batch_size": 16})
-    objective, scans = build_objective(asked, store), PreparedScans(store, store.index)
+    objective, scans = device.on_device(build_objective(asked, store)), PreparedScans(store, store.index)
     whole, sizes = look(objective, scans, store.index), []
     objective.encoder.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
     monkeypatch.setattr(device, "VOXELS", 3 * math.prod(store.grid.shape))
