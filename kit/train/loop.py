@@ -108,7 +108,8 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         TrainingError: the loss is not finite; names the scans of that step.
         StoreError: a scan could not be read; a checkpoint was written.
         MemoryError: a step does not fit into memory; names a chunk size to try.
-        CheckpointError: the folder holds checkpoints of other parameters, or the disk was full for too long.
+        CheckpointError: the folder holds checkpoints of other parameters or only damaged ones, or the disk was full
+            for too long.
         LoaderError: loading processes cannot be started, or one died.
         Stopped: the stop file was there; a checkpoint was written.
     """
@@ -281,9 +282,10 @@ class State:
         """Load the newest checkpoint, if there is one.
 
         Raises:
-            CheckpointError: it was made with other parameters.
+            CheckpointError: it was made with other parameters, or none can be read.
         """
-        if self.folder is None or (found := checkpoint.read_checkpoint(self.folder / "checkpoints")) is None:
+        if self.folder is None or (
+                found := checkpoint.read_checkpoint(self.folder / "checkpoints", set_aside=rank() == 0)) is None:
             return
         checkpoint.check_same(found, self.params, self.folder)
         self.objective.load_state_dict(found["model"])

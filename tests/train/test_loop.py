@@ -195,6 +195,35 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
     assert any(re.search(r"last.pt cannot be read .*it is left as it is", str(item.message)) for item in caught)
 
 
+def test_a_damaged_checkpoint_is_kept_aside_when_the_run_resumes(store, tmp_path):
+    learned = params(store, tmp_path / "run", epochs=2)
+    log = pretrain(learned, run := Run.of(learned))
+    (run / "encoder.safetensors").unlink()  # the run was killed before its end
+    bad = (run / "checkpoints/last.pt").read_bytes()[:1000]
+    (run / "checkpoints/last.pt").write_bytes(bad)
+    with pytest.warns(UserWarning, match=r"last.pt cannot be read .*kept as last.damaged.pt, and previous.pt is used"):
+        again = pretrain(learned, run)
+    assert again["loss"].tolist() == log["loss"].tolist()
+    assert (run / "checkpoints/last.damaged.pt").read_bytes() == bad
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(store, tmp_path):
+    learned = params(store, tmp_path / "run", epochs=2)
+    log = pretrain(learned, run := Run.of(learned))
+    (run / "encoder.safetensors").unlink()
+    for name in ("last", "previous"):
+        (run / f"checkpoints/{name}.pt").write_bytes(b"bad")
+    with pytest.raises(CheckpointError, match=r"checkpoints/last.pt \(.*\) and .*checkpoints/previous.pt \(.*\) cannot "
+                                              r"be read. Restore one .*, or remove .*run/checkpoints to start again"):
+        pretrain(learned, run)
+    with pytest.raises(CheckpointError, match="last.pt"):
+        fit(build_objective(learned, store), PreparedScans(store, store.index), lambda _: [[0, 1]],
+            PreparedScans(store, store.index[:0]), SETTINGS, run.folder)
+    assert (run / "checkpoints/last.pt").read_bytes() == b"bad"
+    shutil.rmtree(run / "checkpoints")
+    assert pretrain(learned, run)["loss"].tolist() == log["loss"].tolist()
+
+
 def test_the_rate_falls_from_the_head_to_the_stem():
     networks = {name: build_encoder(name, GRID) for name in ("resnet18_narrow", "vit_narrow")}
     networks["densenet"] = DenseNet121(3, 1, 1)
