@@ -308,7 +308,8 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
         batch: scan numbers.
         chunk: items at a time; 0 takes the whole share.
         equal: drop items so that all shares are equal, which objectives that compare scans need; otherwise shares
-            differ by one item at most.
+            differ by one item at most, and are made equal only if that item would be a chunk by itself: all processes
+            run the same number of chunks, or synchronised BatchNorm would wait for one that does not come.
         scans_per_item: neighbouring scans of the batch that stay together.
 
     Raises:
@@ -319,7 +320,8 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
     if not each:
         raise ValueError(f"a batch of {len(items)} {'scans' if scans_per_item == 1 else 'pairs of scans'} (one per "
                          f"participant) for {world_size()} processes: use fewer workers, or more participants")
-    used = each * world_size() if equal else len(items)
+    alone = chunk > 0 and each % chunk == 0  # the item by which shares would differ
+    used = each * world_size() if equal or alone else len(items)
     share = np.array_split(items[:used], world_size())[rank()]
     size = chunk or len(share)
     return [share[start:start + size].flatten().tolist() for start in range(0, len(share), size)]

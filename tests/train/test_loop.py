@@ -352,7 +352,22 @@ def test_a_batch_is_shared_among_processes(monkeypatch, equal, shares):
     for number, share in enumerate(shares):
         monkeypatch.setattr("kit.train.loop.rank", lambda number=number: number)
         assert chunks_of(list(range(7)), 0, equal) == [share]
-        assert chunks_of(list(range(7)), 2, equal) == [part for part in (share[:2], share[2:]) if part]
+        assert chunks_of(list(range(7)), 4, equal) == [share]
+        assert chunks_of(list(range(7)), 2, equal) == [[2 * number, 2 * number + 1]]  # 3, 2, 2 would be 2, 1, 1 chunks
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 8])
+def test_all_processes_run_equally_many_chunks(monkeypatch, chunk):
+    for processes in (2, 3):
+        monkeypatch.setattr("kit.train.loop.world_size", lambda processes=processes: processes)
+        for size in range(processes, 20):
+            counts, read = set(), []
+            for number in range(processes):
+                monkeypatch.setattr("kit.train.loop.rank", lambda number=number: number)
+                chunks = chunks_of(list(range(size)), chunk, equal=False)
+                counts.add(len(chunks))
+                read += [scan for part in chunks for scan in part]
+            assert len(counts) == 1 and read == list(range(len(read))) and len(read) > size - processes
 
 
 def test_a_pair_stays_together(monkeypatch):
