@@ -38,12 +38,19 @@ def save(folder: Path, state: dict[str, Any], best: bool = False) -> None:
     torch.save(state, buffer)
     new = write_whole(folder / "new.pt", lambda aside: aside.write_bytes(buffer.getbuffer()))
     if best:
-        (folder / "best.new.pt").unlink(missing_ok=True)
-        os.link(new, folder / "best.new.pt")
-        os.replace(folder / "best.new.pt", folder / "best.pt")
+        write_whole(folder / "best.pt", lambda aside: _link(new, aside))
     if (folder / "last.pt").exists():
         os.replace(folder / "last.pt", folder / "previous.pt")
     os.replace(new, folder / "last.pt")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no hard links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # exFAT, some SMB shares
+        shutil.copyfile(source, target)
 
 
 class Saver:
