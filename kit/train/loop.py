@@ -59,7 +59,7 @@ class Settings:
     patience: int = 0  # epochs without improvement after which training stops; 0: never
     beta2: float = 0.999  # of Adam and AdamW
     accumulate: int = 1  # batches averaged into one step
-    chunk: int = 0  # scans of a process that run at a time; 0: its whole share
+    chunk: int = 0  # scans of a process that run at a time (with session pairs: pairs); 0: its whole share
     clip: float = 0.0  # largest norm of the gradient; 0: no clipping
     ema: float = 0.0  # decay of the moving average of the weights, which is kept; 0: none
     checkpoint_minutes: float = 10.0
@@ -106,7 +106,8 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
 
     Raises:
         TrainingError: the loss is not finite; names the scans of that step.
-        StoreError: a scan could not be read; a checkpoint was written.
+        StoreError: a scan could not be read; a checkpoint was written if it was rank 0 that read it, otherwise the last
+            one that was due remains.
         MemoryError: a step does not fit into memory; names a chunk size to try.
         CheckpointError: the folder holds checkpoints of other parameters or only damaged ones, or the disk was full
             for too long.
@@ -138,11 +139,12 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             asked = torch.tensor(float(stop is not None and stop.exists()), device=device())
             report = mean_over_processes({**own, "stop": asked})
             if not math.isfinite(report["loss"]):
-                names = [train.scans[scan] for part in steps[number] for chunk in part for scan in chunk]
+                names = [train.scans[scan] for chunks in steps[number] for chunk in chunks for scan in chunk]
+                last = folder and folder / "checkpoints/last.pt"
                 raise TrainingError(
                     f"the loss is {report['loss']} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(names)}. "
                     "Look at those scans, lower learning_rate, or set clip: 1"
-                    + (f"; {shown(folder / 'checkpoints/last.pt')} is of before" if folder else ""))
+                    + (f"; {shown(last)} is of before" if last and last.exists() else ""))
             stopped = report.pop("stop") > 0
             state.update(report)
             scans = world_size() * sum(len(chunk) for part in steps[number] for chunk in part)
