@@ -176,9 +176,9 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     """Say in one line whether it is learning, not learning, collapsed, memorising site or overfitting, and why.
 
     - Few partners found: the share of views that find their partner is below twice chance or, if that is lower, below
-      chance plus 0.1 (at batch 2: 43 %).
+      chance plus 0.1.
     - Collapsed: few partners found, and std below 0.1 or uniformity above -0.05; or an effective rank below 1.5 and
-      below half its first value (it is less than the number of validation scans).
+      below half its first value.
     - Not learning: the loss fell by less than 1 %, few partners found, or an MAE's validation loss is not below that
       of always predicting the mean training scan (`mean_scan_loss`).
     - Memorising site: chance-corrected site accuracy above 0.6 and up by more than 0.1 since the first epoch.
