@@ -116,6 +116,9 @@ class Preprocess(Parameters):
         return problems + [missing for missing in [missing_tool(self.mask)] if missing]
 
 
+LONGEST_RETRY = 100  # minutes; with the writing itself, less than `kit.train.distributed.PATIENCE`
+
+
 class Training(Parameters):
     """Parameters of all training."""
 
@@ -152,6 +155,9 @@ class Training(Parameters):
         if self.batch_size % self.processes():
             problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
                             + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
+        if self.processes() > 1 and self.retry_minutes > LONGEST_RETRY:
+            problems.append(f"retry_minutes: got {self.retry_minutes:g}; set at most {LONGEST_RETRY}, because the "
+                            "other processes give up when one waits for longer, or train in one process")
         return problems
 
 

@@ -111,8 +111,8 @@ def _named(dist: metadata.Distribution) -> str:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run's folder holds work; until it does, its parameters may change."""
-    before = {"params.yaml", "environment.txt", ".lock"}
+    """Whether a run's folder holds results; until it does, its parameters may change. Figures are drawn again."""
+    before = {"params.yaml", "environment.txt", ".lock", "figures"}
     return any(path.name not in before and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
 
 

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from kit.augment.recipe import names, read_recipe
-from kit.params import NOTEBOOKS, Explore, Preprocess, Pretrain
+from kit.params import LONGEST_RETRY, NOTEBOOKS, Explore, Preprocess, Pretrain
 from kit.reading import ParameterError, check, meanings, read_yaml
 from kit.runs import ROOT, outputs_dir, resolve, shown
+from kit.train.distributed import PATIENCE
 
 
 @pytest.fixture
@@ -141,6 +142,14 @@ def test_cohort_tables_are_looked_at_first(tmp_path):
 def test_batch_must_divide_over_workers(prepared):
     assert "batch_size: 15 does not divide over 2 workers" in refusal(
         Pretrain, output_dir="outputs/x", prepared=prepared, batch_size=15, workers=2)
+
+
+def test_no_process_waits_for_room_on_the_disk_longer_than_the_others_wait_for_it(prepared):
+    long = {"output_dir": "outputs/x", "prepared": prepared, "retry_minutes": 180}
+    check(Pretrain, {**long, "workers": 1})
+    check(Pretrain, {**long, "workers": 2, "retry_minutes": LONGEST_RETRY})
+    assert "retry_minutes: got 180; set at most 100, " in refusal(Pretrain, **long, workers=2)
+    assert PATIENCE.total_seconds() / 60 > LONGEST_RETRY
 
 
 def test_relative_paths_mean_the_project(monkeypatch, tmp_path):

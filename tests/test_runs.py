@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from kit.runs import ROOT, Run, RunError, write_whole
 from tests.faults import without
@@ -47,6 +48,15 @@ def test_other_parameters_are_refused_with_the_differences(tmp_path):
     with pytest.raises(RunError, match=r"seed: the folder has 0, asked for 1\n.*epochs: the folder has 3"):
         Run.open(tmp_path / "run", {"seed": 1, "epochs": 4, "workers": 1})
     Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 2}, frozenset({"workers"})).close()
+
+
+def test_a_figure_alone_does_not_fix_the_parameters(tmp_path):
+    """A notebook may show the cohort before it starts to work."""
+    run = Run.open(tmp_path / "run", {"seed": 5})
+    run.figure(Figure(), "cohort")
+    run.close()
+    Run.open(tmp_path / "run", {"seed": 0}).close()
+    assert "seed: 0" in (tmp_path / "run/params.yaml").read_text() and (tmp_path / "run/figures/cohort.png").exists()
 
 
 def test_a_run_of_an_older_kit_is_refused(tmp_path):

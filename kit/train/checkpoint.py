@@ -22,7 +22,7 @@ AGAIN_SECONDS = 10.0  # between two attempts while the disk is full
 
 
 class CheckpointError(KitError, RuntimeError):
-    """A checkpoint could not be written, or was made with other parameters; the message says what to do."""
+    """A checkpoint cannot be written or read, or was made with other parameters; the message says what to do."""
 
 
 def save(folder: Path, state: dict[str, Any], best: bool = False) -> None:
@@ -38,12 +38,19 @@ def save(folder: Path, state: dict[str, Any], best: bool = False) -> None:
     torch.save(state, buffer)
     new = write_whole(folder / "new.pt", lambda aside: aside.write_bytes(buffer.getbuffer()))
     if best:
-        (folder / "best.new.pt").unlink(missing_ok=True)
-        os.link(new, folder / "best.new.pt")
-        os.replace(folder / "best.new.pt", folder / "best.pt")
+        write_whole(folder / "best.pt", lambda aside: _link(new, aside))
     if (folder / "last.pt").exists():
         os.replace(folder / "last.pt", folder / "previous.pt")
     os.replace(new, folder / "last.pt")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no hard links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # exFAT, some SMB shares
+        shutil.copyfile(source, target)
 
 
 class Saver:
@@ -117,18 +124,38 @@ class Saver:
         warnings.warn(f"{word}; trying again for {left:.1f} minutes", stacklevel=3)
 
 
-def read_checkpoint(folder: Path, name: str | None = None) -> dict[str, Any] | None:
-    """Read the newest readable checkpoint, or the named one; None if there is none.
+def read_checkpoint(folder: Path, name: str | None = None, set_aside: bool = False) -> dict[str, Any] | None:
+    """Read the newest readable checkpoint, or the named one; None if there is no such file.
 
-    A checkpoint that cannot be read is named in a warning and left in place.
+    Args:
+        folder: of the checkpoints.
+        name: `best`, for instance; None takes `last`, or `previous` if `last` cannot be read, which a warning says.
+        set_aside: rename a `last.pt` that cannot be read to `last.damaged.pt`, which later checkpoints do not
+            overwrite.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be read.
     """
+    damaged: dict[Path, str] = {}
     for path in [folder / f"{name}.pt"] if name else [folder / "last.pt", folder / "previous.pt"]:
-        if path.exists():
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises several kinds of error for a damaged file
-                warnings.warn(f"{shown(path)} cannot be read ({type(error).__name__}); it is left as it is",
-                              stacklevel=2)
+        if not path.exists():
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises several kinds of error for a damaged file
+            damaged[path] = type(error).__name__
+            continue
+        for bad, kind in damaged.items():
+            if set_aside:
+                os.replace(bad, bad.with_suffix(".damaged.pt"))
+            warnings.warn(f"{shown(bad)} cannot be read ({kind}); "
+                          + ("it is kept as last.damaged.pt" if set_aside else "it is left as it is")
+                          + f", and {path.name} is used", stacklevel=2)
+        return state
+    if damaged:
+        listed = " and ".join(f"{shown(path)} ({kind})" for path, kind in damaged.items())
+        raise CheckpointError(f"{listed} cannot be read. Restore one from a backup to resume, or remove "
+                              f"{shown(folder)} to start again")
     return None
 
 

@@ -59,7 +59,7 @@ class Settings:
     patience: int = 0  # epochs without improvement after which training stops; 0: never
     beta2: float = 0.999  # of Adam and AdamW
     accumulate: int = 1  # batches averaged into one step
-    chunk: int = 0  # scans of a process that run at a time; 0: its whole share
+    chunk: int = 0  # scans of a process that run at a time (with session pairs: pairs); 0: its whole share
     clip: float = 0.0  # largest norm of the gradient; 0: no clipping
     ema: float = 0.0  # decay of the moving average of the weights, which is kept; 0: none
     checkpoint_minutes: float = 10.0
@@ -106,9 +106,11 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
 
     Raises:
         TrainingError: the loss is not finite; names the scans of that step.
-        StoreError: a scan could not be read; a checkpoint was written.
+        StoreError: a scan could not be read; a checkpoint was written if it was rank 0 that read it, otherwise the last
+            one that was due remains.
         MemoryError: a step does not fit into memory; names a chunk size to try.
-        CheckpointError: the folder holds checkpoints of other parameters, or the disk was full for too long.
+        CheckpointError: the folder holds checkpoints of other parameters or only damaged ones, or the disk was full
+            for too long.
         LoaderError: loading processes cannot be started, or one died.
         Stopped: the stop file was there; a checkpoint was written.
     """
@@ -117,8 +119,8 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
     if state.log and rank() == 0:
         state.write_log()  # in case the run was killed between checkpoint and log
     saver = checkpoint.Saver(folder if rank() == 0 else None, settings.checkpoint_minutes, settings.retry_minutes)
-    an_epoch = math.ceil(len(batches(0)) / settings.accumulate)
-    progress = Progress(folder if live else None, an_epoch * settings.epochs, state.step(an_epoch))
+    steps_per_epoch = math.ceil(len(batches(0)) / settings.accumulate)
+    progress = Progress(folder if live else None, steps_per_epoch * settings.epochs, state.step(steps_per_epoch))
     best, best_weights = min(map(_monitored, state.log), default=math.inf), None
 
     while len(state.log) < settings.epochs and not state.out_of_patience():
@@ -137,14 +139,15 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             asked = torch.tensor(float(stop is not None and stop.exists()), device=device())
             report = mean_over_processes({**own, "stop": asked})
             if not math.isfinite(report["loss"]):
-                names = [train.scans[scan] for part in steps[number] for chunk in part for scan in chunk]
+                names = [train.scans[scan] for chunks in steps[number] for chunk in chunks for scan in chunk]
+                last = folder and folder / "checkpoints/last.pt"
                 raise TrainingError(
                     f"the loss is {report['loss']} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(names)}. "
                     "Look at those scans, lower learning_rate, or set clip: 1"
-                    + (f"; {shown(folder / 'checkpoints/last.pt')} is of before" if folder else ""))
+                    + (f"; {shown(last)} is of before" if last and last.exists() else ""))
             stopped = report.pop("stop") > 0
             state.update(report)
-            scans = world_size() * sum(len(chunk) for part in steps[number] for chunk in part)
+            scans = world_size() * sum(len(chunk) for chunks in steps[number] for chunk in chunks)
             progress.note(epoch, report, state.rate, scans, stream.seconds / (number + 1 - first))
             if stopped:
                 saver.save(state.plain(), wait=True)
@@ -184,8 +187,8 @@ def _scans_of(objective: Objective, train: PreparedScans, batches: list[list[int
     """Steps of an epoch (this process's chunks of each batch), and a loader stream for the steps not done yet."""
     chunked = [chunks_of(batch, settings.chunk, objective.compares, objective.scans_per_item) for batch in batches]
     steps = [chunked[start:start + settings.accumulate] for start in range(0, len(chunked), settings.accumulate)]
-    parts = [part for step in steps[done:] for part in reads(step, objective.compares)]
-    return steps, Waiting(load_batches(train, parts, settings.loader_workers))
+    chunks = [chunk for step in steps[done:] for chunk in reads(step, objective.compares)]
+    return steps, Waiting(load_batches(train, chunks, settings.loader_workers))
 
 
 class Waiting:
@@ -227,9 +230,9 @@ class State:
         self.reports: list[dict[str, float]] = []  # one per step of the unfinished epoch
         self.rate = 0.0  # learning rate
 
-    def step(self, an_epoch: int) -> int:
-        """Steps done so far, given the number of steps in an epoch."""
-        return an_epoch * len(self.log) + len(self.reports)
+    def step(self, steps_per_epoch: int) -> int:
+        """Steps done so far."""
+        return steps_per_epoch * len(self.log) + len(self.reports)
 
     def set_rate(self, epoch: float) -> None:
         """Set the learning rate for a (fractional) epoch."""
@@ -281,19 +284,20 @@ class State:
         """Load the newest checkpoint, if there is one.
 
         Raises:
-            CheckpointError: it was made with other parameters.
+            CheckpointError: it was made with other parameters, or none can be read.
         """
-        if self.folder is None or (found := checkpoint.read_checkpoint(self.folder / "checkpoints")) is None:
+        if self.folder is None or (
+                saved := checkpoint.read_checkpoint(self.folder / "checkpoints", set_aside=rank() == 0)) is None:
             return
-        checkpoint.check_same(found, self.params, self.folder)
-        self.objective.load_state_dict(found["model"])
-        self.optimizer.load_state_dict(found["optimizer"])
+        checkpoint.check_same(saved, self.params, self.folder)
+        self.objective.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
         if self.average:
-            self.average.load_state_dict(found["average"])
-        self.log, self.reports = found["log"], found["losses"]
-        self.rate = found["scheduler"]["rate"]
+            self.average.load_state_dict(saved["average"])
+        self.log, self.reports = saved["log"], saved["losses"]
+        self.rate = saved["scheduler"]["rate"]
         now = {"workers": world_size(), "threads": self.threads, **versions()}
-        old = {"workers": found["workers"], "threads": found["threads"], **found["versions"]}
+        old = {"workers": saved["workers"], "threads": saved["threads"], **saved["versions"]}
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in now.items() if old.get(name) != value]
         if changed and rank() == 0:
             print(f"resumed with {', '.join(changed)}: results stay valid, but may differ in their last digits")
@@ -306,7 +310,8 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
         batch: scan numbers.
         chunk: items at a time; 0 takes the whole share.
         equal: drop items so that all shares are equal, which objectives that compare scans need; otherwise shares
-            differ by one item at most.
+            differ by one item at most, and are made equal only if that item would be a chunk by itself: all processes
+            run the same number of chunks, or synchronised BatchNorm would wait for one that does not come.
         scans_per_item: neighbouring scans of the batch that stay together.
 
     Raises:
@@ -317,7 +322,8 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
     if not each:
         raise ValueError(f"a batch of {len(items)} {'scans' if scans_per_item == 1 else 'pairs of scans'} (one per "
                          f"participant) for {world_size()} processes: use fewer workers, or more participants")
-    used = each * world_size() if equal else len(items)
+    alone = chunk > 0 and each % chunk == 0  # the item by which shares would differ
+    used = each * world_size() if equal or alone else len(items)
     share = np.array_split(items[:used], world_size())[rank()]
     size = chunk or len(share)
     return [share[start:start + size].flatten().tolist() for start in range(0, len(share), size)]
@@ -325,7 +331,7 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
 
 def reads(step: list[Chunks], twice: bool) -> Chunks:
     """Order in which `gradients` takes scans from the loader; with `twice`, chunks that run twice are read twice."""
-    return [part for chunks in step for part in (chunks * 2 if twice and len(chunks) > 1 else chunks)]
+    return [chunk for chunks in step for chunk in (chunks * 2 if twice and len(chunks) > 1 else chunks)]
 
 
 def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], step: list[Chunks], epoch: int,
@@ -347,36 +353,36 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
         what the objective reports, averaged over the step on this process.
     """
     reports = []
-    for place, chunks in enumerate(step):
-        seeds = np.random.SeedSequence([seed, epoch, number + place, rank()]).generate_state(len(chunks)).tolist()
-        last = place == len(step) - 1
+    for index, chunks in enumerate(step):
+        seeds = np.random.SeedSequence([seed, epoch, number + index, rank()]).generate_state(len(chunks)).tolist()
+        last = index == len(step) - 1
         if len(chunks) > 1 and objective.compares:
             reports.append(_cached(model, objective, stream, seeds, epoch, len(step), last, precision))
             continue
-        own = torch.tensor(float(sum(len(part) for part in chunks)), device=device())
+        own = torch.tensor(float(sum(len(chunk) for chunk in chunks)), device=device())
         scans = mean_over_processes({"scans": own})["scans"]  # mean of the processes, over which DDP averages
-        parts = []
-        for part, part_seed in zip(chunks, seeds, strict=True):
-            weight = len(part) / scans
-            with _exchange(model, last and part is chunks[-1]):
-                out = run_model(model, next(stream), epoch, part_seed, precision)
+        weighted = []
+        for chunk, chunk_seed in zip(chunks, seeds, strict=True):
+            weight = len(chunk) / scans
+            with _exchange(model, last and chunk is chunks[-1]):
+                out = run_model(model, next(stream), epoch, chunk_seed, precision)
                 (out["loss"] * (weight / len(step))).backward()
-            parts.append({name: value.detach() * weight for name, value in out.items()})
-        reports.append({name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]})
+            weighted.append({name: value.detach() * weight for name, value in out.items()})
+        reports.append({name: torch.stack([report[name] for report in weighted]).sum() for name in weighted[0]})
     return {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
 
 
 def _cached(model: nn.Module, objective: Objective, stream: Iterator[Batch], seeds: list[int], epoch: int,
             batches: int, last: bool, precision: str) -> Report:
     with torch.no_grad(), _still_statistics(cast(nn.Module, objective)):
-        parts = [run_model(objective, next(stream), epoch, seed, precision, embed=True) for seed in seeds]
-    embeddings = torch.cat(parts, dim=1).requires_grad_()  # (2, scans, width)
+        of_chunks = [run_model(objective, next(stream), epoch, seed, precision, embed=True) for seed in seeds]
+    embeddings = torch.cat(of_chunks, dim=1).requires_grad_()  # (2, items, width)
     out = objective.compare(*embeddings)
     (out["loss"] / batches).backward()
     assert embeddings.grad is not None  # they are a leaf, and the pass is done
-    for part, gradient, seed in zip(parts, embeddings.grad.split([part.shape[1] for part in parts], 1), seeds,
-                                    strict=True):
-        with _exchange(model, last and part is parts[-1]):
+    gradients_of_chunks = embeddings.grad.split([chunk.shape[1] for chunk in of_chunks], dim=1)
+    for gradient, seed in zip(gradients_of_chunks, seeds, strict=True):
+        with _exchange(model, last and gradient is gradients_of_chunks[-1]):
             run_model(model, next(stream), epoch, seed, precision, embed=True).backward(gradient)
     return {name: value.detach() for name, value in out.items()}
 
@@ -422,7 +428,7 @@ def explained_out_of_memory(step: list[Chunks], scans_per_item: int = 1) -> Iter
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator has no own type
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        scans = max(len(part) for chunks in step for part in chunks)
+        scans = max(len(chunk) for chunks in step for chunk in chunks)
         cure = (f"set `chunk: {scans // scans_per_item // 2}` (the loss stays that of the whole batch; BatchNorm then "
                 "sees the chunk), or spread the batch over more workers"
                 ) if scans > scans_per_item else "take a coarser grid or a smaller network"
@@ -443,12 +449,12 @@ def validate(objective: Objective, scans: PreparedScans, batch_size: int) -> dic
     count = math.ceil(len(scans) / (batch_size if compared else size))
     groups = np.array_split(np.arange(len(scans)), min(count, len(scans) // 2) if compared else count)
     chunked = [[group[start:start + size].tolist() for start in range(0, len(group), size)] for group in groups]
-    stream = load_batches(scans, [part for parts in chunked for part in parts])
+    stream = load_batches(scans, [chunk for chunks in chunked for chunk in chunks])
     total: dict[str, float] = {}
     options = {"embed": True} if compared else {}
-    for group, parts in zip(groups, chunked, strict=True):
+    for group, chunks in zip(groups, chunked, strict=True):
         with evaluation(device()):
-            out = [run_model(objective, next(stream), 0, 0, "fp32", **options) for _ in parts]
+            out = [run_model(objective, next(stream), 0, 0, "fp32", **options) for _ in chunks]
             report = objective.compare(*torch.cat(out, dim=1)) if compared else out[0]
         for name, value in report.items():
             total[name] = total.get(name, 0.0) + float(value) * len(group) / len(scans)

@@ -31,7 +31,8 @@ from kit.store.sampler import in_order
 from kit.train.loss import nt_xent
 from kit.train.objectives import MaskedReconstruction, Objective
 
-LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, if present
+LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, if present; all but age are classes
+SITES = ("site", "dataset")  # of these, what the verdict takes for the site: the first that could be probed
 MEAN_SCANS = 512  # most training scans that `mean_scan_loss` averages
 LEAST = 20  # fewest participants for a probe, and validation scans for a verdict on the validation loss
 
@@ -46,20 +47,26 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
     Returns:
         rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view,
         among those of all scans, is the right one; by chance 1 / (2 scans - 1)); `probe_LABEL` for each label:
-        balanced accuracy, or R² for a number.
+        balanced accuracy, or R² for age; `classes_site` and `classes_dataset`, how many there are, for their chance
+        level.
     """
     features, views = embed(objective, scans)
-    found = {"rank": effective_rank(features)}
+    measures = {"rank": effective_rank(features)}
     if views is not None:
         first, second = F.normalize(views, dim=-1)
         both, (_, top1) = torch.cat([first, second]), nt_xent(first, second, 1.0, gather=False)
-        found |= {"alignment": alignment(first, second), "uniformity": uniformity(both), "std": std(both),
-                  "found": float(top1)}
+        measures |= {"alignment": alignment(first, second), "uniformity": uniformity(both), "std": std(both),
+                     "found": float(top1)}
     people = participant_ids(rows).to_numpy()
     for name in LABELS:
-        if name in rows and (value := quick_probe(features.numpy(), rows[name], people)) is not None:
-            found[f"probe_{name}"] = value
-    return found
+        if name not in rows:
+            continue
+        labels = rows[name] if name == "age" else rows[name].astype("string")  # sites may be number codes
+        if (value := quick_probe(features.numpy(), labels, people)) is not None:
+            measures[f"probe_{name}"] = value
+            if name in SITES:
+                measures[f"classes_{name}"] = float(labels.nunique())
+    return measures
 
 
 @torch.no_grad()
@@ -169,9 +176,9 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     """Say in one line whether it is learning, not learning, collapsed, memorising site or overfitting, and why.
 
     - Few partners found: the share of views that find their partner is below twice chance or, if that is lower, below
-      chance plus 0.1 (at batch 2: 43 %).
+      chance plus 0.1.
     - Collapsed: few partners found, and std below 0.1 or uniformity above -0.05; or an effective rank below 1.5 and
-      below half its first value (it is less than the number of validation scans).
+      below half its first value.
     - Not learning: the loss fell by less than 1 %, few partners found, or an MAE's validation loss is not below that
       of always predicting the mean training scan (`mean_scan_loss`).
     - Memorising site: chance-corrected site accuracy above 0.6 and up by more than 0.1 since the first epoch.
@@ -182,7 +189,8 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     Args:
         log: one row per epoch, from `pretrain`.
         chance: share of views that find their partner by chance, see `kit.train.pretrain.by_chance`.
-        sites: number of sites that the validation scans come from; 0 or 1: unknown.
+        sites: number of sites that the validation scans come from, for a log without `classes_site` and
+            `classes_dataset`; 0 or 1: unknown.
         validation_scans: their number; 0: unknown.
     """
     if len(log) < 2:
@@ -205,8 +213,9 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
                 "look at learning_rate, temperature and the views")
     if "mean_scan_loss" in log and (words := _no_better_than_the_mean(log)):
         return words
-    site = next((name for name in ("probe_site", "probe_dataset") if name in now and not pd.isna(now[name])), None)
-    if site and sites > 1:
+    label = next((name for name in SITES if f"probe_{name}" in now and not pd.isna(now[f"probe_{name}"])), None)
+    site, sites = f"probe_{label}", int(now.get(f"classes_{label}", sites))
+    if label and sites > 1:
         skill = {name: (row[site] - 1 / sites) / (1 - 1 / sites) for name, row in (("now", now), ("start", start))}
         if skill["now"] > 0.6 and skill["now"] > skill["start"] + 0.1:
             return (f"MEMORISING SITE: the site can be predicted from the features in {now[site]:.0%} of cases (chance "

@@ -66,8 +66,8 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
         one row per epoch, see `kit.train.loop.fit`; for an unfinished epoch, the means so far.
 
     Raises:
-        CheckpointError: the run has other parameters, or its recipe's file, the scans that it learned from or their
-            participants have changed since.
+        CheckpointError: the run has other parameters or only damaged checkpoints, or its recipe's file, the scans that
+            it learned from or their participants have changed since.
         LeakageError: a scan that will be tested would be learned from under another name.
     """
     if (run / "encoder.safetensors").exists():

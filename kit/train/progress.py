@@ -15,7 +15,7 @@ from kit.runs import write_whole
 from kit.train.distributed import rank
 
 EVERY_SECONDS = 1.0  # between two updates of live.json
-POINTS = 400  # most points of the curve in live.json; a longer one is thinned
+POINTS = 400  # most points of the curve in live.json; of a longer run it has every second step, every fourth, ...
 
 
 class Progress:
@@ -33,7 +33,8 @@ class Progress:
         self.folder = folder if rank() == 0 else None
         self.steps, self.step, self.first = steps, done, done
         self.begun = self.written = time.monotonic()
-        self.curve: list[tuple[int, float, float]] = []
+        self.curve: list[tuple[int, float, float]] = []  # every `stride`-th step: (step, loss, learning rate)
+        self.stride = 1
         self.bar = bar(total=steps, initial=done, desc="training", unit="step", disable=rank() > 0)
         self.board = None
         if self.folder:
@@ -58,14 +59,17 @@ class Progress:
             return
         now = time.monotonic()
         each = (now - self.begun) / (self.step - self.first)
-        self.curve.append((self.step, report["loss"], rate))
+        point = (self.step, report["loss"], rate)
+        if (self.step - self.first - 1) % self.stride == 0:
+            self.curve.append(point)
         if len(self.curve) > POINTS:
-            self.curve = self.curve[::2]
+            self.curve, self.stride = self.curve[::2], 2 * self.stride
         if now - self.written < EVERY_SECONDS and self.step < self.steps:
             return
         self.written = now
         live = {"step": self.step, "steps": self.steps, "epoch": epoch + 1, "scans_per_second": scans / each,
-                "waiting": waited / each, "seconds_left": each * (self.steps - self.step), "curve": self.curve}
+                "waiting": waited / each, "seconds_left": each * (self.steps - self.step),
+                "curve": self.curve if self.curve[-1] == point else [*self.curve, point]}
         with suppress(OSError):  # a full disk: shown at the next update
             write_whole(self.folder / "live.json", lambda aside: aside.write_text(json.dumps(live), encoding="utf-8"))
         self.add({**report, "learning_rate": rate, "scans_per_second": scans / each}, "step")

@@ -235,6 +235,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_scans_and_the_checkpoint(store
         trained(store, tmp_path, Falls(), **changes)
     state = torch.load(tmp_path / "checkpoints/last.pt", weights_only=True)
     assert math.isfinite(state["model"]["place"])
+    (tmp_path / "new").mkdir()
+    with pytest.raises(TrainingError, match="or set clip: 1$"):  # in the first epoch, before any checkpoint
+        trained(store, tmp_path / "new", Falls(), **{**changes, "learning_rate": 1e20, "checkpoint_minutes": 10})
 
 
 class BarlowTwins(nn.Module):
@@ -277,3 +280,8 @@ def test_out_of_memory_names_the_chunk_to_try(store):
         trained(store, None, Greedy())
     with pytest.raises(MemoryError, match="with 1 scans at a time: take a coarser grid"):
         trained(store, None, Greedy(), chunk=1)
+    for chunk, scans, cure in ((0, 8, "set `chunk: 2`"), (3, 6, "set `chunk: 1`"), (1, 2, "take a coarser grid")):
+        objective = Greedy()
+        objective.scans_per_item = 2  # a chunk is counted in pairs
+        with pytest.raises(MemoryError, match=f"with {scans} scans at a time: {cure}"):
+            trained(store, None, objective, chunk=chunk)

@@ -195,6 +195,35 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
     assert any(re.search(r"last.pt cannot be read .*it is left as it is", str(item.message)) for item in caught)
 
 
+def test_a_damaged_checkpoint_is_kept_aside_when_the_run_resumes(store, tmp_path):
+    learned = params(store, tmp_path / "run", epochs=2)
+    log = pretrain(learned, run := Run.of(learned))
+    (run / "encoder.safetensors").unlink()  # the run was killed before its end
+    bad = (run / "checkpoints/last.pt").read_bytes()[:1000]
+    (run / "checkpoints/last.pt").write_bytes(bad)
+    with pytest.warns(UserWarning, match=r"last.pt cannot be read .*kept as last.damaged.pt, and previous.pt is used"):
+        again = pretrain(learned, run)
+    assert again["loss"].tolist() == log["loss"].tolist()
+    assert (run / "checkpoints/last.damaged.pt").read_bytes() == bad
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(store, tmp_path):
+    learned = params(store, tmp_path / "run", epochs=2)
+    log = pretrain(learned, run := Run.of(learned))
+    (run / "encoder.safetensors").unlink()
+    for name in ("last", "previous"):
+        (run / f"checkpoints/{name}.pt").write_bytes(b"bad")
+    with pytest.raises(CheckpointError, match=r"checkpoints/last.pt \(.*\) and .*checkpoints/previous.pt \(.*\) cannot "
+                                              r"be read. Restore one .*, or remove .*run/checkpoints to start again"):
+        pretrain(learned, run)
+    with pytest.raises(CheckpointError, match="last.pt"):
+        fit(build_objective(learned, store), PreparedScans(store, store.index), lambda _: [[0, 1]],
+            PreparedScans(store, store.index[:0]), SETTINGS, run.folder)
+    assert (run / "checkpoints/last.pt").read_bytes() == b"bad"
+    shutil.rmtree(run / "checkpoints")
+    assert pretrain(learned, run)["loss"].tolist() == log["loss"].tolist()
+
+
 def test_the_rate_falls_from_the_head_to_the_stem():
     networks = {name: build_encoder(name, GRID) for name in ("resnet18_narrow", "vit_narrow")}
     networks["densenet"] = DenseNet121(3, 1, 1)
@@ -323,7 +352,22 @@ def test_a_batch_is_shared_among_processes(monkeypatch, equal, shares):
     for number, share in enumerate(shares):
         monkeypatch.setattr("kit.train.loop.rank", lambda number=number: number)
         assert chunks_of(list(range(7)), 0, equal) == [share]
-        assert chunks_of(list(range(7)), 2, equal) == [part for part in (share[:2], share[2:]) if part]
+        assert chunks_of(list(range(7)), 4, equal) == [share]
+        assert chunks_of(list(range(7)), 2, equal) == [[2 * number, 2 * number + 1]]  # 3, 2, 2 would be 2, 1, 1 chunks
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 8])
+def test_all_processes_run_equally_many_chunks(monkeypatch, chunk):
+    for processes in (2, 3):
+        monkeypatch.setattr("kit.train.loop.world_size", lambda processes=processes: processes)
+        for size in range(processes, 20):
+            counts, read = set(), []
+            for number in range(processes):
+                monkeypatch.setattr("kit.train.loop.rank", lambda number=number: number)
+                chunks = chunks_of(list(range(size)), chunk, equal=False)
+                counts.add(len(chunks))
+                read += [scan for part in chunks for scan in part]
+            assert len(counts) == 1 and read == list(range(len(read))) and len(read) > size - processes
 
 
 def test_a_pair_stays_together(monkeypatch):

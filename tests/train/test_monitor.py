@@ -58,6 +58,19 @@ def test_probes_go_across_participants():
     assert quick_probe(features[:20], sex[:20], people[:20]) is None
 
 
+def test_sites_with_number_codes_are_classes(store):
+    """Seven sites of three to five scans: a regression of their codes would give an R²."""
+    rows = store.index.assign(site=store.index["participant"].astype(int) % 7, dataset=lambda rows: rows["site"] + 1)
+    rows.loc[rows["site"] == 0, "site"] = math.nan
+    asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused"})
+    objective, scans = device.on_device(build_objective(asked, store)), PreparedScans(store, store.index)
+    numbers = look(objective, scans, rows)
+    texts = look(objective, scans, rows.assign(site=rows["site"].map("site {}".format, na_action="ignore"),
+                                               dataset=rows["dataset"].map("set {}".format)))
+    assert numbers == texts and numbers["classes_site"] == 6 and numbers["classes_dataset"] == 7
+    assert 0 <= numbers["probe_site"] <= 1 and "classes_age" not in numbers and "classes_sex" not in numbers
+
+
 def log(**columns):
     return pd.DataFrame({"epoch": [1, 2], "loss": [3.4, 2.0], "top1": [0.1, 0.8], "rank": [20.0, 25.0],
                          "std": [0.9, 0.9], "uniformity": [-2.0, -2.5], **columns})
@@ -73,6 +86,12 @@ def log(**columns):
     ({"top1": [0.03, 0.04]}, "NOT LEARNING: 4.0% of the views"),
     ({"probe_site": [0.5, 0.95]}, "MEMORISING SITE"),
     ({"probe_site": [0.5, 0.6]}, "LEARNING"),
+    ({"probe_site": [0.2, 0.72], "classes_site": [5, 5]}, "MEMORISING SITE"),
+    ({"probe_dataset": [0.5, 0.78], "classes_dataset": [2, 2]}, "LEARNING"),
+    ({"probe_dataset": [0.25, 0.78], "classes_dataset": [4, 4]},
+     "MEMORISING SITE: the site can be predicted from the features in 78% of cases (chance 25%, 25% at first)"),
+    ({"probe_site": [math.nan, math.nan], "classes_site": [math.nan, math.nan], "probe_dataset": [0.25, 0.78],
+      "classes_dataset": [4, 4]}, "MEMORISING SITE: the site can be predicted from the features in 78%"),
 ])
 def test_the_verdict_in_plain_words(columns, word):
     assert verdict(log(**columns), chance=1 / 31, sites=2).startswith(word)

@@ -1,5 +1,6 @@
 """Nothing is lost: killed, stopped, interrupted, refused, on a full disk; each time with real processes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -240,6 +241,20 @@ def test_an_interrupt_takes_the_way_of_the_stop_file(store, tmp_path, workers):
         said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "UNFINISHED" in said and "stopping: writing a checkpoint" in said
     assert gone(started) and pd.read_csv(tmp_path / "run/unfinished.csv")["loss"].notna().all()
+
+
+def test_the_best_checkpoint_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))  # what exFAT says
+
+    checkpoint.save(tmp_path, {"epoch": 1}, best=True)
+    assert (tmp_path / "best.pt").samefile(tmp_path / "last.pt")
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    checkpoint.save(tmp_path, {"epoch": 2}, best=True)
+    checkpoint.save(tmp_path, {"epoch": 3})
+    read = [checkpoint.read_checkpoint(tmp_path, name) for name in ("best", "previous", "last")]
+    assert read == [{"epoch": 2}, {"epoch": 2}, {"epoch": 3}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
 
 
 @pytest.fixture
