@@ -14,7 +14,7 @@ import torch
 from scipy.special import expit, softmax
 from torch import nn
 
-from kit.cohort.identity import participant_ids
+from kit.cohort.identity import joined, participant_ids, read_aliases
 from kit.cohort.labels import read_labels
 from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import read_table
@@ -43,7 +43,7 @@ from kit.provenance import (
     write_stamped,
 )
 from kit.reading import read_yaml
-from kit.runs import Run, progress, shown
+from kit.runs import Run, progress, resolve, shown
 from kit.seeding import rng_for
 from kit.store.store import Store
 
@@ -91,13 +91,23 @@ def open_model(params: Saliency, store: Store, run: Run) -> Opened:
         allowed = check_fit(side_of(params.model) | {"prepared": Side.of(store)}, params.allow_differences)
         model, record = load_encoder(params.model, store.record, params.seed, params.allow_differences)
         record = {**record, "task": None, "kind": "encoder"}
-        chosen = _drawn(store.index[usable(store.index)], params.participants, params.seed).assign(
-            whom="random", said="")
+        index = index_by_person(store, params.model)
+        chosen = _drawn(index[usable(index)], params.participants, params.seed).assign(whom="random", said="")
     check_methods(model, params.methods, params.layer)
     noted = {"from": shown(params.model), "weights": weights_digest(model)}
     drawn = Used("prepared", "drawn", store, chosen, participant_ids(chosen))
     remove_stale(run.folder, made_from([drawn], model=noted, allowed=allowed), RESULTS)
     return Opened(on_device(model).eval(), record, chosen)
+
+
+def index_by_person(store: Store, model: Path) -> pd.DataFrame:
+    """The store's index, for `participant_ids` to count persons: with the `aliases` that the model's run was given.
+
+    Raises:
+        IdentityError: that table is gone, or cannot be used.
+    """
+    aliases = read_yaml(model / "params.yaml").get("aliases") if (model / "params.yaml").is_file() else None
+    return joined(store.index, read_aliases(None if aliases is None else resolve(aliases)))
 
 
 def explainer_of(params: Saliency, opened: Opened, store: Store) -> Explainer:
@@ -115,7 +125,8 @@ def options_of(params: Saliency, store: Store) -> Options:
     voxels = max(1, round(params.patch_mm / store.grid.spacing_mm))
     mean = None
     if params.baseline == "mean_brain":
-        scans = _drawn(store.index[usable(store.index)], 32, params.seed)["scan"]
+        index = index_by_person(store, params.model)
+        scans = _drawn(index[usable(index)], 32, params.seed)["scan"]
         mean = np.mean([store.read(scan)[0].astype(np.float32) for scan in scans], axis=0)
     return Options(params.steps, params.samples, params.noise, params.baseline, params.layer, voxels,
                    BLUR_MM / store.grid.spacing_mm, mean, params.seed)
@@ -187,7 +198,7 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
     """
     task = json.loads((model / "task.json").read_text(encoding="utf-8")) if (model / "task.json").exists() else {}
     known = _predicted(model, list(task.get("classes") or ()))
-    rows = store.index.set_index("scan", drop=False).loc[known["scan"]]
+    rows = index_by_person(store, model).set_index("scan", drop=False).loc[known["scan"]]
     first = ~participant_ids(rows).duplicated().to_numpy()
     groups = {}
     for name in whom:
@@ -300,7 +311,8 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
     """Average each method's maps by class and, for two classes, take the difference; also written to `maps/`.
 
     Each map is first divided by its mean absolute value in the brain, so that no scan dominates; the unit is thus
-    multiples of a uniform map. Regression labels are split at their median.
+    multiples of a uniform map. A participant with several scans counts once, by their mean. Regression labels are split
+    at their median.
 
     Args:
         maps: from `saliency_maps`.
@@ -308,17 +320,20 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
         record: of the model; an encoder has no classes, and gets only the mean of `all`.
 
     Returns:
-        (what, method): (depth, height, width) float32; what is `mean <class> (n=<scans>)` or `<class> less <class>`.
+        (what, method): (depth, height, width) float32; what is `mean <class> (n=<participants>)` or `<class> less
+        <class>`.
     """
-    of_class = _classes(rows, record)
+    of_class, person = _classes(rows, record), dict(zip(rows["scan"], participant_ids(rows), strict=True))
     means: Maps = {}
     for method in dict.fromkeys(method for _, method in maps):
         found: dict[str, np.ndarray] = {}
         for name, scans in of_class.items():
-            there = [maps[scan, method] / scale for scan in scans
-                     if (scale := np.abs(maps[scan, method][store.read(scan)[1]]).mean()) > 0]
+            there: dict[str, list[np.ndarray]] = {}
+            for scan in scans:
+                if (scale := np.abs(maps[scan, method][store.read(scan)[1]]).mean()) > 0:
+                    there.setdefault(person[scan], []).append(maps[scan, method] / scale)
             if there:
-                found[name] = np.asarray(there).mean(axis=0, dtype=np.float32)
+                found[name] = np.mean([np.mean(each, axis=0) for each in there.values()], axis=0, dtype=np.float32)
                 means[f"mean {name} (n={len(there)})", method] = found[name]
         if len(found) == len(of_class) == 2:
             low, high = of_class

@@ -24,7 +24,7 @@ from kit.device import on_device
 from kit.evaluate.finetune import load_predictor
 from kit.evaluate.metrics import bootstrap
 from kit.explain.explainer import Explainer
-from kit.explain.maps import EFFECTS, check_model, known_place
+from kit.explain.maps import EFFECTS, check_model, index_by_person, known_place
 from kit.explain.saliency import Maps, check_methods
 from kit.explain.targets import question
 from kit.params import Saliency
@@ -106,7 +106,7 @@ def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: R
         output = question("prediction", on_device(model), record, store, pd.DataFrame({"scan": []}))
         here = explainer._replace(model=model.eval(), of=output.of, words=output.words)
         scans = scans_with_place(folder, store, record["task"], params.truth_participants, params.seed)
-        found = summary(measure(here, scans, params.methods, record["task"]), store, params.seed)
+        found = summary(measure(here, scans, params.methods, record["task"]), store, params.seed, folder)
         tables.append(found.assign(model=name, task=record["task"]))
     table = pd.concat([each for each in tables if len(each)] or tables, ignore_index=True)
     table = table[["model", "task", *table.columns.drop(["model", "task"])]]
@@ -118,7 +118,7 @@ def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int
     """Draw in-distribution tested participants whose place of the task's effect is known, one scan each."""
     tested = read_table(model / "predictions.csv", text=("scan", "participant"))
     tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
-    rows = store.index.set_index("scan", drop=False).loc[sorted(tested)]
+    rows = index_by_person(store, model).set_index("scan", drop=False).loc[sorted(tested)]
     rows = rows[~participant_ids(rows).duplicated().to_numpy()]
     there = [scan for scan in rows["scan"]
              if (place := known_place(store, scan, task)) is not None and (place & store.read(scan)[1]).any()]
@@ -136,21 +136,22 @@ def measure(explainer: Explainer, scans: Sequence[str], methods: Sequence[str], 
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def summary(table: pd.DataFrame, store: Store, seed: int = 0) -> pd.DataFrame:
+def summary(table: pd.DataFrame, store: Store, seed: int = 0, model: Path | None = None) -> pd.DataFrame:
     """Average over participants, with 95 % bootstrap intervals over participants.
 
     Args:
         table: from `measure` or `inside_known_places`.
         store: of its scans.
         seed: of the bootstrap.
+        model: the run whose `aliases` tell who has several names; None: nobody has.
 
     Returns:
         One row per method: `method`, `participants`, `silent` (participants left out because their maps are zero in
         the brain), and for each of `MEASURES` the mean, `<measure>_low` and `<measure>_high` (nan with fewer than two
         participants).
     """
-    rows = []
-    person = dict(zip(store.index["scan"], participant_ids(store.index), strict=True))
+    rows, index = [], store.index if model is None else index_by_person(store, model)
+    person = dict(zip(index["scan"], participant_ids(index), strict=True))
     for method, part in table.groupby("method", sort=False):
         means = part.assign(participant=part["scan"].map(person)).groupby("participant")[list(MEASURES)].mean()
         nonzero = means.dropna()

@@ -91,6 +91,20 @@ def test_participants_of_two_datasets_are_two(tmp_path):
     assert chosen(tmp_path, store, "surest", count=3) == ["3", "1", "4"]
 
 
+def aliased(folder, *names: str) -> None:
+    """A run's parameters, with a table that says that these participants of dataset A are one person."""
+    write_table(folder / "aliases.csv", pd.DataFrame({"dataset": "A", "participant": names, "person": "p"}))
+    (folder / "params.yaml").write_text(f"aliases: {folder / 'aliases.csv'}\n", encoding="utf-8")
+
+
+def test_a_person_of_two_names_is_shown_once(six, tmp_path):
+    predicted(tmp_path, six, [1.0, 1, 1, 1, 0, 0, 0], [5.0, 9, 2, -3, 4, -1, -2])
+    assert chosen(tmp_path, six, "surest", count=3) == ["b", "c", "d"]
+    aliased(tmp_path, "1", "2")
+    assert chosen(tmp_path, six, "surest", count=3) == ["b", "d"]  # c is of the person whom b shows
+    assert not {"c"} & set(chosen(tmp_path, six, "random", count=9))
+
+
 @pytest.mark.parametrize(("metrics", "doubted"), [
     ({"in_distribution_auc": 0.8, "in_distribution_auc_low": 0.6}, False),
     ({"in_distribution_auc": 0.7, "in_distribution_auc_low": 0.45}, True),
@@ -135,6 +149,12 @@ def test_means_are_of_classes_and_in_mni(tmp_path):
     halves = class_means(maps, rows, {"task": "age", "kind": "regression", "classes": []}, store, run)
     assert len(halves) == 3 and all(what.startswith(("mean age ", "age above ")) for what, _ in halves)
     assert [what for what, _ in class_means(maps, rows, {"task": None}, store, run)] == ["mean all (n=4)"]
+
+    one = rows.assign(alias_of=["p", "p", "q", "r"])  # the first two are one person, who counts once
+    scaled = [maps[scan, "gradient"] / maps[scan, "gradient"][mask].mean() for scan in rows["scan"]]
+    expected = ((scaled[0] + scaled[1]) / 2 + scaled[2] + scaled[3]) / 3
+    found = class_means(maps, one, {"task": None}, store, run)
+    np.testing.assert_allclose(found["mean all (n=3)", "gradient"], expected, rtol=1e-5)
 
 
 def saliency_params(store, model, folder, **changes) -> Saliency:

@@ -9,6 +9,7 @@ from kit.evaluate.finetune import load_predictor, run_finetune
 from kit.explain.maps import explainer_of, open_model
 from kit.explain.shuffled import shuffled_model
 from kit.explain.truth import (
+    MEASURES,
     against_place,
     implant_lesion,
     inside_known_places,
@@ -20,7 +21,7 @@ from kit.params import Finetune, Saliency
 from kit.preprocess.nifti import write_nifti
 from kit.preprocess.template import template_on
 from kit.reading import check
-from kit.runs import Run
+from kit.runs import Run, write_table
 from kit.store.grid import Grid
 from kit.store.store import Store
 from tests.conftest import make_store
@@ -79,6 +80,15 @@ def test_intervals_are_over_participants(store):
     alone = summary(table[table["scan"] == scans[1]], store).iloc[0]
     assert alone["participants"] == 1 and np.isnan(alone["mass_low"])
     assert summary(table.head(0), store).empty
+
+
+def test_a_person_of_two_names_counts_once(store, tmp_path):
+    scans = store.index.drop_duplicates("participant").head(3)
+    write_table(tmp_path / "aliases.csv", scans[["dataset", "participant"]].assign(person=["p", "p", "q"]))
+    (tmp_path / "params.yaml").write_text(f"aliases: {tmp_path / 'aliases.csv'}\n", encoding="utf-8")
+    table = pd.DataFrame({"scan": scans["scan"], "method": "gradient", **dict.fromkeys(MEASURES, [0.0, 0.0, 1.0])})
+    assert summary(table, store).loc[0, ["participants", "mass"]].tolist() == [3, pytest.approx(1 / 3)]
+    assert summary(table, store, model=tmp_path).loc[0, ["participants", "mass"]].tolist() == [2, 0.5]
 
 
 def test_known_places_are_those_of_the_task(tmp_path):
