@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -338,10 +338,23 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
         if len(found) == len(of_class) == 2:
             low, high = of_class
             means[f"{high} less {low}", method] = found[high] - found[low]
+    files = _file_names(what for what, _ in means)
     for (what, method), values in means.items():
-        write_nifti(run / "maps" / f"{re.sub(r'[^0-9A-Za-z=.-]+', '_', what).strip('_')}_{method}.nii.gz", values,
-                    store.grid.affine)
+        write_nifti(run / "maps" / f"{files[what]}_{method}.nii.gz", values, store.grid.affine)
     return means
+
+
+def _file_names(names: Iterable[str]) -> dict[str, str]:
+    """Names without characters that a file system may refuse; those that become the same are numbered."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        plain = re.sub(r"[^0-9A-Za-z=.-]+", "_", name).strip("_")
+        file, number = plain, 1
+        while file.casefold() in map(str.casefold, found.values()):  # some systems ignore case
+            number += 1
+            file = f"{plain}_{number}"
+        found[name] = file
+    return found
 
 
 def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]:

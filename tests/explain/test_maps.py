@@ -157,6 +157,19 @@ def test_means_are_of_classes_and_in_mni(tmp_path):
     np.testing.assert_allclose(found["mean all (n=3)", "gradient"], expected, rtol=1e-5)
 
 
+def test_maps_of_classes_with_like_names_get_a_file_each(tmp_path):
+    store = make_store(tmp_path / "store", participants=3)
+    rows = store.index.drop_duplicates("participant").assign(group=["a+b", "a/b", "A b"]).reset_index(drop=True)
+    maps = {(scan, "gradient"): np.where(store.read(scan)[1], np.indices(GRID.shape)[axis] + 1.0, 0)
+            for axis, scan in enumerate(rows["scan"])}
+    run = Run.open(tmp_path / "run", {})
+    record = {"task": "group", "kind": "classification", "classes": ["a+b", "a/b", "A b"]}
+    means = class_means(maps, rows, record, store, run)
+    for number, file in enumerate(("a_b_n=1", "a_b_n=1_2", "A_b_n=1_3")):
+        written = nib.load(run / f"maps/mean_group={file}_gradient.nii.gz").get_fdata().T
+        np.testing.assert_allclose(written, list(means.values())[number], atol=1e-6)
+
+
 def saliency_params(store, model, folder, **changes) -> Saliency:
     return check(Saliency, {"prepared": store.folder, "model": model, "output_dir": folder, **changes})
 
