@@ -107,7 +107,8 @@ def question(target: str, model: nn.Module, record: dict[str, Any], store: Store
 
     Args:
         target: `prediction` (log-odds of the second of two classes, the logit of the predicted class of several, or a
-            number in standard deviations of the training labels), a class's name, or one of `OF_ENCODERS`.
+            number, in standard deviations of the training labels if the model was trained with `standardise`), a
+            class's name, or one of `OF_ENCODERS`.
         model: a `Predictor`, or an encoder.
         record: its `task.json`; for an encoder its record.
         store, rows: the scans; `component` is fitted to their embeddings.
@@ -138,7 +139,9 @@ def _output(target: str, model: Predictor, record: dict[str, Any], store: Store)
     if model.outputs == 1:
         sign = -1.0 if target != "prediction" and classes.index(target) == 0 else 1.0
         of_class = (target if target != "prediction" else classes[1]) if classes else ""
-        words = f"log-odds of {task} = {of_class}" if classes else f"{task}, in training labels' SD"
+        standardised = (float(model.mean), float(model.sd)) != (0.0, 1.0)
+        unit = "training labels' SD" if standardised else "the label's own unit"
+        words = f"log-odds of {task} = {of_class}" if classes else f"{task}, in {unit}"
         return Question(words, lambda model, scan: Output(model, 0, sign))
     if target != "prediction":
         return Question(f"logit of {task} = {target}", lambda model, scan: Output(model, classes.index(target)))

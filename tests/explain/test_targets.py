@@ -59,7 +59,9 @@ def test_of_several_classes_the_predicted_one_stays_the_one(encoder, store, rows
 
 def test_a_number_has_no_classes(encoder, store, rows):
     record = {"task": "age", "kind": "regression", "classes": []}
-    assert question("prediction", Predictor(encoder), record, store, rows).words == "age, in training labels' SD"
+    standardised, raw = Predictor(encoder, mean=50, sd=12), Predictor(encoder)  # raw: `standardise: false`
+    assert question("prediction", standardised, record, store, rows).words == "age, in training labels' SD"
+    assert question("prediction", raw, record, store, rows).words == "age, in the label's own unit"
     with pytest.raises(TargetError, match="this model has prediction, similarity"):
         question("1", Predictor(encoder), record, store, rows)
 
