@@ -25,7 +25,7 @@ from kit.explain.explainer import Explainer
 from kit.explain.native import write_native
 from kit.explain.regions import region_intervals
 from kit.explain.saliency import Maps, Options, check_methods, passes_of
-from kit.explain.targets import question
+from kit.explain.targets import encoder_of, question
 from kit.models.encoder_file import load_encoder, side_of, weights_digest
 from kit.params import Saliency
 from kit.preprocess.index import scan_names
@@ -289,19 +289,24 @@ def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[st
     """Make maps of each scan by each method, written as `maps/<scan>_<method>.nii.gz` in MNI152 space."""
     maps: Maps = {}
     masks = {scan: explainer.store.read(scan)[1] for scan in rows["scan"]}
-    total = sum(passes_of(method, mask, explainer.options) for mask in masks.values() for method in methods)
-    with progress(total=total, desc="maps", unit="pass") as bar:
+    passes = {(scan, method): passes_of(method, mask, explainer.options) for scan, mask in masks.items()
+              for method in methods}
+    done = 0  # passes, when the present map is finished
+    with progress(total=sum(passes.values()), desc="maps", unit="pass") as bar:
         def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
-            bar.update(len(inputs[0]))  # not returned: a hook's return value replaces the model's output
+            bar.update(min(len(inputs[0]), done - bar.n))  # not returned: a hook's value replaces the model's output
 
-        hook = explainer.model.register_forward_hook(count)
+        # Of the encoder, which all targets and methods call; a similarity or attention rollout skips the head.
+        hook = (encoder_of(explainer.model) or explainer.model).register_forward_hook(count)
         try:
             for scan, mask in masks.items():
                 for method in methods:
                     bar.set_postfix_str(f"{scan} {method}", refresh=False)
+                    done += passes[scan, method]
                     values = np.where(mask, explainer.map(scan, method), np.float32(0))
                     maps[scan, method] = values
                     write_nifti(run / "maps" / f"{scan}_{method}.nii.gz", values, explainer.store.grid.affine)
+                    bar.update(done - bar.n)
         finally:
             hook.remove()
     return maps

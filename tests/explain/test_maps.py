@@ -8,11 +8,15 @@ import pandas as pd
 import pytest
 from tqdm import tqdm
 
+from kit.device import on_device
+from kit.explain.explainer import Explainer
 from kit.explain.maps import class_means, explainer_of, known_place, no_better_than_chance, open_model, saliency_maps
 from kit.explain.maps import scans_to_explain as to_explain
-from kit.explain.saliency import MethodError
+from kit.explain.saliency import MethodError, Options
+from kit.explain.targets import question
 from kit.models.encoder_file import save_encoder
 from kit.models.encoders import build_encoder
+from kit.models.heads import Predictor
 from kit.params import Saliency
 from kit.preprocess.nifti import write_nifti
 from kit.reading import ParameterError, check
@@ -197,6 +201,26 @@ def test_an_encoder_without_a_head(store, tmp_path, monkeypatch):
     with pytest.raises(MethodError, match="grad_cam cannot explain this network"):
         open_model(refused, store, Run.of(refused))
     assert not (tmp_path / "other/made_from.json").exists()
+
+
+@pytest.mark.parametrize("target", ["prediction", "similarity", "views", "component"])
+def test_the_bar_counts_passes_whatever_the_target(store, tmp_path, monkeypatch, target):
+    model = on_device(Predictor(build_encoder("resnet18_narrow", GRID))).eval()
+    record = {"task": "lesion", "kind": "classification", "classes": ["0", "1"]}
+    rows, methods, moved, bars = store.index.head(4), ["gradient", "occlusion", "integrated_gradients"], [], []
+
+    class Counted(tqdm):
+        def update(self, n=1):
+            moved.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr("kit.explain.maps.progress",
+                        lambda **options: bars.append(Counted(leave=False, **options)) or bars[0])
+    found = question(target, model, record, store, rows)
+    explainer = Explainer(model, found.of, found.words, store, Options(steps=3, patch=6))
+    saliency_maps(explainer, rows, methods, Run.open(tmp_path / "run", {}))
+    assert bars[0].n == bars[0].total == sum(moved) and min(moved) >= 0
+    assert sum(n > 0 for n in moved) > 2 * 4 * len(methods)  # also during the maps, not only after each
 
 
 def test_the_mean_brain_is_the_cohorts(store, tmp_path):
