@@ -48,7 +48,7 @@ from kit.seeding import rng_for
 from kit.store.store import Store
 
 RESULTS = ("maps/*.nii.gz", "native/*.nii.gz", "figures/*.png", "viewer.html", "regions.csv", "truth.csv", "checks.csv",
-           "known_places.csv", "randomisation.csv", "agreement.csv", "verdicts.csv")  # removed if model or scans change
+           "randomisation.csv", "agreement.csv", "verdicts.csv")  # removed if model or scans change
 EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
 BLUR_MM = 12.0  # standard deviation of the blurred baseline: gyri and ventricles vanish, left and right remain
 

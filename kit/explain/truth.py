@@ -25,7 +25,7 @@ from kit.evaluate.finetune import load_predictor
 from kit.evaluate.metrics import bootstrap
 from kit.explain.explainer import Explainer
 from kit.explain.maps import EFFECTS, check_model, index_by_person, known_place
-from kit.explain.saliency import Maps, check_methods
+from kit.explain.saliency import check_methods
 from kit.explain.targets import question
 from kit.params import Saliency
 from kit.provenance import write_stamped
@@ -64,22 +64,6 @@ def against_place(found: np.ndarray, place: np.ndarray, mask: np.ndarray) -> dic
     mass, rank = float(weight[known].sum() / weight.sum()), float(known.flat[strongest].mean())
     return {"share_of_brain": share, "pointing": float(beside.flat[strongest[0]]), "mass": mass,
             "mass_ratio": mass / share, "rank": rank, "rank_ratio": rank / share}
-
-
-def inside_known_places(maps: Maps, store: Store, task: str | None, run: Run) -> pd.DataFrame:
-    """Compare scans' maps with the known place of a task's effect; also written to `known_places.csv`.
-
-    Returns:
-        One row per map, see `against_place`; no row for scans without a known place.
-    """
-    rows = []
-    for (scan, method), values in maps.items():
-        place, mask = known_place(store, scan, task) if task else None, store.read(scan)[1]
-        if task and place is not None and (place & mask).any():
-            rows.append({"scan": scan, "method": method, "place": EFFECTS[task], **against_place(values, place, mask)})
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    write_stamped(run / "known_places.csv", table)
-    return table
 
 
 def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: Run) -> pd.DataFrame:
@@ -140,7 +124,7 @@ def summary(table: pd.DataFrame, store: Store, seed: int = 0, model: Path | None
     """Average over participants, with 95 % bootstrap intervals over participants.
 
     Args:
-        table: from `measure` or `inside_known_places`.
+        table: from `measure`.
         store: of its scans.
         seed: of the bootstrap.
         model: the run whose `aliases` tell who has several names; None: nobody has.

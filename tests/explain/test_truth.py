@@ -12,7 +12,6 @@ from kit.explain.truth import (
     MEASURES,
     against_place,
     implant_lesion,
-    inside_known_places,
     scans_with_place,
     summary,
     truth_table,
@@ -89,20 +88,6 @@ def test_a_person_of_two_names_counts_once(store, tmp_path):
     table = pd.DataFrame({"scan": scans["scan"], "method": "gradient", **dict.fromkeys(MEASURES, [0.0, 0.0, 1.0])})
     assert summary(table, store).loc[0, ["participants", "mass"]].tolist() == [3, pytest.approx(1 / 3)]
     assert summary(table, store, model=tmp_path).loc[0, ["participants", "mass"]].tolist() == [2, 0.5]
-
-
-def test_known_places_are_those_of_the_task(tmp_path):
-    store = make_store(tmp_path / "store", participants=2)
-    first, second = store.index["scan"]
-    mask = store.read(first)[1]
-    place = mask & (np.indices(store.grid.shape)[2] >= 18)
-    write_nifti(store.folder / f"effects/{first}_lesion.nii.gz", place.astype(np.float32), store.grid.affine)
-    maps = {(scan, "gradient"): np.where(place, 3.0, 0.0) + np.where(mask, 1.0, 0.0) for scan in (first, second)}
-    run = Run.open(tmp_path / "run", {})
-    table = inside_known_places(maps, store, "stroke", run)
-    assert table["scan"].tolist() == [first] and table["rank"].tolist() == [1] and table["mass_ratio"][0] > 1.5
-    assert len(pd.read_csv(run / "known_places.csv")) == 1
-    assert inside_known_places(maps, store, "sex", run).empty and inside_known_places(maps, store, None, run).empty
 
 
 def test_a_lesion_is_dark_and_where_it_was_put():
