@@ -25,7 +25,7 @@ from kit.explain.explainer import Explainer
 from kit.explain.native import write_native
 from kit.explain.regions import region_intervals
 from kit.explain.saliency import Maps, Options, check_methods, passes_of
-from kit.explain.targets import encoder_of, question
+from kit.explain.targets import encoder_of, target_of
 from kit.models.encoder_file import load_encoder, side_of, weights_digest
 from kit.params import Saliency
 from kit.preprocess.index import scan_names
@@ -116,7 +116,7 @@ def explainer_of(params: Saliency, opened: Opened, store: Store) -> Explainer:
     Raises:
         TargetError: the model has no such output.
     """
-    output = question(params.target, opened.model, opened.record, store, opened.chosen, params.like, params.seed)
+    output = target_of(params.target, opened.model, opened.record, store, opened.chosen, params.like, params.seed)
     return Explainer(opened.model, output.of, output.words, store, options_of(params, store))
 
 
@@ -273,7 +273,7 @@ def no_better_than_chance(model: Path) -> str:
     if record["kind"] == "classification":
         auc, low = metrics["in_distribution_auc"], metrics.get("in_distribution_auc_low")
         if auc is None:
-            return "only one class was tested, so that nobody knows whether the model predicts better than chance"
+            return "only one class was tested, so it is unknown whether the model predicts better than chance"
         low = auc if low is None or np.isnan(low) else low  # with too few participants there is no interval
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")

@@ -68,8 +68,8 @@ class Options(NamedTuple):
         samples: noisy copies for SmoothGrad.
         noise: SmoothGrad's noise SD, in SDs of the brain's voxels. A z-scored brain spans about five SDs, so 0.5 is a
             tenth of its range, the lower end of what Smilkov et al. recommend.
-        baseline: start of integrated gradients and fill for occlusion: `zero` (for a z-scored scan a uniform brain of
-            mean intensity), `mean_brain` (of the cohort), `blurred` (the scan itself without detail).
+        baseline: start of integrated gradients, and the values that occlusion puts in: `zero` (for a z-scored scan a
+            uniform brain of mean intensity), `mean_brain` (of the cohort), `blurred` (the scan itself without detail).
         layer: for Grad-CAM: a stage's number from 1, or a module's dotted name, of which the end is enough if no other
             module's name ends so; None: the last stage.
         patch: side of occlusion's cubes, voxels.

@@ -26,7 +26,7 @@ from kit.evaluate.metrics import bootstrap
 from kit.explain.explainer import Explainer
 from kit.explain.maps import EFFECTS, check_model, index_by_person, known_place
 from kit.explain.saliency import check_methods
-from kit.explain.targets import question
+from kit.explain.targets import target_of
 from kit.params import Saliency
 from kit.provenance import write_stamped
 from kit.runs import Run, progress
@@ -70,7 +70,7 @@ def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: R
     """Compare all methods' maps of all models with known places; also written to `truth.csv`.
 
     Each model is judged on tested participants of its own task whose place is known, drawn by the seed: models with
-    the same task and split share them. Explained is the prediction, whatever the target.
+    the same task and split share them. The maps explain the prediction, whatever `target` says.
 
     Args:
         params: its `model` and `compare` are judged on `truth_participants` participants each.
@@ -87,7 +87,7 @@ def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: R
         check_model(folder, store, params.allow_differences)
         model, record = load_predictor(folder, store.record)
         check_methods(model, params.methods, params.layer)
-        output = question("prediction", on_device(model), record, store, pd.DataFrame({"scan": []}))
+        output = target_of("prediction", on_device(model), record, store, pd.DataFrame({"scan": []}))
         here = explainer._replace(model=model.eval(), of=output.of, words=output.words)
         scans = scans_with_place(folder, store, record["task"], params.truth_participants, params.seed)
         found = summary(measure(here, scans, params.methods, record["task"]), store, params.seed, folder)
@@ -130,7 +130,7 @@ def summary(table: pd.DataFrame, store: Store, seed: int = 0, model: Path | None
         model: the run whose `aliases` tell who has several names; None: nobody has.
 
     Returns:
-        One row per method: `method`, `participants`, `silent` (participants left out because their maps are zero in
+        One row per method: `method`, `participants`, `empty_maps` (participants left out because their maps are zero in
         the brain), and for each of `MEASURES` the mean, `<measure>_low` and `<measure>_high` (nan with fewer than two
         participants).
     """
@@ -139,12 +139,12 @@ def summary(table: pd.DataFrame, store: Store, seed: int = 0, model: Path | None
     for method, part in table.groupby("method", sort=False):
         means = part.assign(participant=part["scan"].map(person)).groupby("participant")[list(MEASURES)].mean()
         nonzero = means.dropna()
-        row = {"method": method, "participants": len(nonzero), "silent": len(means) - len(nonzero)}
+        row = {"method": method, "participants": len(nonzero), "empty_maps": len(means) - len(nonzero)}
         for name in MEASURES:
             low, high = _interval(nonzero[name].to_numpy(), seed)
             row |= {name: nonzero[name].mean(), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
-    columns = ["method", "participants", "silent",
+    columns = ["method", "participants", "empty_maps",
                *(f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high"))]
     return pd.DataFrame(rows, columns=columns)
 

@@ -13,7 +13,7 @@ from kit.explain.explainer import Explainer
 from kit.explain.maps import class_means, explainer_of, known_place, no_better_than_chance, open_model, saliency_maps
 from kit.explain.maps import scans_to_explain as to_explain
 from kit.explain.saliency import MethodError, Options
-from kit.explain.targets import question
+from kit.explain.targets import target_of
 from kit.models.encoder_file import save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
@@ -216,7 +216,7 @@ def test_the_bar_counts_passes_whatever_the_target(store, tmp_path, monkeypatch,
 
     monkeypatch.setattr("kit.explain.maps.progress",
                         lambda **options: bars.append(Counted(leave=False, **options)) or bars[0])
-    found = question(target, model, record, store, rows)
+    found = target_of(target, model, record, store, rows)
     explainer = Explainer(model, found.of, found.words, store, Options(steps=3, patch=6))
     saliency_maps(explainer, rows, methods, Run.open(tmp_path / "run", {}))
     assert bars[0].n == bars[0].total == sum(moved) and min(moved) >= 0

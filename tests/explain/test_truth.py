@@ -72,7 +72,7 @@ def test_intervals_are_over_participants(store):
     found = summary(table, store).set_index("method")
     people = store.index["participant"].head(8).nunique()
     assert found.loc["gradient", "participants"] == people and people < 8  # two scans of one are one
-    assert found.loc["occlusion", ["participants", "silent"]].tolist() == [people - 1, 1]
+    assert found.loc["occlusion", ["participants", "empty_maps"]].tolist() == [people - 1, 1]
     row = found.loc["gradient"]
     assert row["mass_ratio_low"] < row["mass_ratio"] < row["mass_ratio_high"]
     assert row["pointing"] == row["pointing_low"] == row["pointing_high"] == 1
@@ -132,7 +132,7 @@ def test_models_are_held_against_the_same_people(tmp_path):
     table = truth_table(params, explainer_of(params, opened, store), "stroke", run)
     assert list(zip(table["model"], table["method"], strict=True)) == [
         (model, method) for model in ("model", "other") for method in ("gradient", "grad_cam_pp")]
-    assert table["task"].eq("stroke").all() and (table["participants"] + table["silent"]).eq(3).all()
+    assert table["task"].eq("stroke").all() and (table["participants"] + table["empty_maps"]).eq(3).all()
     scans = [scans_with_place(tmp_path / name, store, "stroke", 3, 0) for name in ("one", "other")]
     assert scans[0] == scans[1] and store.index.set_index("scan").loc[scans[0], "stroke"].eq(1).all()
     assert len(pd.read_csv(run / "truth.csv")) == 4
