@@ -338,7 +338,8 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
                 if (scale := np.abs(maps[scan, method][store.read(scan)[1]]).mean()) > 0:
                     there.setdefault(person[scan], []).append(maps[scan, method] / scale)
             if there:
-                found[name] = np.mean([np.mean(each, axis=0) for each in there.values()], axis=0, dtype=np.float32)
+                of_persons = np.asarray([np.mean(each, axis=0) for each in there.values()])
+                found[name] = of_persons.mean(axis=0, dtype=np.float32)
                 means[f"mean {name} (n={len(there)})", method] = found[name]
         if len(found) == len(of_class) == 2:
             low, high = of_class

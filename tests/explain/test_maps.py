@@ -197,6 +197,13 @@ def test_an_encoder_without_a_head(store, tmp_path, monkeypatch):
     assert len(maps) == 8 and all(values.any() for values in maps.values())
     assert len(list((run / "maps").glob("*.nii.gz"))) == 8
 
+    people = store.index[["dataset", "participant"]].drop_duplicates()
+    write_table(tmp_path / "encoder/aliases.csv", people.assign(person=["p", "p", *range(len(people) - 2)]))
+    (tmp_path / "encoder/params.yaml").write_text(f"aliases: {tmp_path / 'encoder/aliases.csv'}\n", encoding="utf-8")
+    everybody = saliency_params(store, tmp_path / "encoder", tmp_path / "all", target="component", whom=["random"],
+                                participants=99, methods=["gradient"])
+    assert len(open_model(everybody, store, Run.of(everybody)).chosen) == len(people) - 1  # two are one person
+
     refused = saliency_params(store, tmp_path / "encoder", tmp_path / "other", target="views", whom=["random"])
     with pytest.raises(MethodError, match="grad_cam cannot explain this network"):
         open_model(refused, store, Run.of(refused))

@@ -81,13 +81,16 @@ def test_intervals_are_over_participants(store):
     assert summary(table.head(0), store).empty
 
 
-def test_a_person_of_two_names_counts_once(store, tmp_path):
+def test_a_person_of_two_names_counts_once(store, tmp_path, monkeypatch):
     scans = store.index.drop_duplicates("participant").head(3)
     write_table(tmp_path / "aliases.csv", scans[["dataset", "participant"]].assign(person=["p", "p", "q"]))
     (tmp_path / "params.yaml").write_text(f"aliases: {tmp_path / 'aliases.csv'}\n", encoding="utf-8")
     table = pd.DataFrame({"scan": scans["scan"], "method": "gradient", **dict.fromkeys(MEASURES, [0.0, 0.0, 1.0])})
     assert summary(table, store).loc[0, ["participants", "mass"]].tolist() == [3, pytest.approx(1 / 3)]
     assert summary(table, store, model=tmp_path).loc[0, ["participants", "mass"]].tolist() == [2, 0.5]
+    monkeypatch.setattr("kit.explain.truth.known_place", lambda store, scan, task: store.read(scan)[1])
+    write_table(tmp_path / "predictions.csv", scans[["scan", "participant"]].assign(distribution="in_distribution"))
+    assert set(scans_with_place(tmp_path, store, "lesion", 9, 0)) == set(scans["scan"].iloc[[0, 2]])
 
 
 def test_a_lesion_is_dark_and_where_it_was_put():
