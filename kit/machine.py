@@ -85,14 +85,17 @@ def slurm_nodes() -> tuple[int, list[str]]:
 def why_alone() -> str:
     """Why training cannot use the nodes of this Slurm job; empty if it can."""
     nodes, missing = slurm_nodes()
-    return (f"training on this machine alone: of a Slurm job {' and '.join(missing)}"
-            + f", so its {nodes} nodes cannot be used" * (nodes > 1)) if missing else ""
+    if not missing:
+        return ""
+    fault = f"the Slurm job's {nodes} nodes cannot be used" if nodes > 1 else "the Slurm job's nodes are not known"
+    return (f"training on this machine only: {fault}, because {' and '.join(missing)}; correct that to use all "
+            "nodes, or set nodes: 1 to hide this message")
 
 
 def missing_of_slurm() -> list[str]:
     """Programs and variables that are missing to start processes on the nodes of a Slurm job."""
-    met = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")  # else Slurm is asked for rank 0's address
-    missing = [f"{program} is not found" for program in (["srun"] if met else ["srun", "scontrol"])
+    known = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")  # else scontrol gives rank 0's address
+    missing = [f"{program} is not found" for program in (["srun"] if known else ["srun", "scontrol"])
                if not shutil.which(program)]
     missing += [f"{name} is not set" for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if not os.environ.get(name)]
     number = os.environ.get("SLURM_JOB_ID", "")

@@ -29,7 +29,7 @@ def write_report(executed: Path, page: Path) -> None:
     """Render an executed notebook as one self-contained web page: contents on top, code folded, no external files.
 
     nbconvert's own pages fetch MathJax and RequireJS; no notebook of the kit needs them. Links to other notebooks and
-    to docs become plain text: the page lies elsewhere.
+    to docs become plain text, since the page is also read without the project's files.
     """
     from nbconvert import HTMLExporter
 
@@ -46,8 +46,8 @@ def write_index(folder: Path, report: Path | None = None) -> Path:
     """Write a run's `index.html`: its report, metrics, figures, tables and other files.
 
     Args:
-        folder: of the run.
-        report: its report, if that is not `report.html` in the folder.
+        folder: the run's; its `index.html` links only files that exist.
+        report: the report's path; None: `report.html` in the folder.
     """
     report = report or folder / "report.html"
     pages = [report, *sorted(path for path in folder.glob("*.html") if path.name not in ("index.html", report.name))]
@@ -72,7 +72,7 @@ def write_overview(folder: Path, runs: Iterable[tuple[str, Path]]) -> Path:
     """Write the `index.html` of a folder of runs.
 
     Args:
-        folder: above all runs.
+        folder: the one that holds all runs.
         runs: (name, folder) of each, in the order in which they ran.
     """
     items = "".join(f'<li><a href="{_address(path / "index.html", folder)}">{escape(name)}</a></li>'

@@ -57,10 +57,12 @@ def python(code, prepared, folder, path="", before="", **variables):
     ({}, "1 \n"),
     ({**JOB, "SLURM_JOB_NUM_NODES": "1"}, "1 \n"),
     ({"SLURM_JOB_NUM_NODES": ""}, "1 \n"),
-    ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": ""}, "of a Slurm job SLURM_JOB_NUM_NODES is not set"),
-    ({"SLURM_JOB_ID": "7"}, "of a Slurm job SLURM_JOB_NUM_NODES is not set"),
-    ({"SLURM_JOB_NUM_NODES": "two"}, "of a Slurm job SLURM_JOB_NUM_NODES is 'two'"),
-    (JOB, "training on this machine alone: of a Slurm job srun is not found and scontrol is not found, so its 2 nodes"),
+    ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": ""},
+     "the Slurm job's nodes are not known, because SLURM_JOB_NUM_NODES is not set; "),
+    ({"SLURM_JOB_ID": "7"}, "the Slurm job's nodes are not known, because SLURM_JOB_NUM_NODES is not set; "),
+    ({"SLURM_JOB_NUM_NODES": "two"}, "the Slurm job's nodes are not known, because SLURM_JOB_NUM_NODES is 'two'; "),
+    (JOB, "training on this machine only: the Slurm job's 2 nodes cannot be used, because srun is not found and "
+          "scontrol is not found; correct that to use all nodes, or set nodes: 1 to hide this message"),
     ({"SLURM_JOB_NUM_NODES": "2"}, "SLURM_JOB_ID is not set and SLURM_JOB_NODELIST is not set"),
     ({**JOB, "SLURM_JOB_ID": "", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, "srun is not found and SLURM_JOB_ID is"),
     ({**JOB, "SLURM_JOB_ID": "7_1"}, "and SLURM_JOB_ID is '7_1'"),
@@ -85,7 +87,8 @@ def test_nodes_that_were_asked_for_and_cannot_be_had_are_refused(prepared, tmp_p
 
 def test_in_an_salloc_shell_without_srun_it_trains_here(prepared, tmp_path):
     said = python(PRETRAIN, prepared, tmp_path / "run", tmp_path, **JOB, SLURM_CPUS_PER_TASK="", SLURM_NTASKS="2")
-    assert said.startswith("training on this machine alone: of a Slurm job srun is not found") and "finished" in said
+    assert said.startswith("training on this machine only: the Slurm job's 2 nodes cannot be used, because srun is not "
+                           "found") and "finished" in said
 
 
 def test_a_job_that_is_over_says_so(prepared, tmp_path):

@@ -165,9 +165,10 @@ def _load(source: str, grid: Grid, names: str | None) -> Atlas:
         values, affine = _read(resolve(source))
         table = _complete(label_names(names) if names else None, np.unique(np.rint(values[values > 0])).astype(int))
         atlas = Atlas(_on(values, affine, np.eye(4), grid), grid.affine, table, Path(source).name,
-                      "see where it is from", shown(source))
+                      "not known; see its source", shown(source))
     else:
-        raise AtlasError(f"atlas {source!r}: say deepmriprep:NAME, harvard-oxford, tissues, or the path of a NIfTI")
+        raise AtlasError(f"atlas {source!r}: say deepmriprep:NAME, harvard-oxford, tissues, the path of a NIfTI, "
+                         "or column:NAME of the cohort")
     if set(atlas.table["side"]) == {BOTH}:
         atlas = _split_at_midline(atlas, grid)
     return _checked(atlas, grid)
@@ -179,7 +180,7 @@ def _checked(atlas: Atlas, grid: Grid) -> Atlas:
     lies = placement(atlas, grid)
     if lies.inside < LEAST_INSIDE:
         raise AtlasError(f"atlas {atlas.name}: only {lies.inside:.0%} of it lies in the template's brain; it must be "
-                         "in MNI152 millimetres (a label map in a scan's own space goes through own_atlas)")
+                         "in MNI152 millimetres (for label maps in the scans' own space, set atlas: column:NAME)")
     if lies.sides < 0.5:
         raise AtlasError(f"atlas {atlas.name}: its regions called left lie right of the midline; correct its affine, "
                          "or the table of names")

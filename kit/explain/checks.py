@@ -137,7 +137,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, gi
     return float((of[0, 1] - of[0, 2] * of[1, 2]) / left) if left > 1e-9 else float("nan")
 
 
-def _likeness(explainer: Explainer, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
+def _model_correlation(explainer: Explainer, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
     """Rank correlation of two models' maps of one scan, partial where the module's docstring says so."""
     image, mask = explainer.read(scan)
     given = image - baseline_of(image, mask, explainer.options) if method in TIMES_IMAGE else None
@@ -169,8 +169,8 @@ def randomisation(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], 
         share = sum(size for name, size in sizes.items()
                     if any(name.startswith(f"{each}.") for each in names)) / sum(sizes.values())
         for method, found in maps.items():
-            likeness = _likeness(explainer, scan, method, found, explainer.map(scan, method, model=fresh))
-            rows.append((method, scan, how, layers, share, likeness))
+            same = _model_correlation(explainer, scan, method, found, explainer.map(scan, method, model=fresh))
+            rows.append((method, scan, how, layers, share, same))
     return pd.DataFrame(rows, columns=["method", "scan", "how", "layers", "share", "rank_correlation"])
 
 
@@ -349,7 +349,7 @@ def _numbers(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], copie
     cascade = copies[copies["how"] == "cascading"].groupby("method", sort=False)["rank_correlation"]
     table = pd.DataFrame({"randomised": cascade.nth(-1).to_numpy(), "head": cascade.nth(0).to_numpy()},
                          index=list(maps))
-    table["shuffled"] = [np.nan if shuffled is None else _likeness(
+    table["shuffled"] = [np.nan if shuffled is None else _model_correlation(
         explainer, scan, method, found, explainer.map(scan, method, model=shuffled)) for method, found in maps.items()]
     table = table.join(areas(curves(explainer, scan, maps, seed))).join(stability(explainer, scan, maps, seed))
     table["outside"] = [outside_share(found, mask) for found in maps.values()]

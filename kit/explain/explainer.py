@@ -17,7 +17,7 @@ class Explainer(NamedTuple):
 
     Attributes:
         model: the model to explain.
-        of: (model, scan name) -> a module that outputs one number per scan; see `kit.explain.targets.Question`.
+        of: (model, scan name) -> a module that outputs one number per scan; see `kit.explain.targets.Target`.
         words: a description of that number.
         store: of the scans.
         options: of the methods.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from scipy.special import expit, softmax
 from torch import nn
 
-from kit.cohort.identity import participant_ids
+from kit.cohort.identity import joined, participant_ids, read_aliases
 from kit.cohort.labels import read_labels
 from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import read_table
@@ -25,7 +25,7 @@ from kit.explain.explainer import Explainer
 from kit.explain.native import write_native
 from kit.explain.regions import region_intervals
 from kit.explain.saliency import Maps, Options, check_methods, passes_of
-from kit.explain.targets import question
+from kit.explain.targets import encoder_of, target_of
 from kit.models.encoder_file import load_encoder, side_of, weights_digest
 from kit.params import Saliency
 from kit.preprocess.index import scan_names
@@ -43,12 +43,12 @@ from kit.provenance import (
     write_stamped,
 )
 from kit.reading import read_yaml
-from kit.runs import Run, progress, shown
+from kit.runs import Run, progress, resolve, shown
 from kit.seeding import rng_for
 from kit.store.store import Store
 
 RESULTS = ("maps/*.nii.gz", "native/*.nii.gz", "figures/*.png", "viewer.html", "regions.csv", "truth.csv", "checks.csv",
-           "known_places.csv", "randomisation.csv", "agreement.csv", "verdicts.csv")  # removed if model or scans change
+           "randomisation.csv", "agreement.csv", "verdicts.csv")  # removed if model or scans change
 EFFECTS = {"stroke": "lesion", "alzheimers": "hippocampus", "age": "ventricles"}  # task: its known place
 BLUR_MM = 12.0  # standard deviation of the blurred baseline: gyri and ventricles vanish, left and right remain
 
@@ -91,13 +91,23 @@ def open_model(params: Saliency, store: Store, run: Run) -> Opened:
         allowed = check_fit(side_of(params.model) | {"prepared": Side.of(store)}, params.allow_differences)
         model, record = load_encoder(params.model, store.record, params.seed, params.allow_differences)
         record = {**record, "task": None, "kind": "encoder"}
-        chosen = _drawn(store.index[usable(store.index)], params.participants, params.seed).assign(
-            whom="random", said="")
+        index = index_by_person(store, params.model)
+        chosen = _drawn(index[usable(index)], params.participants, params.seed).assign(whom="random", said="")
     check_methods(model, params.methods, params.layer)
     noted = {"from": shown(params.model), "weights": weights_digest(model)}
     drawn = Used("prepared", "drawn", store, chosen, participant_ids(chosen))
     remove_stale(run.folder, made_from([drawn], model=noted, allowed=allowed), RESULTS)
     return Opened(on_device(model).eval(), record, chosen)
+
+
+def index_by_person(store: Store, model: Path) -> pd.DataFrame:
+    """The store's index, for `participant_ids` to count persons: with the `aliases` that the model's run was given.
+
+    Raises:
+        IdentityError: that table is gone, or cannot be used.
+    """
+    aliases = read_yaml(model / "params.yaml").get("aliases") if (model / "params.yaml").is_file() else None
+    return joined(store.index, read_aliases(None if aliases is None else resolve(aliases)))
 
 
 def explainer_of(params: Saliency, opened: Opened, store: Store) -> Explainer:
@@ -106,7 +116,7 @@ def explainer_of(params: Saliency, opened: Opened, store: Store) -> Explainer:
     Raises:
         TargetError: the model has no such output.
     """
-    output = question(params.target, opened.model, opened.record, store, opened.chosen, params.like, params.seed)
+    output = target_of(params.target, opened.model, opened.record, store, opened.chosen, params.like, params.seed)
     return Explainer(opened.model, output.of, output.words, store, options_of(params, store))
 
 
@@ -115,7 +125,8 @@ def options_of(params: Saliency, store: Store) -> Options:
     voxels = max(1, round(params.patch_mm / store.grid.spacing_mm))
     mean = None
     if params.baseline == "mean_brain":
-        scans = _drawn(store.index[usable(store.index)], 32, params.seed)["scan"]
+        index = index_by_person(store, params.model)
+        scans = _drawn(index[usable(index)], 32, params.seed)["scan"]
         mean = np.mean([store.read(scan)[0].astype(np.float32) for scan in scans], axis=0)
     return Options(params.steps, params.samples, params.noise, params.baseline, params.layer, voxels,
                    BLUR_MM / store.grid.spacing_mm, mean, params.seed)
@@ -187,7 +198,7 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
     """
     task = json.loads((model / "task.json").read_text(encoding="utf-8")) if (model / "task.json").exists() else {}
     known = _predicted(model, list(task.get("classes") or ()))
-    rows = store.index.set_index("scan", drop=False).loc[known["scan"]]
+    rows = index_by_person(store, model).set_index("scan", drop=False).loc[known["scan"]]
     first = ~participant_ids(rows).duplicated().to_numpy()
     groups = {}
     for name in whom:
@@ -262,7 +273,7 @@ def no_better_than_chance(model: Path) -> str:
     if record["kind"] == "classification":
         auc, low = metrics["in_distribution_auc"], metrics.get("in_distribution_auc_low")
         if auc is None:
-            return "only one class was tested, so that nobody knows whether the model predicts better than chance"
+            return "only one class was tested, so it is unknown whether the model predicts better than chance"
         low = auc if low is None or np.isnan(low) else low  # with too few participants there is no interval
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")
@@ -278,19 +289,24 @@ def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[st
     """Make maps of each scan by each method, written as `maps/<scan>_<method>.nii.gz` in MNI152 space."""
     maps: Maps = {}
     masks = {scan: explainer.store.read(scan)[1] for scan in rows["scan"]}
-    total = sum(passes_of(method, mask, explainer.options) for mask in masks.values() for method in methods)
-    with progress(total=total, desc="maps", unit="pass") as bar:
+    passes = {(scan, method): passes_of(method, mask, explainer.options) for scan, mask in masks.items()
+              for method in methods}
+    done = 0  # passes, when the present map is finished
+    with progress(total=sum(passes.values()), desc="maps", unit="pass") as bar:
         def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
-            bar.update(len(inputs[0]))  # not returned: a hook's return value replaces the model's output
+            bar.update(min(len(inputs[0]), done - bar.n))  # not returned: a hook's value replaces the model's output
 
-        hook = explainer.model.register_forward_hook(count)
+        # Of the encoder, which all targets and methods call; a similarity or attention rollout skips the head.
+        hook = (encoder_of(explainer.model) or explainer.model).register_forward_hook(count)
         try:
             for scan, mask in masks.items():
                 for method in methods:
                     bar.set_postfix_str(f"{scan} {method}", refresh=False)
+                    done += passes[scan, method]
                     values = np.where(mask, explainer.map(scan, method), np.float32(0))
                     maps[scan, method] = values
                     write_nifti(run / "maps" / f"{scan}_{method}.nii.gz", values, explainer.store.grid.affine)
+                    bar.update(done - bar.n)
         finally:
             hook.remove()
     return maps
@@ -300,7 +316,8 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
     """Average each method's maps by class and, for two classes, take the difference; also written to `maps/`.
 
     Each map is first divided by its mean absolute value in the brain, so that no scan dominates; the unit is thus
-    multiples of a uniform map. Regression labels are split at their median.
+    multiples of a uniform map. A participant with several scans counts once, by their mean. Regression labels are split
+    at their median.
 
     Args:
         maps: from `saliency_maps`.
@@ -308,25 +325,42 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
         record: of the model; an encoder has no classes, and gets only the mean of `all`.
 
     Returns:
-        (what, method): (depth, height, width) float32; what is `mean <class> (n=<scans>)` or `<class> less <class>`.
+        (what, method): (depth, height, width) float32; what is `mean <class> (n=<participants>)` or `<class> less
+        <class>`.
     """
-    of_class = _classes(rows, record)
+    of_class, person = _classes(rows, record), dict(zip(rows["scan"], participant_ids(rows), strict=True))
     means: Maps = {}
     for method in dict.fromkeys(method for _, method in maps):
         found: dict[str, np.ndarray] = {}
         for name, scans in of_class.items():
-            there = [maps[scan, method] / scale for scan in scans
-                     if (scale := np.abs(maps[scan, method][store.read(scan)[1]]).mean()) > 0]
+            there: dict[str, list[np.ndarray]] = {}
+            for scan in scans:
+                if (scale := np.abs(maps[scan, method][store.read(scan)[1]]).mean()) > 0:
+                    there.setdefault(person[scan], []).append(maps[scan, method] / scale)
             if there:
-                found[name] = np.asarray(there).mean(axis=0, dtype=np.float32)
+                of_persons = np.asarray([np.mean(each, axis=0) for each in there.values()])
+                found[name] = of_persons.mean(axis=0, dtype=np.float32)
                 means[f"mean {name} (n={len(there)})", method] = found[name]
         if len(found) == len(of_class) == 2:
             low, high = of_class
             means[f"{high} less {low}", method] = found[high] - found[low]
+    files = _file_names(what for what, _ in means)
     for (what, method), values in means.items():
-        write_nifti(run / "maps" / f"{re.sub(r'[^0-9A-Za-z=.-]+', '_', what).strip('_')}_{method}.nii.gz", values,
-                    store.grid.affine)
+        write_nifti(run / "maps" / f"{files[what]}_{method}.nii.gz", values, store.grid.affine)
     return means
+
+
+def _file_names(names: Iterable[str]) -> dict[str, str]:
+    """Names without characters that a file system may refuse; those that become the same are numbered."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        plain = re.sub(r"[^0-9A-Za-z=.-]+", "_", name).strip("_")
+        file, number = plain, 1
+        while file.casefold() in map(str.casefold, found.values()):  # some systems ignore case
+            number += 1
+            file = f"{plain}_{number}"
+        found[name] = file
+    return found
 
 
 def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]:

@@ -68,9 +68,10 @@ class Options(NamedTuple):
         samples: noisy copies for SmoothGrad.
         noise: SmoothGrad's noise SD, in SDs of the brain's voxels. A z-scored brain spans about five SDs, so 0.5 is a
             tenth of its range, the lower end of what Smilkov et al. recommend.
-        baseline: start of integrated gradients and fill for occlusion: `zero` (for a z-scored scan a uniform brain of
-            mean intensity), `mean_brain` (of the cohort), `blurred` (the scan itself without detail).
-        layer: for Grad-CAM: a stage's number from 1, or a module's name; None: the last stage.
+        baseline: start of integrated gradients, and the values that occlusion puts in: `zero` (for a z-scored scan a
+            uniform brain of mean intensity), `mean_brain` (of the cohort), `blurred` (the scan itself without detail).
+        layer: for Grad-CAM: a stage's number from 1, or a module's dotted name, of which the end is enough if no other
+            module's name ends so; None: the last stage.
         patch: side of occlusion's cubes, voxels.
         blur: standard deviation of the blurred baseline, voxels.
         mean_brain: (depth, height, width), for the baseline `mean_brain`.
@@ -171,10 +172,16 @@ def _unfit(model: nn.Module, method: str, layer: int | str | None) -> str:
 def _layer(model: nn.Module, layer: int | str | None) -> tuple[nn.Module | None, str]:
     """Find the module for Grad-CAM; the second value says what is wrong, if anything."""
     if isinstance(layer, str):
-        named = dict(model.named_modules())
-        found = next((module for name, module in named.items()
-                      if name == layer or name.endswith(f".{layer}")), None)
-        return found, "" if found is not None else f"layer: it has no module {layer!r}"
+        inner = model
+        while isinstance(inner, (Output, Cosine, Along)):
+            inner = inner.model if isinstance(inner, Output) else inner.encoder
+        if layer in (whole := dict(inner.named_modules())):
+            return whole[layer], ""
+        found = {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{layer}")}
+        if len(found) == 1:
+            return next(iter(found.values())), ""
+        return None, (f"layer: {layer!r} could be {', '.join(found)}; give one of these names in full" if found else
+                      f"layer: it has no module {layer!r}")
     encoder = encoder_of(model)
     stages = stages_of(encoder) if encoder is not None else []
     if not stages:

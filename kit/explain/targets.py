@@ -83,7 +83,7 @@ class Along(nn.Module):
         return (self.encoder(images) - self.centre) @ self.direction
 
 
-class Question(NamedTuple):
+class Target(NamedTuple):
     """The output to explain, applicable to models with different weights.
 
     Attributes:
@@ -101,13 +101,14 @@ def encoder_of(model: nn.Module) -> ResNetEncoder | DenseNetEncoder | ViTEncoder
     return next((module for module in model.modules() if isinstance(module, kinds)), None)
 
 
-def question(target: str, model: nn.Module, record: dict[str, Any], store: Store, rows: pd.DataFrame,
-             like: str | None = None, seed: int = 0) -> Question:
-    """Convert a notebook's `target` to a `Question`.
+def target_of(target: str, model: nn.Module, record: dict[str, Any], store: Store, rows: pd.DataFrame,
+              like: str | None = None, seed: int = 0) -> Target:
+    """Convert a notebook's `target` to a `Target`.
 
     Args:
         target: `prediction` (log-odds of the second of two classes, the logit of the predicted class of several, or a
-            number in standard deviations of the training labels), a class's name, or one of `OF_ENCODERS`.
+            number, in standard deviations of the training labels if the model was trained with `standardise`), a
+            class's name, or one of `OF_ENCODERS`.
         model: a `Predictor`, or an encoder.
         record: its `task.json`; for an encoder its record.
         store, rows: the scans; `component` is fitted to their embeddings.
@@ -121,8 +122,8 @@ def question(target: str, model: nn.Module, record: dict[str, Any], store: Store
         return _similarity(store, rows, like)
     if target == "views":
         recipe = Recipe.model_validate(record["views"]) if "views" in record else read_recipe("weak")
-        return Question(f"likeness to {VIEWS} of its own views",
-                        lambda model, scan: _like_its_views(_encoder(model), store, scan, seed, recipe))
+        return Target(f"similarity to {VIEWS} of its own views",
+                      lambda model, scan: _like_its_views(_encoder(model), store, scan, seed, recipe))
     if target == "component":
         return _component(store, rows)
     if not isinstance(model, Predictor):
@@ -130,7 +131,7 @@ def question(target: str, model: nn.Module, record: dict[str, Any], store: Store
     return _output(target, model, record, store)
 
 
-def _output(target: str, model: Predictor, record: dict[str, Any], store: Store) -> Question:
+def _output(target: str, model: Predictor, record: dict[str, Any], store: Store) -> Target:
     classes, task = list(record.get("classes") or ()), record.get("task", "output")
     if target != "prediction" and target not in classes:
         raise TargetError(f"target: got {target!r}; this model has prediction"
@@ -138,19 +139,21 @@ def _output(target: str, model: Predictor, record: dict[str, Any], store: Store)
     if model.outputs == 1:
         sign = -1.0 if target != "prediction" and classes.index(target) == 0 else 1.0
         of_class = (target if target != "prediction" else classes[1]) if classes else ""
-        words = f"log-odds of {task} = {of_class}" if classes else f"{task}, in training labels' SD"
-        return Question(words, lambda model, scan: Output(model, 0, sign))
+        standardised = (float(model.mean), float(model.sd)) != (0.0, 1.0)
+        unit = "training labels' SD" if standardised else "the label's own unit"
+        words = f"log-odds of {task} = {of_class}" if classes else f"{task}, in {unit}"
+        return Target(words, lambda model, scan: Output(model, 0, sign))
     if target != "prediction":
-        return Question(f"logit of {task} = {target}", lambda model, scan: Output(model, classes.index(target)))
+        return Target(f"logit of {task} = {target}", lambda model, scan: Output(model, classes.index(target)))
 
     @cache
     def predicted(scan: str) -> int:  # by the explained model, even for copies with other weights
         return int(_embed(model, store, [scan])[0].argmax())
 
-    return Question(f"logit of the predicted {task}", lambda other, scan: Output(other, predicted(scan)))
+    return Target(f"logit of the predicted {task}", lambda other, scan: Output(other, predicted(scan)))
 
 
-def _similarity(store: Store, rows: pd.DataFrame, like: str | None) -> Question:
+def _similarity(store: Store, rows: pd.DataFrame, like: str | None) -> Target:
     if like is not None and like not in set(store.index["scan"]):
         raise TargetError(f"like: the prepared scans have no {like!r}")
     first = like or rows["scan"].iloc[0]
@@ -163,7 +166,7 @@ def _similarity(store: Store, rows: pd.DataFrame, like: str | None) -> Question:
         other = others[0] if scan == first else first
         return Cosine(encoder, torch.from_numpy(_embed(encoder, store, [other])[0]).to(_device(encoder)))
 
-    return Question(f"likeness to {like or first}", of)
+    return Target(f"similarity to {like or first}", of)
 
 
 def _like_its_views(encoder: nn.Module, store: Store, scan: str, seed: int,
@@ -178,7 +181,7 @@ def _like_its_views(encoder: nn.Module, store: Store, scan: str, seed: int,
     return Cosine(encoder, features.mean(0))
 
 
-def _component(store: Store, rows: pd.DataFrame) -> Question:
+def _component(store: Store, rows: pd.DataFrame) -> Target:
     if len(rows) < 3:
         raise TargetError(f"target: component needs three scans or more, these are {len(rows)}; show more")
 
@@ -190,8 +193,8 @@ def _component(store: Store, rows: pd.DataFrame) -> Question:
         direction *= np.sign(direction[np.abs(direction).argmax()])  # a sign that does not depend on the SVD's
         return torch.from_numpy(centre).to(_device(encoder)), torch.from_numpy(direction).to(_device(encoder))
 
-    return Question("first principal direction of the embeddings",
-                    lambda model, scan: Along(_encoder(model), *fitted(_encoder(model))))
+    return Target("first principal direction of the embeddings",
+                  lambda model, scan: Along(_encoder(model), *fitted(_encoder(model))))
 
 
 def _encoder(model: nn.Module) -> nn.Module:

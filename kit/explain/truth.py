@@ -24,9 +24,9 @@ from kit.device import on_device
 from kit.evaluate.finetune import load_predictor
 from kit.evaluate.metrics import bootstrap
 from kit.explain.explainer import Explainer
-from kit.explain.maps import EFFECTS, check_model, known_place
-from kit.explain.saliency import Maps, check_methods
-from kit.explain.targets import question
+from kit.explain.maps import EFFECTS, check_model, index_by_person, known_place
+from kit.explain.saliency import check_methods
+from kit.explain.targets import target_of
 from kit.params import Saliency
 from kit.provenance import write_stamped
 from kit.runs import Run, progress
@@ -66,27 +66,11 @@ def against_place(found: np.ndarray, place: np.ndarray, mask: np.ndarray) -> dic
             "mass_ratio": mass / share, "rank": rank, "rank_ratio": rank / share}
 
 
-def inside_known_places(maps: Maps, store: Store, task: str | None, run: Run) -> pd.DataFrame:
-    """Compare scans' maps with the known place of a task's effect; also written to `known_places.csv`.
-
-    Returns:
-        One row per map, see `against_place`; no row for scans without a known place.
-    """
-    rows = []
-    for (scan, method), values in maps.items():
-        place, mask = known_place(store, scan, task) if task else None, store.read(scan)[1]
-        if task and place is not None and (place & mask).any():
-            rows.append({"scan": scan, "method": method, "place": EFFECTS[task], **against_place(values, place, mask)})
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    write_stamped(run / "known_places.csv", table)
-    return table
-
-
 def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: Run) -> pd.DataFrame:
     """Compare all methods' maps of all models with known places; also written to `truth.csv`.
 
     Each model is judged on tested participants of its own task whose place is known, drawn by the seed: models with
-    the same task and split share them. Explained is the prediction, whatever the target.
+    the same task and split share them. The maps explain the prediction, whatever `target` says.
 
     Args:
         params: its `model` and `compare` are judged on `truth_participants` participants each.
@@ -103,10 +87,10 @@ def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: R
         check_model(folder, store, params.allow_differences)
         model, record = load_predictor(folder, store.record)
         check_methods(model, params.methods, params.layer)
-        output = question("prediction", on_device(model), record, store, pd.DataFrame({"scan": []}))
+        output = target_of("prediction", on_device(model), record, store, pd.DataFrame({"scan": []}))
         here = explainer._replace(model=model.eval(), of=output.of, words=output.words)
         scans = scans_with_place(folder, store, record["task"], params.truth_participants, params.seed)
-        found = summary(measure(here, scans, params.methods, record["task"]), store, params.seed)
+        found = summary(measure(here, scans, params.methods, record["task"]), store, params.seed, folder)
         tables.append(found.assign(model=name, task=record["task"]))
     table = pd.concat([each for each in tables if len(each)] or tables, ignore_index=True)
     table = table[["model", "task", *table.columns.drop(["model", "task"])]]
@@ -118,7 +102,7 @@ def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int
     """Draw in-distribution tested participants whose place of the task's effect is known, one scan each."""
     tested = read_table(model / "predictions.csv", text=("scan", "participant"))
     tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
-    rows = store.index.set_index("scan", drop=False).loc[sorted(tested)]
+    rows = index_by_person(store, model).set_index("scan", drop=False).loc[sorted(tested)]
     rows = rows[~participant_ids(rows).duplicated().to_numpy()]
     there = [scan for scan in rows["scan"]
              if (place := known_place(store, scan, task)) is not None and (place & store.read(scan)[1]).any()]
@@ -136,30 +120,31 @@ def measure(explainer: Explainer, scans: Sequence[str], methods: Sequence[str], 
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def summary(table: pd.DataFrame, store: Store, seed: int = 0) -> pd.DataFrame:
+def summary(table: pd.DataFrame, store: Store, seed: int = 0, model: Path | None = None) -> pd.DataFrame:
     """Average over participants, with 95 % bootstrap intervals over participants.
 
     Args:
-        table: from `measure` or `inside_known_places`.
+        table: from `measure`.
         store: of its scans.
         seed: of the bootstrap.
+        model: the run whose `aliases` tell who has several names; None: nobody has.
 
     Returns:
-        One row per method: `method`, `participants`, `silent` (participants left out because their maps are zero in
+        One row per method: `method`, `participants`, `empty_maps` (participants left out because their maps are zero in
         the brain), and for each of `MEASURES` the mean, `<measure>_low` and `<measure>_high` (nan with fewer than two
         participants).
     """
-    rows = []
-    person = dict(zip(store.index["scan"], participant_ids(store.index), strict=True))
+    rows, index = [], store.index if model is None else index_by_person(store, model)
+    person = dict(zip(index["scan"], participant_ids(index), strict=True))
     for method, part in table.groupby("method", sort=False):
         means = part.assign(participant=part["scan"].map(person)).groupby("participant")[list(MEASURES)].mean()
         nonzero = means.dropna()
-        row = {"method": method, "participants": len(nonzero), "silent": len(means) - len(nonzero)}
+        row = {"method": method, "participants": len(nonzero), "empty_maps": len(means) - len(nonzero)}
         for name in MEASURES:
             low, high = _interval(nonzero[name].to_numpy(), seed)
             row |= {name: nonzero[name].mean(), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
-    columns = ["method", "participants", "silent",
+    columns = ["method", "participants", "empty_maps",
                *(f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high"))]
     return pd.DataFrame(rows, columns=columns)
 

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Required, TypedDict
 
 import ipywidgets as widgets
@@ -20,7 +21,7 @@ from IPython.display import display
 from PIL import Image, ImageDraw, ImageFont
 
 from kit.augment.recipe import Recipe, save_recipe
-from kit.runs import shown
+from kit.runs import resolve, shown
 from kit.show import planes
 from kit.show.figure import png, small
 from kit.show.planes import EDGES, PLANES, Pair, Point
@@ -101,7 +102,8 @@ def explorer(
         scans, recipes: to choose from; the first of each is shown first.
         grid: of the pair's volumes.
         seed: the first seed; "Draw again" takes the next.
-        recipe_path: where "Save recipe" writes, unless another path is typed in.
+        recipe_path: where "Save recipe" writes, unless another path is typed in; an existing file is kept, and the
+            new one numbered.
 
     Returns:
         A box of controls, picture, text and plots for `display_explorer`.
@@ -191,7 +193,7 @@ def _keep(recipe: Callable[[], Recipe], path: str) -> widgets.VBox:
     def keep(_button: object) -> None:
         try:
             said.value = (f"saved; 2_pretrain takes it: <code>recipe = "
-                          f"&quot;{html.escape(shown(save_recipe(recipe(), where.value)))}&quot;</code>")
+                          f"&quot;{html.escape(shown(save_recipe(recipe(), _unused(where.value))))}&quot;</code>")
         except (OSError, ValueError) as error:
             said.value = _wrong(error)
 
@@ -205,6 +207,16 @@ def _keep(recipe: Callable[[], Recipe], path: str) -> widgets.VBox:
     save.on_click(keep)
     copy.on_click(reveal)
     return widgets.VBox([widgets.HBox([where, save, copy, said]), text])
+
+
+def _unused(path: str) -> Path:
+    """The path itself, or if such a file exists, the first numbered one that does not: `mine.yaml`, `mine_2.yaml`."""
+    first = found = resolve(path)
+    number = 2
+    while found.is_file():
+        found = first.with_name(f"{first.stem}_{number}{first.suffix}")
+        number += 1
+    return found
 
 
 def _wrong(error: Exception) -> str:

@@ -138,8 +138,8 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
                  background: np.ndarray | None = None, at: Point | None = None) -> Figure:
     """Draw groups' smoothed mean maps over the template, in the same slices and with one colour scale.
 
-    For two groups their difference, second minus first, is added with its own scale. For no group, whose maps are
-    thus all zero, a sentence says so.
+    For two groups their difference is added with its own scale, red where the second group is higher; it has the sign
+    of the file that `class_means` writes. For no group, whose maps are thus all zero, a sentence says so.
 
     Args:
         means: (depth, height, width) on the grid, by group; see `kit.explain.maps.class_means`.
@@ -161,13 +161,13 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
         rows[f"{other} − {one}"] = rows[other] - rows[one]
     differs = len(rows) - len(means)
     at = focus(list(rows.values())[-1 if differs else 0], grid) if at is None else at
-    scales = [shared] * len(means) + [Scale.of(list(rows.values())[-1])] * differs
+    scales = [shared] * len(means) + [Scale.of(list(rows.values())[-1])._replace(signed=True)] * differs
     figure, panels = _planes(grid, len(rows), title, note)
     for row, (name, values), scale in zip(panels, rows.items(), scales, strict=True):
         _draw_planes(row, background, values, scale, grid, at, outline, name)
     _bar(figure, panels[:len(means)], shared, unit)
     if differs:
-        _bar(figure, panels[len(means):], scales[-1], unit)
+        _bar(figure, panels[len(means):], scales[-1], f"{unit}\nabove 0: higher in {list(means)[1]}".strip())
     return figure
 
 

@@ -8,11 +8,15 @@ import pandas as pd
 import pytest
 from tqdm import tqdm
 
+from kit.device import on_device
+from kit.explain.explainer import Explainer
 from kit.explain.maps import class_means, explainer_of, known_place, no_better_than_chance, open_model, saliency_maps
 from kit.explain.maps import scans_to_explain as to_explain
-from kit.explain.saliency import MethodError
+from kit.explain.saliency import MethodError, Options
+from kit.explain.targets import target_of
 from kit.models.encoder_file import save_encoder
 from kit.models.encoders import build_encoder
+from kit.models.heads import Predictor
 from kit.params import Saliency
 from kit.preprocess.nifti import write_nifti
 from kit.reading import ParameterError, check
@@ -91,6 +95,20 @@ def test_participants_of_two_datasets_are_two(tmp_path):
     assert chosen(tmp_path, store, "surest", count=3) == ["3", "1", "4"]
 
 
+def aliased(folder, *names: str) -> None:
+    """A run's parameters, with a table that says that these participants of dataset A are one person."""
+    write_table(folder / "aliases.csv", pd.DataFrame({"dataset": "A", "participant": names, "person": "p"}))
+    (folder / "params.yaml").write_text(f"aliases: {folder / 'aliases.csv'}\n", encoding="utf-8")
+
+
+def test_a_person_of_two_names_is_shown_once(six, tmp_path):
+    predicted(tmp_path, six, [1.0, 1, 1, 1, 0, 0, 0], [5.0, 9, 2, -3, 4, -1, -2])
+    assert chosen(tmp_path, six, "surest", count=3) == ["b", "c", "d"]
+    aliased(tmp_path, "1", "2")
+    assert chosen(tmp_path, six, "surest", count=3) == ["b", "d"]  # c is of the person whom b shows
+    assert not {"c"} & set(chosen(tmp_path, six, "random", count=9))
+
+
 @pytest.mark.parametrize(("metrics", "doubted"), [
     ({"in_distribution_auc": 0.8, "in_distribution_auc_low": 0.6}, False),
     ({"in_distribution_auc": 0.7, "in_distribution_auc_low": 0.45}, True),
@@ -136,6 +154,25 @@ def test_means_are_of_classes_and_in_mni(tmp_path):
     assert len(halves) == 3 and all(what.startswith(("mean age ", "age above ")) for what, _ in halves)
     assert [what for what, _ in class_means(maps, rows, {"task": None}, store, run)] == ["mean all (n=4)"]
 
+    one = rows.assign(alias_of=["p", "p", "q", "r"])  # the first two are one person, who counts once
+    scaled = [maps[scan, "gradient"] / maps[scan, "gradient"][mask].mean() for scan in rows["scan"]]
+    expected = ((scaled[0] + scaled[1]) / 2 + scaled[2] + scaled[3]) / 3
+    found = class_means(maps, one, {"task": None}, store, run)
+    np.testing.assert_allclose(found["mean all (n=3)", "gradient"], expected, rtol=1e-5)
+
+
+def test_maps_of_classes_with_like_names_get_a_file_each(tmp_path):
+    store = make_store(tmp_path / "store", participants=3)
+    rows = store.index.drop_duplicates("participant").assign(group=["a+b", "a/b", "A b"]).reset_index(drop=True)
+    maps = {(scan, "gradient"): np.where(store.read(scan)[1], np.indices(GRID.shape)[axis] + 1.0, 0)
+            for axis, scan in enumerate(rows["scan"])}
+    run = Run.open(tmp_path / "run", {})
+    record = {"task": "group", "kind": "classification", "classes": ["a+b", "a/b", "A b"]}
+    means = class_means(maps, rows, record, store, run)
+    for number, file in enumerate(("a_b_n=1", "a_b_n=1_2", "A_b_n=1_3")):
+        written = nib.load(run / f"maps/mean_group={file}_gradient.nii.gz").get_fdata().T
+        np.testing.assert_allclose(written, list(means.values())[number], atol=1e-6)
+
 
 def saliency_params(store, model, folder, **changes) -> Saliency:
     return check(Saliency, {"prepared": store.folder, "model": model, "output_dir": folder, **changes})
@@ -160,10 +197,37 @@ def test_an_encoder_without_a_head(store, tmp_path, monkeypatch):
     assert len(maps) == 8 and all(values.any() for values in maps.values())
     assert len(list((run / "maps").glob("*.nii.gz"))) == 8
 
+    people = store.index[["dataset", "participant"]].drop_duplicates()
+    write_table(tmp_path / "encoder/aliases.csv", people.assign(person=["p", "p", *range(len(people) - 2)]))
+    (tmp_path / "encoder/params.yaml").write_text(f"aliases: {tmp_path / 'encoder/aliases.csv'}\n", encoding="utf-8")
+    everybody = saliency_params(store, tmp_path / "encoder", tmp_path / "all", target="component", whom=["random"],
+                                participants=99, methods=["gradient"])
+    assert len(open_model(everybody, store, Run.of(everybody)).chosen) == len(people) - 1  # two are one person
+
     refused = saliency_params(store, tmp_path / "encoder", tmp_path / "other", target="views", whom=["random"])
     with pytest.raises(MethodError, match="grad_cam cannot explain this network"):
         open_model(refused, store, Run.of(refused))
     assert not (tmp_path / "other/made_from.json").exists()
+
+
+@pytest.mark.parametrize("target", ["prediction", "similarity", "views", "component"])
+def test_the_bar_counts_passes_whatever_the_target(store, tmp_path, monkeypatch, target):
+    model = on_device(Predictor(build_encoder("resnet18_narrow", GRID))).eval()
+    record = {"task": "lesion", "kind": "classification", "classes": ["0", "1"]}
+    rows, methods, moved, bars = store.index.head(4), ["gradient", "occlusion", "integrated_gradients"], [], []
+
+    class Counted(tqdm):
+        def update(self, n=1):
+            moved.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr("kit.explain.maps.progress",
+                        lambda **options: bars.append(Counted(leave=False, **options)) or bars[0])
+    found = target_of(target, model, record, store, rows)
+    explainer = Explainer(model, found.of, found.words, store, Options(steps=3, patch=6))
+    saliency_maps(explainer, rows, methods, Run.open(tmp_path / "run", {}))
+    assert bars[0].n == bars[0].total == sum(moved) and min(moved) >= 0
+    assert sum(n > 0 for n in moved) > 2 * 4 * len(methods)  # also during the maps, not only after each
 
 
 def test_the_mean_brain_is_the_cohorts(store, tmp_path):

@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradCam
 from monai.visualize import GradCAMpp
 from torch import nn
 
 from kit.explain.saliency import MethodError, Options, attribution, baseline_of, check_methods, cubes, saliency
-from kit.explain.targets import Output
+from kit.explain.targets import Cosine, Output
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
 from kit.params import METHODS
@@ -242,6 +245,27 @@ def test_methods_that_cannot_are_refused_with_those_that_can(vit, net):
     with pytest.raises(MethodError, match="name a module in layer"):
         check_methods(net, ["grad_cam_pp"])
     check_methods(resnet, OF_CNNS, layer="layer2")
+
+
+def test_a_layers_full_name_is_taken_first_and_an_ambiguous_one_is_refused(scan):
+    image, mask = scan
+    block = nn.Sequential(OrderedDict(conv1=nn.Conv3d(2, 2, 3, padding=1)))
+    net = nn.Sequential(OrderedDict(stem=block, conv1=nn.Conv3d(2, 3, 3), pool=nn.AdaptiveAvgPool3d(1),
+                                    flat=nn.Flatten(), head=nn.Linear(3, 2)))
+    net = nn.Sequential(OrderedDict(first=nn.Conv3d(1, 2, 1), **dict(net.named_children())))
+    expected = LayerGradCam(net.eval(), net.conv1).attribute(torch.from_numpy(image)[None, None], 0,
+                                                             relu_attributions=True)
+    expected = F.interpolate(expected, SHAPE, mode="trilinear", align_corners=False)[0, 0].detach().numpy()
+    for model in (net, Output(net)):  # the stem's conv1 comes first, and is another
+        found = attribution(model, image, mask, "grad_cam", 0, Options(layer="conv1"))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+    resnet = Predictor(build_encoder("resnet18_narrow", GRID))
+    with pytest.raises(MethodError, match="'conv1' could be encoder.network.conv1, "
+                                          "encoder.network.layer1.0.conv1, .*; give one of these names in full"):
+        check_methods(resnet, ["grad_cam"], layer="conv1")
+    for model in (resnet, Output(Output(resnet)), Cosine(resnet.encoder, torch.zeros(1))):
+        check_methods(model, ["grad_cam"], layer="encoder.network.conv1")
+        check_methods(model, ["grad_cam"], layer="network.conv1")
 
 
 @pytest.mark.parametrize("method", OF_CNNS)

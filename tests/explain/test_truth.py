@@ -9,9 +9,9 @@ from kit.evaluate.finetune import load_predictor, run_finetune
 from kit.explain.maps import explainer_of, open_model
 from kit.explain.shuffled import shuffled_model
 from kit.explain.truth import (
+    MEASURES,
     against_place,
     implant_lesion,
-    inside_known_places,
     scans_with_place,
     summary,
     truth_table,
@@ -20,7 +20,7 @@ from kit.params import Finetune, Saliency
 from kit.preprocess.nifti import write_nifti
 from kit.preprocess.template import template_on
 from kit.reading import check
-from kit.runs import Run
+from kit.runs import Run, write_table
 from kit.store.grid import Grid
 from kit.store.store import Store
 from tests.conftest import make_store
@@ -72,7 +72,7 @@ def test_intervals_are_over_participants(store):
     found = summary(table, store).set_index("method")
     people = store.index["participant"].head(8).nunique()
     assert found.loc["gradient", "participants"] == people and people < 8  # two scans of one are one
-    assert found.loc["occlusion", ["participants", "silent"]].tolist() == [people - 1, 1]
+    assert found.loc["occlusion", ["participants", "empty_maps"]].tolist() == [people - 1, 1]
     row = found.loc["gradient"]
     assert row["mass_ratio_low"] < row["mass_ratio"] < row["mass_ratio_high"]
     assert row["pointing"] == row["pointing_low"] == row["pointing_high"] == 1
@@ -81,18 +81,16 @@ def test_intervals_are_over_participants(store):
     assert summary(table.head(0), store).empty
 
 
-def test_known_places_are_those_of_the_task(tmp_path):
-    store = make_store(tmp_path / "store", participants=2)
-    first, second = store.index["scan"]
-    mask = store.read(first)[1]
-    place = mask & (np.indices(store.grid.shape)[2] >= 18)
-    write_nifti(store.folder / f"effects/{first}_lesion.nii.gz", place.astype(np.float32), store.grid.affine)
-    maps = {(scan, "gradient"): np.where(place, 3.0, 0.0) + np.where(mask, 1.0, 0.0) for scan in (first, second)}
-    run = Run.open(tmp_path / "run", {})
-    table = inside_known_places(maps, store, "stroke", run)
-    assert table["scan"].tolist() == [first] and table["rank"].tolist() == [1] and table["mass_ratio"][0] > 1.5
-    assert len(pd.read_csv(run / "known_places.csv")) == 1
-    assert inside_known_places(maps, store, "sex", run).empty and inside_known_places(maps, store, None, run).empty
+def test_a_person_of_two_names_counts_once(store, tmp_path, monkeypatch):
+    scans = store.index.drop_duplicates("participant").head(3)
+    write_table(tmp_path / "aliases.csv", scans[["dataset", "participant"]].assign(person=["p", "p", "q"]))
+    (tmp_path / "params.yaml").write_text(f"aliases: {tmp_path / 'aliases.csv'}\n", encoding="utf-8")
+    table = pd.DataFrame({"scan": scans["scan"], "method": "gradient", **dict.fromkeys(MEASURES, [0.0, 0.0, 1.0])})
+    assert summary(table, store).loc[0, ["participants", "mass"]].tolist() == [3, pytest.approx(1 / 3)]
+    assert summary(table, store, model=tmp_path).loc[0, ["participants", "mass"]].tolist() == [2, 0.5]
+    monkeypatch.setattr("kit.explain.truth.known_place", lambda store, scan, task: store.read(scan)[1])
+    write_table(tmp_path / "predictions.csv", scans[["scan", "participant"]].assign(distribution="in_distribution"))
+    assert set(scans_with_place(tmp_path, store, "lesion", 9, 0)) == set(scans["scan"].iloc[[0, 2]])
 
 
 def test_a_lesion_is_dark_and_where_it_was_put():
@@ -137,7 +135,7 @@ def test_models_are_held_against_the_same_people(tmp_path):
     table = truth_table(params, explainer_of(params, opened, store), "stroke", run)
     assert list(zip(table["model"], table["method"], strict=True)) == [
         (model, method) for model in ("model", "other") for method in ("gradient", "grad_cam_pp")]
-    assert table["task"].eq("stroke").all() and (table["participants"] + table["silent"]).eq(3).all()
+    assert table["task"].eq("stroke").all() and (table["participants"] + table["empty_maps"]).eq(3).all()
     scans = [scans_with_place(tmp_path / name, store, "stroke", 3, 0) for name in ("one", "other")]
     assert scans[0] == scans[1] and store.index.set_index("scan").loc[scans[0], "stroke"].eq(1).all()
     assert len(pd.read_csv(run / "truth.csv")) == 4

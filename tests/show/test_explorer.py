@@ -224,6 +224,16 @@ def test_transforms_are_switched_and_dragged(tmp_path):
     assert shown.value == (tmp_path / "mine.yaml").read_text(encoding="utf-8") and shown.layout.display == "flex"
 
 
+def test_saving_never_overwrites_a_file(tmp_path):
+    box = explorer(make_pair, ["first"], {"paper": RECIPES["paper"]}, GRID, recipe_path=str(tmp_path / "mine.yaml"))
+    (tmp_path / "mine.yaml").write_text("somebody's", encoding="utf-8")
+    for file in ("mine_2.yaml", "mine_3.yaml"):
+        find(box, "Save recipe").click()
+        assert read_recipe(tmp_path / file) == RECIPES["paper"]
+        assert any(file in widget.value for widget in walk(box) if isinstance(widget, widgets.HTML))
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == "somebody's"
+
+
 def test_every_recipe_survives_the_widgets():
     controls = RecipeControls(lambda: pytest.fail("a change by hand"))
     for name in names():

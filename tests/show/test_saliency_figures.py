@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 
 import matplotlib.pyplot as plt
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 
+from kit.explain.maps import class_means
 from kit.explain.regions import region_intervals
 from kit.preprocess.template import template_on
+from kit.runs import Run
+from kit.show.planes import cut
 from kit.show.saliency_figures import Scale, group_figure, mosaic, region_bars, scan_figure, smoothed, viewer
 from kit.store.grid import PAPER_GRID, Grid
+from kit.store.store import Store
 from tests.show.test_slices import pixels, texts
 
 GRID = Grid((18, 24, 20), 8.0)
@@ -105,7 +110,29 @@ def test_groups_share_a_scale_and_differ_in_another(scan, found):
     difference = np.asarray(panels[6].images[1].get_array())
     assert difference[24 - 1 - 16, 6] < 0
     assert {axes.get_title() for axes in panels[::3]} == {panels[0].get_title()}  # one place
+    assert [bar.get_ylabel() for bar in figure.axes[9:]] == [
+        "multiples of a uniform map's mean", "multiples of a uniform map's mean\nabove 0: higher in controls"]
     assert len(group_figure({"all": found}, GRID).axes) == 3 + 1
+
+
+def test_a_difference_has_one_sign_in_colours_label_and_file(scan, found, tmp_path):
+    index = pd.DataFrame({"scan": ["a", "b"], "participant": ["1", "2"], "dataset": "A", "ill": [0, 1]})
+    store = Store(tmp_path, index, {"shape": list(GRID.shape), "spacing_mm": GRID.spacing_mm})
+    store.read = lambda scan: (found, found != 0)
+    record = {"task": "ill", "kind": "classification", "classes": ["0", "1"]}
+    maps = {("a", "gradient"): (found != 0).astype(np.float32), ("b", "gradient"): found}
+    means = class_means(maps, index, record, store, Run.open(tmp_path / "run", {}))
+    *groups, difference = (what for what, _ in means)
+    assert difference == "ill=1 less ill=0"
+    figure = group_figure({what: means[what, "gradient"] for what in groups}, GRID)
+    assert figure.axes[6].get_ylabel() == "mean ill=1 (n=1) − mean ill=0 (n=1)"
+    written = nib.load(tmp_path / "run/maps/ill=1_less_ill=0_gradient.nii.gz").get_fdata().T
+    drawn = np.asarray(figure.axes[6].images[1].get_array())
+    expected = cut(smoothed(written, GRID, template_on(GRID)[1]), "axial", 11)
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
+    assert drawn.max() > 1 and figure.axes[10].get_ylabel().endswith("above 0: higher in mean ill=1 (n=1)")
+    above = group_figure({"less": found, "more": 2 * found}, GRID).axes[6].images[1]  # no voxel is below 0
+    assert above.get_cmap().name == "RdBu_r" and above.get_clim()[0] == -above.get_clim()[1]
 
 
 def test_where_every_map_is_zero_a_sentence_says_so(store):
