@@ -47,19 +47,28 @@ def read_record(encoder: str | Path) -> dict[str, Any]:
         encoder: an encoder.safetensors, a run of 2_pretrain, or third-party weights as PATH or FORMAT:PATH.
 
     Raises:
-        EncoderError: the file is neither an encoder of this kit nor in a known format.
+        EncoderError: the file is neither an encoder of this kit nor in a known format; or it is an encoder of this
+            kit, and FORMAT is another.
     """
     kind, rest = encoder_parts(encoder)
     path = _file(rest)
-    if kind == "auto" and (path.suffix == ".safetensors" or not path.is_file()):
+    if path.suffix == ".safetensors" or (kind == "auto" and not path.is_file()):
+        record = None
         try:
             with safe_open(path, framework="np") as file:
                 held = file.metadata() or {}
                 if "record" in held:
-                    return json.loads(held["record"])
+                    record = json.loads(held["record"])
+        except PermissionError as error:
+            raise EncoderError(f"{shown(path)} cannot be read ({error})") from None
         except Exception as error:  # from the OS, from safetensors, or a record that is not ours
             raise EncoderError(f"{shown(path)} is not an encoder of this kit ({type(error).__name__}: "
                                f"{error})") from None
+        if record is not None:  # whatever FORMAT says: it knows whom the encoder has seen
+            if kind not in ("auto", record["architecture"]):
+                raise EncoderError(f"{shown(path)} is an encoder of this kit, a {record['architecture']}, not {kind}: "
+                                   "give its path alone")
+            return record
     return third_party_record(kind, path)
 
 

@@ -90,9 +90,9 @@ def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, a
                      "was trained on")
     else:
         lines.append(f"licence: {known.licence}")
-        if not known.datasets:
-            lines.append("the kit does not know which datasets it was trained on: whether those tested are among them "
-                         "is yours to find out")
+    if not known.datasets:
+        lines.append("the kit does not know which datasets and participants it was trained on: whether those tested "
+                     "are among them is yours to find out")
     lines += [f"left aside: {', '.join(aside)}"] if aside else []
     print("\n  ".join(lines))
 

@@ -194,6 +194,15 @@ def test_encoder_file_round_trip_and_misfit(tmp_path, architecture):
         load_encoder(path, {**preparation, "shape": [9, 9, 9], "spacing_mm": 2.0})
 
 
+def test_a_format_before_the_kits_own_file_does_not_hide_whom_it_has_seen(tmp_path):
+    record = {"architecture": "resnet18_narrow", "preparation": PREPARATION, "participants": ["ab"]}
+    path = save_encoder(tmp_path / "encoder.safetensors", build_encoder("resnet18_narrow", GRID), record)
+    assert read_record(f"resnet18_narrow:{path}") == load_encoder(f"resnet18_narrow:{path}", PREPARATION)[1] == record
+    for other in ("resnet18", "neuro_simclr"):
+        with pytest.raises(EncoderError, match=f"is an encoder of this kit, a resnet18_narrow, not {other}: give its"):
+            read_record(f"{other}:{path}")
+
+
 def test_files_that_are_no_encoders_are_named(tmp_path):
     (tmp_path / "encoder.safetensors").write_bytes(b"no weights")
     with pytest.raises(EncoderError, match="encoder.safetensors"):

@@ -213,6 +213,7 @@ def test_a_plain_state_dict(tmp_path: Path, architecture: str, file: str, words:
     said = capsys.readouterr().out
     assert record["format"] == record["architecture"] == architecture and record["preparation"] is None
     assert "how its scans were prepared is not known" in said and side_of(spec) == {}
+    assert "does not know which datasets and participants it was trained on: whether those tested are among" in said
     if architecture == "resnet18":
         plain.fc = None
     if architecture == "densenet121":
