@@ -122,6 +122,13 @@ def test_features_by_name_are_what_the_name_says(architecture):
         FeatureReader(network, stages=[1, 9])
 
 
+def test_brainiacs_first_token_is_not_taken_for_a_mean():
+    encoder = build_encoder("brainiac", GRID)
+    assert FeatureReader(encoder).plain
+    with pytest.raises(FeatureError, match="pool: mean is not what BrainIAC's ViT gives"):
+        FeatureReader(encoder, "mean")
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held, kept = np.random.default_rng(0), [], []
     for _ in range(400):
