@@ -135,9 +135,13 @@ def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0
     known = {} if record["preparation"] is None else {"encoder": Side(shown(resolve(rest)), record["preparation"])}
     if message := misfit({**known, "these": Side("scans", preparation)}, allow):
         raise EncoderError(message)
-    network = build_encoder(record["architecture"], grid)
+    path = _file(rest)
+    try:
+        network = build_encoder(record["architecture"], grid)
+        if "format" not in record:
+            network.load_state_dict(load_file(path), strict=True)
+    except (RuntimeError, ValueError) as error:  # torch lists the weights; an unknown architecture; an odd grid
+        raise EncoderError(f"{shown(path)} does not fit {record['architecture']}: {error}") from None
     if "format" in record:
-        fill(network, _file(rest), record)
-    else:
-        network.load_state_dict(load_file(_file(rest)), strict=True)
+        fill(network, path, record)
     return network, record

@@ -48,6 +48,16 @@ def test_weights_do_not_touch_the_callers_random_state():
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_weights_do_not_touch_the_random_state_of_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds CUDA's generators"))
+    build_encoder("resnet18_narrow", GRID, seed=1)
+
+
+def test_an_unknown_architecture_is_no_resnet():
+    with pytest.raises(ValueError, match="no architecture 'resnet50'; there are resnet18, resnet18_narrow, densenet"):
+        build_encoder("resnet50", GRID)
+
+
 def test_densenet121_is_monais_before_its_class_layer():
     ours, theirs = build_encoder("densenet121", DENSE).eval(), DenseNet121(3, in_channels=1, out_channels=2)
     theirs.load_state_dict({**ours.network.state_dict(), **{
@@ -192,6 +202,15 @@ def test_encoder_file_round_trip_and_misfit(tmp_path, architecture):
     assert torch.equal(loaded.eval()(images), encoder.eval()(images))
     with pytest.raises(EncoderError, match=r"shape: .*\[.*\], these \[9, 9, 9\]\n.*spacing_mm: .*4.0, these 2"):
         load_encoder(path, {**preparation, "shape": [9, 9, 9], "spacing_mm": 2.0})
+
+
+def test_weights_of_another_architecture_are_listed(tmp_path):
+    encoder = build_encoder("resnet18_narrow", GRID)
+    for architecture, words in (("densenet121", "these are"), ("vit_narrow", "Missing key"), ("resnet50", "no archit")):
+        path = save_encoder(tmp_path / "encoder.safetensors", encoder, {
+            "architecture": architecture, "preparation": PREPARATION, "participants": ["ab"]})
+        with pytest.raises(EncoderError, match=f"encoder.safetensors does not fit {architecture}: (.|\n)*{words}"):
+            load_encoder(path, PREPARATION)
 
 
 def test_a_format_before_the_kits_own_file_does_not_hide_whom_it_has_seen(tmp_path):
