@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from monai.bundle import run as run_bundle
+from monai.networks.nets import resnet18
 
 from kit.evaluate.benchmark import run_benchmark
 from kit.export import ExportError, export, main
@@ -212,6 +213,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(runs, tmp_path, c
         assert words in capsys.readouterr().err
     with pytest.raises(EncoderError, match="is not an encoder of this kit"):
         export(folder / "pre0/made_from.csv", out)
+    torch.save(resnet18(spatial_dims=3, n_input_channels=1).state_dict(), folder / "theirs.pt")
+    with pytest.raises(ExportError, match=r"theirs.pt holds third-party weights \(resnet18\), .* only an encoder.saf"):
+        export(folder / "theirs.pt", out)
     with pytest.raises(ExportError, match="is not a finished run of 5_benchmark"):
         export(folder / "pre0", out, folder / "pre0")
     with pytest.raises(ExportError, match=r"has no score of this encoder \(weights .*; it has Ours .*, Theirs"):
