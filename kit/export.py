@@ -55,8 +55,8 @@ def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None
         the folder.
 
     Raises:
-        ExportError: the encoder does not exist or is third-party, the folder is not empty, or the benchmark has no score
-            of the encoder.
+        ExportError: the encoder does not exist or is third-party, the folder is not empty, or the benchmark has no
+            score of the encoder.
         EncoderError: the file is not an encoder of this kit.
     """
     path, folder = _file_of(encoder), resolve(output)

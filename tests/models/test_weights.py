@@ -23,7 +23,7 @@ from kit.evaluate.tasks import check_tested, overlap, read_tasks
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of
 from kit.models.encoders import build_encoder
 from kit.models.third_party_formats import FORMATS, PUBLISHED
-from kit.models.weights import DOWNLOADS, fetch, keep
+from kit.models.weights import DOWNLOADS, fetch, keep, main
 from kit.params import ARCHITECTURES, Benchmark, Finetune, Preprocess
 from kit.preprocess.settings import Preparation
 from kit.problems import WEIGHTS, encoder_parts
@@ -322,6 +322,24 @@ def test_a_download_appears_only_with_the_right_hash(tmp_path: Path) -> None:
         keep(io.BytesIO(b"weights"), tmp_path / "a.pt", "ff")
     assert list(tmp_path.iterdir()) == []
     assert keep(io.BytesIO(b"weights"), tmp_path / "a.pt", digest.upper()).read_bytes() == b"weights"
+
+
+def test_the_command_checks_the_hash_first_and_downloads_no_file_twice(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    to = str(tmp_path)
+    for typed, words in ((["sha256=aa"], "unrecognized arguments: sha256=aa"),
+                         (["--sha256", "aa"], "--sha256: got 'aa'; give 64 hexadecimal digits")):
+        with pytest.raises(SystemExit):
+            main(["medicalnet_resnet18", to, *typed])
+        assert words in capsys.readouterr().err
+    assert main(["medicalnet_resnet18", to]) == 2 and "give it with --sha256" in capsys.readouterr().err
+    (tmp_path / "resnet_18_23dataset.pth").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert main(["medicalnet_resnet18", to, "--sha256", digest.upper()]) == 0
+    assert capsys.readouterr().out.strip().endswith("resnet_18_23dataset.pth")
+    assert main(["medicalnet_resnet18", to, "--sha256", "a" * 64]) == 2
+    assert "could not be downloaded" in capsys.readouterr().err
 
 
 def test_without_a_network_it_says_how_to_do_it_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
