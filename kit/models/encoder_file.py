@@ -55,12 +55,12 @@ def read_record(encoder: str | Path) -> dict[str, Any]:
     if path.suffix == ".safetensors" or (kind == "auto" and not path.is_file()):
         record = None
         try:
-            with safe_open(path, framework="np") as file:
+            with open(path, "rb"), safe_open(path, framework="np") as file:  # of itself it says only "no such file"
                 held = file.metadata() or {}
                 if "record" in held:
                     record = json.loads(held["record"])
         except PermissionError as error:
-            raise EncoderError(f"{shown(path)} cannot be read ({error})") from None
+            raise EncoderError(f"{shown(path)} cannot be read ({error.strerror})") from None
         except Exception as error:  # from the OS, from safetensors, or a record that is not ours
             raise EncoderError(f"{shown(path)} is not an encoder of this kit ({type(error).__name__}: "
                                f"{error})") from None

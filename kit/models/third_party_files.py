@@ -54,8 +54,12 @@ def third_party_record(kind: str, path: Path) -> dict[str, Any]:
     """
     try:
         status = path.stat()
-    except OSError as error:
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError as error:
         raise EncoderError(f"no file {shown(path)} ({error.strerror})") from None
+    except OSError as error:
+        raise EncoderError(f"{shown(path)} cannot be read ({error.strerror})") from None
     return dict(_described(kind, path, status.st_mtime_ns, status.st_size))
 
 

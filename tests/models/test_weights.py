@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tarfile
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,21 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path, name: str, content:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EncoderError, match=f"{name}.*{words}"):
         read_record(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.tar", "a.safetensors"])
+def test_a_file_of_somebody_elses_says_that_it_cannot_be_read(name: str) -> None:
+    owner = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        (path := Path(folder) / name).touch(mode=0)
+        os.seteuid(owner or 65534)  # root may read everything
+        try:
+            for spec in (path, f"neuro_simclr:{path}"):
+                with pytest.raises(EncoderError, match=f"{name} cannot be read .*Permission denied"):
+                    read_record(spec)
+        finally:
+            os.seteuid(owner)
 
 
 @pytest.mark.parametrize(("held", "words"), [
