@@ -462,7 +462,7 @@ class Apply(Parameters):
     workers: Positive = 2  # processes for preparation, one thread each
 
     def problems(self) -> list[str]:
-        there = self.input == "sample" or resolve(self.input).exists()
+        there = self.input == "sample" or is_there(resolve(self.input))
         problems = [] if there else [f"input: no such file or folder: {shown(resolve(self.input))}"]
         if self.encoder.partition(":")[0] == "random":
             return [*problems, f"encoder: got {self.encoder!r}; name one that has learned something, whose record says "
@@ -476,6 +476,15 @@ class Apply(Parameters):
 def is_model(encoder: str) -> bool:
     """Whether a path is a run of 3_finetune."""
     return all((resolve(encoder) / name).is_file() for name in ("model.safetensors", "task.json"))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists, or the folder of `folder#4`, which is one series of several."""
+    if path.exists() or "#" not in path.name:
+        return path.exists()
+    from kit.preprocess.scan_file import scan_files
+
+    return any(file.exists() for file in scan_files(path))
 
 
 def is_prepared(folder: Path) -> bool:
