@@ -467,7 +467,8 @@ class Apply(Parameters):
         if self.encoder.partition(":")[0] == "random":
             return [*problems, f"encoder: got {self.encoder!r}; name one that has learned something, whose record says "
                                "how scans are prepared"]
-        problems += [] if is_model(self.encoder) else encoder_problems("encoder", self.encoder, ARCHITECTURES)
+        if not is_model(self.encoder):
+            problems += encoder_problems("encoder", self.encoder, ARCHITECTURES, trained=True)
         from kit.preprocess.skullstrip import missing_tool
 
         return problems + [missing for missing in [self.mask and missing_tool(self.mask)] if missing]
