@@ -19,6 +19,7 @@ from monai.networks.nets import resnet18
 
 from kit.evaluate.benchmark import run_benchmark
 from kit.export import ExportError, export, main
+from kit.models.card import description
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.params import Benchmark, Pretrain
@@ -187,10 +188,16 @@ def test_the_card_says_whose_data_and_no_name(runs, tmp_path):
         content = path.read_bytes() if path.is_file() else b""
         assert b"Meier" not in content and b"made_0" not in content
     loss = pd.read_csv(folder / "pre1/log.csv")["loss"].iloc[-1]
-    assert f"| loss | {loss:.4g} |" in text and "| temperature | 0.1 |" in text
+    assert f"| measure | last value |\n| --- | --- |\n| loss | {loss:.4g} |" in text and "| temperature | 0.1 |" in text
     ours = scores[scores["encoder"] == "Ours"].iloc[0]
     assert f"| {ours['value']:.3f} | {ours['low']:.3f} to {ours['high']:.3f} |" in text
     assert len(re.findall(r"\| lesion \| probe", text)) == 1 and "baseline |" not in text
+
+
+def test_a_dataset_of_people_is_not_called_procedural_for_its_name():
+    config = {"shape": [1, 2, 3], "spacing_mm": 4.0, "features": 8, "kit": "1", "fingerprint": "f", "weights": "w"}
+    for name, said in (("procedural_pain", False), ("procedural", False), ("procedural-A", True)):
+        assert ("Procedural data: all" in description({"seen": {"dataset": {name: 3}}}, config)) == said
 
 
 def test_a_card_without_a_run_says_what_is_not_known(runs, tmp_path):
