@@ -25,7 +25,7 @@ Shape = tuple[int, int, int]
 Values = TypeVar("Values", torch.Tensor, np.ndarray)
 PATCH_MM = 16.0  # target side of a ViT's patch: 16 voxels of 1 mm, like the 16 pixels of He et al.
 DENSENET_LEAST = 29  # voxels of the shortest side
-LEAST_BRAIN = 0.05  # a patch with at least this share of brain voxels counts as brain
+LEAST_OF_PATCH = 0.05  # a patch with at least this share of brain voxels counts as brain
 RESNETS = ("resnet18", "resnet18_narrow")
 # hidden width, layers, heads, decoder width, decoder layers; `vit` is ViT-B, its decoder of MONAI's default size
 VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (96, 4, 4, 96, 1)}
@@ -160,7 +160,7 @@ def brain_patches(grid: Grid) -> np.ndarray:
         ValueError: there are fewer than two, because the grid misses the brain.
     """
     brain = patches(template_on(grid)[1][None, None], patch_size(grid))[0]
-    indices = np.flatnonzero(brain.mean(-1) >= LEAST_BRAIN)
+    indices = np.flatnonzero(brain.mean(-1) >= LEAST_OF_PATCH)
     if len(indices) < 2:
         raise ValueError(f"{grid}: the template's brain fills {len(indices)} patches; a ViT needs two")
     return indices

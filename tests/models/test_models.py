@@ -9,7 +9,7 @@ from monai.networks.nets import DenseNet121, resnet18
 from safetensors.torch import save_file
 
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
-from kit.models.encoders import LEAST_BRAIN, brain_patches, build_encoder, patch_size, patches
+from kit.models.encoders import LEAST_OF_PATCH, brain_patches, build_encoder, patch_size, patches
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruct, reconstruction_loss
 from kit.preprocess.template import template_on
@@ -107,7 +107,7 @@ def test_tokens_are_the_patches_that_hold_brain():
     corners = [range(0, side, width) for side, width in zip(ROOMY.shape, size, strict=True)]
     shares = [brain[z:z + size[0], y:y + size[1], x:x + size[2]].mean()
               for z in corners[0] for y in corners[1] for x in corners[2]]
-    assert brain_patches(ROOMY).tolist() == [number for number, share in enumerate(shares) if share >= LEAST_BRAIN]
+    assert brain_patches(ROOMY).tolist() == [number for number, share in enumerate(shares) if share >= LEAST_OF_PATCH]
     assert 0.2 < len(brain_patches(ROOMY)) / len(shares) < 0.6
     assert len(brain_patches(GRID)) == 108  # all of them
 
