@@ -36,7 +36,7 @@ from kit.models.encoder_file import EncoderError, load_encoder, noted, read_reco
 from kit.models.features import FeatureReader
 from kit.models.reference import LEAST, OUTSIDE, read_reference
 from kit.models.third_party_formats import ANY
-from kit.params import Apply, is_model, is_prepared
+from kit.params import Apply, is_model, is_prepared, is_there
 from kit.preprocess.index import FAILED
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.quality import QC_METRICS
@@ -144,7 +144,14 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
 
 
 def model_record(model: Path) -> dict[str, Any]:
-    """Read the record of a model from its 3_finetune run."""
+    """Read the record of a model from its 3_finetune run.
+
+    Raises:
+        EncoderError: the run has no predictions of validation scans, which intervals need.
+    """
+    if not (model / VALIDATION).exists():
+        raise EncoderError(f"{shown(model)} has no {VALIDATION}: it is from an older kit; run 3_finetune again to get "
+                           "intervals")
     return json.loads((model / "task.json").read_text(encoding="utf-8"))
 
 
@@ -166,7 +173,7 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     """
     if path.suffix in (".csv", ".tsv"):
         return read_cohort(path, contrast)
-    if not path.exists():
+    if not is_there(path):
         raise CohortError(f"{shown(path)}: no such file or folder")
     files = [path]
     if path.is_dir():
@@ -240,9 +247,6 @@ def said_of(flag: str) -> str:
 
 
 def _predictions(values: np.ndarray, record: Mapping[str, Any], model: Path) -> pd.DataFrame:
-    if not (model / VALIDATION).exists():
-        raise EncoderError(f"{shown(model)} has no {VALIDATION}: it is from an older kit; run 3_finetune again to get "
-                           "intervals")
     validation = join_scans(read_table(model / VALIDATION, text=("scan", "participant", "dataset")), ["dataset"])
     if record["kind"] == "regression":
         return number_columns(values, validation)
@@ -265,6 +269,22 @@ def write_output(applied: Applied, path: Path) -> None:
         write_table(path, table)
 
 
+def _from_here(path: str) -> str:
+    """Make a path absolute: it starts at the current folder, or if nothing is there, at the project's root."""
+    here = Path(path).expanduser().absolute()
+    return str(here if is_there(here) else resolve(path))
+
+
+def _encoder_from_here(spec: str) -> str:
+    """Make the path in an encoder's name absolute, as `_from_here` does."""
+    if Path(spec).expanduser().exists():
+        return _from_here(spec)
+    kind, rest = encoder_parts(spec)
+    if kind == "random" or not rest:
+        return spec
+    return _from_here(rest) if kind == "auto" else f"{kind}:{_from_here(rest)}"
+
+
 def main() -> int:
     """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m kit.apply", description=(__doc__ or "").split("\n")[0])
@@ -282,7 +302,7 @@ def main() -> int:
         parser.error(f"--output: got {arguments.output}; its ending must be .npy, .csv or .parquet")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            values = {"input": str(Path(arguments.input).absolute()), "encoder": arguments.encoder,
+            values = {"input": _from_here(arguments.input), "encoder": _encoder_from_here(arguments.encoder),
                       "output_dir": folder, **read_options(arguments.parameter)}
             params = check(Apply, values)
             scans = scans_of(params)

@@ -153,8 +153,10 @@ def steps_of(folder: Path) -> list[Step]:
     if not (folder / "budget.yaml").exists():
         raise ParameterError(f"{shown(folder)}: no budget.yaml, which lists the files to run and their seconds; "
                              f"run a single file: NOTEBOOK -f {shown(folder)}/NOTEBOOK.yaml")
-    steps = []
-    for name, entry in read_yaml(folder / "budget.yaml").items():
+    steps, budget = [], read_yaml(folder / "budget.yaml")
+    if not budget:
+        raise ParameterError(f"{shown(folder)}/budget.yaml: is empty; give lines such as `2_pretrain: 60`, the seconds")
+    for name, entry in budget.items():
         entry = entry if isinstance(entry, dict) else {"seconds": entry}
         file, each = folder / f"{name}.yaml", entry.get("each", {})
         lists = isinstance(each, dict) and all(isinstance(values, list) for values in each.values())
@@ -163,6 +165,10 @@ def steps_of(folder: Path) -> list[Step]:
                 or not isinstance(entry.get("seconds"), int | float)):
             raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; give seconds, or "
                                  "{seconds: ..., each: {seed: [0, 1]}, at_once: 2}")
+        takes = "shards" in NOTEBOOKS[notebook_of(file)].model_fields
+        if entry.get("shards", 1) > 1 and (entry.get("at_once", 1) > 1 or not takes):
+            raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; shards are for 5_benchmark, and "
+                                 "not beside at_once: they run side by side already")
         values = read_yaml(file)
         for chosen in product(*each.values()):
             choice = dict(zip(each, chosen, strict=True))

@@ -55,14 +55,17 @@ def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None
         the folder.
 
     Raises:
-        ExportError: the encoder does not exist, the folder is not empty, or the benchmark has no score of the encoder.
+        ExportError: the encoder does not exist or is third-party, the folder is not empty, or the benchmark has no
+            score of the encoder.
         EncoderError: the file is not an encoder of this kit.
     """
     path, folder = _file_of(encoder), resolve(output)
     _check_empty(folder)
     record = read_record(path)
-    if record["preparation"] is None:
-        raise ExportError(f"{shown(path)}: nothing says how its scans were prepared, so that nobody could use it")
+    if "format" in record:
+        raise ExportError(f"{shown(path)} holds third-party weights ({record['format']}), whose data and licence are "
+                          "not the kit's to declare; only an encoder.safetensors or a run of 2_pretrain can be "
+                          "exported")
     network, _ = load_encoder(path, record["preparation"])
     config = config_of(network, record)
     scores = scores_of(benchmark, config["weights"]) if benchmark else None

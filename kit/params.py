@@ -468,12 +468,13 @@ class Apply(Parameters):
     workers: Positive = 2  # processes for preparation, one thread each
 
     def problems(self) -> list[str]:
-        there = self.input == "sample" or resolve(self.input).exists()
+        there = self.input == "sample" or is_there(resolve(self.input))
         problems = [] if there else [f"input: no such file or folder: {shown(resolve(self.input))}"]
         if self.encoder.partition(":")[0] == "random":
             return [*problems, f"encoder: got {self.encoder!r}; name one that has learned something, whose record says "
                                "how scans are prepared"]
-        problems += [] if is_model(self.encoder) else encoder_problems("encoder", self.encoder, ARCHITECTURES)
+        if not is_model(self.encoder):
+            problems += encoder_problems("encoder", self.encoder, ARCHITECTURES, trained=True)
         from kit.preprocess.skullstrip import missing_tool
 
         return problems + [missing for missing in [self.mask and missing_tool(self.mask)] if missing]
@@ -482,6 +483,15 @@ class Apply(Parameters):
 def is_model(encoder: str) -> bool:
     """Whether a path is a run of 3_finetune."""
     return all((resolve(encoder) / name).is_file() for name in ("model.safetensors", "task.json"))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists, or the folder of `folder#4`, which is one series of several."""
+    if path.exists() or "#" not in path.name:
+        return path.exists()
+    from kit.preprocess.scan_file import scan_files
+
+    return any(file.exists() for file in scan_files(path))
 
 
 def is_prepared(folder: Path) -> bool:

@@ -27,8 +27,8 @@ def encoder_parts(encoder: str | Path) -> tuple[str, str]:
     return "auto", str(encoder)
 
 
-def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...]) -> list[str]:
-    """Problems with an encoder's name, or that its file does not exist."""
+def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...], trained: bool = False) -> list[str]:
+    """Problems with an encoder's name, or that its file does not exist; `trained`: `random` will not do."""
     kind, rest = encoder_parts(encoder)
     if kind == "random":
         known = not rest or rest in architectures
@@ -39,7 +39,8 @@ def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...]) ->
     path = resolve(rest)
     if kind == "auto":
         path = path / "encoder.safetensors" if path.is_dir() else path
-    cure = "run 2_pretrain first, or say `random`" if kind == "auto" else "docs/weights.md says where to get it"
+    first = "run 2_pretrain or 3_finetune first" if trained else "run 2_pretrain first, or say `random`"
+    cure = first if kind == "auto" else "docs/weights.md says where to get it"
     return [] if path.is_file() else [f"{name}: no file {shown(path)}; {cure}"]
 
 

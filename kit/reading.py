@@ -27,7 +27,9 @@ class ParameterError(KitError, ValueError):
 
 
 def _resolved(value: Any) -> Any:
-    return resolve(value) if isinstance(value, str | Path) and str(value) else value
+    if value == "":
+        raise ValueError("an empty path; name a file or folder")
+    return resolve(value) if isinstance(value, str | Path) else value
 
 
 ProjectPath = Annotated[Path, BeforeValidator(_resolved)]
@@ -152,7 +154,14 @@ def read_options(options: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def filled(value: Any, choice: Mapping[str, Any]) -> Any:
-    """Fill the values of a choice into a parameter: `runs/seed{seed}` with {"seed": 1} becomes `runs/seed1`."""
+    """Fill the values of a choice into a parameter: `runs/seed{seed}` with {"seed": 1} becomes `runs/seed1`.
+
+    Texts in lists and tables are filled, too; names in tables are not.
+    """
+    if isinstance(value, list):
+        return [filled(item, choice) for item in value]
+    if isinstance(value, dict):
+        return {key: filled(item, choice) for key, item in value.items()}
     for name, chosen in choice.items() if isinstance(value, str) else ():
         value = value.replace(f"{{{name}}}", str(chosen))
     return value
@@ -216,9 +225,11 @@ def built(model: type[Model], values: Mapping[str, Any]) -> Model:
 def _of_the_sample(params: Parameters) -> list[str]:
     """Problems with paths of the sample's quick runs beside another cohort: a cell's defaults that nobody changed."""
     values, quick = dict(params), resolve("outputs/quick")
-    source = "cohort" if values.get("prepared") is None else "prepared"
-    if source not in values or values[source] == "sample" or _is_within(values[source], quick):
+    source = next((name for name in ("prepared", "cohort", "input") if values.get(name) is not None), "")
+    if not source or values[source] == "sample" or _is_within(values[source], quick):
         return []
+    if source == "input" and _is_within(values[source], resolve("outputs/sample")):
+        return []  # a scan of the sample
     paths = {name: list(value.values()) if isinstance(value, dict) else [value] for name, value in values.items()}
     return [f"{name}: {shown(resolve(path))} belongs to the sample cohort, but {source} does not; give your own"
             for name, found in paths.items() for path in found

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+UMASK = os.umask(0o022)  # the mode bits that this process keeps from new files; reading it means setting it
+os.umask(UMASK)
 MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.provenance`
 
 
@@ -58,12 +61,19 @@ def shown(path: str | Path) -> str:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed."""
+    """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed.
+
+    Whoever may read this process's other files may read it, too: safetensors' `save_file` makes files that only their
+    owner can read.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
     try:
         write(aside)
+        status, wanted = aside.stat(), 0o666 & ~UMASK
+        if wanted & ~status.st_mode and status.st_nlink == 1:  # a link has its source's mode
+            aside.chmod(stat.S_IMODE(status.st_mode) | wanted)
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

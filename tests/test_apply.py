@@ -9,7 +9,16 @@ import pandas as pd
 import pytest
 import torch
 
-from kit.apply import apply, main, said_of, scans_at, settings_for, write_output
+from kit.apply import (
+    _encoder_from_here,
+    _from_here,
+    apply,
+    main,
+    said_of,
+    scans_at,
+    settings_for,
+    write_output,
+)
 from kit.cohort.tabular import CohortError
 from kit.evaluate.finetune import run_finetune
 from kit.evaluate.predict import predict
@@ -122,6 +131,13 @@ def test_features_by_name_are_what_the_name_says(architecture):
         FeatureReader(network, stages=[1, 9])
 
 
+def test_brainiacs_first_token_is_not_taken_for_a_mean():
+    encoder = build_encoder("brainiac", GRID)
+    assert FeatureReader(encoder).plain
+    with pytest.raises(FeatureError, match="pool: mean is not what BrainIAC's ViT gives"):
+        FeatureReader(encoder, "mean")
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held, kept = np.random.default_rng(0), [], []
     for _ in range(400):
@@ -191,6 +207,37 @@ def test_scans_are_found_whatever_lies_there(tmp_path):
     assert scans_at(tmp_path / "series")["image_path"].tolist() == [str(tmp_path / "series")]
     with pytest.raises(CohortError, match="no such file"):
         scans_at(tmp_path / "none.nii")
+
+
+def test_one_series_of_a_folder_with_several_is_found(tmp_path):
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series" / "0001").touch()
+    spec = str(tmp_path / "series#4")
+    assert scans_at(tmp_path / "series#4")["image_path"].tolist() == [spec]
+    values = {"encoder": "random", "output_dir": "outputs/x"}
+    assert [each[:8] for each in Apply(input=spec, **values).problems()] == ["encoder:"]
+    assert "no such file or folder" in Apply(input=str(tmp_path / "none#4"), **values).problems()[0]
+    with pytest.raises(CohortError, match="no such file"):
+        scans_at(tmp_path / "none#4")
+
+
+def test_a_model_without_validation_predictions_is_refused_before_any_work(store, tmp_path):
+    for name in ("model.safetensors", "task.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(EncoderError, match=r"has no validation.csv: it is from an older kit"):
+        apply(Apply(input=str(store.folder), encoder=str(tmp_path), output_dir="outputs/x"), tmp_path / "applied")
+
+
+def test_the_commands_paths_start_where_it_is_given_then_at_the_project(encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(encoder.parent)
+    (tmp_path / "scan.nii").touch()
+    assert _from_here(os.path.relpath(tmp_path / "scan.nii")) == os.path.abspath(os.path.relpath(tmp_path / "scan.nii"))
+    assert _from_here("kit/apply.py") == str(ROOT / "kit/apply.py")
+    for spec, found in ((encoder.name, str(encoder)), (f"resnet18_narrow:{encoder.name}/encoder.safetensors",
+                                                       f"resnet18_narrow:{encoder}/encoder.safetensors"),
+                        ("auto:kit/apply.py", str(ROOT / "kit/apply.py")), ("random:vit", "random:vit"),
+                        (str(encoder), str(encoder))):
+        assert _encoder_from_here(spec) == found
 
 
 def test_every_flag_is_said_in_words():

@@ -124,6 +124,26 @@ def test_a_file_is_run_once_for_each_combination(tmp_path):
         assert f"budget.yaml: 2_pretrain: got {entry}; give seconds" in str(error.value)
 
 
+def test_places_in_lists_and_tables_are_filled_as_well(tmp_path):
+    (tmp_path / "5_benchmark.yaml").write_text("encoders: {A: 'outputs/{seed}'}\ntasks: ['{task}', age]\n")
+    (tmp_path / "budget.yaml").write_text("5_benchmark: {seconds: 9, each: {seed: [3], task: [sex]}}\n")
+    step, = steps_of(tmp_path)
+    assert step.values == {"encoders": {"A": "outputs/3"}, "tasks": ["sex", "age"], "seed": 3, "task": "sex"}
+
+
+def test_shards_that_would_be_dropped_and_an_empty_budget_are_refused(tmp_path):
+    for name, entry in (("5_benchmark", "{'seconds': 9, 'shards': 2, 'at_once': 2}"),
+                        ("2_pretrain", "{'seconds': 9, 'shards': 2}")):
+        (tmp_path / f"{name}.yaml").write_text("output_dir: outputs/few\n")
+        (tmp_path / "budget.yaml").write_text(f"{name}: {entry}\n")
+        with pytest.raises(ParameterError) as error:
+            steps_of(tmp_path)
+        assert f"budget.yaml: {name}: got {entry}; shards are for 5_benchmark, and not beside" in str(error.value)
+    (tmp_path / "budget.yaml").write_text("# nothing yet\n")
+    with pytest.raises(ParameterError, match=r"budget.yaml: is empty; give lines such as `2_pretrain: 60`"):
+        run_folder(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_notebook_runs_without_any_network(quick_pretraining, tmp_path):
     alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "alone"]  # kernels talk over the loopback

@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 from monai.bundle import run as run_bundle
+from monai.networks.nets import resnet18
 
 from kit.evaluate.benchmark import run_benchmark
 from kit.export import ExportError, export, main
+from kit.models.card import description
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.params import Benchmark, Pretrain
@@ -186,10 +188,16 @@ def test_the_card_says_whose_data_and_no_name(runs, tmp_path):
         content = path.read_bytes() if path.is_file() else b""
         assert b"Meier" not in content and b"made_0" not in content
     loss = pd.read_csv(folder / "pre1/log.csv")["loss"].iloc[-1]
-    assert f"| loss | {loss:.4g} |" in text and "| temperature | 0.1 |" in text
+    assert f"| measure | last value |\n| --- | --- |\n| loss | {loss:.4g} |" in text and "| temperature | 0.1 |" in text
     ours = scores[scores["encoder"] == "Ours"].iloc[0]
     assert f"| {ours['value']:.3f} | {ours['low']:.3f} to {ours['high']:.3f} |" in text
     assert len(re.findall(r"\| lesion \| probe", text)) == 1 and "baseline |" not in text
+
+
+def test_a_dataset_of_people_is_not_called_procedural_for_its_name():
+    config = {"shape": [1, 2, 3], "spacing_mm": 4.0, "features": 8, "kit": "1", "fingerprint": "f", "weights": "w"}
+    for name, said in (("procedural_pain", False), ("procedural", False), ("procedural-A", True)):
+        assert ("Procedural data: all" in description({"seen": {"dataset": {name: 3}}}, config)) == said
 
 
 def test_a_card_without_a_run_says_what_is_not_known(runs, tmp_path):
@@ -212,6 +220,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(runs, tmp_path, c
         assert words in capsys.readouterr().err
     with pytest.raises(EncoderError, match="is not an encoder of this kit"):
         export(folder / "pre0/made_from.csv", out)
+    torch.save(resnet18(spatial_dims=3, n_input_channels=1).state_dict(), folder / "theirs.pt")
+    with pytest.raises(ExportError, match=r"theirs.pt holds third-party weights \(resnet18\), .* only an encoder.saf"):
+        export(folder / "theirs.pt", out)
     with pytest.raises(ExportError, match="is not a finished run of 5_benchmark"):
         export(folder / "pre0", out, folder / "pre0")
     with pytest.raises(ExportError, match=r"has no score of this encoder \(weights .*; it has Ours .*, Theirs"):

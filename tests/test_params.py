@@ -118,6 +118,17 @@ def test_what_was_typed_arrives(prepared, tmp_path, typed, name, value):
     assert found == value and type(found) is type(value)
 
 
+@pytest.mark.parametrize("name", ["output_dir", "prepared", "aliases"])
+def test_an_empty_path_is_not_the_current_folder(prepared, name):
+    text = refusal(Pretrain, **{"output_dir": "outputs/x", "prepared": prepared, name: ""})
+    assert f"\n  {name}: got ''; value error, an empty path; name a file or folder" in text
+
+
+def test_what_6_apply_says_of_an_encoder_that_is_not_there(tmp_path):
+    text = refusal(NOTEBOOKS["6_apply"], output_dir="outputs/x", encoder=str(tmp_path / "none"))
+    assert "run 2_pretrain or 3_finetune first" in text and "random" not in text
+
+
 def test_a_recipes_numbers_are_what_was_typed(tmp_path):
     mine = tmp_path / "mine.yaml"
     for text, words in (("gamma: {range: [0.5, 01]}", "gamma.range.1: YAML reads 01 as 1"),
@@ -185,6 +196,7 @@ def test_the_cell_of_parameters_repeats_the_defaults(notebook):
     ("3_finetune", {"prepared": "PREPARED", "task": "sex", "output_dir": "outputs/mine"}, ["encoder"]),
     ("4_saliency", {"prepared": "PREPARED"}, ["model", "output_dir"]),
     ("5_benchmark", {"prepared": "PREPARED", "output_dir": "outputs/mine"}, ["encoders"]),
+    ("6_apply", {"input": "COHORT"}, ["encoder"]),
 ])
 def test_another_cohort_never_meets_the_samples_quick_runs(prepared, tmp_path, notebook, values, named):
     from kit.execute import parameters

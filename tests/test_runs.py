@@ -41,6 +41,30 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_its_writer_keeps_to_itself_is_for_others_as_well(tmp_path):
+    """As safetensors' `save_file` does; the umask decides, and a link's source keeps its mode."""
+    code = """if True:
+        import os, sys, pathlib
+        os.umask(int(sys.argv[2], 8))
+        import torch
+        from safetensors.torch import save_file
+        from kit.runs import write_whole
+        path = pathlib.Path(sys.argv[1])
+        path.parent.mkdir()
+        write_whole(path, lambda aside: save_file({"a": torch.zeros(1)}, aside))
+        path.with_name("text").write_text("")
+        print(oct(path.stat().st_mode & 0o777), oct(path.with_name("text").stat().st_mode & 0o777))
+    """
+    for number, (umask, mode) in enumerate((("022", "0o644"), ("027", "0o640"), ("077", "0o600"))):
+        path = tmp_path / str(number) / "encoder.safetensors"
+        done = subprocess.run([sys.executable, "-c", code, str(path), umask], capture_output=True, text=True)
+        assert done.stdout.split() == [mode, mode], done.stderr
+    source = tmp_path / "source"
+    source.touch(mode=0o600)
+    write_whole(tmp_path / "link", lambda aside: os.link(source, aside))
+    assert source.stat().st_mode & 0o777 == 0o600
+
+
 def test_other_parameters_are_refused_with_the_differences(tmp_path):
     Run.open(tmp_path / "run", {"seed": 5, "epochs": 3, "workers": 1}).close()
     Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 1}).close()  # nothing was done there

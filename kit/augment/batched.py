@@ -145,7 +145,7 @@ def _sample(volumes: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tenso
 
 
 def _z_score(values: torch.Tensor, inside: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """As `kit.augment.contrast.z_score_views`."""
+    """As `kit.augment.contrast.z_score`."""
     mean = values.sum(SPATIAL, keepdim=True) / count
     values = values.sub(mean).mul_(inside)
     sd = (values.square().sum(SPATIAL, keepdim=True) / count).sqrt_()

@@ -93,7 +93,7 @@ def rician(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int], sd
     return torch.hypot(values, noise(torch.zeros_like(values), indices, shape, sd, seed + 1), out=values)
 
 
-def z_score_views(values: torch.Tensor) -> torch.Tensor:
+def z_score(values: torch.Tensor) -> torch.Tensor:
     """Scale to mean 0 and standard deviation 1; constant values become zero."""
     mean = values.mean()
     values.sub_(mean)

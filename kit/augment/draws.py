@@ -26,7 +26,7 @@ class Draw:
     A name ends in its unit: mm, degrees, or sd for a standard deviation; other numbers have none.
     Triples are along or about (z, y, x), and shears are z with y, z with x, y with x. An axis is 0 z, 1 y or 2 x.
     The crop's start and size are fractions of each side.
-    `field_seed` seeds everything drawn per voxel or in detail.
+    `field_seed` seeds noise, bias field, control points, poses and box positions.
     """
 
     crop_start: Triple = (0.0, 0.0, 0.0)
@@ -61,7 +61,10 @@ class Draw:
     field_seed: int = field(default=0, repr=False)
 
     def in_words(self) -> str:
-        """Describe what was drawn in words and numbers, leaving out what changes nothing."""
+        """Describe what was drawn in words and numbers, leaving out defaults.
+
+        Some of it may still change nothing: a shift, which the z-score undoes, and slices or ringing below the spacing.
+        """
         words = []
         for part in fields(self):
             value = getattr(self, part.name)

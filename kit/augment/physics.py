@@ -1,7 +1,7 @@
 """Simulate acquisition effects on one scan (blur, thick slices, ringing, ghosts, motion, spikes) and occlusion.
 
 Images are (depth, height, width) float32. Acquisition effects act on a magnitude image (see `kit.augment.contrast`),
-`cutout` and `fill_patches` on the z-scored view. What is linear along an axis is a small (side, side) matrix made in
+`cutout` and `blank_patches` on the z-scored view. What is linear along an axis is a small (side, side) matrix made in
 float64: exact, and as fast as any convolution at these sizes.
 """
 
@@ -67,16 +67,16 @@ def slice_profile(side: int, thickness: float) -> np.ndarray:
     return read @ (share / share.sum(1, keepdims=True))
 
 
-def gibbs(image: torch.Tensor, voxel: float) -> torch.Tensor:
-    """Truncate k-space along each axis, as in an acquisition with voxels `voxel` times larger; return the magnitude."""
+def gibbs(image: torch.Tensor, factor: float) -> torch.Tensor:
+    """Truncate k-space along each axis, as if voxels were `factor` times as long; return the magnitude."""
     for axis in range(3):
-        image = along(image, truncation(image.shape[axis], voxel), axis)
+        image = along(image, truncation(image.shape[axis], factor), axis)
     return image.abs_()
 
 
-def truncation(side: int, voxel: float) -> np.ndarray:
-    """Return the (side, side) matrix that drops the frequencies a voxel `voxel` times larger cannot hold."""
-    return _filter(np.abs(np.fft.fftfreq(side)) <= 0.5 / voxel)
+def truncation(side: int, factor: float) -> np.ndarray:
+    """Return the (side, side) matrix that drops frequencies as if voxels were `factor` times as long."""
+    return _filter(np.abs(np.fft.fftfreq(side)) <= 0.5 / factor)
 
 
 def ghosting(image: torch.Tensor, lost: float, ghosts: int, axis: int) -> torch.Tensor:
@@ -161,7 +161,7 @@ def cutout_boxes(draw: Draw, side: float, boxes: int, shape: Sequence[int]) -> n
     return np.clip(np.rint(middles + np.array([[-side / 2], [side / 2]])), 0, shape).astype(int)
 
 
-def fill_patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:
+def blank_patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:
     """Set a share of the patches of a regular grid, `size` voxels a side, to zero (He et al. 2022)."""
     widths = (max(1, round(size)),) * 3
     count = math.prod(-(-side // width) for side, width in zip(image.shape, widths, strict=True))

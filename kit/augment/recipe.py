@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 class Recipe(BaseModel):
-    """A view's transforms, in the order they act; only cutout and patches come after the z-score inside the mask.
+    """A view's transforms, in the order they act. All act before the final z-score, except cutout and patches.
 
     If scans are not z-scored, views return to their original intensity scale; see `kit.augment.views.make_views`.
     """
@@ -91,7 +91,7 @@ def alone(name: str, share: float = 1.0) -> Recipe:
 
 
 def strength_in_words(name: str, share: float) -> str:
-    """Say how strong `alone(name, share)` is, in a few letters, such as `±22°`, `3 mm` or `crop to 60 %`."""
+    """Say how strong `alone(name, share)` is, in a few letters, such as `±22°`, `6 mm` or `≥ 60%`."""
     transform = getattr(alone(name, share), name)
     if widest := getattr(transform, "degrees", None):
         return f"±{widest[0]:.0f}°"

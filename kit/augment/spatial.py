@@ -193,7 +193,7 @@ def _by_points(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
                apart: float, slab: int, box: np.ndarray | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Resample through any map, point by point inside the brain."""
     padded, inside = (F.pad(part, (1,) * 6) for part in (image, mask.view(torch.int8)))  # zero outside the scan
-    for where in _flat_indices(image.shape, linear, offset, bent, apart, slab, padded):
+    for where in _scan_coordinates(image.shape, linear, offset, bent, apart, slab, padded):
         if box is not None:
             where = torch.stack([axis.clamp(*ends) for axis, ends in zip(where, box.T.tolist(), strict=True)])
         near = _flat([axis.round().clamp_(-1, side) for axis, side in zip(where, image.shape, strict=True)], inside)
@@ -201,9 +201,9 @@ def _by_points(image: torch.Tensor, mask: torch.Tensor, linear: np.ndarray, offs
         yield _between(padded, [axis.reshape(-1).index_select(0, indices) for axis in where]), indices
 
 
-def _flat_indices(shape: tuple[int, ...], linear: np.ndarray, offset: np.ndarray, bent: np.ndarray | None, apart: float,
-            slab: int, like: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Locate a view's voxels in the scan, a few slices at a time: (3, slices, height, width)."""
+def _scan_coordinates(shape: tuple[int, ...], linear: np.ndarray, offset: np.ndarray, bent: np.ndarray | None,
+                      apart: float, slab: int, like: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield coordinates in the scan, in voxels (3: z y x, slices, height, width) float, a few slices at a time."""
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.float64)).to(like)
 

@@ -68,7 +68,7 @@ class Flip(Transform):
 class Rotate(Transform):
     """Rotation about z, y and x, each within plus or minus the given degrees.
 
-    Beyond the scan's box lies zero, or the box's border stretched outwards (`padding`, both as in MONAI).
+    `zeros`: beyond the scan is zero. `border`: beyond the crop, the crop's edge voxels are repeated. Both as in MONAI.
     """
 
     drawn, most = "rotation_degrees", 90
@@ -137,7 +137,10 @@ class Contrast(Ranged):
 
 
 class Histogram(Ranged):
-    """Grey levels remapped by a rising curve through random knots; `range` is their SD, relative to the range."""
+    """Grey levels remapped by a rising curve through random knots.
+
+    `range`: SD of the knots' heights, as a fraction of the image's grey-level range.
+    """
 
     drawn, limits, most = "histogram_sd", (0, 1), 0.3
     knots: Annotated[int, Field(ge=1, le=64)] = 4  # between the ends, which are fixed

@@ -16,12 +16,12 @@ from kit.augment.recipe import Recipe
 from kit.augment.spatial import bend, cropped_box, scatter, view_to_scan, warp
 
 ATTEMPTS = 8  # draws of a view before it is centred on the brain
-LEAST_BRAIN = 0.01  # share of the box that must be brain
+LEAST_OF_BOX = 0.01  # share of the box that must be brain
 GREY = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "rician_sd")
 WHOLE_BOX = ("motion_mm", "ghosting", "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen")  # act on the whole box
 
 Views = tuple[torch.Tensor, torch.Tensor, list[Draw]]
-DrawnFor = Callable[[int, int], Draw]  # of a scan's number in the batch and the attempt
+DrawnFor = Callable[[int, int], Draw]  # (index in the batch, attempt) -> Draw
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
                zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor, list[Draw]]:
     """Make one view of each scan.
 
-    A view with too little brain (below `LEAST_BRAIN` of the box, and below half of what the scan has) is drawn again.
+    A view with too little brain (below `LEAST_OF_BOX` of the box, and below half of what the scan has) is drawn again.
     After `ATTEMPTS` draws, one more is drawn and centred on the brain.
 
     Views keep the store's intensity scale, so encoders see one scale everywhere. Z-scored scans are z-scored again.
@@ -105,7 +105,7 @@ def _together(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, re
 
 def _enough(seen: int, voxels: int, whole: Callable[[], int]) -> bool:
     """Whether a view of `voxels` voxels sees enough brain: a share of the box, or half of what the scan has."""
-    return seen >= LEAST_BRAIN * voxels or seen >= 0.5 * whole()
+    return seen >= LEAST_OF_BOX * voxels or seen >= 0.5 * whole()
 
 
 def _nothing(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +135,7 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, indice
     shape = tuple(view.shape)
     if not zscored:
         sd, mean = torch.std_mean(values, correction=0)
-        contrast.z_score_views(values)
+        contrast.z_score(values)
     if _drawn(drawn, GREY + WHOLE_BOX):
         contrast.magnitude(values)
         _contrast(values, indices, shape, drawn, recipe, spacing_mm)
@@ -146,12 +146,12 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, indice
             contrast.rician(values, indices, shape, drawn.rician_sd, drawn.field_seed + 2)
     if drawn.noise_sd:
         contrast.noise(values, indices, shape, drawn.noise_sd, drawn.field_seed + 1)
-    view.view(-1).scatter_(0, indices, contrast.z_score_views(values))
+    view.view(-1).scatter_(0, indices, contrast.z_score(values))
     inside.view(-1).index_fill_(0, indices, True)
     if drawn.cutout_mm:
         physics.cutout(view, drawn.cutout_mm / spacing_mm, recipe.setting("cutout", "boxes"), drawn)
     if drawn.patches:
-        physics.fill_patches(view, drawn.patches, recipe.setting("patches", "size_mm") / spacing_mm, drawn)
+        physics.blank_patches(view, drawn.patches, recipe.setting("patches", "size_mm") / spacing_mm, drawn)
     if not zscored:
         view.mul_(sd).add_(mean).mul_(inside)
 

@@ -85,7 +85,7 @@ def config_of(encoder: nn.Module, record: dict[str, Any]) -> dict[str, Any]:
 
 def write_weights(path: Path, encoder: nn.Module) -> Path:
     """Write `model.safetensors` with MONAI's parameter names."""
-    values = save(plain(encoder).weights, metadata={"format": "pt"})  # `save_file` lets only the owner read its files
+    values = save(plain(encoder).weights, metadata={"format": "pt"})  # `save_file` on a full disk raises no OSError
     return write_whole(path, lambda aside: aside.write_bytes(values))
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from kit.cohort.tables import PROCEDURAL
 from kit.provenance import read_made_from
 
-PROCEDURAL = "procedural"  # prefix of the sample cohort's dataset names: no person was scanned
-# training settings that the card lists; OWN has those of one objective
+# training settings that the card lists; OBJECTIVE_SETTINGS has those of one objective
 SETTINGS = ("epochs", "batch_size", "optimizer", "learning_rate", "schedule", "warmup_fraction", "weight_decay", "ema",
             "sampling", "precision", "seed")
-OWN = {"simclr": ("recipe", "temperature", "projection", "session_pairs"),
-       "mae": ("mask_ratio", "normalise_patches", "mae_recipe")}
+OBJECTIVE_SETTINGS = {"simclr": ("recipe", "temperature", "projection", "session_pairs"),
+                      "mae": ("mask_ratio", "normalise_patches", "mae_recipe")}
 PREPARED = {"shape": "voxels (z, y, x)", "spacing_mm": "spacing, mm", "origin_mm": "first voxel (x, y, z), MNI mm",
             "axes": "order of the axes", "intensity": "intensity", "mask": "mask", "registration": "registration",
             "bias_correction": "bias correction", "template": "template"}
@@ -94,7 +94,7 @@ def _preparation(config: Mapping[str, Any]) -> list[str]:
 
 def _training(record: Mapping[str, Any], run: Path) -> list[str]:
     params = record.get("params", {})
-    names = [name for name in (*OWN.get(record.get("objective", ""), ()), *SETTINGS) if name in params]
+    names = [name for name in (*OBJECTIVE_SETTINGS.get(record.get("objective", ""), ()), *SETTINGS) if name in params]
     settings = _table(pd.DataFrame([(name, params[name]) for name in names], columns=["setting", "value"]))
     made = read_made_from(run)
     same = made is not None and made.fingerprint == record.get("made_from", {}).get("fingerprint")
@@ -104,7 +104,7 @@ def _training(record: Mapping[str, Any], run: Path) -> list[str]:
     last = [(name, float(log[name].dropna().iloc[-1])) for name in log.columns if name not in NO_RESULT
             if pd.api.types.is_numeric_dtype(log[name]) and log[name].notna().any()]
     return [settings, f"Last values of its log, after {len(log)} epochs (some are measured every few epochs):",
-            _table(pd.DataFrame([(name, f"{value:.4g}") for name, value in last], columns=["of", "value"]))]
+            _table(pd.DataFrame([(name, f"{value:.4g}") for name, value in last], columns=["measure", "last value"]))]
 
 
 def _scores(scores: pd.DataFrame | None) -> list[str]:

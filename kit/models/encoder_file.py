@@ -40,26 +40,35 @@ def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -
     return write_whole(path, lambda aside: save_file(weights, aside, metadata={"record": json.dumps(record)}))
 
 
-def read_record(encoder: str | Path) -> dict[str, Any]:
+def read_record(spec: str | Path) -> dict[str, Any]:
     """Read an encoder's record without its weights; for third-party weights, return what is known about them.
 
     Args:
-        encoder: an encoder.safetensors, a run of 2_pretrain, or third-party weights as PATH or FORMAT:PATH.
+        spec: an encoder.safetensors, a run of 2_pretrain, or third-party weights as PATH or FORMAT:PATH.
 
     Raises:
-        EncoderError: the file is neither an encoder of this kit nor in a known format.
+        EncoderError: the file is neither an encoder of this kit nor in a known format; or it is an encoder of this
+            kit, and FORMAT is another.
     """
-    kind, rest = encoder_parts(encoder)
+    kind, rest = encoder_parts(spec)
     path = _file(rest)
-    if kind == "auto" and (path.suffix == ".safetensors" or not path.is_file()):
+    if path.suffix == ".safetensors" or (kind == "auto" and not path.is_file()):
+        record = None
         try:
-            with safe_open(path, framework="np") as file:
+            with open(path, "rb"), safe_open(path, framework="np") as file:  # of itself it says only "no such file"
                 held = file.metadata() or {}
                 if "record" in held:
-                    return json.loads(held["record"])
+                    record = json.loads(held["record"])
+        except PermissionError as error:
+            raise EncoderError(f"{shown(path)} cannot be read ({error.strerror})") from None
         except Exception as error:  # from the OS, from safetensors, or a record that is not ours
             raise EncoderError(f"{shown(path)} is not an encoder of this kit ({type(error).__name__}: "
                                f"{error})") from None
+        if record is not None:  # whatever FORMAT says: it knows whom the encoder has seen
+            if kind not in ("auto", record["architecture"]):
+                raise EncoderError(f"{shown(path)} is an encoder of this kit, a {record['architecture']}, not {kind}: "
+                                   "give its path alone")
+            return record
     return third_party_record(kind, path)
 
 
@@ -69,15 +78,15 @@ def _file(rest: str) -> Path:
     return path / "encoder.safetensors" if path.is_dir() else path
 
 
-def side_of(encoder: str | Path) -> dict[str, Side]:
+def side_of(spec: str | Path) -> dict[str, Side]:
     """The encoder's side for `kit.provenance.check_fit`, under the key `encoder`.
 
     Empty if the weights are random, or if the preparation of their training scans is unknown.
     """
-    kind, rest = encoder_parts(encoder)
+    kind, rest = encoder_parts(spec)
     if kind == "random":
         return {}
-    record = read_record(encoder)
+    record = read_record(spec)
     if record["preparation"] is None:
         return {}
     if "made_from" not in record and "format" not in record:
@@ -95,18 +104,18 @@ def weights_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def noted(encoder: str | Path, network: nn.Module, record: dict[str, Any]) -> dict[str, str]:
+def noted(spec: str | Path, network: nn.Module, record: dict[str, Any]) -> dict[str, str]:
     """What a run's `made_from.json` notes about its encoder."""
-    path = str(encoder) if record["objective"] == "random" else shown(resolve(encoder_parts(encoder)[1]))
+    path = str(spec) if record["objective"] == "random" else shown(resolve(encoder_parts(spec)[1]))
     return {"from": path, "weights": weights_digest(network), "objective": record["objective"]}
 
 
-def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0,
+def load_encoder(spec: str | Path, preparation: dict[str, Any], seed: int = 0,
                  allow: Sequence[str] = ()) -> tuple[Encoder, dict[str, Any]]:
     """Load an encoder with its record, and check it against the scans that it will read.
 
     Args:
-        encoder: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, a run of 2_pretrain,
+        spec: `random` (the paper's ResNet-18), `random:ARCHITECTURE`, an encoder.safetensors, a run of 2_pretrain,
             or third-party weights as PATH or FORMAT:PATH (`kit.models.third_party_formats.FORMATS`).
         preparation: the record of the prepared scans.
         seed: of random weights.
@@ -117,18 +126,22 @@ def load_encoder(encoder: str | Path, preparation: dict[str, Any], seed: int = 0
             differently (every difference is listed).
     """
     grid = Grid(preparation["shape"], preparation["spacing_mm"])
-    kind, rest = encoder_parts(encoder)
+    kind, rest = encoder_parts(spec)
     if kind == "random":
         architecture = rest or "resnet18"
         return build_encoder(architecture, grid, seed), {"architecture": architecture, "objective": "random",
                                                           "participants": []}
-    record = read_record(encoder)
+    record = read_record(spec)
     known = {} if record["preparation"] is None else {"encoder": Side(shown(resolve(rest)), record["preparation"])}
     if message := misfit({**known, "these": Side("scans", preparation)}, allow):
         raise EncoderError(message)
-    network = build_encoder(record["architecture"], grid)
+    path = _file(rest)
+    try:
+        network = build_encoder(record["architecture"], grid)
+        if "format" not in record:
+            network.load_state_dict(load_file(path), strict=True)
+    except (RuntimeError, ValueError) as error:  # torch lists the weights; an unknown architecture; an odd grid
+        raise EncoderError(f"{shown(path)} does not fit {record['architecture']}: {error}") from None
     if "format" in record:
-        fill(network, _file(rest), record)
-    else:
-        network.load_state_dict(load_file(_file(rest)), strict=True)
+        fill(network, path, record)
     return network, record

@@ -25,8 +25,8 @@ Shape = tuple[int, int, int]
 Values = TypeVar("Values", torch.Tensor, np.ndarray)
 PATCH_MM = 16.0  # target side of a ViT's patch: 16 voxels of 1 mm, like the 16 pixels of He et al.
 DENSENET_LEAST = 29  # voxels of the shortest side
-LEAST_BRAIN = 0.05  # a patch with at least this share of brain voxels counts as brain
-
+LEAST_OF_PATCH = 0.05  # a patch with at least this share of brain voxels counts as brain
+RESNETS = ("resnet18", "resnet18_narrow")
 # hidden width, layers, heads, decoder width, decoder layers; `vit` is ViT-B, its decoder of MONAI's default size
 VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (96, 4, 4, 96, 1)}
 
@@ -160,7 +160,7 @@ def brain_patches(grid: Grid) -> np.ndarray:
         ValueError: there are fewer than two, because the grid misses the brain.
     """
     brain = patches(template_on(grid)[1][None, None], patch_size(grid))[0]
-    indices = np.flatnonzero(brain.mean(-1) >= LEAST_BRAIN)
+    indices = np.flatnonzero(brain.mean(-1) >= LEAST_OF_PATCH)
     if len(indices) < 2:
         raise ValueError(f"{grid}: the template's brain fills {len(indices)} patches; a ViT needs two")
     return indices
@@ -173,16 +173,24 @@ def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> Encoder:
         architecture: see `kit.params.Architecture` and `kit.models.third_party_networks.THIRD_PARTY`.
         grid: of the scans that it will read; a ViT works on no other.
         seed: of the weights; the caller's random state is left unchanged.
+
+    Raises:
+        ValueError: unknown architecture, or one that cannot read scans of this grid.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 omits `indexing`, which torch will require
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also seeds CUDA, for good
         encoder: Encoder
         if architecture in THIRD_PARTY:
             encoder = build_third_party(architecture, grid)
         elif architecture in VIT_SIZES:
             encoder = ViTEncoder(architecture, grid)
+        elif architecture == "densenet121":
+            encoder = DenseNetEncoder(grid.shape)
+        elif architecture in RESNETS:
+            encoder = ResNetEncoder(architecture)
         else:
-            encoder = DenseNetEncoder(grid.shape) if architecture == "densenet121" else ResNetEncoder(architecture)
+            known = (*RESNETS, "densenet121", *VIT_SIZES, *THIRD_PARTY)
+            raise ValueError(f"no architecture {architecture!r}; there are {', '.join(known)}")
     with_right_gradients(encoder)
     return encoder

@@ -15,6 +15,7 @@ from torch import nn
 from kit.device import at_least_float32
 from kit.errors import KitError
 from kit.models.encoders import DenseNetEncoder, ResNetEncoder, ViTEncoder
+from kit.models.third_party_networks import BrainIACViT
 
 Pool = Literal["default", "mean", "class"]
 
@@ -44,7 +45,7 @@ class FeatureReader(nn.Module):
         flips: average the features of a scan and of its mirror image.
 
     Raises:
-        FeatureError: the encoder has no class token, or no such stage.
+        FeatureError: the encoder has no class token, no mean, or no such stage.
     """
 
     def __init__(self, encoder: nn.Module, pool: Pool = "default", stages: Sequence[int] = (),
@@ -53,6 +54,9 @@ class FeatureReader(nn.Module):
         there = stages_of(encoder)
         if pool == "class" and not isinstance(encoder, ViTEncoder):
             raise FeatureError(f"pool: class is for the kit's ViTs; {type(encoder).__name__} has no class token")
+        if pool == "mean" and isinstance(encoder, BrainIACViT):
+            raise FeatureError("pool: mean is not what BrainIAC's ViT gives, whose features are its first token; give "
+                               "default")
         if wrong := [number for number in stages if not 1 <= number <= len(there)]:
             raise FeatureError(f"stages: got {wrong}; {type(encoder).__name__} has "
                                + (f"stages 1 to {len(there)}" if there else "none that the kit knows"))

@@ -15,7 +15,7 @@ from torch import nn
 
 from kit.augment.masking import masked_patches
 from kit.device import at_least_float32, no_autocast
-from kit.models.encoders import LEAST_BRAIN, ViTEncoder, patches
+from kit.models.encoders import LEAST_OF_PATCH, ViTEncoder, patches
 from kit.seeding import rng_for
 
 
@@ -42,7 +42,9 @@ class MaskedAutoencoder(nn.Module):
         return self.fill_in(images, seen_tokens(masked))
 
     def fill_in(self, images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Like `forward`, from indices of the seen tokens (batch, seen tokens) int64; their shape gives the count."""
+        """Like `forward`, given indices of the seen tokens, (batch, seen) int64, so that no shape depends on the mask's
+        values.
+        """
         network, tokens = self.encoder.autoencoder, self.encoder.tokens(images)
         count = tokens.shape[1]
         tokens = self.encoder.encode(tokens.gather(1, seen[..., None].expand(-1, -1, tokens.shape[-1])))
@@ -69,7 +71,7 @@ class MaskedAutoencoder(nn.Module):
     def hold_brain(self, masks: torch.Tensor) -> torch.Tensor:
         """Which tokens hold brain in the scans' masks: (batch, 1, depth, height, width) bool -> (batch, tokens)."""
         share = patches(masks.float(), self.encoder.patch).mean(-1)
-        return share.index_select(1, self.encoder.brain_patches) >= LEAST_BRAIN
+        return share.index_select(1, self.encoder.brain_patches) >= LEAST_OF_PATCH
 
     def images_of(self, values: torch.Tensor) -> torch.Tensor:
         """Invert `targets`, except for their normalisation; zero where there is no token."""
@@ -114,7 +116,7 @@ def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, masked: torch.Te
     """Return the scans, what the network sees of them, and the same with its predictions in the masked patches.
 
     All have the images' shape and the targets' scale: with `normalise`, each patch minus its mean, over its SD.
-    Predicted patches borrow nothing from the true scan. Voxels without a token are zero.
+    Predictions are shown as they are, not rescaled by the true patch's mean and SD. Voxels without a token are zero.
     """
     true, hidden = model.targets(images, normalise), masked[..., None]
     parts = (true, true * ~hidden, torch.where(hidden, model(images, masked).float(), true))

@@ -54,8 +54,12 @@ def third_party_record(kind: str, path: Path) -> dict[str, Any]:
     """
     try:
         status = path.stat()
-    except OSError as error:
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError as error:
         raise EncoderError(f"no file {shown(path)} ({error.strerror})") from None
+    except OSError as error:
+        raise EncoderError(f"{shown(path)} cannot be read ({error.strerror})") from None
     return dict(_described(kind, path, status.st_mtime_ns, status.st_size))
 
 
@@ -65,18 +69,18 @@ def _described(kind: str, path: Path, _time: int, _size: int) -> dict[str, Any]:
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     kind = _format_of(shapes, path) if kind == "auto" else kind
     known = FORMATS[kind]
-    weights, aside = _sorted_out(shapes, known)
+    weights, ignored = _sorted_out(shapes, known)
     architecture = known.architecture or _medicalnet(weights, path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _say(kind, known, architecture, path, digest, [*outside, *aside])
+    _say(kind, known, architecture, path, digest, [*outside, *ignored])
     return {"format": kind, "architecture": architecture, "objective": known.objective,
             "preparation": known.preparation, "participants": [], "datasets": list(known.datasets),
             "licence": known.licence, "source": known.source, "differences": known.differences,
             "unverified": known.unverified, "sha256": digest}
 
 
-def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, aside: list[str]) -> None:
+def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, ignored: list[str]) -> None:
     lines = [f"{shown(path)}: {architecture}, read as {kind}" + (f" of {known.source}" if known.source else "")]
     if path.suffix == ".tar":
         lines.append("a file of torch.save and no tar archive, whatever its name says: there is nothing to unpack")
@@ -90,10 +94,10 @@ def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, a
                      "was trained on")
     else:
         lines.append(f"licence: {known.licence}")
-        if not known.datasets:
-            lines.append("the kit does not know which datasets it was trained on: whether those tested are among them "
-                         "is yours to find out")
-    lines += [f"left aside: {', '.join(aside)}"] if aside else []
+    if not known.datasets:
+        lines.append("the kit does not know which datasets and participants it was trained on: whether those tested "
+                     "are among them is yours to find out")
+    lines += [f"left aside: {', '.join(ignored)}"] if ignored else []
     print("\n  ".join(lines))
 
 
@@ -115,9 +119,9 @@ def fill(network: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
     # old files lack BatchNorm's counters, which are never read
     missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     left = [name for name in weights if name not in wanted]
-    bent = [f"{name.removeprefix(inner)} {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
+    misshapen = [f"{name.removeprefix(inner)} {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
             for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
-    problems = {"missing": missing, "left over": left, "misshapen": bent}
+    problems = {"missing": missing, "left over": left, "misshapen": misshapen}
     if any(problems.values()):
         lines = [f"{kind}: {len(names)}: {_some([name.removeprefix(inner) for name in names])}"
                  for kind, names in problems.items() if names]
@@ -190,7 +194,7 @@ def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any]
     """Select the encoder's weights, without prefix; also return the expected parts that are ignored, with counts."""
     prefix = known.prefix if any(name.startswith(known.prefix) for name in state) else ""
     weights: dict[str, Any] = {}
-    aside: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     for name, value in state.items():
         own = name.removeprefix(prefix)
         if own == name and (prefix or not known.prefix):  # outside the encoder
@@ -201,8 +205,8 @@ def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any]
         if part is None:
             weights[own] = value
         else:
-            aside[part] += 1
-    return weights, [f"{part} ({count})" for part, count in aside.items()]
+            ignored[part] += 1
+    return weights, [f"{part} ({count})" for part, count in ignored.items()]
 
 
 def _format_of(shapes: Shapes, path: Path) -> str:

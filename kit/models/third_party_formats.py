@@ -29,8 +29,8 @@ class Format(NamedTuple):
     source: str = ""
     hashes: tuple[str, ...] = ()  # sha256 of released files
     prefix: str = ""  # of the encoder's parameter names, after DataParallel's `module.`
-    heads: str = "(?!)"  # regular expression: how expected names outside the encoder begin, which are ignored
-    unused: str = "(?!)"  # regular expression: how names inside the encoder begin that nothing reads
+    heads: str = "(?!)"  # regex at the start of a name: heads, outside the encoder, ignored
+    unused: str = "(?!)"  # regex at the start of a name: weights in the encoder that `forward` does not use, ignored
 
 
 _BOX = {"axes": "zyx", "shape": list(PAPER_GRID.shape), "spacing_mm": PAPER_GRID.spacing_mm,

@@ -1,13 +1,16 @@
 """Download released weights on request, and check them.
 
     python -m kit.models.weights neuro_simclr weights/
+    python -m kit.models.weights medicalnet_resnet18 weights/ --sha256 HASH
 
 Nothing else in the kit downloads weights. `kit.models.third_party_files` reads the files.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import re
 import shutil
 import sys
 import urllib.request
@@ -31,6 +34,8 @@ DOWNLOADS = {
 def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
     """Download a released file of weights into a folder; it appears there only if its hash is right.
 
+    A file that is there already, with this hash, is not downloaded again.
+
     Args:
         name: one of `DOWNLOADS`.
         to: the folder.
@@ -49,8 +54,10 @@ def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
     url, known = DOWNLOADS[name]
     wanted, path = known or sha256, resolve(to) / url.rpartition("/")[2]
     if not wanted:
-        raise EncoderError(f"{name}: the kit does not know the sha256 of {url}: give it as sha256=..., or download it "
-                           "by hand and name the file")
+        raise EncoderError(f"{name}: the kit does not know the sha256 of {url}: give it with --sha256 (in Python, "
+                           "sha256=...), or download the file by hand and name it")
+    if path.is_file() and _sha256(path) == wanted.lower():
+        return path
     try:
         with urllib.request.urlopen(url, timeout=60) as source:
             return keep(source, path, wanted)
@@ -68,16 +75,33 @@ def keep(source: BinaryIO, path: Path, sha256: str) -> Path:
     def write(aside: Path) -> None:
         with open(aside, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
-        with open(aside, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != sha256.lower():
+        if (digest := _sha256(aside)) != sha256.lower():
             raise EncoderError(f"the download of {path.name} has the sha256 {digest}, not {sha256}: discarded")
 
     return write_whole(path, write)
 
 
-if __name__ == "__main__":
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m kit.models.weights", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("name", help=", ".join(DOWNLOADS))
+    parser.add_argument("to", help="the folder")
+    parser.add_argument("--sha256", default="", help="of the file, if the kit does not know it: 64 hexadecimal digits")
+    given = parser.parse_args(arguments)
+    if given.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", given.sha256):
+        parser.error(f"--sha256: got {given.sha256!r}; give 64 hexadecimal digits")
     try:
-        print(fetch(*sys.argv[1:]))
-    except EncoderError as problem:
-        sys.exit(str(problem))
+        print(fetch(given.name, given.to, given.sha256))
+    except EncoderError as error:
+        print(f"kit.models.weights: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -170,9 +170,9 @@ def test_grey_levels_match_monai_and_numpy(scan):
     levels = [0, 0.2, 0.7, 1]
     wanted = np.interp(x / x.max(), np.linspace(0, 1, 4), levels) * x.max()
     np.testing.assert_allclose(contrast.histogram(unit(), levels), wanted, rtol=1e-4, atol=1e-6)
-    z = contrast.z_score_views(values.clone()).numpy()
+    z = contrast.z_score(values.clone()).numpy()
     np.testing.assert_allclose(z, (values - values.mean()) / values.std(correction=0), rtol=1e-4, atol=1e-5)
-    assert not contrast.z_score_views(torch.full((9,), 3.0)).any()
+    assert not contrast.z_score(torch.full((9,), 3.0)).any()
 
 
 def test_fields_and_noise(scan):
@@ -246,6 +246,6 @@ def test_occlusion():
     labels, count = ndimage.label(boxes.numpy() == 0)
     size = [part.stop - part.start for part in ndimage.find_objects(labels)[0]]
     assert count == 1 and max(size) <= 7 and (boxes == 0).sum() == np.prod(size)
-    gone = physics.fill_patches(image.clone(), 0.5, 5, Draw(field_seed=1))[:20, :25, :20]
+    gone = physics.blank_patches(image.clone(), 0.5, 5, Draw(field_seed=1))[:20, :25, :20]
     shares = gone.unfold(0, 5, 5).unfold(1, 5, 5).unfold(2, 5, 5).float().mean((-1, -2, -3))
     assert set(shares.flatten().tolist()) == {0.0, 1.0}  # whole patches

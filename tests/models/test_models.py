@@ -9,7 +9,7 @@ from monai.networks.nets import DenseNet121, resnet18
 from safetensors.torch import save_file
 
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
-from kit.models.encoders import LEAST_BRAIN, brain_patches, build_encoder, patch_size, patches
+from kit.models.encoders import LEAST_OF_PATCH, brain_patches, build_encoder, patch_size, patches
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruct, reconstruction_loss
 from kit.preprocess.template import template_on
@@ -46,6 +46,16 @@ def test_weights_do_not_touch_the_callers_random_state():
     torch.manual_seed(5)
     build_encoder("resnet18_narrow", GRID, seed=1)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_weights_do_not_touch_the_random_state_of_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds CUDA's generators"))
+    build_encoder("resnet18_narrow", GRID, seed=1)
+
+
+def test_an_unknown_architecture_is_no_resnet():
+    with pytest.raises(ValueError, match="no architecture 'resnet50'; there are resnet18, resnet18_narrow, densenet"):
+        build_encoder("resnet50", GRID)
 
 
 def test_densenet121_is_monais_before_its_class_layer():
@@ -97,7 +107,7 @@ def test_tokens_are_the_patches_that_hold_brain():
     corners = [range(0, side, width) for side, width in zip(ROOMY.shape, size, strict=True)]
     shares = [brain[z:z + size[0], y:y + size[1], x:x + size[2]].mean()
               for z in corners[0] for y in corners[1] for x in corners[2]]
-    assert brain_patches(ROOMY).tolist() == [number for number, share in enumerate(shares) if share >= LEAST_BRAIN]
+    assert brain_patches(ROOMY).tolist() == [number for number, share in enumerate(shares) if share >= LEAST_OF_PATCH]
     assert 0.2 < len(brain_patches(ROOMY)) / len(shares) < 0.6
     assert len(brain_patches(GRID)) == 108  # all of them
 
@@ -192,6 +202,24 @@ def test_encoder_file_round_trip_and_misfit(tmp_path, architecture):
     assert torch.equal(loaded.eval()(images), encoder.eval()(images))
     with pytest.raises(EncoderError, match=r"shape: .*\[.*\], these \[9, 9, 9\]\n.*spacing_mm: .*4.0, these 2"):
         load_encoder(path, {**preparation, "shape": [9, 9, 9], "spacing_mm": 2.0})
+
+
+def test_weights_of_another_architecture_are_listed(tmp_path):
+    encoder = build_encoder("resnet18_narrow", GRID)
+    for architecture, words in (("densenet121", "these are"), ("vit_narrow", "Missing key"), ("resnet50", "no archit")):
+        path = save_encoder(tmp_path / "encoder.safetensors", encoder, {
+            "architecture": architecture, "preparation": PREPARATION, "participants": ["ab"]})
+        with pytest.raises(EncoderError, match=f"encoder.safetensors does not fit {architecture}: (.|\n)*{words}"):
+            load_encoder(path, PREPARATION)
+
+
+def test_a_format_before_the_kits_own_file_does_not_hide_whom_it_has_seen(tmp_path):
+    record = {"architecture": "resnet18_narrow", "preparation": PREPARATION, "participants": ["ab"]}
+    path = save_encoder(tmp_path / "encoder.safetensors", build_encoder("resnet18_narrow", GRID), record)
+    assert read_record(f"resnet18_narrow:{path}") == load_encoder(f"resnet18_narrow:{path}", PREPARATION)[1] == record
+    for other in ("resnet18", "neuro_simclr"):
+        with pytest.raises(EncoderError, match=f"is an encoder of this kit, a resnet18_narrow, not {other}: give its"):
+            read_record(f"{other}:{path}")
 
 
 def test_files_that_are_no_encoders_are_named(tmp_path):

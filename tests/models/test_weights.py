@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tarfile
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from kit.evaluate.tasks import check_tested, overlap, read_tasks
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of
 from kit.models.encoders import build_encoder
 from kit.models.third_party_formats import FORMATS, PUBLISHED
-from kit.models.weights import DOWNLOADS, fetch, keep
+from kit.models.weights import DOWNLOADS, fetch, keep, main
 from kit.params import ARCHITECTURES, Benchmark, Finetune, Preprocess
 from kit.preprocess.settings import Preparation
 from kit.problems import WEIGHTS, encoder_parts
@@ -165,6 +166,21 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path, name: str, content:
         read_record(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.tar", "a.safetensors"])
+def test_a_file_of_somebody_elses_says_that_it_cannot_be_read(name: str) -> None:
+    owner = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        (path := Path(folder) / name).touch(mode=0)
+        os.seteuid(owner or 65534)  # root may read everything
+        try:
+            for spec in (path, f"neuro_simclr:{path}"):
+                with pytest.raises(EncoderError, match=f"{name} cannot be read .*Permission denied"):
+                    read_record(spec)
+        finally:
+            os.seteuid(owner)
+
+
 @pytest.mark.parametrize(("held", "words"), [
     ([torch.zeros(2)], "holds a list, not weights by name"),
     ({"epoch": 3}, "holds no weights by name, but epoch"),
@@ -213,6 +229,7 @@ def test_a_plain_state_dict(tmp_path: Path, architecture: str, file: str, words:
     said = capsys.readouterr().out
     assert record["format"] == record["architecture"] == architecture and record["preparation"] is None
     assert "how its scans were prepared is not known" in said and side_of(spec) == {}
+    assert "does not know which datasets and participants it was trained on: whether those tested are among" in said
     if architecture == "resnet18":
         plain.fc = None
     if architecture == "densenet121":
@@ -321,6 +338,24 @@ def test_a_download_appears_only_with_the_right_hash(tmp_path: Path) -> None:
         keep(io.BytesIO(b"weights"), tmp_path / "a.pt", "ff")
     assert list(tmp_path.iterdir()) == []
     assert keep(io.BytesIO(b"weights"), tmp_path / "a.pt", digest.upper()).read_bytes() == b"weights"
+
+
+def test_the_command_checks_the_hash_first_and_downloads_no_file_twice(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    to = str(tmp_path)
+    for typed, words in ((["sha256=aa"], "unrecognized arguments: sha256=aa"),
+                         (["--sha256", "aa"], "--sha256: got 'aa'; give 64 hexadecimal digits")):
+        with pytest.raises(SystemExit):
+            main(["medicalnet_resnet18", to, *typed])
+        assert words in capsys.readouterr().err
+    assert main(["medicalnet_resnet18", to]) == 2 and "give it with --sha256" in capsys.readouterr().err
+    (tmp_path / "resnet_18_23dataset.pth").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert main(["medicalnet_resnet18", to, "--sha256", digest.upper()]) == 0
+    assert capsys.readouterr().out.strip().endswith("resnet_18_23dataset.pth")
+    assert main(["medicalnet_resnet18", to, "--sha256", "a" * 64]) == 2
+    assert "could not be downloaded" in capsys.readouterr().err
 
 
 def test_without_a_network_it_says_how_to_do_it_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
