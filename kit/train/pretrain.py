@@ -260,7 +260,7 @@ def build_objective(params: Pretrain, store: Store) -> Pretext:
             cast(ViTEncoder, encoder), params.mask_ratio, seed=params.seed, normalise=params.normalise_patches,
             recipe=read_recipe(recipe_of(params)), spacing_mm=store.grid.spacing_mm, zscored=store.zscored)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(params.seed)
+        torch.default_generator.manual_seed(params.seed)
         return SimCLR(encoder, read_recipe(recipe_of(params)), projection=params.projection,
                       temperature=params.temperature, seed=params.seed, spacing_mm=store.grid.spacing_mm,
                       paired=params.session_pairs, zscored=store.zscored)
