@@ -25,7 +25,7 @@ from torch.nn.functional import avg_pool3d
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError
 from kit.evaluate.probe import probe_tested
-from kit.evaluate.tasks import Task
+from kit.evaluate.tasks import Part, Task, sexes
 from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
 from kit.preprocess.quality import site_column
 from kit.runs import progress, write_whole
@@ -111,7 +111,7 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
         raise LabelError(f"demographics: no column {', '.join(missing)}; the index has {', '.join(index.columns)}")
     if not columns:
         raise DoesNotApply(f"the index has no column {', '.join(DEMOGRAPHICS)}")
-    columns = _without_label(task, {name: task.parts[name].rows[list(columns)] for name in FITTED}, tell)
+    columns = _without_label(task, {name: part.rows[list(columns)] for name, part in _labelled(task).items()}, tell)
     return {name: pd.DataFrame({column: _covariate(part.rows, column, index) for column in columns})
             for name, part in task.parts.items()}
 
@@ -121,7 +121,7 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
     alike = [name for name in rows if _words(name) == _words(column)]
     found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
     if _words(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
-        return found.map(lambda cell: normalised(cell)[:1] or np.nan, na_action="ignore").astype(object)
+        return sexes(found)
     if pd.api.types.is_numeric_dtype(index[column]):
         return pd.to_numeric(found, errors="coerce").astype(np.float64)
     return found.map(normalised, na_action="ignore").astype(object)
@@ -136,13 +136,14 @@ def _sites(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
     table = read_volumes(path)
-    found = looked_up(table, pd.concat([part.rows for part in task.parts.values()], keys=task.parts))
+    parts = {name: part.rows for name, part in task.parts.items()}
+    whole = {f"all of {name}": part.rows for name, part in _labelled(task).items()}
+    found = looked_up(table, pd.concat(parts | whole))
     if others := [name for name in found if _words(name) & set(DEMOGRAPHICS)]:
         tell(f"without {', '.join(others)}, no volumes")
         found = found.drop(columns=others)
-    tables = {name: found.loc[name] for name in task.parts}
-    columns = _without_label(task, {name: tables[name] for name in FITTED}, tell)
-    return {name: each[columns] for name, each in tables.items()}
+    columns = _without_label(task, {name: found.loc[name] for name in whole}, tell)
+    return {name: found.loc[name][columns] for name in parts}
 
 
 def _words(name: str) -> set[str]:
@@ -151,10 +152,20 @@ def _words(name: str) -> set[str]:
     return {SAME.get(word, word) for word in words}
 
 
+def _labelled(task: Task) -> dict[str, Part]:
+    """Training and validation parts with all their labels, whatever fraction of them is learned from."""
+    return {name: (task.labelled or task.parts)[name] for name in FITTED}
+
+
 def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> list[str]:
-    """Columns that do not give the label away, by name or by their values in training and validation."""
+    """Columns that do not give the label away, by name or by their values.
+
+    Args:
+        tables: the columns of each part of `_labelled`, so that a fraction of the labels, which can agree by chance,
+            leaves out the same columns as all labels.
+    """
     rows, own = pd.concat(list(tables.values())), _words(task.labels.task)
-    labels = pd.Series(np.concatenate([task.parts[name].labels for name in tables]), rows.index)
+    labels = pd.Series(np.concatenate([part.labels for part in _labelled(task).values()]), rows.index)
     kept = []
     for column in rows:
         words, both = _words(column), pd.DataFrame({"one": rows[column], "other": labels}).dropna()

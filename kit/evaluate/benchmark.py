@@ -449,7 +449,8 @@ def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iter
         if len(inside):
             yield f"age {lower:g} to {upper:g}", inside
     classes = sorted(set(scans["true"]))
-    if params.match_age_sex and kind == "classification" and len(classes) == 2 and task not in ("sex", "gender"):
+    asked = params.match_age_sex and task.casefold() not in ("sex", "gender")
+    if asked and kind == "classification" and len(classes) == 2:
         people = scans.drop_duplicates("participant").reset_index(drop=True)
         keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
         if keep.any():

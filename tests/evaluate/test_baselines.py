@@ -11,7 +11,7 @@ from kit.cohort.identity import participant_ids
 from kit.cohort.labels import LabelError, Labels, read_labels
 from kit.cohort.split import splits
 from kit.cohort.tabular import TableError
-from kit.evaluate.baselines import BASELINES, baseline_predictions
+from kit.evaluate.baselines import BASELINES, LEAST_ROWS, baseline_predictions
 from kit.evaluate.metrics import score
 from kit.evaluate.probe import fit_probe, predict_probe
 from kit.evaluate.tasks import Part, Task
@@ -102,6 +102,21 @@ def test_demographics_never_have_the_label_in_another_dress(store):
         assert len(said) == 1 and f"without {next(iter(columns))}" in said[0]
     with pytest.raises(LabelError, match="no column height; the index has scan, "):
         baseline_predictions("demographics", task_of(store, "age"), demographics=["height"])
+
+
+def test_few_labels_leave_out_what_all_labels_do(store, tmp_path):
+    """A fraction of the labels is too few scans to tell a copy of the label from a column that agrees by chance."""
+    months = store.index["age"] * 12
+    task = task_of(with_index(store, months=months), "age")
+    few = task.with_labels_for(0.2, 0)
+    assert sum(len(few.parts[name].rows) for name in ("train", "validation")) < LEAST_ROWS
+    said = []
+    assert baseline_predictions("demographics", few, demographics=["months"], say=said.append) is None
+    assert said[0] == "demographics on age: without months, which is the label or says the same"
+    store.index[["scan"]].assign(months=months).to_csv(tmp_path / "volumes.csv", index=False)
+    said.clear()
+    assert baseline_predictions("volumes", few, volumes=tmp_path / "volumes.csv", say=said.append) is None
+    assert said[0] == "volumes on age: without months, which is the label or says the same"
 
 
 def test_age_and_sex_are_found_where_they_say_something(store, elsewhere):
