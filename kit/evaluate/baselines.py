@@ -24,7 +24,7 @@ from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError
-from kit.evaluate.probe import probe_tested
+from kit.evaluate.probe import DEFAULT, probe_tested
 from kit.evaluate.tasks import Part, Task, sexes
 from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
 from kit.preprocess.quality import site_column
@@ -210,6 +210,8 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     train = tables["train"]
     if len(train) < 2 or len(set(parts["train"].labels)) < len(task.labels.classes):
         raise DoesNotApply(f"only {len(train)} training scans have a value, too few")
+    if task.labels.classes and len(set(parts["validation"].labels)) < 2:
+        tell(f"validation scans with a value are all of one class, so the penalty is not chosen but {DEFAULT:g}")
     numbers = [name for name in train if train[name].dtype != object]
     categories = [name for name in train if name not in numbers]
     encoder = make_column_transformer(

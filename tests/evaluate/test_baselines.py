@@ -293,3 +293,18 @@ def test_a_probe_of_several_classes_takes_the_penalty_of_the_best_macro_auc():
     assert found.shape == (45, 3) and (found.argmax(1) == labels[105:]).mean() > 0.7
     noise = fit_probe(np.zeros((60, 2)), labels[:60], np.zeros((45, 2)), labels[60:105], "classification")
     assert noise[-1].C == 1e-4  # all penalties are equal: the strongest
+
+
+def test_validation_of_one_class_chooses_no_penalty(store):
+    task = task_of(store, "lesion")
+    part = task.parts["validation"]
+    known = pd.Series(store.index["age"]).where(~store.index["scan"].isin(part.rows["scan"][part.labels == 1]))
+    said = []
+    assert baseline_predictions("demographics", task_of(with_index(store, age=known), "lesion"), demographics=["age"],
+                                say=said.append)
+    assert said[-1] == ("demographics on lesion: validation scans with a value are all of one class, so the penalty is "
+                        "not chosen but 1")
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(40, 3)), np.arange(40) % 2
+    assert fit_probe(features, labels, features[:5], np.zeros(5), "classification")[-1].C == 1
+    assert fit_probe(features, np.arange(40) % 3, features[:5], np.ones(5), "classification")[-1].C == 1
