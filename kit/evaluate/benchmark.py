@@ -34,7 +34,7 @@ from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.reliability import ReliabilityError, reliability_of
 from kit.evaluate.tasks import Task, check_tested, covariates, overlap, tasks_of
-from kit.evaluate.tune import Choice, tune
+from kit.evaluate.tune import Choice, stoppable, tune
 from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
@@ -43,6 +43,8 @@ from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_wh
 from kit.store.dataset import PreparedScans
 from kit.store.leakage import ORIGIN_COLUMNS
 from kit.store.store import Store
+from kit.train.stop import NAME as STOP
+from kit.train.stop import UNFINISHED, Stopped
 
 CORRECTION = "validation, to correct the bias"  # the validation part again; its predictions fit the bias correction
 UNTRAINED = "random init"  # probes on an untrained encoder
@@ -114,14 +116,20 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
         bar: options of tqdm for the progress bar.
 
     Raises:
-        see `run_benchmark`.
+        Stopped: also between two cells; `unfinished.csv` then lists the cells that are not done.
+        see `run_benchmark` for the others.
     """
     bench = _Bench(params)
     remove_stale_cells(bench, run)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]
-    for cell in progress(todo, **{"desc": "cells", **(bar or {})}):
-        bench.fill(cell, run.folder)
+    with stoppable(run.folder):
+        for number, cell in enumerate(progress(todo, **{"desc": "cells", **(bar or {})})):
+            if (run / STOP).exists():
+                left = pd.DataFrame(todo[number:])
+                write_table(run / UNFINISHED, left)
+                raise Stopped(left)
+            bench.fill(cell, run.folder)
     return bench
 
 

@@ -18,6 +18,7 @@ from kit.reading import ParameterError, check
 from kit.runs import Run
 from kit.show.comparison import scores_table, summary
 from kit.store.store import Store
+from kit.train.stop import Stopped
 from tests.conftest import make_store
 
 
@@ -167,6 +168,39 @@ def test_covariates_that_changed_are_seen(tmp_path, capsys):
     own = index.set_index("scan")["age"] + 1
     assert here["age"].tolist() == pytest.approx(own.loc[here["scan"]].tolist())  # of every row, computed anew or not
     assert "columns: " in capsys.readouterr().out
+
+
+def test_a_stop_after_a_cells_last_step_ends_it_before_the_next_cell(stores, tmp_path, monkeypatch):
+    """Whatever the cell: a baseline reads no stop file, and fine-tuning none after its last step."""
+    run, done, real = tmp_path / "run", [], benchmark._Bench.fill
+    values = {"baselines": ["guess"], "seeds": [0], "finetune_tasks": ["lesion", "age"], "tasks": ["lesion", "age"],
+              "check_converged": False}
+
+    def fill(bench, cell, home):
+        real(bench, cell, home)
+        done.append(cell)
+        if len(done) == 1:
+            (home / "stop").touch()
+
+    def tuned(*arguments, real=benchmark.tune, **more):
+        found = real(*arguments, **more)
+        (run / "stop").touch()
+        return found
+
+    whole = filled(params_for(stores, tmp_path / "whole", **values))
+    monkeypatch.setattr(benchmark._Bench, "fill", fill)
+    monkeypatch.setattr(benchmark, "tune", tuned)
+    params = params_for(stores, run, **values)
+    for count in (1, 5):
+        with pytest.raises(Stopped) as stopped:
+            filled(params)
+        assert len(done) == len(cell_files(run)) == count and not (run / "stop").exists()
+        left = pd.read_csv(run / "unfinished.csv")
+        assert len(left) == len(stopped.value.log) == 6 - count
+        assert left.iloc[-1].tolist() == ["ResNet", "finetune", "age", 0.5, 0]
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(filled(params).scores, whole.scores)
+    assert not (run / "unfinished.csv").exists()
 
 
 @pytest.mark.slow
