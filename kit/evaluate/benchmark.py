@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
+from kit.errors import KitError
 from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions
 from kit.evaluate.compare import differences, scores
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
@@ -39,7 +40,7 @@ from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
-from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
+from kit.runs import MADE_FROM, Run, progress, shown, write_json, write_table, write_whole
 from kit.store.dataset import PreparedScans
 from kit.store.leakage import ORIGIN_COLUMNS
 from kit.store.store import Store
@@ -56,6 +57,10 @@ TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", 
           "precision")
 RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "subgroups.csv", "table.*",
            "summary.txt")
+
+
+class BenchmarkError(KitError, RuntimeError):
+    """There is nothing to make tables from; the message says which cells are awaited."""
 
 
 class Cell(NamedTuple):
@@ -102,6 +107,7 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
     Raises:
         MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError: before any training; each says
             what does not fit.
+        BenchmarkError: no cell has predictions yet.
         Stopped: the run was asked to stop; the same parameters resume it.
     """
     bench = fill_cells(params, run)
@@ -396,6 +402,12 @@ def remove_stale_cells(bench: _Bench, run: Run) -> None:
 def _tables(bench: _Bench, run: Run) -> Results:
     missing = [cell for cell in bench.cells if not bench.is_done(cell)]
     predictions = pd.concat([bench.table_of(cell) for cell in bench.cells], ignore_index=True)
+    if predictions.empty:
+        params, cells = bench.params, bench.cells
+        raise BenchmarkError(f"{shown(run.folder)}: no cell has predictions yet ({len(cells) - len(missing)} of "
+                             f"{len(cells)} cells are done, and shard {params.shard} of {params.shards} computes "
+                             f"{len(cells[params.shard::params.shards])}): run it again when other shards are done, "
+                             f"and set shards to at most {len(cells)}")
     kinds = {name: task.labels.kind for (name, _), task in bench.tasks.items()}
     about = predictions.groupby([*ROW], sort=False).agg(
         converged=("converged", _all_converged), train_participants=("train_participants", "mean")).reset_index()
@@ -505,7 +517,8 @@ def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
         network, record = bench.encoder(name, 0, seed)
         try:
             rows.append(reliability_of(network, bench.stores["prepared"], name, record=record, by=by,
-                                       accept_flags=params.accept_flags, aliases=bench.aliases, seed=seed))
+                                       accept_flags=params.accept_flags, aliases=bench.aliases, seed=seed,
+                                       allow_seen=params.allow_seen_participants))
         except ReliabilityError as error:
             print(f"{name}: no reliability: {error}")
     if not rows:

@@ -11,15 +11,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kit.cohort.split import LeakageError, participant_hash, salt
 from kit.evaluate import benchmark
-from kit.evaluate.benchmark import cells_of, run_benchmark
+from kit.evaluate.benchmark import BenchmarkError, cells_of, reliabilities, run_benchmark
+from kit.evaluate.reliability import reliability_of
+from kit.models.encoder_file import save_encoder
+from kit.models.encoders import build_encoder
 from kit.params import BASELINES, Benchmark
 from kit.reading import ParameterError, check
 from kit.runs import Run
 from kit.show.comparison import scores_table, summary
+from kit.store.leakage import voxel_hashes
 from kit.store.store import Store
 from kit.train.stop import Stopped
-from tests.conftest import make_store
+from tests.conftest import GRID, make_store
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,16 @@ def test_shards_share_the_cells(stores, tmp_path):
     together = filled(params_for(stores, tmp_path / "run", finetune_tasks=[]))
     assert cell_files(tmp_path / "run") == before, "nothing was computed twice"
     pd.testing.assert_frame_equal(together.scores, whole.scores)
+
+
+def test_a_shard_before_any_predictions_says_so(stores, tmp_path):
+    values = {"finetune_tasks": [], "seeds": [0], "label_fractions": [1.0], "tasks": ["age"], "shards": 3}
+    with pytest.raises(BenchmarkError, match=r"shards/2-of-3: no cell has predictions yet \(0 of 1 cells are done, and "
+                                             "shard 2 of 3 computes 0\\): run it again when other shards are done, and "
+                                             "set shards to at most 1"):
+        filled(params_for(stores, tmp_path / "run", baselines=["guess"], shard=2, **values))
+    with pytest.raises(BenchmarkError, match="1 of 1 cells are done"):  # this cohort has no other covariate than age
+        filled(params_for(stores, tmp_path / "other", baselines=["demographics"], shard=0, **values))
 
 
 def test_folds_test_everybody_once(stores, tmp_path):
@@ -254,3 +269,21 @@ def test_an_encoder_of_each_seed(stores, tmp_path, monkeypatch):
     probe = results.scores[results.scores["encoder"] == "SimCLR"]
     assert set(probe["seeds"]) == {2} and np.isfinite(probe["value"]).all()
     assert set(results.differences["rival"]) == {"guess"}
+
+
+def test_reliability_of_scans_seen_under_other_names_is_refused_or_allowed(stores, tmp_path, capsys):
+    """What `allow_seen_participants` allows elsewhere, it allows here."""
+    store = stores[0]
+    record = {"architecture": "resnet18_narrow", "objective": "simclr", "preparation": store.record,
+              "participants": [], "voxels": sorted(voxel_hashes(store, store.index["scan"]).values()),
+              "salt": participant_hash("salt", salt()), "made_from": {"prepared": {}}}
+    save_encoder(tmp_path / "encoder.safetensors", build_encoder("resnet18_narrow", GRID), record)
+    values = {"encoders": {"SimCLR": str(tmp_path / "encoder.safetensors")}, "baselines": [], "tasks": ["lesion"],
+              "finetune_tasks": [], "allow_seen_participants": True}
+    params = params_for(stores, tmp_path / "run", **values)
+    table = reliabilities(params, run := Run.of(params))
+    run.close()
+    assert table["encoder"].tolist() == ["SimCLR", "random init"] and np.isfinite(table["icc"]).all()
+    assert "SEEN IN PRETRAINING: 0 of 20 participants, 40 of 40 scans tested" in capsys.readouterr().out
+    with pytest.raises(LeakageError, match="40 of 40 scans to be evaluated were seen in pretraining"):
+        reliability_of(build_encoder("resnet18_narrow", GRID), store, record=record)
