@@ -36,6 +36,7 @@ from kit.evaluate.probe import probe_tested
 from kit.evaluate.reliability import ReliabilityError, reliability_of
 from kit.evaluate.tasks import Task, check_tested, covariates, overlap, tasks_of
 from kit.evaluate.tune import Choice, stoppable, tune
+from kit.evaluate.volumes import read_volumes
 from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
@@ -105,8 +106,8 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
         made_from.json: what the models were made from, by fingerprint.
 
     Raises:
-        MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError: before any training; each says
-            what does not fit.
+        MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError, TableError: before any
+            training; each says what does not fit.
         BenchmarkError: no cell has predictions yet.
         Stopped: the run was asked to stop; the same parameters resume it.
     """
@@ -165,6 +166,8 @@ class _Bench:
 
     def __init__(self, params: Benchmark) -> None:
         self.params, self.aliases, self.stores = params, read_aliases(params.aliases), open_stores(params)
+        if params.volumes is not None:
+            read_volumes(params.volumes)  # so that a table that cannot be used is refused before work
         self.tasks = {(name, task.fold): task for name in params.tasks for task in tasks_of(
             params, self.stores, name, params.task_types.get(name, "auto"), params.missing_codes.get(name, ()),
             self.aliases)}

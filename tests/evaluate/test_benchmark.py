@@ -12,12 +12,14 @@ import pandas as pd
 import pytest
 
 from kit.cohort.split import LeakageError, participant_hash, salt
+from kit.cohort.tabular import TableError
 from kit.evaluate import benchmark
 from kit.evaluate.benchmark import BenchmarkError, cells_of, reliabilities, run_benchmark
 from kit.evaluate.reliability import reliability_of
 from kit.models.encoder_file import save_encoder
 from kit.models.encoders import build_encoder
 from kit.params import BASELINES, Benchmark
+from kit.preprocess.nifti import write_nifti
 from kit.reading import ParameterError, check
 from kit.runs import Run
 from kit.show.comparison import scores_table, summary
@@ -246,6 +248,30 @@ def test_cells_have_folders_of_their_own(stores):
                         finetune_tasks=["lesion", "age"])
     cells = cells_of(params, {"lesion": [0, 1], "age": [0]})
     assert len({cell.folder for cell in cells}) == len(cells) and all(len(cell.folder.parts) == 4 for cell in cells)
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"encoders": {}}, "encoders: got {}; name one at least, such as {'ResNet': 'random:resnet18'}"),
+    ({"demographics": ["age", "height"]}, "demographics: no column height in the index of .*/here; it has scan, "),
+    ({"volumes": "nowhere.csv"}, "volumes: .*nowhere.csv cannot be read: No such file or directory"),
+    ({"volumes": "text.csv"}, "volumes: .*text.csv: row 2 has more cells than the header"),
+    ({"atlas": "nowhere.nii"}, "atlas: .*nowhere.nii: no such file"),
+    ({"atlas": "text.csv"}, "atlas: .*text.csv: not a NIfTI file"),
+    ({"atlas": "thickness.nii"}, "atlas: .*thickness.nii holds 2.5; give a map of whole-numbered regions"),
+])
+def test_what_baselines_need_is_checked_before_work(stores, tmp_path, values, words):
+    (tmp_path / "text.csv").write_text("participant\n1,2\n")
+    write_nifti(tmp_path / "thickness.nii", np.arange(27, dtype=np.float32).reshape(3, 3, 3) * 2.5, np.eye(4))
+    values = {name: str(tmp_path / value) if isinstance(value, str) else value for name, value in values.items()}
+    with pytest.raises(ParameterError, match=f"1 thing is wrong:\n  {words}"):
+        params_for(stores, tmp_path / "run", **({"finetune_tasks": []} | values))
+
+
+def test_a_table_of_volumes_that_cannot_be_used_is_refused_before_work(stores, tmp_path):
+    (tmp_path / "volumes.csv").write_text("name,ml\nx,1\n")
+    with pytest.raises(TableError, match="volumes.csv: needs a column participant"):
+        filled(params_for(stores, tmp_path / "run", volumes=str(tmp_path / "volumes.csv")))
+    assert not cell_files(tmp_path / "run")
 
 
 def test_names_of_baselines_are_taken(stores):
