@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.numpy import load_file, save_file
 from sklearn.compose import make_column_transformer
 from sklearn.decomposition import PCA
 from sklearn.impute import SimpleImputer
@@ -24,11 +23,12 @@ from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError
+from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
 from kit.evaluate.tasks import Part, Task, sexes
 from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
 from kit.preprocess.quality import site_column
-from kit.runs import progress, write_whole
+from kit.runs import progress
 from kit.store.store import Store
 
 BASELINES = ("guess", "demographics", "site", "volumes", "voxels")
@@ -232,14 +232,15 @@ def _measured_volumes(task: Task, atlas: Path | None, cache: Path | None) -> dic
         image, mask = store.read(scan)
         return tissue_volumes(image, mask, regions[store.grid], store.grid.spacing_mm**3 / 1000)
 
-    digest = hashlib.blake2b(b"".join(each.tobytes() for each in regions.values()), digest_size=6).hexdigest()
-    found = _measured(task, measure, cache / f"volumes-{digest}.safetensors" if cache else None)
+    digests = {str(grid): hashlib.blake2b(each.tobytes()).hexdigest() for grid, each in regions.items()}
+    found = _measured(task, measure, cache and measured_file(cache, "volumes", sorted(digests.items())))
     return {name: found[name] * native_size(part.store, part.rows)[:, None] for name, part in task.parts.items()}
 
 
 def _components(task: Task, cache: Path | None) -> dict[str, np.ndarray]:
     """Principal components of voxels averaged to about 4 mm, where most training scans have brain."""
-    found = _measured(task, _pooled, cache / "voxels.safetensors" if cache else None)
+    grids = {str(part.store.grid) for part in task.parts.values()}
+    found = _measured(task, _pooled, cache and measured_file(cache, "voxels", sorted(grids)))
     shared = np.isfinite(found["train"]).mean(0) > 0.5
     if not shared.any():
         raise DoesNotApply("no voxel is inside the brain of most training scans")
@@ -258,13 +259,9 @@ def _pooled(store: Store, scan: str) -> np.ndarray:
 
 
 def _measured(task: Task, measure: Callable[[Store, str], np.ndarray], path: Path | None) -> dict[str, np.ndarray]:
-    """Measure each scan, (scans, width) by part; results are cached in a file by scan and checksum."""
-    keys = {name: [f"{scan} {part.store.checksum(scan):08x}" for scan in part.rows["scan"]]
-            for name, part in task.parts.items()}
-    known = load_file(path) if path and path.exists() else {}
-    todo = {key: (part.store, scan) for name, part in task.parts.items()
-            for key, scan in zip(keys[name], part.rows["scan"], strict=True) if key not in known}
-    known |= {key: measure(*each) for key, each in progress(todo.items(), desc="measuring scans", disable=not todo)}
-    if todo and path:
-        write_whole(path, lambda aside: save_file(known, aside))
-    return {name: np.stack([known[key] for key in each]) for name, each in keys.items()}
+    """Measure each scan, (scans, width) by part; see `kit.evaluate.measured.measured` for the file."""
+    keys = {name: [key_in_file(part.store, scan) for scan in part.rows["scan"]] for name, part in task.parts.items()}
+    scans = {key: (part.store, scan) for name, part in task.parts.items()
+             for key, scan in zip(keys[name], part.rows["scan"], strict=True)}
+    found = measured(scans, lambda some: [measure(*each) for each in progress(some, desc="measuring scans")], path)
+    return {name: np.stack([found[key] for key in each]) for name, each in keys.items()}

@@ -21,7 +21,6 @@ from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file, save_file
 
 import kit
 from kit.cohort.identity import read_aliases
@@ -30,6 +29,7 @@ from kit.errors import KitError
 from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions
 from kit.evaluate.compare import differences, scores
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
+from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.metrics import METRICS, bias_corrected, further_metrics, join_scans, matched, predicted_of, score
 from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
@@ -41,7 +41,7 @@ from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
-from kit.runs import MADE_FROM, Run, progress, shown, write_json, write_table, write_whole
+from kit.runs import MADE_FROM, Run, progress, shown, write_json, write_table
 from kit.store.dataset import PreparedScans
 from kit.store.leakage import ORIGIN_COLUMNS
 from kit.store.store import Store
@@ -296,14 +296,18 @@ class _Bench:
         return np.stack([self._features[key][scan] for scan in task.parts[part].rows["scan"]])
 
     def _embedded(self, name: str, fold: int, seed: int, store: Store, weights: str) -> dict[str, np.ndarray]:
-        scans = [(scan, store.checksum(scan)) for scan in store.index["scan"]]
-        digest = hashlib.blake2b(f"{weights} {scans}".encode(), digest_size=6).hexdigest()
-        path = self.params.output_dir / "embeddings" / f"{quote(name, safe=' ')}-{digest}.safetensors"
-        if not path.exists():
-            values = predict(self.encoder(name, fold, seed)[0], PreparedScans(store, store.index))
-            features = dict(zip(store.index["scan"], values, strict=True))
-            write_whole(path, lambda aside: save_file(features, aside))
-        return load_file(path)
+        """Features of a store's scans that any task uses."""
+        used = {scan for task in self.tasks.values() for part in task.parts.values()
+                if part.store.folder == store.folder for scan in part.rows["scan"]}
+        scans = {key_in_file(store, scan): scan for scan in store.index["scan"] if scan in used}
+
+        def embed(some: list[str]) -> np.ndarray:
+            rows = store.index[store.index["scan"].isin(some)]  # in the index's order, as `some` is
+            return predict(self.encoder(name, fold, seed)[0], PreparedScans(store, rows))
+
+        path = measured_file(self.params.output_dir / "embeddings", quote(name, safe=" "), weights)
+        found = measured(scans, embed, path)
+        return {scan: found[key] for key, scan in scans.items()}
 
     def _noted_of(self, name: str, fold: int, seed: int) -> tuple[dict[str, str], dict[str, Any]]:
         """Provenance of an encoder and its record; the weights are read only once."""

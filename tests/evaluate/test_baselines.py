@@ -5,13 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 
+import kit
 from kit.cohort.identity import participant_ids
 from kit.cohort.labels import LabelError, Labels, read_labels
 from kit.cohort.split import splits
 from kit.cohort.tabular import TableError
+from kit.evaluate import measured as measured_module
 from kit.evaluate.baselines import BASELINES, LEAST_ROWS, baseline_predictions
+from kit.evaluate.measured import measured, measured_file
 from kit.evaluate.metrics import score
 from kit.evaluate.probe import fit_probe, predict_probe
 from kit.evaluate.tasks import Part, Task
@@ -252,7 +256,8 @@ def test_fine_voxels_are_averaged_to_four_millimetres(tmp_path):
     store = Store(store.folder, store.index, store.record | {"spacing_mm": 2.0})
     task = task_of(store, "lesion")
     assert error_or_auc(task, baseline_predictions("voxels", task, cache=tmp_path / "cache")) > 0.95
-    assert (tmp_path / "cache/voxels.safetensors").stat().st_size < 1.1 * len(store.index) * 13 * 15 * 18 * 2 + 10_000
+    file, = (tmp_path / "cache").glob("voxels-*.safetensors")
+    assert file.stat().st_size < 1.1 * len(store.index) * 13 * 15 * 18 * 2 + 10_000
 
 
 def test_nothing_of_what_is_tested_is_learnt(store, elsewhere, tmp_path):
@@ -282,6 +287,42 @@ def test_scans_are_measured_once_whatever_is_learnt_from_them(store, tmp_path):
         np.testing.assert_allclose(few, baseline_predictions(name, fewer)["test"], rtol=1e-6)
         assert not np.allclose(few, before)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+
+
+def test_another_kit_or_grid_measures_anew(store, tmp_path, monkeypatch):
+    task = task_of(store, "age")
+
+    def count():
+        for name in ("volumes", "voxels"):
+            baseline_predictions(name, task, cache=tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert count() == count() == 2
+    coarse = Store(store.folder, store.index, store.record | {"spacing_mm": 2 * store.grid.spacing_mm})
+    monkeypatch.setattr(kit, "__version__", "0.0.0+other")
+    assert count() == 4
+    task = task_of(coarse, "age")
+    assert count() == 6
+
+
+def test_a_killed_measuring_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured_module, "SAVED_TOGETHER", 2)
+    path, seen = measured_file(tmp_path, "lengths", 1), []
+
+    def measure(scans):
+        if "dddd" in scans and len(seen) < 4:
+            raise KeyboardInterrupt
+        seen.extend(scans)
+        return [np.array([len(scan)]) for scan in scans]
+
+    scans = {f"key of {scan}": scan for scan in ("a", "bb", "ccc", "dddd", "eeeee")}
+    with pytest.raises(KeyboardInterrupt):
+        measured(scans, measure, path)
+    assert seen == ["a", "bb"] and set(load_file(path)) == {"key of a", "key of bb"}
+    seen.extend(["", ""])
+    found = measured(scans, measure, path)
+    assert seen == ["a", "bb", "", "", "ccc", "dddd", "eeeee"]
+    assert {key: value.item() for key, value in found.items()} == {key: len(scan) for key, scan in scans.items()}
 
 
 def test_a_probe_of_several_classes_takes_the_penalty_of_the_best_macro_auc():

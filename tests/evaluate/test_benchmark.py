@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import kit
 from kit.cohort.split import LeakageError, participant_hash, salt
 from kit.cohort.tabular import TableError
 from kit.evaluate import benchmark
@@ -272,6 +274,28 @@ def test_a_table_of_volumes_that_cannot_be_used_is_refused_before_work(stores, t
     with pytest.raises(TableError, match="volumes.csv: needs a column participant"):
         filled(params_for(stores, tmp_path / "run", volumes=str(tmp_path / "volumes.csv")))
     assert not cell_files(tmp_path / "run")
+
+
+def test_probes_embed_the_tasks_scans_once(stores, tmp_path, monkeypatch):
+    index = stores[0].index
+    labelled = index["participant"].astype(int) < 40
+    some = Store(stores[0].folder, index.assign(lesion=index["lesion"].where(labelled), age=index["age"].where(
+        ~labelled & (index["participant"].astype(int) < 50))), stores[0].record)
+    read = []
+    monkeypatch.setattr(benchmark, "open_stores", lambda params: {"prepared": some})
+    monkeypatch.setattr(benchmark, "predict", lambda model, scans, real=benchmark.predict: read.extend(scans.scans)
+                        or real(model, scans))
+    values = {"baselines": ["random init"], "seeds": [0], "finetune_tasks": [], "label_fractions": [1.0],
+              "out_of_distribution": None}
+    first = filled(params_for(stores, tmp_path / "run", **values))
+    expected = index["scan"][index["participant"].astype(int) < 50].tolist()
+    assert read == expected and len(expected) < len(index)
+    shutil.rmtree(tmp_path / "run/cells")
+    pd.testing.assert_frame_equal(filled(params_for(stores, tmp_path / "run", **values)).scores, first.scores)
+    assert read == expected, "the features are kept"
+    monkeypatch.setattr(kit, "__version__", "0.0.0+other")
+    filled(params_for(stores, tmp_path / "run", **values))
+    assert read == 2 * expected, "those of another kit are not"
 
 
 def test_names_of_baselines_are_taken(stores):
