@@ -1,4 +1,7 @@
-"""Fine-tuning: train all weights on a label, with learning rate and stopping point chosen on validation."""
+"""Fine-tuning: train all weights on a label, with learning rate and stopping point chosen on validation.
+
+`tune` makes the choices, with a `train` for each try; `train` starts the processes, and each runs `train_here`.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,7 @@ class Job:
     @classmethod
     def of(cls, task: Task, encoder: Encoder, params: Tuning, seed: int, choice: Choice, times: int = 1,
            folder: Path | None = None, home: Path | None = None) -> Job:
-        """Make a job with `times` the steps that the parameters allow."""
+        """Make a job with `times` the steps that the parameters allow; the warm-up stays the same number of steps."""
         steps = times * params.steps
         settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=math.ceil(steps / params.check_steps),
                                warmup_fraction=params.warmup_steps / steps)
@@ -192,7 +195,7 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
         the predictor and the log; see `kit.train.loop.fit`.
     """
     if params.processes() == 1:
-        objective, log = finetune(job)
+        objective, log = train_here(job)
         if job.folder is None:
             return objective.predictor, log
     else:
@@ -215,7 +218,7 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
     return objective.predictor, pd.DataFrame(last["log"])
 
 
-def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
+def train_here(job: Job) -> tuple[Supervised, pd.DataFrame]:
     """Train in this process, alone or as one of several workers.
 
     Returns:
@@ -307,7 +310,7 @@ def _worker(home: str) -> None:
 
 def _train_noted(home: Path) -> None:
     with suppress(Stopped):
-        finetune(torch.load(home / JOB, map_location="cpu", weights_only=False))
+        train_here(torch.load(home / JOB, map_location="cpu", weights_only=False))
 
 
 if __name__ == "__main__":  # python -m kit.evaluate.tune FOLDER WORKERS, started through srun by `launch_on_nodes`

@@ -13,7 +13,7 @@ import torch
 
 from kit.evaluate.predict import predict
 from kit.evaluate.tasks import read_tasks
-from kit.evaluate.tune import TRIES, Choice, Job, finetune, score_validation, standard_error, train, tune
+from kit.evaluate.tune import TRIES, Choice, Job, score_validation, standard_error, train, train_here, tune
 from kit.models.encoders import build_encoder
 from kit.params import Finetune
 from kit.store.sampler import all_batches
@@ -98,7 +98,7 @@ def test_the_seed_decides(store):
 
 
 def test_warm_up_is_in_steps_whatever_the_budget(store):
-    logs = [finetune(Job.of(task_of(store), ENCODER, params(store, steps=8, warmup_steps=6), 0, Choice(1e-3, 0.0),
+    logs = [train_here(Job.of(task_of(store), ENCODER, params(store, steps=8, warmup_steps=6), 0, Choice(1e-3, 0.0),
                             times))[1] for times in (1, 3)]
     assert logs[0]["learning_rate"].tolist() == pytest.approx([5e-4, 1e-3])
     assert np.allclose(losses(logs[0]), losses(logs[1])[:2], rtol=1e-4)
