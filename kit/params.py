@@ -24,6 +24,7 @@ from kit.preprocess.settings import (
 )
 from kit.problems import (
     alias_problems,
+    baseline_problems,
     encoder_at,
     encoder_problems,
     fold_total,
@@ -429,6 +430,8 @@ class Benchmark(Tuning):
             problems.append(f"shard: got {self.shard}; {self.shards} shards are numbered 0 to {self.shards - 1}")
         if self.age_bands and (len(self.age_bands) < 2 or sorted(set(self.age_bands)) != self.age_bands):
             problems.append(f"age_bands: got {self.age_bands}; give two edges or more, ascending, such as [20, 40, 60]")
+        if not self.encoders:
+            problems.append("encoders: got {}; name one at least, such as {'ResNet': 'random:resnet18'}")
         taken = [name for name in self.encoders if name in BASELINES]
         problems += [f"encoders.{name}: a baseline has this name; give another" for name in taken]
         problems += [f"{name}: {task} is not among tasks" for name in ("task_types", "missing_codes")
@@ -436,6 +439,7 @@ class Benchmark(Tuning):
         problems += [f"finetune_tasks: {task} is not among tasks"
                      for task in self.finetune_tasks if task not in self.tasks]
         if not _prepared_problems("prepared", self.prepared):
+            problems += baseline_problems(self.prepared, self.demographics, self.volumes, self.atlas)
             for task in self.tasks:
                 problems += label_problems("tasks", self.prepared, task, self.task_types.get(task, "auto"),
                                             self.missing_codes.get(task, []))

@@ -119,6 +119,32 @@ def alias_problems(aliases: Path | None) -> list[str]:
     return []
 
 
+def baseline_problems(prepared: Path, demographics: list[str] | None, volumes: Path | None,
+                      atlas: Path | None) -> list[str]:
+    """Problems with the columns, the table and the atlas that baselines without an encoder use."""
+    from kit.cohort.identity import headings
+    from kit.cohort.tabular import TableError, read_foreign
+    from kit.preprocess.scan_file import ScanError, read_scan
+
+    problems, columns = [], _index(prepared).columns
+    if missing := [name for name in demographics or () if name not in columns]:
+        problems.append(f"demographics: no column {', '.join(missing)} in the index of {shown(prepared)}; it has "
+                        f"{', '.join(columns)}")
+    if volumes is not None:
+        try:
+            read_foreign(volumes, headings)
+        except TableError as error:
+            problems.append(f"volumes: {error}")
+    if atlas is not None:
+        try:
+            labels = read_scan(atlas)[0]
+            if (odd := labels[labels != labels.round()]).size:
+                problems.append(f"atlas: {shown(atlas)} holds {odd[0]:g}; give a map of whole-numbered regions")
+        except ScanError as error:
+            problems.append(f"atlas: {shown(atlas)}: {error}")
+    return problems
+
+
 def label_problems(name: str, prepared: Path, task: str, task_type: str, missing_codes: list[Any]) -> list[str]:
     """Problems with a label column of prepared scans."""
     from kit.cohort.labels import LabelError, read_labels

@@ -3,6 +3,7 @@
 - ``tasks``        a label with its participant-level split or folds, checked for leakage
 - ``predict``      a network's output for each scan
 - ``predicted``    predictions for scans without a label, with conformal intervals
+- ``measured``     features, volumes and voxels, computed once for each scan
 - ``probe``        linear probes on frozen features
 - ``tune``         fine-tuning of all weights; learning rate and stopping point chosen on validation
 - ``baselines``    predictions without an encoder: guessing, age and sex, site, ``volumes``, voxels

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.numpy import load_file, save_file
 from sklearn.compose import make_column_transformer
 from sklearn.decomposition import PCA
 from sklearn.impute import SimpleImputer
@@ -24,11 +23,12 @@ from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError
-from kit.evaluate.probe import probe_tested
-from kit.evaluate.tasks import Task
+from kit.evaluate.measured import key_in_file, measured, measured_file
+from kit.evaluate.probe import DEFAULT, probe_tested
+from kit.evaluate.tasks import Part, Task, sexes
 from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
 from kit.preprocess.quality import site_column
-from kit.runs import progress, write_whole
+from kit.runs import progress
 from kit.store.store import Store
 
 BASELINES = ("guess", "demographics", "site", "volumes", "voxels")
@@ -111,7 +111,7 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
         raise LabelError(f"demographics: no column {', '.join(missing)}; the index has {', '.join(index.columns)}")
     if not columns:
         raise DoesNotApply(f"the index has no column {', '.join(DEMOGRAPHICS)}")
-    columns = _without_label(task, {name: task.parts[name].rows[list(columns)] for name in FITTED}, tell)
+    columns = _without_label(task, {name: part.rows[list(columns)] for name, part in _labelled(task).items()}, tell)
     return {name: pd.DataFrame({column: _covariate(part.rows, column, index) for column in columns})
             for name, part in task.parts.items()}
 
@@ -121,7 +121,7 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
     alike = [name for name in rows if _words(name) == _words(column)]
     found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
     if _words(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
-        return found.map(lambda cell: normalised(cell)[:1] or np.nan, na_action="ignore").astype(object)
+        return sexes(found)
     if pd.api.types.is_numeric_dtype(index[column]):
         return pd.to_numeric(found, errors="coerce").astype(np.float64)
     return found.map(normalised, na_action="ignore").astype(object)
@@ -136,13 +136,14 @@ def _sites(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
     table = read_volumes(path)
-    found = looked_up(table, pd.concat([part.rows for part in task.parts.values()], keys=task.parts))
+    parts = {name: part.rows for name, part in task.parts.items()}
+    whole = {f"all of {name}": part.rows for name, part in _labelled(task).items()}
+    found = looked_up(table, pd.concat(parts | whole))
     if others := [name for name in found if _words(name) & set(DEMOGRAPHICS)]:
         tell(f"without {', '.join(others)}, no volumes")
         found = found.drop(columns=others)
-    tables = {name: found.loc[name] for name in task.parts}
-    columns = _without_label(task, {name: tables[name] for name in FITTED}, tell)
-    return {name: each[columns] for name, each in tables.items()}
+    columns = _without_label(task, {name: found.loc[name] for name in whole}, tell)
+    return {name: found.loc[name][columns] for name in parts}
 
 
 def _words(name: str) -> set[str]:
@@ -151,10 +152,20 @@ def _words(name: str) -> set[str]:
     return {SAME.get(word, word) for word in words}
 
 
+def _labelled(task: Task) -> dict[str, Part]:
+    """Training and validation parts with all their labels, whatever fraction of them is learned from."""
+    return {name: (task.labelled or task.parts)[name] for name in FITTED}
+
+
 def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> list[str]:
-    """Columns that do not give the label away, by name or by their values in training and validation."""
+    """Columns that do not give the label away, by name or by their values.
+
+    Args:
+        tables: the columns of each part of `_labelled`, so that a fraction of the labels, which can agree by chance,
+            leaves out the same columns as all labels.
+    """
     rows, own = pd.concat(list(tables.values())), _words(task.labels.task)
-    labels = pd.Series(np.concatenate([task.parts[name].labels for name in tables]), rows.index)
+    labels = pd.Series(np.concatenate([part.labels for part in _labelled(task).values()]), rows.index)
     kept = []
     for column in rows:
         words, both = _words(column), pd.DataFrame({"one": rows[column], "other": labels}).dropna()
@@ -199,6 +210,8 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     train = tables["train"]
     if len(train) < 2 or len(set(parts["train"].labels)) < len(task.labels.classes):
         raise DoesNotApply(f"only {len(train)} training scans have a value, too few")
+    if task.labels.classes and len(set(parts["validation"].labels)) < 2:
+        tell(f"validation scans with a value are all of one class, so the penalty is not chosen but {DEFAULT:g}")
     numbers = [name for name in train if train[name].dtype != object]
     categories = [name for name in train if name not in numbers]
     encoder = make_column_transformer(
@@ -219,14 +232,15 @@ def _measured_volumes(task: Task, atlas: Path | None, cache: Path | None) -> dic
         image, mask = store.read(scan)
         return tissue_volumes(image, mask, regions[store.grid], store.grid.spacing_mm**3 / 1000)
 
-    digest = hashlib.blake2b(b"".join(each.tobytes() for each in regions.values()), digest_size=6).hexdigest()
-    found = _measured(task, measure, cache / f"volumes-{digest}.safetensors" if cache else None)
+    digests = {str(grid): hashlib.blake2b(each.tobytes()).hexdigest() for grid, each in regions.items()}
+    found = _measured(task, measure, cache and measured_file(cache, "volumes", sorted(digests.items())))
     return {name: found[name] * native_size(part.store, part.rows)[:, None] for name, part in task.parts.items()}
 
 
 def _components(task: Task, cache: Path | None) -> dict[str, np.ndarray]:
     """Principal components of voxels averaged to about 4 mm, where most training scans have brain."""
-    found = _measured(task, _pooled, cache / "voxels.safetensors" if cache else None)
+    grids = {str(part.store.grid) for part in task.parts.values()}
+    found = _measured(task, _pooled, cache and measured_file(cache, "voxels", sorted(grids)))
     shared = np.isfinite(found["train"]).mean(0) > 0.5
     if not shared.any():
         raise DoesNotApply("no voxel is inside the brain of most training scans")
@@ -245,13 +259,9 @@ def _pooled(store: Store, scan: str) -> np.ndarray:
 
 
 def _measured(task: Task, measure: Callable[[Store, str], np.ndarray], path: Path | None) -> dict[str, np.ndarray]:
-    """Measure each scan, (scans, width) by part; results are cached in a file by scan and checksum."""
-    keys = {name: [f"{scan} {part.store.checksum(scan):08x}" for scan in part.rows["scan"]]
-            for name, part in task.parts.items()}
-    known = load_file(path) if path and path.exists() else {}
-    todo = {key: (part.store, scan) for name, part in task.parts.items()
-            for key, scan in zip(keys[name], part.rows["scan"], strict=True) if key not in known}
-    known |= {key: measure(*each) for key, each in progress(todo.items(), desc="measuring scans", disable=not todo)}
-    if todo and path:
-        write_whole(path, lambda aside: save_file(known, aside))
-    return {name: np.stack([known[key] for key in each]) for name, each in keys.items()}
+    """Measure each scan, (scans, width) by part; see `kit.evaluate.measured.measured` for the file."""
+    keys = {name: [key_in_file(part.store, scan) for scan in part.rows["scan"]] for name, part in task.parts.items()}
+    scans = {key: (part.store, scan) for name, part in task.parts.items()
+             for key, scan in zip(keys[name], part.rows["scan"], strict=True)}
+    found = measured(scans, lambda some: [measure(*each) for each in progress(some, desc="measuring scans")], path)
+    return {name: np.stack([found[key] for key in each]) for name, each in keys.items()}

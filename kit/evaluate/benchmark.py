@@ -21,28 +21,32 @@ from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file, save_file
 
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
+from kit.errors import KitError
 from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions
 from kit.evaluate.compare import differences, scores
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
+from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.metrics import METRICS, bias_corrected, further_metrics, join_scans, matched, predicted_of, score
 from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.reliability import ReliabilityError, reliability_of
 from kit.evaluate.tasks import Task, check_tested, covariates, overlap, tasks_of
-from kit.evaluate.tune import Choice, tune
+from kit.evaluate.tune import Choice, stoppable, tune
+from kit.evaluate.volumes import read_volumes
 from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
-from kit.runs import MADE_FROM, Run, progress, write_json, write_table, write_whole
+from kit.runs import MADE_FROM, Run, progress, shown, write_json, write_table
 from kit.store.dataset import PreparedScans
 from kit.store.leakage import ORIGIN_COLUMNS
 from kit.store.store import Store
+from kit.train.stop import NAME as STOP
+from kit.train.stop import UNFINISHED, Stopped
 
 CORRECTION = "validation, to correct the bias"  # the validation part again; its predictions fit the bias correction
 UNTRAINED = "random init"  # probes on an untrained encoder
@@ -54,6 +58,10 @@ TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", 
           "precision")
 RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "subgroups.csv", "table.*",
            "summary.txt")
+
+
+class BenchmarkError(KitError, RuntimeError):
+    """There is nothing to make tables from; the message says which cells are awaited."""
 
 
 class Cell(NamedTuple):
@@ -98,8 +106,9 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
         made_from.json: what the models were made from, by fingerprint.
 
     Raises:
-        MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError: before any training; each says
-            what does not fit.
+        MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError, TableError: before any
+            training; each says what does not fit.
+        BenchmarkError: no cell has predictions yet.
         Stopped: the run was asked to stop; the same parameters resume it.
     """
     bench = fill_cells(params, run)
@@ -114,14 +123,20 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
         bar: options of tqdm for the progress bar.
 
     Raises:
-        see `run_benchmark`.
+        Stopped: also between two cells; `unfinished.csv` then lists the cells that are not done.
+        see `run_benchmark` for the others.
     """
     bench = _Bench(params)
     remove_stale_cells(bench, run)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]
-    for cell in progress(todo, **{"desc": "cells", **(bar or {})}):
-        bench.fill(cell, run.folder)
+    with stoppable(run.folder):
+        for number, cell in enumerate(progress(todo, **{"desc": "cells", **(bar or {})})):
+            if (run / STOP).exists():
+                left = pd.DataFrame(todo[number:])
+                write_table(run / UNFINISHED, left)
+                raise Stopped(left)
+            bench.fill(cell, run.folder)
     return bench
 
 
@@ -151,6 +166,8 @@ class _Bench:
 
     def __init__(self, params: Benchmark) -> None:
         self.params, self.aliases, self.stores = params, read_aliases(params.aliases), open_stores(params)
+        if params.volumes is not None:
+            read_volumes(params.volumes)  # so that a table that cannot be used is refused before work
         self.tasks = {(name, task.fold): task for name in params.tasks for task in tasks_of(
             params, self.stores, name, params.task_types.get(name, "auto"), params.missing_codes.get(name, ()),
             self.aliases)}
@@ -279,14 +296,18 @@ class _Bench:
         return np.stack([self._features[key][scan] for scan in task.parts[part].rows["scan"]])
 
     def _embedded(self, name: str, fold: int, seed: int, store: Store, weights: str) -> dict[str, np.ndarray]:
-        scans = [(scan, store.checksum(scan)) for scan in store.index["scan"]]
-        digest = hashlib.blake2b(f"{weights} {scans}".encode(), digest_size=6).hexdigest()
-        path = self.params.output_dir / "embeddings" / f"{quote(name, safe=' ')}-{digest}.safetensors"
-        if not path.exists():
-            values = predict(self.encoder(name, fold, seed)[0], PreparedScans(store, store.index))
-            features = dict(zip(store.index["scan"], values, strict=True))
-            write_whole(path, lambda aside: save_file(features, aside))
-        return load_file(path)
+        """Features of a store's scans that any task uses."""
+        used = {scan for task in self.tasks.values() for part in task.parts.values()
+                if part.store.folder == store.folder for scan in part.rows["scan"]}
+        scans = {key_in_file(store, scan): scan for scan in store.index["scan"] if scan in used}
+
+        def embed(some: list[str]) -> np.ndarray:
+            rows = store.index[store.index["scan"].isin(some)]  # in the index's order, as `some` is
+            return predict(self.encoder(name, fold, seed)[0], PreparedScans(store, rows))
+
+        path = measured_file(self.params.output_dir / "embeddings", quote(name, safe=" "), weights)
+        found = measured(scans, embed, path)
+        return {scan: found[key] for key, scan in scans.items()}
 
     def _noted_of(self, name: str, fold: int, seed: int) -> tuple[dict[str, str], dict[str, Any]]:
         """Provenance of an encoder and its record; the weights are read only once."""
@@ -388,6 +409,12 @@ def remove_stale_cells(bench: _Bench, run: Run) -> None:
 def _tables(bench: _Bench, run: Run) -> Results:
     missing = [cell for cell in bench.cells if not bench.is_done(cell)]
     predictions = pd.concat([bench.table_of(cell) for cell in bench.cells], ignore_index=True)
+    if predictions.empty:
+        params, cells = bench.params, bench.cells
+        raise BenchmarkError(f"{shown(run.folder)}: no cell has predictions yet ({len(cells) - len(missing)} of "
+                             f"{len(cells)} cells are done, and shard {params.shard} of {params.shards} computes "
+                             f"{len(cells[params.shard::params.shards])}): run it again when other shards are done, "
+                             f"and set shards to at most {len(cells)}")
     kinds = {name: task.labels.kind for (name, _), task in bench.tasks.items()}
     about = predictions.groupby([*ROW], sort=False).agg(
         converged=("converged", _all_converged), train_participants=("train_participants", "mean")).reset_index()
@@ -449,7 +476,8 @@ def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iter
         if len(inside):
             yield f"age {lower:g} to {upper:g}", inside
     classes = sorted(set(scans["true"]))
-    if params.match_age_sex and kind == "classification" and len(classes) == 2 and task not in ("sex", "gender"):
+    asked = params.match_age_sex and task.casefold() not in ("sex", "gender")
+    if asked and kind == "classification" and len(classes) == 2:
         people = scans.drop_duplicates("participant").reset_index(drop=True)
         keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
         if keep.any():
@@ -496,7 +524,8 @@ def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
         network, record = bench.encoder(name, 0, seed)
         try:
             rows.append(reliability_of(network, bench.stores["prepared"], name, record=record, by=by,
-                                       accept_flags=params.accept_flags, aliases=bench.aliases, seed=seed))
+                                       accept_flags=params.accept_flags, aliases=bench.aliases, seed=seed,
+                                       allow_seen=params.allow_seen_participants))
         except ReliabilityError as error:
             print(f"{name}: no reliability: {error}")
     if not rows:

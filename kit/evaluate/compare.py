@@ -3,7 +3,7 @@
 The table has one row per scan: encoder, mode, task, label_fraction, seed, fold, distribution, scan, participant, true
 and predicted (log-odds of class 1, or the number; with more classes the logits predicted_0 …).
 
-A cell is an encoder in one mode, on one task, with one label fraction, on one distribution. Its statistic is the
+An entry is an encoder in one mode, on one task, with one label fraction, on one distribution. Its statistic is the
 mean of the metric over seeds. In distribution, one fold's model tests each participant and the AUC compares pairs
 within folds only. On other test sets every fold's model tests everyone, and the metric is averaged over folds too.
 
@@ -35,18 +35,18 @@ from kit.evaluate.metrics import (
     variance,
 )
 
-CELL = ["encoder", "mode", "task", "label_fraction", "distribution"]
+ENTRY = ["encoder", "mode", "task", "label_fraction", "distribution"]
 SCORES = ["encoder", "mode", "task", "label_fraction", "metric", "distribution", "value", "low", "high",
           "participants", "seeds"]
 DIFFERENCES = ["encoder", "rival", "task", "mode", "label_fraction", "distribution", "metric", "difference", "low",
                "high", "p", "p_holm", "participants", "seeds"]
 
-Key = tuple[str, str, str, float, str]  # the values of CELL
+Key = tuple[str, str, str, float, str]  # the values of ENTRY
 Names = tuple[str, ...]  # of participants, in order
 
 
 def scores(predictions: pd.DataFrame, kinds: Mapping[str, str], draws: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """Compute each cell's metric with its 95 % interval over participants and seeds.
+    """Compute each entry's metric with its 95 % interval over participants and seeds.
 
     With one seed (column `seeds`) the interval covers participants only. With too few participants it is nan; see
     `kit.evaluate.metrics.score`, and `variance` and `interval` there for the method. In simulations with 60
@@ -60,23 +60,23 @@ def scores(predictions: pd.DataFrame, kinds: Mapping[str, str], draws: int = RES
         draws: number of bootstrap draws.
 
     Returns:
-        one row per cell, sorted: encoder, mode, task, label_fraction, metric, distribution, value, low, high,
+        one row per entry, sorted: encoder, mode, task, label_fraction, metric, distribution, value, low, high,
         participants (tested under every seed), seeds.
 
     Raises:
         ValueError: a prediction is not finite.
     """
-    cells = _cells(predictions, kinds)
-    drawn = _resampled(((cell, cell.names) for cell in cells.values()), draws, seed)
+    entries = _entries(predictions, kinds)
+    drawn = _resampled(((entry, entry.names) for entry in entries.values()), draws, seed)
     rows = []
-    for key, cell in cells.items():
-        on, metric = drawn[key, cell.names], METRICS[cell.kind]
+    for key, entry in entries.items():
+        on, metric = drawn[key, entry.names], METRICS[entry.kind]
         low, high = np.nan, np.nan
         if on.enough:
-            sides = [(on.found, on.drawn)] if len(cell.seeds) > 1 else []
-            low, high = interval(on.found.mean(), *variance(on.drawn.mean(0), len(cell.names), sides), metric)
-        rows.append({**dict(zip(CELL, key, strict=True)), "metric": metric, "value": on.found.mean(), "low": low,
-                     "high": high, "participants": len(cell.names), "seeds": len(cell.seeds)})
+            sides = [(on.found, on.drawn)] if len(entry.seeds) > 1 else []
+            low, high = interval(on.found.mean(), *variance(on.drawn.mean(0), len(entry.names), sides), metric)
+        rows.append({**dict(zip(ENTRY, key, strict=True)), "metric": metric, "value": on.found.mean(), "low": low,
+                     "high": high, "participants": len(entry.names), "seeds": len(entry.seeds)})
     return pd.DataFrame(rows, columns=SCORES)
 
 
@@ -105,13 +105,13 @@ def differences(predictions: pd.DataFrame, kinds: Mapping[str, str], encoders: S
     Raises:
         ValueError: a prediction is not finite.
     """
-    cells = _cells(predictions, kinds)
-    pairs = [(cell, rival, _common([cell.names, rival.names]))
-             for encoder in encoders for cell in cells.values() if cell.key[0] == encoder
-             for rival in cells.values() if _are_rivals(cell, rival)]
+    entries = _entries(predictions, kinds)
+    pairs = [(entry, rival, _common([entry.names, rival.names]))
+             for encoder in encoders for entry in entries.values() if entry.key[0] == encoder
+             for rival in entries.values() if _are_rivals(entry, rival)]
     drawn = _resampled(((each, names) for *both, names in pairs for each in both), draws, seed)
-    rows = [_difference(cell, rival, drawn[cell.key, names], drawn[rival.key, names], len(names))
-            for cell, rival, names in pairs]
+    rows = [_difference(entry, rival, drawn[entry.key, names], drawn[rival.key, names], len(names))
+            for entry, rival, names in pairs]
     table = pd.DataFrame(rows, columns=DIFFERENCES)
     for _, places in table.groupby("encoder").groups.items():
         table.loc[places, "p_holm"] = holm(table.loc[places, "p"].to_numpy(float))
@@ -138,7 +138,7 @@ class _Test:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class _Entry:
     key: Key
     kind: str
     seeds: dict[int, list[_Test]]  # several tests: one per fold's model
@@ -156,66 +156,66 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Resampled:
-    """A cell's statistic by seed, on given participants."""
+    """An entry's statistic by seed, on given participants."""
 
     found: np.ndarray  # (seeds,)
     drawn: np.ndarray  # (seeds, draws)
     enough: bool  # whether there are enough participants for an interval
 
 
-def _cells(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> dict[Key, _Cell]:
-    """Group predictions into cells, sorted by key so that the order of rows does not matter."""
+def _entries(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> dict[Key, _Entry]:
+    """Group predictions into entries, sorted by key so that the order of rows does not matter."""
     seeds: dict[Key, dict[int, list[_Test]]] = defaultdict(lambda: defaultdict(list))
     for task, scans in predictions.groupby("task"):
         try:
-            joined = join_scans(scans, [*CELL, "seed", "fold"])
+            joined = join_scans(scans, [*ENTRY, "seed", "fold"])
         except ValueError as error:
             raise ValueError(f"{task}: {error}") from error
         within = joined["distribution"] == "in_distribution"
         # cross-validation tests a participant in one fold; if in several, they share the weight
-        shares = joined[within].groupby([*CELL, "seed", "participant"])["true"].transform("size")
+        shares = joined[within].groupby([*ENTRY, "seed", "participant"])["true"].transform("size")
         joined.loc[within, "weight"] = 1 / shares
         joined["test"] = np.where(within, 0, joined["fold"])
-        names = [*CELL, "seed", "test"]
+        names = [*ENTRY, "seed", "test"]
         for key, rows in joined.groupby(names, sort=True):
             folds = rows["fold"].to_numpy() if key[4] == "in_distribution" else None
             test = _Test(rows["participant"].to_numpy(), rows["true"].to_numpy(), predicted_of(rows),
                          rows["weight"].to_numpy(), folds)
             seeds[key[:5]][key[5]].append(test)
-    return {key: _Cell(key, kinds[key[2]], dict(seeds[key])) for key in sorted(seeds)}
+    return {key: _Entry(key, kinds[key[2]], dict(seeds[key])) for key in sorted(seeds)}
 
 
 def _common(groups: Iterable[Iterable[str]]) -> Names:
     return tuple(sorted(set.intersection(*map(set, groups))))
 
 
-def _are_rivals(cell: _Cell, rival: _Cell) -> bool:
-    same_test = cell.key[2:] == rival.key[2:]
-    return same_test and cell.key != rival.key and rival.key[1] in (cell.key[1], "baseline")
+def _are_rivals(entry: _Entry, rival: _Entry) -> bool:
+    same_test = entry.key[2:] == rival.key[2:]
+    return same_test and entry.key != rival.key and rival.key[1] in (entry.key[1], "baseline")
 
 
-def _resampled(wanted: Iterable[tuple[_Cell, Names]], draws: int, seed: int) -> dict[tuple[Key, Names], _Resampled]:
-    """Each cell's statistic on its participants and on bootstrap draws; equal sets of participants share draws."""
-    by_names: dict[Names, dict[Key, _Cell]] = defaultdict(dict)
-    for cell, names in wanted:
-        by_names[names][cell.key] = cell
+def _resampled(wanted: Iterable[tuple[_Entry, Names]], draws: int, seed: int) -> dict[tuple[Key, Names], _Resampled]:
+    """Each entry's statistic on its participants and on bootstrap draws; equal sets of participants share draws."""
+    by_names: dict[Names, dict[Key, _Entry]] = defaultdict(dict)
+    for entry, names in wanted:
+        by_names[names][entry.key] = entry
     found = {}
-    for names, cells in by_names.items():
+    for names, entries in by_names.items():
         chosen = {(key, replicate): [_on(test, names) for test in tests]
-                  for key, cell in cells.items() for replicate, tests in cell.seeds.items()}
+                  for key, entry in entries.items() for replicate, tests in entry.seeds.items()}
         enough = {key: bool(names) and all(
-            fewest(test.true, test.predicted, test.participants, cell.kind) >= LEAST_PARTICIPANTS
-            for replicate in cell.seeds for test in chosen[key, replicate]) for key, cell in cells.items()}
+            fewest(test.true, test.predicted, test.participants, entry.kind) >= LEAST_PARTICIPANTS
+            for replicate in entry.seeds for test in chosen[key, replicate]) for key, entry in entries.items()}
 
-        def on(drawn: np.ndarray, chosen=chosen, cells=cells) -> dict[tuple[Key, int], np.ndarray]:
+        def on(drawn: np.ndarray, chosen=chosen, entries=entries) -> dict[tuple[Key, int], np.ndarray]:
             return {model: np.mean([statistic(test.true, test.predicted, drawn[:, test.participants] * test.weight,
-                                              cells[model[0]].kind, test.folds) for test in tests], axis=0)
+                                              entries[model[0]].kind, test.folds) for test in tests], axis=0)
                     for model, tests in chosen.items()}
 
         whole = on(np.ones((1, len(names)))) if names else {model: np.full(1, np.nan) for model in chosen}
         parts = [on(drawn) for drawn in bootstrap(len(names), draws, seed)] if any(enough.values()) else []
-        for key, cell in cells.items():
-            models = [(key, replicate) for replicate in cell.seeds]
+        for key, entry in entries.items():
+            models = [(key, replicate) for replicate in entry.seeds]
             drawn = [np.concatenate([part[model] for part in parts] or [np.empty(0)]) for model in models]
             found[key, names] = _Resampled(np.concatenate([whole[model] for model in models]), np.stack(drawn),
                                            enough[key])
@@ -230,21 +230,21 @@ def _on(test: _Test, names: Names) -> _Test:
                  None if test.folds is None else test.folds[keep])
 
 
-def _difference(cell: _Cell, rival: _Cell, ours: _Resampled, theirs: _Resampled, participants: int) -> dict:
+def _difference(entry: _Entry, rival: _Entry, ours: _Resampled, theirs: _Resampled, participants: int) -> dict:
     value, low, high, p = ours.found.mean() - theirs.found.mean(), np.nan, np.nan, np.nan
     if ours.enough and theirs.enough:
-        if rival.fixed or cell.seeds.keys() == rival.seeds.keys():
+        if rival.fixed or entry.seeds.keys() == rival.seeds.keys():
             sides = [(ours.found - theirs.found, ours.drawn - theirs.drawn)]
         else:
             sides = [(each.found, each.drawn) for each in (ours, theirs)]
         sides = [side for side in sides if len(side[0]) > 1]
         size, freedom = variance(ours.drawn.mean(0) - theirs.drawn.mean(0), participants, sides)
         low, high = interval(value, size, freedom)
-        most = 1.0 if METRICS[cell.kind] == "auc" else np.inf  # with few seeds intervals can exceed the possible range
+        most = 1.0 if METRICS[entry.kind] == "auc" else np.inf  # with few seeds intervals can exceed the possible range
         low, high = max(low, -most), min(high, most)
         p = np.nan if np.isnan(low) else 2 * student.sf(abs(value) / np.sqrt(size), freedom)
-    seeds = len(cell.seeds) if rival.fixed else min(len(cell.seeds), len(rival.seeds))
-    encoder, mode, task, fraction, distribution = cell.key
+    seeds = len(entry.seeds) if rival.fixed else min(len(entry.seeds), len(rival.seeds))
+    encoder, mode, task, fraction, distribution = entry.key
     return {"encoder": encoder, "rival": rival.key[0], "task": task, "mode": mode, "label_fraction": fraction,
-            "distribution": distribution, "metric": METRICS[cell.kind], "difference": value, "low": low, "high": high,
+            "distribution": distribution, "metric": METRICS[entry.kind], "difference": value, "low": low, "high": high,
             "p": p, "p_holm": np.nan, "participants": participants, "seeds": seeds}

@@ -314,28 +314,6 @@ def bias_corrected(validation_true: np.ndarray, validation_predicted: np.ndarray
     return (predicted - intercept) / slope
 
 
-def within_bands(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: Sequence[str] | np.ndarray,
-                 covariate: np.ndarray, edges: Sequence[float], seed: int = 0,
-                 folds: Sequence[int] | np.ndarray | None = None) -> pd.DataFrame:
-    """`score` within bands of a covariate, such as how well a diagnosis is predicted among people of similar age.
-
-    Args:
-        covariate: (scans,); scans with nan are in no band.
-        edges: ascending; a band includes its lower edge and excludes its upper one.
-
-    Returns:
-        one row per non-empty band: from, to, value, low, high, participants.
-    """
-    rows = []
-    for lower, upper in zip(edges[:-1], edges[1:], strict=True):
-        keep = (covariate >= lower) & (covariate < upper)
-        if keep.any():
-            inside = None if folds is None else np.asarray(folds)[keep]
-            found = score(labels[keep], predictions[keep], kind, np.asarray(participants)[keep], seed, inside)
-            rows.append({"from": lower, "to": upper, **found})
-    return pd.DataFrame(rows, columns=["from", "to", "value", "low", "high", "participants"])
-
-
 def matched(participants: Sequence[str], case: np.ndarray, age: np.ndarray, sex: np.ndarray,
             caliper: float = 2.0) -> np.ndarray:
     """Pair each case with a control of the same sex and about the same age; people without a partner are left out.

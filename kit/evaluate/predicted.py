@@ -14,7 +14,6 @@ import pandas as pd
 from scipy.special import expit, softmax
 
 COVERAGE = 0.9
-LEAST = 9  # fewest validation scans for a 90 % interval
 
 
 def conformal_quantile(scores: np.ndarray) -> float:

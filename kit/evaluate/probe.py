@@ -11,6 +11,7 @@ from kit.evaluate.metrics import auc, one_vs_rest
 from kit.evaluate.tasks import Task
 
 PENALTIES = tuple(10.0 ** power for power in range(-4, 5))  # ridge, or 1 / C of logistic regression
+DEFAULT = 1.0  # the penalty where validation cannot choose, as in scikit-learn
 
 
 def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.ndarray, validation_labels: np.ndarray,
@@ -18,7 +19,7 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.
     """Standardise, then fit logistic or ridge regression, with the penalty that does best on validation.
 
     Best means the largest AUC (macro one-versus-rest for several classes) or the smallest squared error; ties go to
-    the stronger penalty.
+    the stronger penalty. Validation labels of one class have no AUC; then the penalty is `DEFAULT`.
 
     Args:
         features, validation_features: (scans, width) float.
@@ -36,6 +37,8 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.
             return -_auc(validation_labels, guess)
         return float(np.square(validation_labels - guess).mean())
 
+    if kind == "classification" and len(set(validation_labels)) < 2:
+        return fitted(DEFAULT)
     # ties go to the first, the stronger penalty
     return min((fitted(penalty) for penalty in reversed(PENALTIES)), key=loss)
 

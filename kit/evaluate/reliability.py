@@ -149,7 +149,7 @@ def reliability(values: np.ndarray, people: Each, sites: Each, encoder: str = ""
 
 def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str = "features", by: str = "session",
                    record: dict[str, Any] | None = None, accept_flags: Sequence[str] = (),
-                   aliases: Aliases | None = None, seed: int = 0) -> pd.DataFrame:
+                   aliases: Aliases | None = None, seed: int = 0, allow_seen: bool = False) -> pd.DataFrame:
     """Measure the reliability of a network's output on a store's participants with several scans.
 
     If the index has the split "travelling" (the same people scanned at every site), only those scans are used.
@@ -160,6 +160,7 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
         by: column that distinguishes a person's scans: "session" or "site".
         record: the encoder's; participants seen in pretraining are left out.
         accept_flags: see `kit.preprocess.quality.usable`.
+        allow_seen: print what else was seen in pretraining, such as a scan under another name, instead of raising.
 
     Returns:
         see `reliability`.
@@ -181,7 +182,7 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
     if ids.nunique() < 2:
         raise ReliabilityError(f"{shown(store.folder)}: {ids.nunique()} participants with several usable scans that "
                                "the encoder has not seen; reliability needs two or more")
-    check_encoder(record or {}, store, rows, ids, aliases=aliases)  # nor seen under another name
+    check_encoder(record or {}, store, rows, ids, allow_seen, aliases)  # nor seen under another name
     return reliability(predict(encoder, PreparedScans(store, rows)), ids, rows[by], name, what, seed)
 
 

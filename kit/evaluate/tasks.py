@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,11 +54,13 @@ class Task:
     Attributes:
         parts: train, validation, test, and further test sets by their names.
         fold: number of the cross-validation fold; 0 for a single split.
+        labelled: train and validation with all their labels, if `parts` has only a fraction of them; else empty.
     """
 
     labels: Labels
     parts: dict[str, Part]
     fold: int = 0
+    labelled: dict[str, Part] = field(default_factory=dict)
 
     @property
     def tested(self) -> dict[str, str]:
@@ -68,9 +70,10 @@ class Task:
 
     def with_labels_for(self, fraction: float, seed: int) -> Task:
         """The task with labels for only a fraction of the training and of the validation participants."""
+        learned = {name: part for name, part in self.parts.items() if name in TRAINING_PARTS}
         few = {name: part.only(label_subset(part.participants, part.labels, self.labels.kind, fraction, seed))
-               for name, part in self.parts.items() if name in TRAINING_PARTS}
-        return replace(self, parts=self.parts | few)
+               for name, part in learned.items()}
+        return replace(self, parts=self.parts | few, labelled=self.labelled or learned)
 
 
 def tasks_of(params: Tuning, stores: Mapping[str, Store], task: str, kind: str = "auto",
@@ -254,12 +257,27 @@ def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
 def covariates(part: Part) -> pd.DataFrame:
     """Age and sex of a part's scans, for age bands and matching.
 
+    The columns are age, and sex or else gender, in any case (`Age`, `GENDER`).
+
     Returns:
-        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown), `sex` (text, None if
-        unknown).
+        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown), `sex` (see `sexes`,
+        None if unknown).
     """
-    rows = part.rows
-    age = pd.to_numeric(rows["age"], errors="coerce") if "age" in rows else pd.Series(np.nan, rows.index)
-    sex = rows["sex"].map(str, na_action="ignore") if "sex" in rows else pd.Series(None, rows.index, dtype=object)
-    return pd.DataFrame({"scan": rows["scan"], "participant": part.participants, "age": age.astype(float),
-                         "sex": sex.astype(object).where(sex.notna(), None)}).reset_index(drop=True)
+    age = pd.to_numeric(_column(part.rows, "age"), errors="coerce").astype(float)
+    sex = sexes(_column(part.rows, "sex", "gender"))
+    return pd.DataFrame({"scan": part.rows["scan"], "participant": part.participants, "age": age,
+                         "sex": sex.where(sex.notna(), None)}).reset_index(drop=True)
+
+
+def sexes(column: pd.Series) -> pd.Series:
+    """First letters in upper case, so that male, m and M are one; codes stay text ("1"), as cohorts number differently.
+
+    Missing cells are nan.
+    """
+    return column.map(lambda cell: normalised(cell)[:1].upper() or np.nan, na_action="ignore").astype(object)
+
+
+def _column(rows: pd.DataFrame, *names: str) -> pd.Series:
+    """The first of these columns there is, whatever its case; nan everywhere if there is none."""
+    spelled = [each for name in names for each in [name, *rows] if str(each).casefold() == name and each in rows]
+    return rows[spelled[0]] if spelled else pd.Series(np.nan, rows.index, dtype=object)

@@ -1,4 +1,7 @@
-"""Fine-tuning: train all weights on a label, with learning rate and stopping point chosen on validation."""
+"""Fine-tuning: train all weights on a label, with learning rate and stopping point chosen on validation.
+
+`tune` makes the choices, with a `train` for each try; `train` starts the processes, and each runs `train_here`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +89,7 @@ class Job:
     Attributes:
         settings: an epoch ends at each validation check, every `check_steps` steps.
         steps: at most.
-        by_score: compare checks by validation AUC instead of loss.
+        by_score: compare checks by validation AUC instead of loss; only if validation has every class.
         folder: for `log.csv` and `checkpoints/`, from which training resumes; None keeps nothing on disk.
         home: the run's folder, watched for a stop file.
     """
@@ -105,11 +108,11 @@ class Job:
     @classmethod
     def of(cls, task: Task, encoder: Encoder, params: Tuning, seed: int, choice: Choice, times: int = 1,
            folder: Path | None = None, home: Path | None = None) -> Job:
-        """Make a job with `times` the steps that the parameters allow."""
+        """Make a job with `times` the steps that the parameters allow; the warm-up stays the same number of steps."""
         steps = times * params.steps
         settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=math.ceil(steps / params.check_steps),
                                warmup_fraction=params.warmup_steps / steps)
-        by_score = params.select_by == "score" and task.labels.kind == "classification"
+        by_score = params.select_by == "score" and task.labels.kind == "classification" and not _unvalidated(task)
         return cls(task, encoder, settings, steps, params.check_steps, params.flip, params.standardise, by_score,
                    folder, home)
 
@@ -129,16 +132,17 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     """Fine-tune a copy of an encoder on a task's training part; every choice is made on its validation part.
 
     Each learning rate is tried with each weight decay. The try with the lowest validation loss (or best AUC, see
-    `select_by`) is kept, at its best weights. Then `tune` checks whether training was long enough. A run that stopped
-    early at a constant learning rate passes, as more steps would not change it; any other is repeated with three times
-    the steps.
+    `select_by`, if validation has every class) is kept, at its best weights. Then `tune` checks whether training was
+    long enough. A run that stopped early at a constant learning rate passes, as more steps would not change it; any
+    other is repeated with three times the steps.
 
     Args:
         seed: of the head, the batches and the augmentation.
         folder: for `tries.csv` and `tries/`, from which a killed or stopped run resumes; None keeps nothing on disk.
             The caller removes `tries/` once the results are written.
         choice: hyperparameters already known; then there is one try.
-        home: the run's folder, watched for the file `stop`; `folder` if not given.
+        home: the run's folder, watched for the file `stop`, which the caller removes (see `stoppable`); None: `folder`
+            is watched, and its file removed at the end.
         check: whether to check that training was long enough; None: as the parameters say (`check_converged`).
 
     Raises:
@@ -148,15 +152,19 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     if folder is None and params.processes() > 1:
         with tempfile.TemporaryDirectory() as place:  # worker processes read their job from here
             return tune(task, encoder, params, seed, Path(place), choice, home, check)
+    watch = stoppable(folder) if home is None else nullcontext()
     home, check = home or folder, params.check_converged if check is None else check
 
     def job(choice: Choice, times: int = 1) -> Job:
         name = f"rate {choice.learning_rate:g} decay {choice.weight_decay:g} times {times}"
         return Job.of(task, encoder, params, seed, choice, times, folder and folder / TRIES / name, home)
 
+    if params.select_by == "score" and (lacking := _unvalidated(task)):
+        print(f"{task.labels.task}: no validation scan of class {', '.join(lacking)}, so there is no AUC: the loss "
+              "selects instead (select_by)")
     choices = [choice] if choice else [Choice(*pair) for pair in itertools.product(params.learning_rates,
                                                                                   params.weight_decays)]
-    with _stoppable(home):
+    with watch:
         rows, best = [], None
         for each in map(Choice._make, choices):
             predictor, log = train(job(each), params)
@@ -187,7 +195,7 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
         the predictor and the log; see `kit.train.loop.fit`.
     """
     if params.processes() == 1:
-        objective, log = finetune(job)
+        objective, log = train_here(job)
         if job.folder is None:
             return objective.predictor, log
     else:
@@ -210,7 +218,7 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
     return objective.predictor, pd.DataFrame(last["log"])
 
 
-def finetune(job: Job) -> tuple[Supervised, pd.DataFrame]:
+def train_here(job: Job) -> tuple[Supervised, pd.DataFrame]:
     """Train in this process, alone or as one of several workers.
 
     Returns:
@@ -269,13 +277,19 @@ def _validation(task: Task, predictor: Predictor) -> pd.DataFrame:
     return per_participant(part.labels, predicted, part.participants)
 
 
+def _unvalidated(task: Task) -> list[str]:
+    """Classes that the validation part lacks; without them it has no AUC."""
+    present = set(task.parts["validation"].labels)
+    return [name for number, name in enumerate(task.labels.classes) if number not in present]
+
+
 def _looks_since_best(log: pd.DataFrame) -> int:
     return len(log) - 1 - int(log["monitor"].to_numpy().argmin())
 
 
 @contextmanager
-def _stoppable(home: Path | None) -> Iterator[None]:
-    """Within this context an interrupt asks the training to stop."""
+def stoppable(home: Path | None) -> Iterator[None]:
+    """Within this context an interrupt asks the training to stop, by the stop file, which is removed at its end."""
     if home is None:
         yield
         return
@@ -296,7 +310,7 @@ def _worker(home: str) -> None:
 
 def _train_noted(home: Path) -> None:
     with suppress(Stopped):
-        finetune(torch.load(home / JOB, map_location="cpu", weights_only=False))
+        train_here(torch.load(home / JOB, map_location="cpu", weights_only=False))
 
 
 if __name__ == "__main__":  # python -m kit.evaluate.tune FOLDER WORKERS, started through srun by `launch_on_nodes`

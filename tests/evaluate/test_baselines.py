@@ -5,13 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 
+import kit
 from kit.cohort.identity import participant_ids
 from kit.cohort.labels import LabelError, Labels, read_labels
 from kit.cohort.split import splits
 from kit.cohort.tabular import TableError
-from kit.evaluate.baselines import BASELINES, baseline_predictions
+from kit.evaluate import measured as measured_module
+from kit.evaluate.baselines import BASELINES, LEAST_ROWS, baseline_predictions
+from kit.evaluate.measured import measured, measured_file
 from kit.evaluate.metrics import score
 from kit.evaluate.probe import fit_probe, predict_probe
 from kit.evaluate.tasks import Part, Task
@@ -102,6 +106,21 @@ def test_demographics_never_have_the_label_in_another_dress(store):
         assert len(said) == 1 and f"without {next(iter(columns))}" in said[0]
     with pytest.raises(LabelError, match="no column height; the index has scan, "):
         baseline_predictions("demographics", task_of(store, "age"), demographics=["height"])
+
+
+def test_few_labels_leave_out_what_all_labels_do(store, tmp_path):
+    """A fraction of the labels is too few scans to tell a copy of the label from a column that agrees by chance."""
+    months = store.index["age"] * 12
+    task = task_of(with_index(store, months=months), "age")
+    few = task.with_labels_for(0.2, 0)
+    assert sum(len(few.parts[name].rows) for name in ("train", "validation")) < LEAST_ROWS
+    said = []
+    assert baseline_predictions("demographics", few, demographics=["months"], say=said.append) is None
+    assert said[0] == "demographics on age: without months, which is the label or says the same"
+    store.index[["scan"]].assign(months=months).to_csv(tmp_path / "volumes.csv", index=False)
+    said.clear()
+    assert baseline_predictions("volumes", few, volumes=tmp_path / "volumes.csv", say=said.append) is None
+    assert said[0] == "volumes on age: without months, which is the label or says the same"
 
 
 def test_age_and_sex_are_found_where_they_say_something(store, elsewhere):
@@ -237,7 +256,8 @@ def test_fine_voxels_are_averaged_to_four_millimetres(tmp_path):
     store = Store(store.folder, store.index, store.record | {"spacing_mm": 2.0})
     task = task_of(store, "lesion")
     assert error_or_auc(task, baseline_predictions("voxels", task, cache=tmp_path / "cache")) > 0.95
-    assert (tmp_path / "cache/voxels.safetensors").stat().st_size < 1.1 * len(store.index) * 13 * 15 * 18 * 2 + 10_000
+    file, = (tmp_path / "cache").glob("voxels-*.safetensors")
+    assert file.stat().st_size < 1.1 * len(store.index) * 13 * 15 * 18 * 2 + 10_000
 
 
 def test_nothing_of_what_is_tested_is_learnt(store, elsewhere, tmp_path):
@@ -269,6 +289,42 @@ def test_scans_are_measured_once_whatever_is_learnt_from_them(store, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
 
 
+def test_another_kit_or_grid_measures_anew(store, tmp_path, monkeypatch):
+    task = task_of(store, "age")
+
+    def count():
+        for name in ("volumes", "voxels"):
+            baseline_predictions(name, task, cache=tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert count() == count() == 2
+    coarse = Store(store.folder, store.index, store.record | {"spacing_mm": 2 * store.grid.spacing_mm})
+    monkeypatch.setattr(kit, "__version__", "0.0.0+other")
+    assert count() == 4
+    task = task_of(coarse, "age")
+    assert count() == 6
+
+
+def test_a_killed_measuring_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured_module, "SAVED_TOGETHER", 2)
+    path, seen = measured_file(tmp_path, "lengths", 1), []
+
+    def measure(scans):
+        if "dddd" in scans and len(seen) < 4:
+            raise KeyboardInterrupt
+        seen.extend(scans)
+        return [np.array([len(scan)]) for scan in scans]
+
+    scans = {f"key of {scan}": scan for scan in ("a", "bb", "ccc", "dddd", "eeeee")}
+    with pytest.raises(KeyboardInterrupt):
+        measured(scans, measure, path)
+    assert seen == ["a", "bb"] and set(load_file(path)) == {"key of a", "key of bb"}
+    seen.extend(["", ""])
+    found = measured(scans, measure, path)
+    assert seen == ["a", "bb", "", "", "ccc", "dddd", "eeeee"]
+    assert {key: value.item() for key, value in found.items()} == {key: len(scan) for key, scan in scans.items()}
+
+
 def test_a_probe_of_several_classes_takes_the_penalty_of_the_best_macro_auc():
     rng = np.random.default_rng(0)
     labels = np.arange(150) % 3
@@ -278,3 +334,18 @@ def test_a_probe_of_several_classes_takes_the_penalty_of_the_best_macro_auc():
     assert found.shape == (45, 3) and (found.argmax(1) == labels[105:]).mean() > 0.7
     noise = fit_probe(np.zeros((60, 2)), labels[:60], np.zeros((45, 2)), labels[60:105], "classification")
     assert noise[-1].C == 1e-4  # all penalties are equal: the strongest
+
+
+def test_validation_of_one_class_chooses_no_penalty(store):
+    task = task_of(store, "lesion")
+    part = task.parts["validation"]
+    known = pd.Series(store.index["age"]).where(~store.index["scan"].isin(part.rows["scan"][part.labels == 1]))
+    said = []
+    assert baseline_predictions("demographics", task_of(with_index(store, age=known), "lesion"), demographics=["age"],
+                                say=said.append)
+    assert said[-1] == ("demographics on lesion: validation scans with a value are all of one class, so the penalty is "
+                        "not chosen but 1")
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(40, 3)), np.arange(40) % 2
+    assert fit_probe(features, labels, features[:5], np.zeros(5), "classification")[-1].C == 1
+    assert fit_probe(features, np.arange(40) % 3, features[:5], np.ones(5), "classification")[-1].C == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import kit
+from kit.cohort.split import LeakageError, participant_hash, salt
+from kit.cohort.tabular import TableError
 from kit.evaluate import benchmark
-from kit.evaluate.benchmark import cells_of, run_benchmark
+from kit.evaluate.benchmark import BenchmarkError, cells_of, reliabilities, run_benchmark
+from kit.evaluate.reliability import reliability_of
+from kit.models.encoder_file import save_encoder
+from kit.models.encoders import build_encoder
 from kit.params import BASELINES, Benchmark
+from kit.preprocess.nifti import write_nifti
 from kit.reading import ParameterError, check
 from kit.runs import Run
 from kit.show.comparison import scores_table, summary
+from kit.store.leakage import voxel_hashes
 from kit.store.store import Store
-from tests.conftest import make_store
+from kit.train.stop import Stopped
+from tests.conftest import GRID, make_store
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +97,16 @@ def test_shards_share_the_cells(stores, tmp_path):
     together = filled(params_for(stores, tmp_path / "run", finetune_tasks=[]))
     assert cell_files(tmp_path / "run") == before, "nothing was computed twice"
     pd.testing.assert_frame_equal(together.scores, whole.scores)
+
+
+def test_a_shard_before_any_predictions_says_so(stores, tmp_path):
+    values = {"finetune_tasks": [], "seeds": [0], "label_fractions": [1.0], "tasks": ["age"], "shards": 3}
+    with pytest.raises(BenchmarkError, match=r"shards/2-of-3: no cell has predictions yet \(0 of 1 cells are done, and "
+                                             "shard 2 of 3 computes 0\\): run it again when other shards are done, and "
+                                             "set shards to at most 1"):
+        filled(params_for(stores, tmp_path / "run", baselines=["guess"], shard=2, **values))
+    with pytest.raises(BenchmarkError, match="1 of 1 cells are done"):  # this cohort has no other covariate than age
+        filled(params_for(stores, tmp_path / "other", baselines=["demographics"], shard=0, **values))
 
 
 def test_folds_test_everybody_once(stores, tmp_path):
@@ -169,6 +189,39 @@ def test_covariates_that_changed_are_seen(tmp_path, capsys):
     assert "columns: " in capsys.readouterr().out
 
 
+def test_a_stop_after_a_cells_last_step_ends_it_before_the_next_cell(stores, tmp_path, monkeypatch):
+    """Whatever the cell: a baseline reads no stop file, and fine-tuning none after its last step."""
+    run, done, real = tmp_path / "run", [], benchmark._Bench.fill
+    values = {"baselines": ["guess"], "seeds": [0], "finetune_tasks": ["lesion", "age"], "tasks": ["lesion", "age"],
+              "check_converged": False}
+
+    def fill(bench, cell, home):
+        real(bench, cell, home)
+        done.append(cell)
+        if len(done) == 1:
+            (home / "stop").touch()
+
+    def tuned(*arguments, real=benchmark.tune, **more):
+        found = real(*arguments, **more)
+        (run / "stop").touch()
+        return found
+
+    whole = filled(params_for(stores, tmp_path / "whole", **values))
+    monkeypatch.setattr(benchmark._Bench, "fill", fill)
+    monkeypatch.setattr(benchmark, "tune", tuned)
+    params = params_for(stores, run, **values)
+    for count in (1, 5):
+        with pytest.raises(Stopped) as stopped:
+            filled(params)
+        assert len(done) == len(cell_files(run)) == count and not (run / "stop").exists()
+        left = pd.read_csv(run / "unfinished.csv")
+        assert len(left) == len(stopped.value.log) == 6 - count
+        assert left.iloc[-1].tolist() == ["ResNet", "finetune", "age", 0.5, 0]
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(filled(params).scores, whole.scores)
+    assert not (run / "unfinished.csv").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_benchmark_goes_on(stores, tmp_path):
     """`kill -9` amid fine-tuning: the same table, and no cell is computed twice."""
@@ -199,6 +252,52 @@ def test_cells_have_folders_of_their_own(stores):
     assert len({cell.folder for cell in cells}) == len(cells) and all(len(cell.folder.parts) == 4 for cell in cells)
 
 
+@pytest.mark.parametrize(("values", "words"), [
+    ({"encoders": {}}, "encoders: got {}; name one at least, such as {'ResNet': 'random:resnet18'}"),
+    ({"demographics": ["age", "height"]}, "demographics: no column height in the index of .*/here; it has scan, "),
+    ({"volumes": "nowhere.csv"}, "volumes: .*nowhere.csv cannot be read: No such file or directory"),
+    ({"volumes": "text.csv"}, "volumes: .*text.csv: row 2 has more cells than the header"),
+    ({"atlas": "nowhere.nii"}, "atlas: .*nowhere.nii: no such file"),
+    ({"atlas": "text.csv"}, "atlas: .*text.csv: not a NIfTI file"),
+    ({"atlas": "thickness.nii"}, "atlas: .*thickness.nii holds 2.5; give a map of whole-numbered regions"),
+])
+def test_what_baselines_need_is_checked_before_work(stores, tmp_path, values, words):
+    (tmp_path / "text.csv").write_text("participant\n1,2\n")
+    write_nifti(tmp_path / "thickness.nii", np.arange(27, dtype=np.float32).reshape(3, 3, 3) * 2.5, np.eye(4))
+    values = {name: str(tmp_path / value) if isinstance(value, str) else value for name, value in values.items()}
+    with pytest.raises(ParameterError, match=f"1 thing is wrong:\n  {words}"):
+        params_for(stores, tmp_path / "run", **({"finetune_tasks": []} | values))
+
+
+def test_a_table_of_volumes_that_cannot_be_used_is_refused_before_work(stores, tmp_path):
+    (tmp_path / "volumes.csv").write_text("name,ml\nx,1\n")
+    with pytest.raises(TableError, match="volumes.csv: needs a column participant"):
+        filled(params_for(stores, tmp_path / "run", volumes=str(tmp_path / "volumes.csv")))
+    assert not cell_files(tmp_path / "run")
+
+
+def test_probes_embed_the_tasks_scans_once(stores, tmp_path, monkeypatch):
+    index = stores[0].index
+    labelled = index["participant"].astype(int) < 40
+    some = Store(stores[0].folder, index.assign(lesion=index["lesion"].where(labelled), age=index["age"].where(
+        ~labelled & (index["participant"].astype(int) < 50))), stores[0].record)
+    read = []
+    monkeypatch.setattr(benchmark, "open_stores", lambda params: {"prepared": some})
+    monkeypatch.setattr(benchmark, "predict", lambda model, scans, real=benchmark.predict: read.extend(scans.scans)
+                        or real(model, scans))
+    values = {"baselines": ["random init"], "seeds": [0], "finetune_tasks": [], "label_fractions": [1.0],
+              "out_of_distribution": None}
+    first = filled(params_for(stores, tmp_path / "run", **values))
+    expected = index["scan"][index["participant"].astype(int) < 50].tolist()
+    assert read == expected and len(expected) < len(index)
+    shutil.rmtree(tmp_path / "run/cells")
+    pd.testing.assert_frame_equal(filled(params_for(stores, tmp_path / "run", **values)).scores, first.scores)
+    assert read == expected, "the features are kept"
+    monkeypatch.setattr(kit, "__version__", "0.0.0+other")
+    filled(params_for(stores, tmp_path / "run", **values))
+    assert read == 2 * expected, "those of another kit are not"
+
+
 def test_names_of_baselines_are_taken(stores):
     with pytest.raises(ParameterError, match="encoders.volumes: a baseline has this name"):
         params_for(stores, "outputs/x", encoders={"volumes": "random:vit"})
@@ -220,3 +319,21 @@ def test_an_encoder_of_each_seed(stores, tmp_path, monkeypatch):
     probe = results.scores[results.scores["encoder"] == "SimCLR"]
     assert set(probe["seeds"]) == {2} and np.isfinite(probe["value"]).all()
     assert set(results.differences["rival"]) == {"guess"}
+
+
+def test_reliability_of_scans_seen_under_other_names_is_refused_or_allowed(stores, tmp_path, capsys):
+    """What `allow_seen_participants` allows elsewhere, it allows here."""
+    store = stores[0]
+    record = {"architecture": "resnet18_narrow", "objective": "simclr", "preparation": store.record,
+              "participants": [], "voxels": sorted(voxel_hashes(store, store.index["scan"]).values()),
+              "salt": participant_hash("salt", salt()), "made_from": {"prepared": {}}}
+    save_encoder(tmp_path / "encoder.safetensors", build_encoder("resnet18_narrow", GRID), record)
+    values = {"encoders": {"SimCLR": str(tmp_path / "encoder.safetensors")}, "baselines": [], "tasks": ["lesion"],
+              "finetune_tasks": [], "allow_seen_participants": True}
+    params = params_for(stores, tmp_path / "run", **values)
+    table = reliabilities(params, run := Run.of(params))
+    run.close()
+    assert table["encoder"].tolist() == ["SimCLR", "random init"] and np.isfinite(table["icc"]).all()
+    assert "SEEN IN PRETRAINING: 0 of 20 participants, 40 of 40 scans tested" in capsys.readouterr().out
+    with pytest.raises(LeakageError, match="40 of 40 scans to be evaluated were seen in pretraining"):
+        reliability_of(build_encoder("resnet18_narrow", GRID), store, record=record)

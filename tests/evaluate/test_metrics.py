@@ -31,7 +31,6 @@ from kit.evaluate.metrics import (
     per_participant,
     predicted_of,
     score,
-    within_bands,
 )
 from kit.evaluate.predict import predict
 from kit.evaluate.probe import fit_probe, predict_probe
@@ -185,20 +184,6 @@ def test_bias_correction_takes_the_pull_to_the_mean_away():
     assert after["correlation"] == pytest.approx(before["correlation"])
     with pytest.raises(ValueError, match="do not rise with the truth"):
         bias_corrected(true, -true, predicted)
-
-
-def test_within_bands_of_age_what_age_alone_tells_is_gone():
-    rng = np.random.default_rng(0)
-    age = rng.uniform(50, 90, 400)
-    ill = (rng.random(400) < expit((age - 70) / 5)).astype(float)
-    assert score(ill, age, "classification", range(400))["value"] > 0.8
-    found = within_bands(ill, age, "classification", range(400), age, [20, 40, 65, 70, 75, 90])
-    assert list(found["from"]) == [40, 65, 70, 75] and found["participants"].sum() == 400  # nobody from 20 to 40
-    middle = (age >= 65) & (age < 70)
-    assert dict(found.iloc[1][["value", "low", "high"]]) == pytest.approx({
-        name: value for name, value in score(ill[middle], age[middle], "classification", range(middle.sum())).items()
-        if name != "participants"})
-    assert found["value"][1] < 0.75
 
 
 def test_matching_pairs_by_sex_and_age():

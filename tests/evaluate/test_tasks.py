@@ -307,3 +307,10 @@ def test_covariates_of_those_tested(store):
     assert [each or "" for each in found["sex"]] == ["" if pd.isna(each) else each for each in sexes]
     bare = covariates(dataclasses.replace(part, rows=part.rows.drop(columns=["age", "sex"])))
     assert bare["age"].isna().all() and bare["sex"].isna().all() and len(bare) == len(found)
+    # as other cohorts write them
+    written = part.rows.assign(Age=part.rows["age"], Gender=["male", " m", "Female"] * 2).drop(
+        columns=["age", "sex"])
+    others = covariates(dataclasses.replace(part, rows=written))
+    assert others["age"].tolist() == found["age"].tolist() and others["sex"].tolist() == ["M", "M", "F"] * 2
+    coded = covariates(dataclasses.replace(part, rows=part.rows.assign(sex=[1.0, 2.0, np.nan] * 2)))
+    assert coded["sex"].tolist() == ["1", "2", None] * 2

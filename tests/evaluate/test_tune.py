@@ -13,7 +13,7 @@ import torch
 
 from kit.evaluate.predict import predict
 from kit.evaluate.tasks import read_tasks
-from kit.evaluate.tune import TRIES, Choice, Job, finetune, score_validation, standard_error, train, tune
+from kit.evaluate.tune import TRIES, Choice, Job, score_validation, standard_error, train, train_here, tune
 from kit.models.encoders import build_encoder
 from kit.params import Finetune
 from kit.store.sampler import all_batches
@@ -77,6 +77,20 @@ def test_the_rate_of_the_lowest_validation_loss_is_chosen_and_can_be_given(store
     assert len(alone.tries) == 1 and same(alone.predictor, tuned.predictor)
 
 
+def test_a_class_that_validation_lacks_leaves_the_choice_to_the_loss(store, capsys):
+    whole = task_of(store)
+    part = whole.parts["validation"]
+    task = replace(whole, parts=whole.parts | {"validation": part.only(part.labels == 0)})
+    asked = params(store, steps=8, select_by="score", learning_rates=[1e-6, 3e-2])
+    tuned = tune(task, ENCODER, asked, 0, check=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "lesion: no validation scan of class 1, so there is no AUC: the loss selects instead (select_by)"]
+    by_loss = tune(task, ENCODER, params(store, steps=8, learning_rates=[1e-6, 3e-2]), 0, check=False)
+    assert tuned.choice == by_loss.choice and same(tuned.predictor, by_loss.predictor)
+    assert tuned.log["monitor"].equals(tuned.log["validation_loss"])
+    assert (tune(whole, ENCODER, asked, 0, check=False).log["monitor"] <= 0).all() and not capsys.readouterr().out
+
+
 def test_the_seed_decides(store):
     first, again, other = (tune(task_of(store), ENCODER, params(store, steps=4), seed, check=False)
                            for seed in (0, 0, 1))
@@ -84,7 +98,7 @@ def test_the_seed_decides(store):
 
 
 def test_warm_up_is_in_steps_whatever_the_budget(store):
-    logs = [finetune(Job.of(task_of(store), ENCODER, params(store, steps=8, warmup_steps=6), 0, Choice(1e-3, 0.0),
+    logs = [train_here(Job.of(task_of(store), ENCODER, params(store, steps=8, warmup_steps=6), 0, Choice(1e-3, 0.0),
                             times))[1] for times in (1, 3)]
     assert logs[0]["learning_rate"].tolist() == pytest.approx([5e-4, 1e-3])
     assert np.allclose(losses(logs[0]), losses(logs[1])[:2], rtol=1e-4)
