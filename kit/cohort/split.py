@@ -1,7 +1,8 @@
 """Split participants into train, validation and test, once or in folds, never one participant across two parts.
 
-Only the index and the split seed decide who is tested: labels, row order, quality control and the training seed do
-not. So pretraining can leave out the participants who will be tested.
+Only the index and the split seed decide who is tested: row order, quality control, the training seed and the task do
+not. So pretraining can leave out the participants who will be tested. Folds are balanced by the columns in `STRATIFY`
+(age, sex, site, diagnosis), so these decide, too; a single split depends on names alone.
 """
 
 from __future__ import annotations

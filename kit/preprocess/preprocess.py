@@ -23,7 +23,7 @@ from nibabel.affines import from_matvec
 from kit.preprocess import intensity, quality, skullstrip
 from kit.preprocess.index import check_cohort, scan_names, write_tables
 from kit.preprocess.nifti import ScanError, other_form, upright
-from kit.preprocess.pool import run_all
+from kit.preprocess.pool import DIED_TWICE, run_all
 from kit.preprocess.register import (
     ORIENTATIONS,
     UPRIGHT,
@@ -99,7 +99,7 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     with progress(total=len(jobs), initial=len(outcomes), desc="prepare", unit="scan") as bar:
         todo = [job for job in jobs if job.scan not in outcomes]
         for job, outcome in run_all(prepare_scan, todo, workers):
-            outcomes[job.scan] = outcome or "its process was killed twice, most likely for lack of memory"
+            outcomes[job.scan] = outcome or DIED_TWICE
             bar.update()
     index, failed = write_tables(cohort, names, outcomes, folder, brain_ml, part)
     if len(noted := index[index["header_note"] != ""]):
@@ -254,7 +254,9 @@ def _sources(job: ScanJob) -> tuple[str, str]:
         try:
             stats = [(file.name, file.stat()) for file in scan_files(path)]
         except OSError as error:
-            raise ScanError("no such file" if path == job.image_path else "mask: no such file") from error
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            reason = "no such file" if missing else f"cannot be read: {error.strerror}"
+            raise ScanError(reason if path == job.image_path else f"mask: {reason}") from error
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     settings = asdict(job.settings)
     before = [settings["orientation_unknown"], settings["bias_correction"], settings["mask"]]

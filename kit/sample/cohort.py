@@ -17,7 +17,7 @@ import pandas as pd
 from kit.cohort.identity import TRAVELLING
 from kit.cohort.tables import PROCEDURAL
 from kit.preprocess.nifti import read_nifti, write_nifti
-from kit.preprocess.pool import run_all
+from kit.preprocess.pool import DIED_TWICE, run_all
 from kit.preprocess.resample import resample
 from kit.runs import outputs_dir, progress, write_json, write_whole
 from kit.sample.anatomy import GENERATOR_VERSION, stream
@@ -132,8 +132,7 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
     for row, image in progress(run_all(make, missing, workers if workers > 1 else 0), desc="procedural scans",
                                total=len(rows), unit="scan", initial=len(rows) - len(missing)):
         if image is None:
-            raise RuntimeError(f"{row['participant']} {row['session']}: its process was killed twice, most likely "
-                               "for lack of memory; use fewer workers")
+            raise RuntimeError(f"{row['participant']} {row['session']}: {DIED_TWICE}")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1)})
 
