@@ -189,8 +189,8 @@ def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
         if labels is None:
             continue
         keys = [key for key in KEYS if key in labels]  # each table's own: only some have sessions
-        found = table[keys].merge(labels.assign(row=range(len(labels))), on=keys, how="left")
-        if without := len(labels) - found.pop("row").nunique():
+        found = table[keys].merge(labels.assign(**{" row": range(len(labels))}), on=keys, how="left")
+        if without := len(labels) - found.pop(" row").nunique():
             say(f"{shown(place / 'participants.tsv')}: {without} of {len(labels)} rows are of no scan taken; their "
                 "labels are not used")
         for name in [name for name in found if name not in own]:

@@ -95,6 +95,7 @@ def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str,
         found = Brain(tool_mask(kind, array, affine), kind)
     else:
         own = own_voxels(array) if kind == "auto" else None
+        _network()  # raises if deepbet is missing
         try:
             found = Brain(deepbet_mask(array), "deepbet")
         except ScanError:  # deepbet knows whole heads, and may find nothing in a stripped one
