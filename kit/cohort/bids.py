@@ -29,10 +29,10 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     table = _one_a_session(folder, table)
     labels = folder / "participants.tsv"
     if labels.is_file() or labels.is_symlink():  # a broken link must raise an error, not pass as "no labels"
-        table = _with_labels(folder, table, _label_file(labels, "participant_id", "participant"))
+        table = _with_labels(folder, table, _label_file(labels, "participant_id", "participant"), contrast)
     table = _with_session_labels(folder, table).fillna("")
     for name in [name for name in table if name not in (*COLUMNS, "split")]:
-        table[name] = typed(table[name], decimal_comma=True)  # only now, as types may differ between files
+        table[name] = typed(table[name], f"{shown(folder)}: {name}")  # only now, as types may differ between files
     return table
 
 
@@ -91,14 +91,14 @@ def _check_match(path: Path, folders: pd.Series, listed: pd.Series, prefix: str)
     check_spellings(listed, f"{shown(path)}: {prefix}")
 
 
-def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame, contrast: str) -> pd.DataFrame:
     path = folder / "participants.tsv"
     _check_match(path, table["participant"], labels["participant"], "sub")
     unlabelled = len(set(table["participant"]) - set(labels["participant"]))
     without = len(set(labels["participant"]) - set(table["participant"]))
     if unlabelled or without:
         say(f"{shown(path)}: {unlabelled} participants with scans are not listed and have no labels; "
-            f"{without} who are listed have no T1-weighted scan")
+            f"{without} who are listed have no {contrast_of(contrast)} scan")
     if "dataset" in labels:  # one folder may hold several datasets; participants.tsv names them
         table = table.rename(columns={"dataset": "named"})
     table = table.merge(labels, on="participant", how="left")

@@ -25,10 +25,11 @@ from typing import Any
 
 import pandas as pd
 
-from kit.cohort.tabular import CohortError, TableError, read_foreign, trimmed, typed
+from kit.cohort.tabular import CohortError, TableError, read_foreign, say, trimmed, typed
 from kit.runs import shown
 
 IDENTITY = ["dataset", "participant", "session"]
+KEYS = ("dataset", "participant", "visit")  # columns by which labels are joined, where their table has them
 OPENMIND = ("pretrain_data.json", "openneuro_metadata.csv")
 # Contrast names in lower case and their BIDS suffixes; a contrast-enhanced T1w is called T1ce here.
 CONTRASTS = {"t1": "T1w", "t1w": "T1w", "mprage": "T1w", "t2": "T2w", "t2w": "T2w", "pd": "PDw", "pdw": "PDw",
@@ -182,18 +183,21 @@ def _resolved(text: str, file: Path) -> Path:
 
 def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Add the labels of each `participants.tsv`: the collection's own and those of its datasets."""
-    tables = [_participants(folder, None)]
-    tables += [_participants(folder / name, name) for name in table["dataset"].unique()]
-    tables = [each for each in tables if each is not None]
-    if not tables:
-        return table
-    labels = pd.concat(tables, ignore_index=True)
-    keys = [key for key in ("dataset", "participant", "visit") if key in labels]
-    own = list(table)
-    table = table.merge(labels.drop_duplicates(keys), on=keys, how="left", suffixes=("", " of participants"))
-    table = table.drop(columns=[name for name in table if name.endswith(" of participants")]).fillna("")
+    own, table = list(table), table.reset_index(drop=True)
+    for place, dataset in ((folder, None), *((folder / name, name) for name in table["dataset"].unique())):
+        labels = _participants(place, dataset)
+        if labels is None:
+            continue
+        keys = [key for key in KEYS if key in labels]  # each table's own: only some have sessions
+        found = table[keys].merge(labels.assign(**{" row": range(len(labels))}), on=keys, how="left")
+        if without := len(labels) - found.pop(" row").nunique():
+            say(f"{shown(place / 'participants.tsv')}: {without} of {len(labels)} rows are of no scan taken; their "
+                "labels are not used")
+        for name in [name for name in found if name not in own]:
+            table[name] = table[name].fillna(found[name]) if name in table else found[name]
+    table = table.fillna("")
     for name in [name for name in table if name not in own]:
-        table[name] = typed(table[name], decimal_comma=True)  # only now, as types may differ between files
+        table[name] = typed(table[name], f"{shown(folder)}: {name}")  # only now, as types may differ between files
     return table
 
 
@@ -209,7 +213,7 @@ def _participants(folder: Path, dataset: str | None) -> pd.DataFrame | None:
         labels["visit"] = labels.pop("session_id").map(_bare)
     if dataset is not None:
         labels["dataset"] = dataset
-    twice = labels.duplicated([key for key in ("dataset", "participant", "visit") if key in labels])
+    twice = labels.duplicated([key for key in KEYS if key in labels])
     if twice.any():
         raise CohortError(f"{shown(file)}: {labels['participant'][twice].iloc[0]} is listed twice; a row per session "
                           "needs a column session_id")

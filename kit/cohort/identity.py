@@ -83,6 +83,17 @@ def participant_ids(index: pd.DataFrame) -> pd.Series:
     return index["dataset"].astype(str) + "/" + index["participant"].astype(str)
 
 
+def site_names(index: pd.DataFrame) -> pd.Series:
+    """Return each scan's site, nan where it is not said: the column `site`, else the dataset.
+
+    A number gets its dataset as a prefix, since site 1 of two datasets are different sites.
+    """
+    names = index["site" if "site" in index else "dataset"]
+    text = names.astype(str)
+    numbered = text.str.fullmatch(r"[\d.]+") & ("site" in index)
+    return text.where(~numbered, index["dataset"].astype(str) + "/" + text).where(names.notna() & (text != ""))
+
+
 def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
     """Add a column `alias_of` if there are aliases: one name per person, the first (sorted) found in the index."""
     if not aliases:

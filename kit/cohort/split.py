@@ -1,7 +1,8 @@
 """Split participants into train, validation and test, once or in folds, never one participant across two parts.
 
-Only the index and the split seed decide who is tested: labels, row order, quality control and the training seed do
-not. So pretraining can leave out the participants who will be tested.
+Only the index and the split seed decide who is tested: row order, quality control, the training seed and the task do
+not. So pretraining can leave out the participants who will be tested. Folds are balanced by the columns in `STRATIFY`
+(age, sex, site, diagnosis), so these decide, too; a single split depends on names alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import UNNAMED, Aliases, check_people_known, known_as, participant_ids
+from kit.cohort.identity import UNNAMED, Aliases, check_people_known, known_as, participant_ids, site_names
 from kit.errors import KitError
 
 SALT = "kit participants v1"
@@ -150,7 +151,7 @@ def fold_count(index: pd.DataFrame, splitting: Splitting) -> int:
 def sites_of(index: pd.DataFrame) -> list[str]:
     """Return the sites in the order of their folds; raises as `site_folds`."""
     rows = index[_divided(index)]
-    return sorted(set(rows["site"].astype(str))) if len(site_folds(rows)) else []
+    return sorted(set(site_names(rows))) if len(site_folds(rows)) else []
 
 
 def _divided(index: pd.DataFrame) -> pd.Series:
@@ -159,16 +160,17 @@ def _divided(index: pd.DataFrame) -> pd.Series:
 
 
 def site_folds(index: pd.DataFrame) -> pd.Series:
-    """Return each row's site as a number, in the order of the site names.
+    """Return each row's site as a number, in the order of the site names; see `kit.cohort.identity.site_names`.
 
     Raises:
         SplitError: there is no column `site`, it has empty cells, or it names only one site.
     """
     if "site" not in index:
         raise SplitError("leave_one_site_out: the index has no column site")
-    if empty := int(index["site"].isna().sum()):
+    sites = site_names(index)
+    if empty := int(sites.isna().sum()):
         raise SplitError(f"leave_one_site_out: {empty} of {len(index)} scans have no site; name it, or leave them out")
-    numbers, names = pd.factorize(index["site"].astype(str), sort=True)
+    numbers, names = pd.factorize(sites, sort=True)
     if len(names) < 2:
         raise SplitError(f"leave_one_site_out: all scans are of one site, {', '.join(names)}")
     return pd.Series(numbers, index.index, name="fold")
@@ -195,7 +197,7 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
         raise SplitError(f"stratify: the index has no column {', '.join(missing)}; it has {', '.join(map(str, index))}")
     if ids.nunique() < count:
         raise SplitError(f"folds: {count} folds of only {ids.nunique()} participants; set fewer folds")
-    levels = {name: _levels(index[name], ids) for name in columns}
+    levels = {name: _levels(site_names(index) if name == "site" else index[name], ids) for name in columns}
     counts: dict[tuple[str, str], np.ndarray] = {}
     found = {}
     for person in shuffled(ids, split_seed, "fold order"):

@@ -7,6 +7,7 @@ public collection (`kit.cohort.collections`).
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     table["session"] = [read_id(name, "ses") for name in table["session"]]
     for name in ("image_path", "mask_path"):
         table[name] = [_beside(path, value) for value in table[name]]
-    people = table.groupby("image_path")["participant"].nunique()
+    people = table.groupby(table["image_path"].map(os.path.realpath))["participant"].nunique()
     if (people > 1).any():
         say(f"{shown(path)}: {int((people > 1).sum())} files are the scans of several participants, the first: "
             f"{people.index[people > 1][0]}")
@@ -102,5 +103,5 @@ def named_by_file(paths: pd.Series) -> list[str]:
 
 
 def _beside(table: Path, value: str) -> str:
-    """Resolve a path relative to the folder of its table."""
-    return str((table.parent / Path(value).expanduser()).resolve()) if value else ""
+    """Make a path absolute, from its table's folder on; the links of DVC and git-annex are kept, with their names."""
+    return os.path.abspath(table.parent / Path(value).expanduser()) if value else ""

@@ -21,6 +21,7 @@ from kit.runs import shown
 
 NUMBER = r"[+-]?(?:0|[1-9]\d*|(?=\.\d))(?:\.\d*)?(?:[eE][+-]?\d+)?"  # 007 is a name, not a number
 DECIMAL_COMMA = r"[+-]?(?:0|[1-9]\d*),\d+"
+THOUSANDS = r"[+-]?[1-9]\d{0,2},\d{3}"  # 1,234 may be 1.234 or 1234
 DATE = r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[ T].*)?|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2,4})?|[A-Z][a-z]{2}-\d{2,4}"
 MISSING = ("", "n/a")
 SPREADSHEET_ERRORS = ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!")
@@ -46,23 +47,42 @@ def trimmed(text: str) -> str:
     return unicodedata.normalize("NFKC", text.translate(INVISIBLE)).strip()
 
 
-def typed(column: pd.Series, decimal_comma: bool = False) -> pd.Series:
+def typed(column: pd.Series, decimal_comma: str = "") -> pd.Series:
     """Convert text cells to numbers if every cell that is not missing is a number; otherwise keep the text.
 
     Args:
         column: (rows,) text.
-        decimal_comma: also accept `63,5`, unless a cell has a decimal point.
+        decimal_comma: if given, also accept `63,5`, unless a cell has a decimal point; says where the column is, for
+            the error.
 
     Returns:
         (rows,) int64, float64, or text; nan where a cell is missing.
+
+    Raises:
+        TableError: commas may separate thousands: each has three digits behind it, and a number without one is larger
+            than what they would make as decimals, as 987 beside 1,234.
     """
     present = column[~column.isin(MISSING)]
     if decimal_comma and present.str.fullmatch(f"{DECIMAL_COMMA}|{NUMBER}").all() and not present.str.contains(
             ".", regex=False).any():
+        _check_commas(present, decimal_comma)
         column, present = column.str.replace(",", "."), present.str.replace(",", ".")
     if present.str.fullmatch(NUMBER).all():
         return pd.to_numeric(column.where(~column.isin(MISSING)))
     return column.where(~column.isin(MISSING))
+
+
+def _check_commas(numbers: pd.Series, where: str) -> None:
+    """Refuse numbers with commas that may separate thousands; see `typed`."""
+    with_comma = numbers.str.contains(",", regex=False)
+    written, plain = numbers[with_comma], numbers[~with_comma]
+    if not len(plain) or not len(written) or not written.str.fullmatch(THOUSANDS).all():
+        return
+    sizes = pd.to_numeric(written.str.replace(",", ".")).abs()
+    largest = pd.to_numeric(plain).abs().idxmax()
+    if abs(float(plain[largest])) > sizes.min():
+        raise TableError(f"{where} holds {written[sizes.idxmin()]!r} beside {plain[largest]!r}: does the comma mark "
+                         "decimals or thousands? Write the column with decimal points, and no mark between thousands")
 
 
 def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
@@ -75,8 +95,8 @@ def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
         text: columns to keep as text, with "" for missing cells; None keeps all columns as text.
 
     Raises:
-        TableError: not a table, two columns with one name, a row longer than the header, or a spreadsheet error such
-            as #REF! in a cell.
+        TableError: not a table, two columns with one name, a row longer than the header, a spreadsheet error such as
+            #REF! in a cell, or commas that may separate thousands.
     """
     lines, between = _cells(path)
     while lines and not any(map(trimmed, lines[-1])):
@@ -103,7 +123,7 @@ def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
             raise TableError(f"{shown(path)}: {name} holds {table[place][broken].iloc[0]}, a spreadsheet error, in "
                              f"{int(broken.sum())} rows; correct the formula, or empty the cell")
     columns = {name: table[place].where(~table[place].isin(MISSING), "") if text is None or name in text
-               else typed(table[place], decimal_comma=between != ",")
+               else typed(table[place], f"{shown(path)}: {name}" if between != "," else "")
                for place, name in zip(table, names, strict=True)}
     return pd.DataFrame(columns, index=table.index)
 

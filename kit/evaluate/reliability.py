@@ -14,7 +14,7 @@ from scipy import sparse, stats
 from sklearn.metrics import pairwise_distances
 from torch import nn
 
-from kit.cohort.identity import TRAVELLING, Aliases, joined, participant_ids
+from kit.cohort.identity import TRAVELLING, Aliases, joined, participant_ids, site_names
 from kit.cohort.split import hashed_ids, participant_hash
 from kit.errors import KitError
 from kit.evaluate.predict import predict
@@ -174,16 +174,17 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
         rows = rows[rows["split"] == TRAVELLING]
     ids, seen = participant_ids(rows), set((record or {}).get("participants", ()))
     known = ids.map(lambda each: participant_hash(each) in seen or not seen.isdisjoint(hashed_ids(each, aliases)))
-    if (nowhere := rows[by].isna() | (rows[by] == "")).any():
+    raters = site_names(rows) if by == "site" and by in rows else rows[by]
+    if (nowhere := raters.isna() | (raters == "")).any():
         print(f"reliability: {int(nowhere.sum())} scans without {by} are left out")
-    rows, ids, known = rows[~nowhere], ids[~nowhere], known[~nowhere]
+    rows, ids, known, raters = rows[~nowhere], ids[~nowhere], known[~nowhere], raters[~nowhere]
     keep = ~known & ids.duplicated(keep=False)
-    rows, ids = rows[keep], ids[keep]
+    rows, ids, raters = rows[keep], ids[keep], raters[keep]
     if ids.nunique() < 2:
         raise ReliabilityError(f"{shown(store.folder)}: {ids.nunique()} participants with several usable scans that "
                                "the encoder has not seen; reliability needs two or more")
     check_encoder(record or {}, store, rows, ids, allow_seen, aliases)  # nor seen under another name
-    return reliability(predict(encoder, PreparedScans(store, rows)), ids, rows[by], name, what, seed)
+    return reliability(predict(encoder, PreparedScans(store, rows)), ids, raters, name, what, seed)
 
 
 def _interval(icc: float, values: np.ndarray, sites: np.ndarray, rows: list[np.ndarray],

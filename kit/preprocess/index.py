@@ -18,7 +18,7 @@ from kit.cohort.tabular import read_table
 from kit.errors import KitError
 from kit.machine import NO_LOCKS
 from kit.preprocess.quality import QC_METRICS, flagged
-from kit.runs import write_table, write_whole
+from kit.runs import shown, write_table, write_whole
 from kit.store.store import claim, read_index, scan_path
 
 # Columns that the index adds to the cohort.
@@ -59,7 +59,7 @@ def check_cohort(cohort: pd.DataFrame, names: list[str], mask: str) -> None:
 
 
 def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, dict[str, Any] | str], folder: Path,
-                 brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+                 brain_ml: tuple[float, float] | None = None, part: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return the index of prepared scans and the table of failed ones.
 
     Args:
@@ -70,8 +70,11 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
             `failed.csv` keeps the image_path of failed scans.
         brain_ml: see `kit.preprocess.quality.flagged`.
 
+        part: whether the cohort is a shard of a larger one, so that it may have no good scan.
+
     Raises:
-        PreparationError: no scan was prepared; the tables are still written.
+        PreparationError: no scan was prepared. The tables are still written, unless the folder already has an index
+            of prepared scans: that is kept, as the scans' files may only be out of reach.
     """
     table = cohort.reset_index(drop=True)
     table.insert(0, "scan", names)
@@ -83,16 +86,23 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
     index["header_note"] = [found[name].get("header_note", "") for name in index["scan"]]  # absent in older ones
     failed = table[~good].reset_index(drop=True)
     failed["reason"] = [outcomes[name] for name in failed["scan"]]
-    return _written(flagged(index, brain_ml), failed[list(FAILED)], folder)
-
-
-def _written(index: pd.DataFrame, failed: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    index, failed = flagged(index, brain_ml), failed[list(FAILED)]
+    if index.empty:
+        none = (f"none of {len(failed)} scans could be prepared; the first, {failed.scan[0]}: {failed.reason[0]} "
+                f"({failed.image_path[0]})")
+        if _lists_scans(folder / "index.csv"):
+            raise PreparationError(f"{none}. {shown(folder / 'index.csv')} lists scans prepared earlier and is kept: "
+                                   "is the disk with the scans' files mounted? If these scans are to go, delete it")
     write_table(folder / "failed.csv", failed)
     write_table(folder / "index.csv", index)
-    if index.empty:
-        raise PreparationError(f"none of {len(failed)} scans could be prepared; the first, {failed.scan[0]}: "
-                               f"{failed.reason[0]}")
+    if index.empty and not part:
+        raise PreparationError(none)
     return index, failed
+
+
+def _lists_scans(path: Path) -> bool:
+    """Return whether there is an index with at least one scan."""
+    return path.is_file() and len(path.read_text(encoding="utf-8").splitlines()) > 1
 
 
 def shard_of(cohort: pd.DataFrame, shard: int, shards: int) -> pd.DataFrame:
@@ -111,7 +121,8 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
     """Merge the shards in `<folder>/shards` into the folder once all are done; the last to finish does it.
 
     Scans are hard-linked to the shards' (copied if the file system has no hard links), so either can be deleted.
-    Scans are flagged again, against the whole cohort. Merging twice, or concurrently, gives the same folder.
+    Labels are those of `cohort`. Scans are flagged again, against the whole cohort. Merging twice, or concurrently,
+    gives the same folder.
 
     Args:
         cohort: the whole cohort.
@@ -120,8 +131,8 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
         brain_ml: see `kit.preprocess.quality.flagged`.
 
     Returns:
-        The index and the failed scans, in the cohort's order; None while a shard is missing, or if shards were
-        prepared with different settings.
+        The index and the failed scans, in the cohort's order; None while a shard is missing or holds the scans of
+        another cohort (an older one, say), or if shards were prepared with different settings.
 
     Raises:
         PreparationError: no scan of any shard was prepared.
@@ -142,22 +153,26 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
                              if name != "versions" and record[name] != records[0].get(name)}):
             print(f"shards of different preparations ({', '.join(differ)}) are not merged: prepare all of them again")
             return None
+        names, outcomes = scan_names(cohort), [_outcomes(part) for part in parts]
+        if others := [part.name for shard, part in enumerate(parts)
+                      if set(outcomes[shard]) != set(names[shard::shards])]:
+            print(f"shards of another cohort ({', '.join(others)}) are not merged: prepare them again")
+            return None
         claim(folder, records[0])
-        indexes = [read_index(part / "index.csv") for part in parts]
-        fails = [read_table(part / "failed.csv", text=FAILED) for part in parts]
-        index, failed = (_in_order(tables, scan_names(cohort)) for tables in (indexes, fails))
-        for part, table in zip(parts, indexes, strict=True):
-            for scan in table["scan"]:
-                _link(scan_path(part, scan), scan_path(folder, scan))
-        return _written(flagged(index, brain_ml), failed, folder)
+        for part, outcome in zip(parts, outcomes, strict=True):
+            for scan, found in outcome.items():
+                if isinstance(found, dict):
+                    _link(scan_path(part, scan), scan_path(folder, scan))
+        return write_tables(cohort, names, {scan: found for each in outcomes for scan, found in each.items()}, folder,
+                            brain_ml)
 
 
-def _in_order(tables: list[pd.DataFrame], names: list[str]) -> pd.DataFrame:
-    """Concatenate the tables, with rows in the order of `names`."""
-    filled = [table for table in tables if len(table)] or tables[:1]
-    table = pd.concat(filled, ignore_index=True)
-    place = {name: row for row, name in enumerate(names)}
-    return table.iloc[table["scan"].map(place).argsort(kind="stable")].reset_index(drop=True)
+def _outcomes(part: Path) -> dict[str, dict[str, Any] | str]:
+    """Return each scan's QC metrics, or the reason why it failed, from the tables of a shard."""
+    index = read_index(part / "index.csv")
+    found = index[[name for name in (*QUALITY_COLUMNS, "header_note") if name in index]].to_dict("records")
+    failed = read_table(part / "failed.csv", text=FAILED)
+    return dict(zip(index["scan"], found, strict=True)) | dict(zip(failed["scan"], failed["reason"], strict=True))
 
 
 def _link(source: Path, target: Path) -> None:

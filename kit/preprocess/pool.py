@@ -13,6 +13,10 @@ from typing import Any
 
 from kit.machine import keep_freed_memory
 
+# Why a job has no result. Processes import the script that starts them, which without a guard starts them again.
+DIED_TWICE = ("its process died twice, most likely for lack of memory (use fewer workers), or because the script that "
+              'started it does so outside `if __name__ == "__main__":`')
+
 
 def run_all(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[tuple[Any, Any]]:
     """Yield each job with its result as it finishes; the result is None if its process dies even when it runs alone.

@@ -23,7 +23,7 @@ from nibabel.affines import from_matvec
 from kit.preprocess import intensity, quality, skullstrip
 from kit.preprocess.index import check_cohort, scan_names, write_tables
 from kit.preprocess.nifti import ScanError, other_form, upright
-from kit.preprocess.pool import run_all
+from kit.preprocess.pool import DIED_TWICE, run_all
 from kit.preprocess.register import (
     ORIENTATIONS,
     UPRIGHT,
@@ -61,7 +61,7 @@ class ScanJob(NamedTuple):
 
 
 def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation, workers: int = 1,
-            brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+            brain_ml: tuple[float, float] | None = None, part: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Prepare a cohort's scans into a folder, continuing from what is already there.
 
     Args:
@@ -70,6 +70,8 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         settings: how to prepare them.
         workers: number of processes, one scan each; 0 works in this process, for debugging.
         brain_ml: brain volumes (ml) between which a scan is not flagged; None means the limits for adults.
+        part: whether the cohort is a shard of a larger one, so that it may have no good scan; see
+            `kit.preprocess.index.merge_shards`.
 
     Returns:
         The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
@@ -78,7 +80,8 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         also printed), flags and unusable (see `kit.preprocess.quality.flagged`).
 
     Raises:
-        PreparationError: the cohort cannot be prepared with these settings, or every scan failed.
+        PreparationError: the cohort cannot be prepared with these settings, or every scan failed; see
+            `kit.preprocess.index.write_tables`.
     """
     folder = Path(output_dir)
     names = scan_names(cohort)
@@ -96,9 +99,9 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     with progress(total=len(jobs), initial=len(outcomes), desc="prepare", unit="scan") as bar:
         todo = [job for job in jobs if job.scan not in outcomes]
         for job, outcome in run_all(prepare_scan, todo, workers):
-            outcomes[job.scan] = outcome or "its process was killed twice, most likely for lack of memory"
+            outcomes[job.scan] = outcome or DIED_TWICE
             bar.update()
-    index, failed = write_tables(cohort, names, outcomes, folder, brain_ml)
+    index, failed = write_tables(cohort, names, outcomes, folder, brain_ml, part)
     if len(noted := index[index["header_note"] != ""]):
         some = [f"{row.scan} ({row.header_note})" for row in noted.head(3).itertuples()]
         print(f"{len(noted)} scans whose sform and qform disagree: {', '.join(some)}{', ...' * (len(noted) > 3)}")
@@ -251,7 +254,9 @@ def _sources(job: ScanJob) -> tuple[str, str]:
         try:
             stats = [(file.name, file.stat()) for file in scan_files(path)]
         except OSError as error:
-            raise ScanError("no such file" if path == job.image_path else "mask: no such file") from error
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            reason = "no such file" if missing else f"cannot be read: {error.strerror}"
+            raise ScanError(reason if path == job.image_path else f"mask: {reason}") from error
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     settings = asdict(job.settings)
     before = [settings["orientation_unknown"], settings["bias_correction"], settings["mask"]]

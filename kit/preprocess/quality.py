@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
+from kit.cohort.identity import site_names
 from kit.preprocess.register import Transforms, disagreement, rotation_angle
 from kit.preprocess.resample import resample
 from kit.preprocess.settings import UNUSABLE
@@ -227,13 +228,13 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
 def distances(index: pd.DataFrame) -> pd.DataFrame:
     """Return each metric's signed distance from the site's median, in robust standard deviations.
 
-    It is 0 on the metric's good side, and for metrics without a bad one. Sites come from the column
-    `site`, else `dataset`; small sites are compared with the whole cohort.
+    It is 0 on the metric's good side, and for metrics without a bad one. Sites are those of
+    `kit.cohort.identity.site_names`; small sites, and scans without one, are compared with the whole cohort.
     """
     found = pd.DataFrame(0.0, index=index.index, columns=list(QC_METRICS))
     if len(index) < LEAST_SCANS:
         return found
-    sites = index[site_column(index)].astype(str)
+    sites = site_names(index)
     large = sites.map(sites.value_counts()) >= LEAST_SCANS
     for name, metric in QC_METRICS.items():
         if not metric.bad:

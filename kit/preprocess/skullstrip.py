@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kit.preprocess.header import corners_apart
-from kit.preprocess.mask import LEAST_BRAIN_ML, millilitres, nonzero_mask, own_voxels, read_mask
+from kit.preprocess.mask import LEAST_BRAIN_ML, MOST_BRAIN_ML, millilitres, nonzero_mask, own_voxels, read_mask
 from kit.preprocess.nifti import ScanError, write_nifti
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str,
 
     Args:
         kind: "given", "nonzero", "deepbet", a name in `COMMANDS`, or "auto": the given mask if there is one; else
-            the voxels outside the background of an already stripped scan; else deepbet's.
+            the voxels outside the background of an already stripped scan, or of one in which deepbet finds no brain;
+            else deepbet's.
         array: (z, y, x) intensities.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
         mask_path: the cohort's, or "".
@@ -93,8 +94,14 @@ def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str,
     elif kind in COMMANDS:
         found = Brain(tool_mask(kind, array, affine), kind)
     else:
-        found = Brain(deepbet_mask(array), "deepbet")
         own = own_voxels(array) if kind == "auto" else None
+        _network()  # raises if deepbet is missing
+        try:
+            found = Brain(deepbet_mask(array), "deepbet")
+        except ScanError:  # deepbet knows whole heads, and may find nothing in a stripped one
+            if own is None or millilitres(own, affine) > MOST_BRAIN_ML:
+                raise
+            found = Brain(own, "nonzero")
         if own is not None and np.count_nonzero(own & ~found.mask) <= STRIPPED_OUTSIDE * np.count_nonzero(own):
             found = Brain(own, "nonzero")
     if (volume := millilitres(found.mask, affine)) < LEAST_BRAIN_ML:

@@ -1,7 +1,8 @@
 """The procedural cohort on disk: participants and their scans as a BIDS folder, generated once and cached.
 
 A scan's bits depend on the generator's version, the seed and its row in the table. The table depends on the seed and
-the number of participants, so cohorts of different sizes hold different people.
+the number of participants. Never mix cohorts of different sizes: `sub-0001` has the same head in both, but another age,
+sex and diagnosis.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import pandas as pd
 from kit.cohort.identity import TRAVELLING
 from kit.cohort.tables import PROCEDURAL
 from kit.preprocess.nifti import read_nifti, write_nifti
-from kit.preprocess.pool import run_all
+from kit.preprocess.pool import DIED_TWICE, run_all
 from kit.preprocess.resample import resample
 from kit.runs import outputs_dir, progress, write_json, write_whole
 from kit.sample.anatomy import GENERATOR_VERSION, stream
 from kit.sample.atlas import load_atlas
 from kit.sample.scan import SITES, make_scan
-from kit.store.store import Store, read_transform
+from kit.store.store import Store, read_transform, scan_path
 
 # Fractions of the participants. Half of those in pretrain have a second session.
 SPLITS = {"pretrain": 0.35, "train": 0.20, "validation": 0.10, "test": 0.21, "out_of_distribution": 0.14}
@@ -131,8 +132,7 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
     for row, image in progress(run_all(make, missing, workers if workers > 1 else 0), desc="procedural scans",
                                total=len(rows), unit="scan", initial=len(rows) - len(missing)):
         if image is None:
-            raise RuntimeError(f"{row['participant']} {row['session']}: its process was killed twice, most likely "
-                               "for lack of memory; use fewer workers")
+            raise RuntimeError(f"{row['participant']} {row['session']}: {DIED_TWICE}")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     write_json(folder / MARKER, {"scans": len(rows), "megabytes": round(size / 1e6, 1)})
 
@@ -166,13 +166,16 @@ def write_effects(bids_folder: Path | str, store: Store, rows: pd.DataFrame, fol
         folder: the folder in which `effects` is created, usually that of the prepared scans.
 
     Returns:
-        the number of files written; existing files are kept.
+        the number of files written; files newer than their prepared scan are kept.
     """
     written = 0
     for row in rows.itertuples():
-        for effect, path in effect_masks(bids_folder, row.participant, row.session).items():
+        masks, prepared = effect_masks(bids_folder, row.participant, row.session), scan_path(store.folder, row.scan)
+        if "lesion" not in masks:  # the scan may be another cohort's than when its effects were written
+            (Path(folder) / "effects" / f"{row.scan}_lesion.nii.gz").unlink(missing_ok=True)
+        for effect, path in masks.items():
             target = Path(folder) / "effects" / f"{row.scan}_{effect}.nii.gz"
-            if not target.exists():
+            if not target.exists() or target.stat().st_mtime_ns < prepared.stat().st_mtime_ns:
                 place, affine = read_nifti(path)
                 place = resample(place, affine, read_transform(store.folder, row.scan), store.grid.shape,
                                  store.grid.affine) > 0.5

@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from nibabel.affines import apply_affine, from_matvec
 
+from kit.cohort.identity import site_names
 from kit.preprocess.nifti import ScanError
-from kit.preprocess.quality import QC_GRID, QC_METRICS, site_column
+from kit.preprocess.quality import QC_GRID, QC_METRICS
 from kit.preprocess.resample import resample
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.template import template_on
@@ -87,7 +88,7 @@ def quality_histograms(index: pd.DataFrame, title: str = "", note: str = "",
         axes.set_visible(False)
     for number, (axes, (name, metric)) in enumerate(zip(panels, differing.items(), strict=False)):
         edges = np.histogram_bin_edges(index[name].astype(float), bins=16)
-        for site, group in index.groupby(site_column(index)):
+        for site, group in index.groupby(site_names(index)):
             axes.hist(group[name], bins=edges, histtype="step", linewidth=1.3, label=f"{site} (n = {len(group)})")
         flagged = index[name][index["flags"].str.contains(name)]
         if len(flagged):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import Aliases, check_datasets_known, known_as, normalised
+from kit.cohort.identity import Aliases, check_datasets_known, known_as, normalised, site_names
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
 from kit.store.store import Store, StoreError, scan_path
 
@@ -72,13 +72,10 @@ def seen_by(store: Store, rows: pd.DataFrame, ids: pd.Series, aliases: Aliases |
 def origins_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
     """Return the names in each column of `ORIGIN_COLUMNS` that the rows have, without empty cells.
 
-    A numeric site name gets its dataset as a prefix, since site 1 of two datasets are different sites.
+    Sites are named as in `kit.cohort.identity.site_names`.
     """
-    found = {column: rows[column].dropna().astype(str) for column in ORIGIN_COLUMNS if column in rows}
-    if "site" in found:
-        numbered = found["site"].str.fullmatch(r"[\d.]+")
-        datasets = rows["dataset"].astype(str).reindex(found["site"].index)
-        found["site"] = found["site"].where(~numbered, datasets + "/" + found["site"])
+    found = {column: (site_names(rows) if column == "site" else rows[column]).dropna().astype(str)
+             for column in ORIGIN_COLUMNS if column in rows}
     return {column: names for column, names in found.items() if len(names)}
 
 

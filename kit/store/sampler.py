@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from kit.seeding import rng_for
+
+LEAST_SHARE = 0.9  # of an equal share; with less, the first epoch warns
 
 
 def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -75,12 +78,23 @@ def session_batches(participants: Sequence[str], batch_size: int, seed: int, epo
 
 def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size: int, seed: int, epoch: int,
                sampling: str = "all") -> list[list[int]]:
-    """Return an epoch's batches of "all" scans, or "balanced" over datasets; a participant at most once per batch."""
+    """Return an epoch's batches of "all" scans, or "balanced" over datasets; a participant at most once per batch.
+
+    Few participants cannot fill their dataset's share of large batches: then the first epoch warns of the real shares.
+    """
     if sampling == "all":
         return epoch_batches(participants, batch_size, seed, epoch)
     chosen = balanced(datasets, seed, epoch)
-    return [[chosen[place] for place in batch]
-            for batch in epoch_batches([participants[number] for number in chosen], batch_size, seed, epoch)]
+    batches = [[chosen[place] for place in batch]
+               for batch in epoch_batches([participants[number] for number in chosen], batch_size, seed, epoch)]
+    shares = pd.Series([datasets[number] for batch in batches for number in batch]).value_counts(normalize=True)
+    shares = shares.reindex(sorted(set(datasets)), fill_value=0.0)
+    if epoch == 0 and shares.min() * len(shares) < LEAST_SHARE:
+        listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        warnings.warn(f"sampling: balanced: the scans of an epoch are really {listed}, since a participant comes at "
+                      "most once per batch, and the small ones have too few; a smaller batch_size evens this out",
+                      stacklevel=2)
+    return batches
 
 
 def all_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -86,21 +86,22 @@ def write_scan(path: str | Path, image: np.ndarray, mask: np.ndarray, scan: str,
         scan: the scan's name.
         affine: (4, 4), voxel (x, y, z) to MNI millimetres.
         notes: numbers, text, lists and dicts to keep with the scan.
+
+    Raises:
+        OSError: as of any file; a full disk is ENOSPC.
     """
     array = np.where(mask, image, 0).astype(np.float16)
     array[mask & (array == 0)] = -0.0
     facts = {"format": FORMAT, "scan": scan, "affine": np.asarray(affine, float).tolist(),
              "checksum": _checksum(array), "notes": notes or {}}
 
-    def write(aside: Path) -> None:
-        stored = blosc2.asarray(
-            array, urlpath=str(aside), mode="w", contiguous=True, chunks=array.shape,
-            blocks=(min(BLOCK_SLICES, len(array)), *array.shape[1:]),
-            cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1})
-        for name, value in facts.items():
-            stored.schunk.vlmeta[name] = value
-
-    write_whole(Path(path), write)
+    stored = blosc2.asarray(
+        array, chunks=array.shape, blocks=(min(BLOCK_SLICES, len(array)), *array.shape[1:]),
+        cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1})
+    for name, value in facts.items():
+        stored.schunk.vlmeta[name] = value
+    frame = stored.to_cframe()  # serialise in memory first: blosc2's own writer hides ENOSPC
+    write_whole(Path(path), lambda aside: aside.write_bytes(frame))
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:

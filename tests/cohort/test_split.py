@@ -17,6 +17,7 @@ from kit.cohort.split import (
     left_out,
     participant_hash,
     salt,
+    sites_of,
     splits,
 )
 
@@ -119,6 +120,19 @@ def test_leave_one_site_out_tests_each_site_and_never_learns_from_its_travellers
                          (people.assign(site=people["site"].where(people.index > 2)), "3 of 3.. scans have no site")):
         with pytest.raises(SplitError, match=words):
             splits(table, way)
+
+
+def test_site_1_of_two_datasets_is_two_sites(people):
+    two = people.assign(dataset=np.where(people["site"] == "A", "a", "b"),
+                        site=people["site"].map({"A": "1", "B": "1", "C": "2", "D": "2"}))
+    way = Splitting(leave_one_site_out=True)
+    assert sites_of(two) == ["a/1", "b/1", "b/2"] and fold_count(two, way) == 3
+    assert (splits(two, way, 1) == "test").equals(people["site"] == "B")
+    named = two.assign(site=two["site"].map({"1": "one", "2": "two"}))  # a name is one site in all datasets
+    assert sites_of(named) == ["one", "two"]
+    first = people["session"] == "1"
+    table = pd.crosstab(people["site"][first].replace("D", "C"), folds(two, 5)[first])  # folds balance all three
+    assert ((table - table.mean(axis=1).to_numpy()[:, None]).abs() < 3).all(axis=None), table
 
 
 def test_folds_that_cannot_be_made_are_refused(people):

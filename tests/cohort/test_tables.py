@@ -137,6 +137,25 @@ def test_decimal_commas_are_numbers_beside_semicolons(tmp_path):
     assert cohort["age"].tolist() == [63.5, 71] and cohort["mixed"].tolist() == ["1,5", "1.5"]
 
 
+@pytest.mark.parametrize("cells", [("1,234", "987"), ("n/a", "12,345", "40", "1,234"), ("-1,234", "-987")])
+def test_commas_that_may_separate_thousands_are_asked_about(tmp_path, cells):
+    text = "image_path\tvolume\n" + "".join(f"{row}.nii\t{cell}\n" for row, cell in enumerate(cells))
+    with pytest.raises(CohortError, match="site.tsv: volume holds '-?1,234' beside '-?[0-9]+': does the comma"):
+        table_of(tmp_path, text, "site.tsv")
+    with pytest.raises(CohortError, match=": volume holds '-?1,234' beside"):
+        bids(tmp_path, [f"sub-{row}" for row in range(len(cells))], {
+            "participants.tsv": "participant_id volume\n" + "".join(f"sub-{row} {cell}\n"
+                                                                    for row, cell in enumerate(cells))})
+
+
+@pytest.mark.parametrize(("cells", "values"), [
+    (("1,234", "2,345"), [1.234, 2.345]), (("1,234", "987,5"), [1.234, 987.5]), (("0,123", "1"), [0.123, 1]),
+    (("2,345", "1", "0"), [2.345, 1, 0])])
+def test_three_decimals_behind_a_comma_are_read(tmp_path, cells, values):
+    text = "image_path\tvolume\n" + "".join(f"{row}.nii\t{cell}\n" for row, cell in enumerate(cells))
+    assert table_of(tmp_path, text, "site.tsv")["volume"].tolist() == values
+
+
 def test_latin_1_is_refused_by_name(tmp_path):
     (tmp_path / "a.csv").write_bytes("image_path,site\na.nii,Zürich\n".encode("latin-1"))
     with pytest.raises(CohortError, match="not a UTF-8 table .* save it as `CSV UTF-8`"):
@@ -164,6 +183,20 @@ def test_one_file_for_two_participants_is_said(tmp_path):
     (tmp_path / "b.nii").symlink_to(tmp_path / "a.nii")
     with pytest.warns(UserWarning, match="1 files are the scans of several participants"):
         table_of(tmp_path, "participant,image_path\n1,a.nii\n2,b.nii\n")
+
+
+def test_linked_scans_keep_their_own_names(tmp_path):
+    """As DVC and git-annex keep them: a link in the table's folder to a file that is named by its content."""
+    (tmp_path / "annex").mkdir()
+    (tmp_path / "scans").mkdir()
+    for name in ("ab12.nii", "cd34.nii"):
+        (tmp_path / "annex" / name).touch()
+    (tmp_path / "scans" / "anna.nii").symlink_to("../annex/ab12.nii")
+    (tmp_path / "scans" / "mask.nii").symlink_to("../annex/cd34.nii")
+    row = table_of(tmp_path, "image_path,mask_path\nscans/anna.nii,./scans/../scans/mask.nii\n").iloc[0]
+    assert row["participant"] == "?anna"
+    assert row["image_path"] == str(tmp_path / "scans" / "anna.nii")
+    assert row["mask_path"] == str(tmp_path / "scans" / "mask.nii")
 
 
 def test_names_by_file_do_not_depend_on_the_order_of_rows(tmp_path):
@@ -227,6 +260,14 @@ def test_participants_in_one_table_only_are_counted(tmp_path):
                         {"participants.tsv": "participant_id age\nsub-01 60\nsub-03 5\n"})
     assert "1 participants with scans are not listed and have no labels; 1 who are listed" in said
     assert cohort["age"][0] == 60 and pd.isna(cohort["age"][1])
+
+
+def test_the_contrast_asked_for_is_named(tmp_path):
+    (tmp_path / "sub-01" / "anat").mkdir(parents=True)
+    (tmp_path / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz").touch()
+    bids(tmp_path, ["sub-02"], {"participants.tsv": "participant_id age\nsub-01 60\nsub-03 5\n"})
+    with pytest.warns(UserWarning, match="1 who are listed have no FLAIR scan"):
+        read_cohort(tmp_path, "flair")
 
 
 def test_a_session_that_says_nothing_is_known_has_no_label(tmp_path):

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from torch import nn
 
+from kit.cohort.identity import normalised
 from kit.cohort.split import hashed_ids, participant_hash, salt
 from kit.evaluate.reliability import (
     ReliabilityError,
@@ -135,6 +136,17 @@ def test_scans_of_a_store(store):
     row = reliability_of(Mean(), store, "mean").iloc[0]
     assert (row["encoder"], row["participants"], row["scans"]) == ("mean", 8, 16)
     assert row["icc"] > 0.95 and row["variance_site"] < 0.05 < row["found_again"] / row["chance"]
+
+
+def test_site_1_of_two_datasets_is_two_sites(store):
+    second = store.index.duplicated("participant")
+    index = store.index.assign(dataset=np.where(second, "b", "a"), site=1)
+    aliases = {f"{name}/{each}": (f"a/{each}", f"b/{each}") for name in "ab"
+               for each in index["participant"].map(normalised)}
+    rows = [reliability_of(Mean(), Store(store.folder, index.assign(site=site), store.record), by="site",
+                           aliases=aliases) for site in (1, index["dataset"])]
+    assert rows[0]["participants"].item() == 8
+    pd.testing.assert_frame_equal(rows[0], rows[1])
 
 
 def test_travelling_heads_are_taken_and_those_seen_in_pretraining_left_out(store):

@@ -102,3 +102,52 @@ def test_labels_come_out_of_shards_as_the_text_that_they_were(tmp_path: Path) ->
     merge_shards(table, tmp_path / "merged", 3)
     index = Store.open(tmp_path / "merged").index
     assert index["site"].tolist() == site and index["count"].tolist() == list(range(12))
+
+
+def test_a_shard_of_an_older_cohort_is_not_merged_and_labels_are_the_present_ones(
+        tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table, merged = cohort(tmp_path), tmp_path / "merged"
+    for shard in range(3):
+        prepare(shard_of(table.iloc[:10], shard, 3), shard_folder(merged, shard), SETTINGS, workers=0)
+    assert len(merge_shards(table.iloc[:10], merged, 3)[0]) == 9
+    renewed = table.assign(age=table["age"] + 50)
+    assert merge_shards(renewed, merged, 3) is None  # the eleventh scan belongs into shard 1
+    assert "shards of another cohort (1-of-3) are not merged: prepare them again" in capsys.readouterr().out
+    assert len(Store.open(merged).index) == 9
+    prepare(shard_of(renewed, 1, 3), shard_folder(merged, 1), SETTINGS, workers=0)
+    index, failed = merge_shards(renewed, merged, 3)
+    assert index["age"].dropna().tolist() == [50, 51, 52, *range(54, 60)] and len(index) == 10 and len(failed) == 1
+
+
+def test_a_shard_without_good_scans_is_merged_and_a_cohort_without_them_refused(tmp_path: Path) -> None:
+    table, merged = cohort(tmp_path), tmp_path / "merged"
+    for row in range(0, 11, 3):  # all of shard 0
+        (tmp_path / f"{row}.nii.gz").write_text("no scan", encoding="utf-8")
+    for shard in (1, 2, 0):
+        index, failed = prepare(shard_of(table, shard, 3), shard_folder(merged, shard), SETTINGS, 0, part=True)
+        assert (len(index), len(failed)) == ((0, 4) if shard == 0 else (4 if shard == 1 else 3, 0))
+    index, failed = merge_shards(table, merged, 3)
+    assert len(index) == 7 and failed["participant"].tolist() == ["0000", "0003", "0006", "0009"]
+    for shard in (1, 2):
+        for name in shard_of(table, shard, 3)["image_path"]:
+            Path(name).write_text("no scan", encoding="utf-8")
+        (shard_folder(merged, shard) / "index.csv").unlink()
+        prepare(shard_of(table, shard, 3), shard_folder(merged, shard), SETTINGS, 0, part=True)
+    with pytest.raises(PreparationError, match=r"none of 11 scans could be prepared.*index\.csv lists scans"):
+        merge_shards(table, merged, 3)
+    (merged / "index.csv").unlink()
+    with pytest.raises(PreparationError, match="none of 11 scans could be prepared; the first, d_0000_NA: "):
+        merge_shards(table, merged, 3)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_an_index_survives_a_rerun_without_the_scans_files(tmp_path: Path, part: bool) -> None:
+    (tmp_path / "disk").mkdir()
+    table = cohort(tmp_path / "disk")
+    prepare(table, tmp_path / "out", SETTINGS, workers=0)
+    before = [(tmp_path / "out" / name).read_bytes() for name in ("index.csv", "failed.csv")]
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    with pytest.raises(PreparationError, match=r"d_0000_NA: no such file \(.*/disk/0\.nii\.gz\)\. .*/out/index\.csv "
+                                               "lists scans prepared earlier and is kept: is the disk .* mounted"):
+        prepare(table, tmp_path / "out", SETTINGS, workers=0, part=part)
+    assert [(tmp_path / "out" / name).read_bytes() for name in ("index.csv", "failed.csv")] == before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from kit.preprocess.preprocess import ScanJob, prepare
 from kit.preprocess.register import ORIENTATIONS, RegistrationError
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template
+from kit.runs import ROOT
 from kit.store.grid import Grid
 from kit.store.store import Store, StoreError, read_transform
 
@@ -344,6 +347,28 @@ def test_two_processes_prepare_what_one_prepares(cohort: pd.DataFrame, tmp_path:
     for scan in one.scan:
         for left, right in zip(*(Store.open(tmp_path / name).read(scan) for name in ("one", "two")), strict=True):
             np.testing.assert_array_equal(left, right)
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_called_missing(cohort: pd.DataFrame, tmp_path: Path) -> None:
+    name = tmp_path / ("x" * 300)  # longer than file systems allow
+    table = cohort.assign(image_path=[str(tmp_path / "gone.nii.gz"), str(name), *cohort["image_path"][2:]])
+    _, failed = prepare(table, tmp_path / "out", settings(), workers=0)
+    assert failed["reason"].tolist() == ["no such file", "cannot be read: File name too long"]
+
+
+def test_a_script_without_a_guard_is_told_so(cohort: pd.DataFrame, tmp_path: Path) -> None:
+    cohort.head(1).to_csv(tmp_path / "cohort.csv", index=False)
+    (tmp_path / "script.py").write_text(f"""
+from kit.cohort.tables import read_cohort
+from kit.preprocess.preprocess import prepare
+from kit.preprocess.settings import Preparation
+from kit.store.grid import Grid
+prepare(read_cohort({str(tmp_path / "cohort.csv")!r}), {str(tmp_path / "out")!r}, Preparation(Grid((9, 9, 9), 20.0)))
+""", encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert "for lack of memory (use fewer workers), or because the script" in done.stderr
+    assert 'outside `if __name__ == "__main__":`' in done.stderr
 
 
 def _shout_or_die(job: ScanJob) -> str:

@@ -84,6 +84,16 @@ def test_sites_are_judged_by_themselves() -> None:
     assert flagged(few)["flags"].tolist() == [""] * 40 + ["snr low"] * 6
 
 
+def test_numbered_sites_are_their_datasets_own_and_no_site_is_none() -> None:
+    weak = cohort(24).assign(snr=lambda rows: rows["snr"] / 4, dataset="other")
+    both = pd.concat([cohort(200), weak], ignore_index=True).assign(site=1)
+    assert flagged(both)["flags"].eq("").all()  # with one site 1, the weak ones would be flagged
+    # 24 scans without a site, their noise far from the others', do not hide behind each other
+    nowhere = pd.concat([cohort(200), weak.assign(dataset="made", snr=3.2)], ignore_index=True)
+    nowhere["site"] = ["a"] * 200 + [np.nan] * 24
+    assert flagged(nowhere)["flags"].tolist() == [""] * 200 + ["snr low"] * 24
+
+
 def test_brains_of_children_have_limits_of_their_own() -> None:
     index = cohort(1, brain_ml=600)
     assert flagged(index)["flags"].tolist() == ["brain_ml low"]

@@ -108,6 +108,22 @@ def test_auto_takes_z_scored_and_interpolated_brains_as_stripped() -> None:
     assert found.source == "nonzero" and dice(found.mask, own) > 0.95
 
 
+def test_auto_takes_a_stripped_scan_in_which_deepbet_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(array: np.ndarray, quick: bool = False) -> np.ndarray:
+        raise ScanError("deepbet finds no brain")
+
+    monkeypatch.setattr(skullstrip, "deepbet_mask", nothing)
+    array, affine = stripped()
+    found = find_brain("auto", array, affine, "")
+    assert found.source == "nonzero"
+    np.testing.assert_array_equal(found.mask, ndimage.binary_fill_holes(array > 0))
+    head = np.where(ndimage.binary_dilation(array > 0, iterations=10), 90, array)  # larger than a brain
+    whole = array + np.random.default_rng(0).uniform(0, 50, array.shape)  # without a background
+    for kind, scan in (("deepbet", array), ("auto", head), ("auto", whole)):
+        with pytest.raises(ScanError, match="deepbet finds no brain"):
+            find_brain(kind, scan, affine, "")
+
+
 def test_auto_strips_what_has_a_head_around_it() -> None:
     array, affine = stripped()
     own = ndimage.binary_fill_holes(array > 0)

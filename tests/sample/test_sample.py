@@ -16,7 +16,7 @@ from scipy import ndimage, stats
 from sklearn.metrics import roc_auc_score
 
 from kit.cohort.tables import read_cohort
-from kit.preprocess.nifti import read_nifti
+from kit.preprocess.nifti import read_nifti, write_nifti
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.settings import Preparation
 from kit.sample import (
@@ -323,6 +323,21 @@ def test_effects_are_written_on_the_grid_of_prepared_scans(cohort, tmp_path):
     image, mask = store.read(index["scan"][0])
     inside = place > 0
     assert (inside & mask).sum() > 0.9 * inside.sum() > 0 and image[inside & mask].mean() < image[mask].mean() - 0.5
+
+
+def test_effects_are_written_again_if_their_scan_was_prepared_again(cohort, tmp_path):
+    scans = read_cohort(cohort).iloc[[0, -1]]  # the last is a healthy travelling head
+    for spacing in (8.0, 6.0):
+        settings = Preparation(Grid((18, 24, 20), spacing), "none", "given")
+        index, _ = prepare(scans, tmp_path, settings, workers=0)
+        store = Store.open(tmp_path)
+        gone = tmp_path / "effects" / f"{index['scan'][1]}_lesion.nii.gz"
+        write_nifti(gone, np.zeros((2, 3, 4)), np.eye(4))  # as of a cohort of another size, where it had a stroke
+        assert write_effects(cohort, store, index, tmp_path) >= 8 and not gone.exists()
+        for path in (tmp_path / "effects").iterdir():
+            assert np.allclose(read_nifti(path)[1], store.grid.affine)
+        prepare(scans, tmp_path, settings, workers=0)  # skips what is there
+        assert write_effects(cohort, store, index, tmp_path) == 0
 
 
 def test_effect_masks_of_an_unknown_participant(cohort):

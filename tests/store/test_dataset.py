@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -74,6 +75,18 @@ def test_each_dataset_comes_as_often():
     counts = Counter(chosen)
     assert {counts[number] for number in range(30, 36)} == {3} and max(counts[number] for number in range(30)) == 1
     assert chosen == balanced(DATASETS, 0, 1) != balanced(DATASETS, 0, 2)
+
+
+def test_balanced_says_the_shares_that_few_people_really_have():
+    people, datasets = [f"p{number}" for number in range(1003)], ["large"] * 1000 + ["small"] * 3
+    with pytest.warns(UserWarning, match=r"are really large 9\d\.\d%, small \d\.\d%, since a participant") as said:
+        batches = batches_of(people, datasets, 32, seed=0, epoch=0, sampling="balanced")
+    small = sum(number >= 1000 for batch in batches for number in batch) / sum(map(len, batches))
+    assert f"small {small:.1%}" in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches_of(people, datasets, 32, seed=0, epoch=1, sampling="balanced")  # said once
+        batches_of(people, ["a"] * 500 + ["b"] * 503, 32, seed=0, epoch=0, sampling="balanced")
 
 
 def test_a_participant_comes_once_in_a_batch_of_either_sampling():

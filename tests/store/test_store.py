@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_scan_comes_back(folder: Path) -> None:
     np.testing.assert_array_equal(read_transform(folder, "a_0001"), TRANSFORM)
     assert read_facts(scan_path(folder, "a_0001"))["affine"] == GRID.affine.tolist()
     assert [path.name for path in (folder / "scans").iterdir()] == ["a_0001.b2nd"]
+
+
+def test_a_scan_without_room_is_an_os_error_and_leaves_the_one_before(folder: Path) -> None:
+    before, (image, mask) = scan_path(folder, "a_0001").read_bytes(), arrays()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_scan(scan_path(folder, "a_0001"), image + 1, mask, "a_0001", GRID.affine, {"transform": TRANSFORM})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.read_bytes() for path in (folder / "scans").iterdir()] == [before]
 
 
 def test_mask_is_kept_where_the_image_is_zero(tmp_path: Path) -> None:
