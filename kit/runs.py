@@ -122,8 +122,9 @@ def _named(dist: metadata.Distribution) -> str:
 
 def _has_begun(folder: Path) -> bool:
     """Whether a run's folder holds results; until it does, its parameters may change. Figures are drawn again."""
-    before = {"params.yaml", "environment.txt", ".lock", "figures"}
-    return any(path.name not in before and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
+    before = {"params.yaml", "environment.txt", "figures"}
+    return any(path.name not in before and not path.name.startswith(".")  # .lock, .ipynb_checkpoints
+               and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
 
 
 class Run:

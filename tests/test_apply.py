@@ -253,6 +253,7 @@ def command(*arguments, **environment):
                           check=False, cwd=ROOT, env={**os.environ, "KIT_PROGRESS": "off", **environment})
 
 
+@pytest.mark.slow
 def test_the_command_refuses_in_a_sentence(store, encoder, tmp_path):
     done = command("--input", store.folder, "--encoder", encoder, "--output", tmp_path / "e.npy")
     assert done.returncode == 2 and "is for one scan" in done.stderr and "has 32" in done.stderr
@@ -264,6 +265,7 @@ def test_the_command_refuses_in_a_sentence(store, encoder, tmp_path):
     assert done.returncode == 2 and ".npy, .csv or .parquet" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_embeds_a_raw_scan_by_the_encoder_of_the_environment(tmp_path):
     """The template as a scan, where it lies; registration and skull stripping of heads: tests/real/test_apply.py."""
     grid = Grid((36, 48, 40), 4.0)

@@ -224,6 +224,7 @@ def few(folder, rows, **columns):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns", "words"), [
     (range(16), {"split": ["test"] * 10 + ["train"] * 6},
      "split: 'pretrain' leaves 0 scans of 0 participants to learn from, besides 0 for validation; at least two "
@@ -239,6 +240,7 @@ def test_what_cannot_be_learned_from_is_said_with_what_the_table_has(kernel, tmp
     kernel.run(cells("2_pretrain")[2], fails=words.replace("PLACE", str(tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "words"), [
     (["train"] * 10 + ["test"] * 6, "age: the validation split has 0 usable scans with this label, of 0 participants; "
      "it needs two scans. In PLACE the column split of its index has train 10 scans of 8 participants, test 6 scans"),

@@ -92,6 +92,7 @@ def quick_pretraining(tmp_path_factory):
             "output_dir": "outputs/of{seed}"}
 
 
+@pytest.mark.slow
 def test_a_folder_of_parameters_runs_in_order_and_ends_with_where_things_lie(quick_pretraining, tmp_path, capsys):
     params = tmp_path / "params"
     params.mkdir()
@@ -158,6 +159,7 @@ def test_a_notebook_runs_without_any_network(quick_pretraining, tmp_path):
     assert {"encoder.safetensors", "report.html"} <= {path.name for path in (tmp_path / "outputs/offline").iterdir()}
 
 
+@pytest.mark.slow
 def test_runs_at_once_have_a_core_each_and_after_a_failure_no_other_starts(quick_pretraining, tmp_path, capfd):
     (tmp_path / "2_pretrain.yaml").write_text(yaml.safe_dump(quick_pretraining))
     entry = "2_pretrain: {{seconds: 9, each: {{seed: {}}}, at_once: 2}}\n"

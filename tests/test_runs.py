@@ -79,6 +79,7 @@ def test_a_figure_alone_does_not_fix_the_parameters(tmp_path):
     run = Run.open(tmp_path / "run", {"seed": 5})
     run.figure(Figure(), "cohort")
     run.close()
+    (tmp_path / "run/.ipynb_checkpoints").mkdir()  # of Jupyter, when somebody looks at the notebook there
     Run.open(tmp_path / "run", {"seed": 0}).close()
     assert "seed: 0" in (tmp_path / "run/params.yaml").read_text() and (tmp_path / "run/figures/cohort.png").exists()
 

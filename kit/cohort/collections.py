@@ -194,7 +194,7 @@ def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
             say(f"{shown(place / 'participants.tsv')}: {without} of {len(labels)} rows are of no scan taken; their "
                 "labels are not used")
         for name in [name for name in found if name not in own]:
-            table[name] = table[name].fillna(found[name]) if name in table else found[name]
+            table[name] = table[name].replace("", None).fillna(found[name]) if name in table else found[name]
     table = table.fillna("")
     for name in [name for name in table if name not in own]:
         table[name] = typed(table[name], f"{shown(folder)}: {name}")  # only now, as types may differ between files

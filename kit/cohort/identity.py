@@ -23,7 +23,8 @@ HEADINGS = {"participant": ("participant", "participant_id", "subject", "subject
             "mask_path": ("mask_path",), "split": ("split",)}
 TRAVELLING = "travelling"  # the split of people scanned at several sites; neither tasks nor pretraining use it
 SPLITS = ("pretrain", "train", "validation", "test", "out_of_distribution", TRAVELLING)
-SPREADSHEETS_OWN = r"\d(?:\.\d+)?E\+\d+|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2})?|[A-Z][a-z]{2}-\d{2}"  # 1.2E+11, 02-Jan, Jan-02
+_MONTH = "(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)"  # so that Pat-01 stays a name
+SPREADSHEETS_OWN = rf"\d(?:\.\d+)?E\+\d+|\d{{1,2}}-{_MONTH}(?:-\d{{2}})?|{_MONTH}-\d{{2}}"  # 1.2E+11, 02-Jan, Jan-02
 
 Aliases = dict[str, tuple[str, ...]]  # a person's key: all keys of that person
 
@@ -84,7 +85,7 @@ def participant_ids(index: pd.DataFrame) -> pd.Series:
 
 
 def site_names(index: pd.DataFrame) -> pd.Series:
-    """Return each scan's site, nan where it is not said: the column `site`, else the dataset.
+    """Return each scan's site: the column `site`, nan in its empty cells; the dataset only if there is no such column.
 
     A number gets its dataset as a prefix, since site 1 of two datasets are different sites.
     """
@@ -95,9 +96,17 @@ def site_names(index: pd.DataFrame) -> pd.Series:
 
 
 def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
-    """Add a column `alias_of` if there are aliases: one name per person, the first (sorted) found in the index."""
+    """Add a column `alias_of` if there are aliases: one name per person, the first (sorted) found in the index.
+
+    Raises:
+        IdentityError: the index has no dataset's name, so that no alias can be of its people.
+    """
     if not aliases:
         return index
+    unnamed = index["dataset"].astype(str).str.startswith(UNNAMED)
+    if len(index) and unnamed.all() and not any(name.startswith(UNNAMED) for name in aliases):
+        raise IdentityError("aliases: the cohort has no column dataset, so nobody in the table of aliases is found in "
+                            "it: add the column, or write the dataset there as in index.csv, with its leading ?")
     ids = participant_ids(index)
     first: dict[tuple[str, ...], str] = {}
     for name in sorted(set(ids)):
@@ -173,5 +182,5 @@ def check_datasets_known(index: pd.DataFrame, beside: str) -> None:
     if unsaid:
         name = unsaid[0].removeprefix(UNNAMED)
         raise IdentityError(f"the cohort {name} has no column dataset (a BIDS folder: no Name), so its people cannot "
-                            f"be told from those of {beside}: add one, with one value per study in all cohorts (with "
-                            f"{name!r} nothing is prepared anew), and run 1_preprocess again")
+                            f"be told from those of {beside}: add one, with one value per study in all cohorts (if "
+                            f"that is {name!r}, finished scans are kept), and run 1_preprocess again")

@@ -183,7 +183,8 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
     fold with the fewest others of the same age band, sex, site, ...; hashes break ties. This balances each column
     separately, where strata over all columns would be too small. Row order, other columns and the number of scans a
     participant has do not matter. Who else is in the cohort does: when one participant joins 300, a third of the
-    others change fold. So folds belong to one index, and an encoder's record reveals who has moved.
+    others change fold. So folds hold for one index; if it has changed since pretraining, `check_unseen` finds those
+    whom the encoder saw.
 
     Args:
         stratify: columns to balance; a participant's smallest value counts. None means those of `STRATIFY` present.

@@ -25,7 +25,7 @@ from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError
 from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
-from kit.evaluate.tasks import Part, Task, sexes
+from kit.evaluate.tasks import CORRECTION, Part, Task, sexes
 from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
 from kit.preprocess.quality import site_column
 from kit.runs import progress
@@ -195,9 +195,9 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     training and validation. In a test part they are predicted from mean values; a test part with only such scans is
     left out.
     """
-    parts = {}
+    parts, knowns = {}, {}
     for name, part in task.parts.items():
-        known = tables[name].notna().any(axis=1).to_numpy()
+        known = knowns[name] = tables[name].notna().any(axis=1).to_numpy()
         if not known.all():
             who = part.participants[~known].unique()
             some = ", ".join(who[:5]) + ", ..." * (len(who) > 5)
@@ -209,7 +209,7 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     tables = {name: tables[name].loc[part.rows.index] for name, part in parts.items()}
     train = tables["train"]
     if len(train) < 2 or len(set(parts["train"].labels)) < len(task.labels.classes):
-        raise DoesNotApply(f"only {len(train)} training scans have a value, too few")
+        raise DoesNotApply(f"the {len(train)} training scans that have a value are too few, or lack a class")
     if task.labels.classes and len(set(parts["validation"].labels)) < 2:
         tell(f"validation scans with a value are all of one class, so the penalty is not chosen but {DEFAULT:g}")
     numbers = [name for name in train if train[name].dtype != object]
@@ -222,7 +222,9 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     features = {name: encoder.transform(table) for name, table in tables.items()}
     if not np.ptp(features["train"], axis=0).any():
         raise DoesNotApply(f"all training scans have the same {', '.join(train)}")
-    return probe_tested(replace(task, parts=parts), features)
+    found = probe_tested(replace(task, parts=parts), features)
+    return {name: np.where(knowns[name], values, np.nan) if name == CORRECTION else values
+            for name, values in found.items()}
 
 
 def _measured_volumes(task: Task, atlas: Path | None, cache: Path | None) -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ from kit.evaluate.metrics import METRICS, bias_corrected, further_metrics, join_
 from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.reliability import ReliabilityError, reliability_of
-from kit.evaluate.tasks import Task, check_tested, covariates, overlap, tasks_of
+from kit.evaluate.tasks import CORRECTION, Task, check_tested, covariates, overlap, tasks_of
 from kit.evaluate.tune import Choice, stoppable, tune
 from kit.evaluate.volumes import read_volumes
 from kit.models.encoder import Encoder
@@ -48,7 +48,6 @@ from kit.store.store import Store
 from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped
 
-CORRECTION = "validation, to correct the bias"  # the validation part again; its predictions fit the bias correction
 UNTRAINED = "random init"  # probes on an untrained encoder
 ROW = ["encoder", "mode", "task", "label_fraction"]
 TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns of a cell's table always read as text
@@ -264,8 +263,10 @@ class _Bench:
         found = dict(found or {})
         validation = found.pop(CORRECTION, None)
         if validation is not None:
+            there = np.isfinite(validation)  # a baseline's scans without its columns are no part of the fit
+            labels, validation = task.parts[CORRECTION].labels[there], validation[there]
             try:
-                found = {name: bias_corrected(task.parts[CORRECTION].labels, validation, values)
+                found = {name: bias_corrected(labels, validation, values)
                          for name, values in found.items()}
             except ValueError as error:
                 self._say(f"{cell.encoder} on {cell.task}, {cell.mode}: bias not corrected: {error}")
@@ -518,7 +519,8 @@ def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
         few participants have several scans has none, and the reason is printed.
     """
     bench, seed, rows = _Bench(params), params.seeds[0], []
-    by = "site" if "site" in bench.stores["prepared"].index else "session"
+    index = bench.stores["prepared"].index
+    by = "site" if "site" in index and index["site"].notna().any() else "session"
     names = [name for name in bench.specs if name == UNTRAINED or not is_random(bench.specs[name])]
     for name in names:
         network, record = bench.encoder(name, 0, seed)

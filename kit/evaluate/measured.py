@@ -1,7 +1,8 @@
 """What is computed once for each scan and kept in a file: features, volumes, voxels.
 
 The file's name has a digest of the kit's version and of all else that decides the values, besides the scan itself; its
-keys have the scan's name and checksum. So a changed kit, atlas, encoder or scan is computed again.
+keys have the scan's name and checksum. So values are computed again for another
+version of the kit, atlas, encoder or scan; a change of code within one version is not noticed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def measured_file(folder: Path, what: str, *made_with: object) -> Path:
 
     Args:
         what: the beginning of the file's name.
-        made_with: what decides the values besides the scan and the kit's version, with a `repr` that says it all.
+        made_with: what else determines the values; each `repr` must be complete, and the same in every run.
     """
     digest = hashlib.blake2b(repr((kit.__version__, *made_with)).encode(), digest_size=6).hexdigest()
     return folder / f"{what}-{digest}.safetensors"

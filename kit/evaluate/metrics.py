@@ -305,8 +305,10 @@ def bias_corrected(validation_true: np.ndarray, validation_predicted: np.ndarray
         predicted: (rows,) to correct.
 
     Raises:
-        ValueError: validation predictions do not rise with the truth.
+        ValueError: validation predictions do not rise with the truth, or there are fewer than three different labels.
     """
+    if len(np.unique(validation_true)) < 3:
+        raise ValueError("bias correction: validation has fewer than three different labels")
     slope, intercept = np.polyfit(validation_true, validation_predicted, 1)
     if slope <= 0:
         raise ValueError(f"bias correction: the validation predictions do not rise with the truth (slope {slope:.3g}); "

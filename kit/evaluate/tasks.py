@@ -28,6 +28,9 @@ from kit.store.leakage import (
 )
 from kit.store.store import Store
 
+# a part added to a task: validation scans once more, predicted like tested ones, to fit the bias correction
+CORRECTION = "validation, to correct the bias"
+
 
 @dataclass(frozen=True)
 class Part:

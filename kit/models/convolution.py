@@ -24,8 +24,8 @@ class Conv3d(nn.Conv3d):
     at least the kernel's, none failed. The last stages of small grids have sides below it.
 
     On CUDA, a layer that reads one channel and writes more than `INDEX_LIMIT` elements reads shifted copies of that
-    channel as channels instead, see `by_columns`. For the paper's ResNet-18 that is so beyond three scans (six views)
-    of 150x192x192; with six, it cut a bf16 step on an H200 from 741 to 563 ms.
+    channel as channels instead, see `by_columns`. For the paper's ResNet-18 this holds for more than three
+    scans (six views) of 150x192x192; with six scans (twelve views), it cut a bf16 step on an H200 from 741 to 563 ms.
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -20,7 +20,7 @@ class AveragePool(nn.AdaptiveAvgPool3d):
 
 
 class MaxPool(nn.MaxPool3d):
-    """Like torch's; on CUDA the same gradient comes out the same to the bit.
+    """Like torch's, but on CUDA, too, its gradient is the same to the bit each time.
 
     torch adds the gradients of overlapping windows there in whatever order they come.
     """
@@ -31,7 +31,7 @@ class MaxPool(nn.MaxPool3d):
 
 
 class _MaxPool(torch.autograd.Function):
-    """Maxima of windows; backward takes windows that do not overlap at a time, so a sum has one order."""
+    """Maxima of windows; backward adds one set of non-overlapping windows at a time, so that sums have one order."""
 
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, pool: nn.MaxPool3d) -> torch.Tensor:

@@ -92,7 +92,8 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
                 f"({failed.image_path[0]})")
         if _lists_scans(folder / "index.csv"):
             raise PreparationError(f"{none}. {shown(folder / 'index.csv')} lists scans prepared earlier and is kept: "
-                                   "is the disk with the scans' files mounted? If these scans are to go, delete it")
+                                   "is the disk with the scans' files mounted? To give up those scans, delete this "
+                                   "index.csv")
     write_table(folder / "failed.csv", failed)
     write_table(folder / "index.csv", index)
     if index.empty and not part:
@@ -109,10 +110,11 @@ def shard_of(cohort: pd.DataFrame, shard: int, shards: int) -> pd.DataFrame:
     """Return one shard of a cohort: every `shards`-th row from row `shard` on, so that each shard mixes the sites.
 
     Raises:
-        PreparationError: the cohort has fewer scans than shards.
+        PreparationError: the cohort has fewer scans than shards, or two of its scans would have one name.
     """
     if len(cohort) < shards:
         raise PreparationError(f"shards: {len(cohort)} scans cannot fill {shards} shards")
+    check_cohort(cohort, scan_names(cohort), "auto")  # `prepare` sees one shard only; names must differ in all
     return cohort.iloc[shard::shards].reset_index(drop=True)
 
 

@@ -18,7 +18,8 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
     """Return the global batches of one epoch: each scan at most once, a participant at most once per batch.
 
     Two scans of one brain must not be negatives of each other. The order depends only on (seed, epoch), not on
-    workers. Batches smaller than `batch_size` are dropped if there are full ones; their scans come up in other epochs.
+    workers. Batches smaller than `batch_size` are dropped if there are full ones, and batches of one scan if there are
+    larger ones; their scans come up in other epochs.
 
     Args:
         participants: each scan's participant.
@@ -44,7 +45,7 @@ def epoch_batches(participants: Sequence[str], batch_size: int, seed: int, epoch
         while first_open < len(batches) and len(batches[first_open]) == batch_size:
             first_open += 1
     full = [batch for batch in batches if len(batch) == batch_size]
-    return full or batches
+    return full or [batch for batch in batches if len(batch) > 1] or batches
 
 
 def balanced(datasets: Sequence[str], seed: int, epoch: int) -> list[int]:
@@ -67,7 +68,7 @@ def session_batches(participants: Sequence[str], batch_size: int, seed: int, epo
     Each participant comes at most once in an epoch.
 
     Returns:
-        lists of 2 x `batch_size` scan numbers.
+        lists of 2 x `batch_size` scan numbers (fewer if there are too few participants), a pair's two side by side.
     """
     codes, names = pd.factorize(np.asarray(participants))
     rng = rng_for(seed, epoch, 2)

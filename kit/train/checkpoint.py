@@ -142,6 +142,8 @@ def read_checkpoint(folder: Path, name: str | None = None, set_aside: bool = Fal
             continue
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, MemoryError):  # of the disk or the machine: the file may be whole
+            raise
         except Exception as error:  # torch raises several kinds of error for a damaged file
             damaged[path] = type(error).__name__
             continue

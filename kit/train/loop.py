@@ -35,7 +35,8 @@ from kit.train.progress import Progress
 from kit.train.stop import Stopped
 
 Chunks = list[list[int]]  # this process's share of one batch, in chunks
-Place = Callable[[int, int], tuple[int, int]]  # (epoch, batch number) -> the two numbers that key the batch's draws
+# (epoch, batch number) -> (pass, number in it): the pass keys the augmentation, both seed torch's random state
+Place = Callable[[int, int], tuple[int, int]]
 MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # may differ when a run is resumed
 
 
@@ -106,8 +107,8 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
 
     Raises:
         TrainingError: the loss is not finite; names the scans of that step.
-        StoreError: a scan could not be read; a checkpoint was written if it was rank 0 that read it, otherwise the last
-            one that was due remains.
+        StoreError: a scan could not be read. If rank 0 was reading it, a checkpoint was written first; if another rank
+            was, the last regular checkpoint remains.
         MemoryError: a step does not fit into memory; names a chunk size to try.
         CheckpointError: the folder holds checkpoints of other parameters or only damaged ones, or the disk was full
             for too long.
@@ -139,7 +140,8 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             asked = torch.tensor(float(stop is not None and stop.exists()), device=device())
             report = mean_over_processes({**own, "stop": asked})
             if not math.isfinite(report["loss"]):
-                names = [train.scans[scan] for chunks in steps[number] for chunk in chunks for scan in chunk]
+                of_step = batches(epoch)[number * settings.accumulate:(number + 1) * settings.accumulate]
+                names = [train.scans[scan] for batch in of_step for scan in batch]
                 last = folder and folder / "checkpoints/last.pt"
                 raise TrainingError(
                     f"the loss is {report['loss']} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(names)}. "
@@ -258,6 +260,10 @@ class State:
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(cast(nn.Module, self.objective))
+            buffers = zip(self.average.module.buffers(), cast(nn.Module, self.objective).buffers(), strict=True)
+            for kept, now in buffers:
+                if not kept.is_floating_point():  # torch averages indices in float32 and truncates them
+                    kept.copy_(now)
         self.reports.append(report)
 
     def row(self, epoch: int) -> dict[str, float]:
@@ -347,7 +353,8 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
         model: `objective`, or its DistributedDataParallel.
         stream: batches in the order of `reads`.
         step: the batches, in chunks.
-        number: of the step's first batch within the epoch; with seed, epoch and rank it seeds the random state.
+        epoch, number: what `place` gives for the step's first batch. The epoch keys the views; seed, epoch, number and
+            rank seed torch's random state.
 
     Returns:
         what the objective reports, averaged over the step on this process.
@@ -374,7 +381,7 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
 
 def _cached(model: nn.Module, objective: Objective, stream: Iterator[Batch], seeds: list[int], epoch: int,
             batches: int, last: bool, precision: str) -> Report:
-    with torch.no_grad(), _still_statistics(cast(nn.Module, objective)):
+    with torch.no_grad(), _frozen_statistics(cast(nn.Module, objective)):
         of_chunks = [run_model(objective, next(stream), epoch, seed, precision, embed=True) for seed in seeds]
     embeddings = torch.cat(of_chunks, dim=1).requires_grad_()  # (2, items, width)
     out = objective.compare(*embeddings)
@@ -402,7 +409,7 @@ def _exchange(model: nn.Module, now: bool) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _still_statistics(module: nn.Module) -> Iterator[None]:
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Freeze BatchNorm's running statistics, so that only the second pass over a chunk updates them."""
     norms = [(norm, norm.momentum, count, count.clone()) for norm in module.modules()
              if isinstance(norm, nn.modules.batchnorm._BatchNorm) and (count := norm.num_batches_tracked) is not None]

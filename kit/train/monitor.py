@@ -194,7 +194,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
         validation_scans: their number; 0: unknown.
     """
     if len(log) < 2:
-        return "too early to say: less than two epochs"
+        return "too early to say: fewer than two epochs"
     seen = log.dropna(subset=["rank"]) if "rank" in log else log.iloc[:0]
     last, fell = log.iloc[-1], (log["loss"].iloc[0] - log["loss"].iloc[-1]) / abs(log["loss"].iloc[0])
     now, start = (seen.iloc[-1], seen.iloc[0]) if len(seen) else ({}, {})

@@ -1,4 +1,4 @@
-"""Training objectives: a batch and the epoch in, `{"loss": ...}` and whatever else is worth logging out.
+"""Training objectives: each takes a batch and the epoch, and returns `{"loss": ...}` and whatever should be logged.
 
 A new objective is a module that follows `Objective`; `kit.train.loop.fit` trains it without further changes.
 """

@@ -32,8 +32,9 @@ class Lars(torch.optim.Optimizer):
                     continue
                 change = weight.grad.add(weight, alpha=group["weight_decay"])
                 if group["adapt"]:
-                    long, steep = weight.norm(), change.norm()
-                    change.mul_(torch.where((long > 0) & (steep > 0), group["trust"] * long / steep, 1.0))
+                    weight_norm, change_norm = weight.norm(), change.norm()
+                    change.mul_(torch.where(
+                        (weight_norm > 0) & (change_norm > 0), group["trust"] * weight_norm / change_norm, 1.0))
                 velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
                 velocity.mul_(group["momentum"]).add_(change)
                 weight.sub_(velocity, alpha=group["lr"])

@@ -73,7 +73,7 @@ def need(params: Pretrain, store: Store) -> Need:
 
 
 def seconds_per_scan(params: Pretrain, store: Store, wanted: Need, scans: int) -> tuple[float, str]:
-    """Seconds of training per scan on one device with `scans` at a time, and where the number comes from.
+    """Seconds of training per scan (per pair, with session pairs) with `scans` at a time, and where they come from.
 
     Measured if there is a CUDA device, else estimated from the counted operations and an H200's speed.
     """
@@ -88,7 +88,8 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need, scans: int) -
         objective.encoder.compile(dynamic=False)
     while True:
         try:
-            seconds = _measured(objective, scans, store.grid.shape, params.precision) * objective.scans_per_item / scans
+            items = scans * objective.scans_per_item
+            seconds = _measured(objective, items, store.grid.shape, params.precision) / scans
             return seconds, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"
         except torch.OutOfMemoryError:
             if scans <= 2:  # NT-Xent needs two

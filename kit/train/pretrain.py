@@ -145,7 +145,7 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def pretrain_inputs(params: Pretrain, store: Store, folder: Path) -> MadeFrom:
-    """What an encoder is made from; from the index, only which scans are learned from and whose they are."""
+    """What an encoder is made from; of the index, only the scans used and their participants count."""
     parts = zip(("learned from", "validation"), readable_scans(params, store, folder), strict=True)
     return made_from([Used("prepared", part, store, rows, participant_ids(rows)) for part, rows in parts],
                      read_aliases(params.aliases))

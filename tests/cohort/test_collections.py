@@ -74,7 +74,8 @@ def test_fomo300k_and_one_of_its_datasets(tmp_path: Path) -> None:
 def test_each_table_is_joined_by_its_own_columns_and_labels_without_scans_are_counted(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{name}/sub-01/ses-{visit}/t1w.nii.gz" for name in ("PT001_A", "PT002_B") for visit in (1, 2)))
     (tmp_path / "participants.tsv").write_text(
-        "dataset\tparticipant_id\tsession_id\tage\nPT001_A\tsub-01\tses-1\t30\nPT001_A\tsub-09\tses-1\t7\n")
+        "dataset\tparticipant_id\tsession_id\tage\nPT001_A\tsub-01\tses-1\t30\nPT001_A\tsub-01\tses-2\tn/a\n"
+        "PT001_A\tsub-09\tses-1\t7\n")
     (tmp_path / "PT001_A/participants.tsv").write_text("participant_id\tage\tsex\nsub-01\t50\tF\n")
     (tmp_path / "PT002_B/participants.tsv").write_text("participant_id\tsex\nsub-01\tM\nsub-02\tF\n")
     with pytest.warns(UserWarning) as said:
@@ -82,7 +83,7 @@ def test_each_table_is_joined_by_its_own_columns_and_labels_without_scans_are_co
     assert cohort[["dataset", "session", "age", "sex"]].values.tolist() == [
         ["PT001_A", "1", 30, "F"], ["PT001_A", "2", 50, "F"], ["PT002_B", "1", -1, "M"], ["PT002_B", "2", -1, "M"]]
     assert [str(each.message).removeprefix(f"{tmp_path}/") for each in said] == [
-        "participants.tsv: 1 of 2 rows are of no scan taken; their labels are not used",
+        "participants.tsv: 1 of 3 rows are of no scan taken; their labels are not used",
         "PT002_B/participants.tsv: 1 of 2 rows are of no scan taken; their labels are not used"]
 
 

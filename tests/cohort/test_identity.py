@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -12,7 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.cohort.identity import IdentityError, joined, key, normalised, participant_ids, read_aliases, read_id
+from kit.cohort.identity import (
+    SPREADSHEETS_OWN,
+    IdentityError,
+    joined,
+    key,
+    normalised,
+    participant_ids,
+    read_aliases,
+    read_id,
+)
 from kit.cohort.labels import read_labels
 from kit.cohort.split import Splitting, check_unseen, label_subset, participant_hash, salt, splits
 from kit.cohort.tables import read_cohort
@@ -176,6 +186,20 @@ def test_aliases(tmp_path):
     assert aliases["adni/1"] == aliases["oasis/17"] == ("adni/1", "oasis/17") and aliases["adni/2"] == ("adni/2",)
     index = pd.DataFrame({"dataset": ["oasis", "ADNI", "ADNI"], "participant": ["17", "001", "3"]})
     assert participant_ids(joined(index, aliases)).tolist() == ["ADNI/001", "ADNI/001", "ADNI/3"]
+    unnamed = index.assign(dataset="?site")
+    with pytest.raises(IdentityError, match="the cohort has no column dataset, so nobody in the table of aliases"):
+        joined(unnamed, aliases)
+    assert participant_ids(joined(unnamed, {"?/1": ("?/1", "?/3"), "?/3": ("?/1", "?/3")})).nunique() == 2
     path.write_text("dataset,participant,person\nadni,1,P\nadni,001,Q\n")
     with pytest.raises(IdentityError, match="adni/1 is listed as several persons"):
         read_aliases(path)
+
+
+@pytest.mark.parametrize("name", ["Pat-01", "Con-12", "12-Abc", "P-01"])
+def test_three_letters_and_a_number_are_a_name(name):
+    assert not re.fullmatch(SPREADSHEETS_OWN, name)
+
+
+@pytest.mark.parametrize("name", ["Jan-02", "02-Jan", "2-Dec-19", "1.2E+11"])
+def test_what_a_spreadsheet_makes_of_a_name_is_none(name):
+    assert re.fullmatch(SPREADSHEETS_OWN, name)

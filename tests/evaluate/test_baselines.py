@@ -18,7 +18,7 @@ from kit.evaluate.baselines import BASELINES, LEAST_ROWS, baseline_predictions
 from kit.evaluate.measured import measured, measured_file
 from kit.evaluate.metrics import score
 from kit.evaluate.probe import fit_probe, predict_probe
-from kit.evaluate.tasks import Part, Task
+from kit.evaluate.tasks import CORRECTION, Part, Task
 from kit.evaluate.volumes import native_size, regions_on, tissue_volumes
 from kit.preprocess.nifti import write_nifti
 from kit.preprocess.template import template_on
@@ -349,3 +349,15 @@ def test_validation_of_one_class_chooses_no_penalty(store):
     features, labels = rng.normal(size=(40, 3)), np.arange(40) % 2
     assert fit_probe(features, labels, features[:5], np.zeros(5), "classification")[-1].C == 1
     assert fit_probe(features, np.arange(40) % 3, features[:5], np.ones(5), "classification")[-1].C == 1
+
+
+def test_bias_is_not_fitted_on_imputed_scans(store):
+    """A validation scan without any of the columns has no prediction to fit the correction on."""
+    heights = np.random.default_rng(0).normal(170, 10, len(store.index)) + 0.2 * store.index["age"]
+    task = task_of(Store(store.folder, store.index.assign(height=heights), store.record), "age")
+    part = task.parts["validation"]
+    there = np.arange(len(part.rows)) > 0
+    unknown = replace(part, rows=part.rows.assign(height=part.rows["height"].where(there)))
+    found = baseline_predictions("demographics", replace(task, parts={**task.parts, CORRECTION: unknown}),
+                                 demographics=["height"])
+    assert np.isfinite(found[CORRECTION]).tolist() == there.tolist() and np.isfinite(found["test"]).all()

@@ -57,6 +57,7 @@ def cell_files(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.glob("cells/**/seed*.csv")}
 
 
+@pytest.mark.slow
 def test_table_is_complete_and_resumes(stores, tmp_path):
     params = params_for(stores, tmp_path / "run")
     results = filled(params)
@@ -88,6 +89,7 @@ def test_table_is_complete_and_resumes(stores, tmp_path):
     assert (scores_table(scores) != "").any(axis=None)
 
 
+@pytest.mark.slow
 def test_shards_share_the_cells(stores, tmp_path):
     whole = filled(params_for(stores, tmp_path / "whole", finetune_tasks=[]))
     for shard in (0, 1):

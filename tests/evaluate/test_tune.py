@@ -135,6 +135,7 @@ def test_the_standard_error_is_that_of_the_mean(store):
     assert standard_error(task, predictor, 0) == pytest.approx(errors.std() / np.sqrt(len(errors)), rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_stop_file_ends_it_and_it_goes_on_from_there(store, tmp_path):
     asked = params(store, learning_rates=[1e-4, 1e-3], checkpoint_minutes=10)
     whole = tune(task_of(store), ENCODER, asked, 0, tmp_path / "whole")

@@ -84,6 +84,7 @@ def adni(scans, tmp_path_factory):
     return encoder_of(store, folder / "encoder", leave_out_test=False)
 
 
+@pytest.mark.slow
 def test_the_same_people_in_two_tables_are_asked_about_then_found(scans, adni, tmp_path):
     store = prepared(table(scans, "adni"), tmp_path / "a")
     with pytest.raises(IdentityError, match="cohort adni has no column dataset.* encoder's pretraining"):

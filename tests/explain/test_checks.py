@@ -237,6 +237,7 @@ def run_of(folder, model, task):
     return folder
 
 
+@pytest.mark.slow
 def test_a_trained_model_passes_and_a_randomised_one_fails(store, task, tmp_path):
     model = trained(store, task, steps=30)
     rows = task.parts["test"].rows[task.parts["test"].labels == 1]

@@ -37,6 +37,12 @@ def shard_folder(folder: Path, shard: int) -> Path:
     return folder / "shards" / f"{shard}-of-3"
 
 
+def test_names_must_differ_in_the_whole_cohort_not_only_in_a_shard(tmp_path: Path) -> None:
+    table = cohort(tmp_path, 4).assign(participant=["P_1", "P-1", "Q", "R"])
+    with pytest.raises(PreparationError, match="d_P-1_NA"):
+        shard_of(table, 0, 2)
+
+
 def test_merged_shards_are_what_one_run_makes(tmp_path: Path) -> None:
     table = cohort(tmp_path)
     one, one_failed = prepare(table, tmp_path / "one", SETTINGS, workers=0)

@@ -140,6 +140,7 @@ def test_same_scans_are_not_prepared_again(cohort: pd.DataFrame, tmp_path: Path)
     assert Store.open(folder).read("Test_003_ses-1")[1].any()
 
 
+@pytest.mark.slow
 def test_a_changed_setting_redoes_what_it_touches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -171,6 +172,7 @@ def test_a_changed_setting_redoes_what_it_touches(
         prepare(cohort, tmp_path / "out", replace(first, bias_correction="n4"), workers=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["nonzero", "given"])
 def test_a_header_that_says_another_orientation_is_put_right_and_flagged(tmp_path: Path, mask: str) -> None:
     """A scan in LPS whose header says RAS: turned by 180 degrees about z. The stored transform is to its own header."""

@@ -44,6 +44,7 @@ def errors_mm(found: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.linalg.norm(nib.affines.apply_affine(found, points) - nib.affines.apply_affine(known, points), axis=1)
 
 
+@pytest.mark.slow
 def test_known_rigid_move_is_found_with_the_same_bits_each_time() -> None:
     known = move((15, -10, 18), (25, -20, 15))
     scan, mask = moved_template(known)
@@ -55,6 +56,7 @@ def test_known_rigid_move_is_found_with_the_same_bits_each_time() -> None:
     assert sitk.ProcessObject.GetGlobalDefaultNumberOfThreads() == threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.83, 1.1])
 def test_the_rigid_pose_does_not_depend_on_the_brains_size(size: float) -> None:
     """With the scale held at 1, a brain of 0.83 of the template's size was found 8 mm away."""
@@ -66,6 +68,7 @@ def test_the_rigid_pose_does_not_depend_on_the_brains_size(size: float) -> None:
     assert disagreement(found.rigid, found.affine).shift_mm < 0.5
 
 
+@pytest.mark.slow
 def test_known_affine_move_is_found() -> None:
     known = move((-12, 8, -15), (-20, 10, -5), stretch=(0.93, 1.06, 0.9))
     scan, mask = moved_template(known)
@@ -82,6 +85,7 @@ def test_disagreement_is_of_the_rigid_parts_at_the_brains_centre() -> None:
         rigid_part(np.diag([-1.0, 1, 1, 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 9, 17])
 def test_a_wrong_orientation_is_found(number: int) -> None:
     scan, mask = moved_template(move((8, 5, -6), (5, -8, 4)))

@@ -95,6 +95,7 @@ def test_auto_takes_a_given_mask_and_a_stripped_scan_as_they_are(tmp_path: Path)
     np.testing.assert_array_equal(found.mask, smaller)
 
 
+@pytest.mark.slow
 def test_auto_takes_z_scored_and_interpolated_brains_as_stripped() -> None:
     array, affine = stripped()
     own = ndimage.binary_fill_holes(array > 0)

@@ -44,6 +44,11 @@ def test_a_participant_comes_once_in_a_batch():
         assert len({number for batch in batches for number in batch}) == sum(map(len, batches)) >= 40
 
 
+def test_a_batch_of_one_scan_has_nothing_to_compare():
+    batches = epoch_batches([*"abcdefghijk", "l", "l", "l", "l"], 16, seed=0, epoch=0)
+    assert [len(batch) for batch in batches] == [12] and epoch_batches(["a", "a"], 16, seed=0, epoch=0) == [[0], [1]]
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     first = epoch_batches(PARTICIPANTS, 8, seed=0, epoch=0)
     assert first == epoch_batches(PARTICIPANTS, 8, seed=0, epoch=0)
@@ -163,6 +168,7 @@ def with_shared_memory(size, tmp_path, values):
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "KIT_PROGRESS": "off"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "words"), [
     ("32k", "loading processes cannot be started, as /dev/shm is full. Set loader_workers: 0"),
     ("160k", "a loading process failed, perhaps for lack of memory (RuntimeError: unable to"),

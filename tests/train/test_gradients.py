@@ -20,7 +20,7 @@ from kit.runs import ROOT
 from kit.store.dataset import PreparedScans, collate
 from kit.store.sampler import epoch_batches
 from kit.train.distributed import launch, process_group, rank
-from kit.train.loop import Settings, TrainingError, chunks_of, fit, gradients, reads
+from kit.train.loop import Settings, State, TrainingError, chunks_of, fit, gradients, reads
 from kit.train.objectives import MaskedReconstruction, SimCLR, Supervised
 from kit.train.optimizers import Lars, build_optimizer
 from tests.conftest import GRID
@@ -213,6 +213,18 @@ def test_the_moving_average_is_kept(store, tmp_path):
     start = simclr().encoder.layers[0].weight.detach().to(device())
     moved = [float((objective.encoder.layers[0].weight.detach() - start).norm()) for objective in (plain, slow)]
     assert 0 < moved[1] < 0.5 * moved[0]  # it starts after the first step
+
+
+def test_the_moving_average_leaves_indices_as_they_are(store):
+    """Averaged in float32, patch 13 would become 12.99999 and be truncated to 12."""
+    scans = PreparedScans(store, store.index)
+    state = State(MaskedReconstruction(build_encoder("vit_narrow", GRID), 0.75, seed=0),
+                  replace(SETTINGS, ema=0.95), None, None)
+    stream = iter([collate([scans[number] for number in range(4)])] * 4)
+    for turn in range(4):
+        state.update({"loss": float(state.gradients(stream, [[[0, 1, 2, 3]]], 0, turn)["loss"])})
+    assert state.kept is not state.objective
+    assert torch.equal(state.kept.encoder.brain_patches, state.objective.encoder.brain_patches)
 
 
 class Falls(nn.Module):

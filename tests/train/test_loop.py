@@ -131,6 +131,7 @@ def test_participants_seen_in_pretraining_are_refused(store, tmp_path):
     assert 0 <= run_finetune(allowed, Run.of(allowed))[2]["in_distribution_auc"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "mode", "metric"), [("lesion", "finetune", "auc"), ("lesion", "probe", "auc"),
                                                       ("age", "finetune", "mean_absolute_error")])
 def test_finetuning_finds_what_is_there(store, tmp_path, task, mode, metric):
