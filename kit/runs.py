@@ -63,7 +63,7 @@ def shown(path: str | Path) -> str:
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed.
 
-    Whoever may read this process's other files may read it, too: safetensors' `save_file` makes files that only their
+    The file gets at least the modes that the umask allows: safetensors' `save_file` alone makes files that only their
     owner can read.
     """
     path = Path(path)

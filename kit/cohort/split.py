@@ -46,7 +46,7 @@ def salt() -> str:
 
 
 def hashed_ids(participant_id: str, aliases: Aliases | None = None) -> set[str]:
-    """Return all hashes that may stand for a person in an encoder's record: each name, with and without its dataset."""
+    """Return the hashes to look up in an encoder's record: each name with its dataset, and as ?/name (no dataset)."""
     names = known_as(participant_id, aliases)
     return {participant_hash(each, salt()) for name in names for each in (name, UNNAMED + name[name.rfind("/"):])}
 
@@ -225,7 +225,7 @@ def _levels(column: pd.Series, ids: pd.Series) -> dict[str, str]:
 
 def label_subset(ids: pd.Series, labels: np.ndarray, kind: str, fraction: float, seed: int,
                  purpose: str = "label fraction") -> np.ndarray:
-    """Return which rows keep their labels when only a fraction of the participants has labels.
+    """Draw a fraction of the participants, class by class; return which rows are theirs, (rows,) bool.
 
     Classes keep their proportions, with at least two participants each, and smaller fractions are nested in larger
     ones of the same seed.

@@ -59,8 +59,8 @@ def typed(column: pd.Series, decimal_comma: str = "") -> pd.Series:
         (rows,) int64, float64, or text; nan where a cell is missing.
 
     Raises:
-        TableError: commas may separate thousands: each has three digits behind it, and a number without one is larger
-            than what they would make as decimals, as 987 beside 1,234.
+        TableError: commas may separate thousands: three digits follow each, and a number without a comma is larger than
+            one with a comma would be as a decimal (987 beside 1,234, read as 1.234).
     """
     present = column[~column.isin(MISSING)]
     if decimal_comma and present.str.fullmatch(f"{DECIMAL_COMMA}|{NUMBER}").all() and not present.str.contains(

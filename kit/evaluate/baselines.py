@@ -118,9 +118,9 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
 
 def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Series:
     """One column of a part: numeric if it is numeric in training, else categories; nan where missing."""
-    alike = [name for name in rows if _words(name) == _words(column)]
+    alike = [name for name in rows if words_of(name) == words_of(column)]
     found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
-    if _words(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
+    if words_of(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
         return sexes(found)
     if pd.api.types.is_numeric_dtype(index[column]):
         return pd.to_numeric(found, errors="coerce").astype(np.float64)
@@ -139,14 +139,14 @@ def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> 
     parts = {name: part.rows for name, part in task.parts.items()}
     whole = {f"all of {name}": part.rows for name, part in _labelled(task).items()}
     found = looked_up(table, pd.concat(parts | whole))
-    if others := [name for name in found if _words(name) & set(DEMOGRAPHICS)]:
+    if others := [name for name in found if words_of(name) & set(DEMOGRAPHICS)]:
         tell(f"without {', '.join(others)}, no volumes")
         found = found.drop(columns=others)
     columns = _without_label(task, {name: found.loc[name] for name in whole}, tell)
     return {name: found.loc[name][columns] for name in parts}
 
 
-def _words(name: str) -> set[str]:
+def words_of(name: str) -> set[str]:
     """Split a column name into words: `Age_at_scan` gives age, at and scan."""
     words = set(re.findall(r"[^\W\d_]+|\d+", str(name).casefold()))
     return {SAME.get(word, word) for word in words}
@@ -164,11 +164,11 @@ def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[
         tables: the columns of each part of `_labelled`, so that a fraction of the labels, which can agree by chance,
             leaves out the same columns as all labels.
     """
-    rows, own = pd.concat(list(tables.values())), _words(task.labels.task)
+    rows, own = pd.concat(list(tables.values())), words_of(task.labels.task)
     labels = pd.Series(np.concatenate([part.labels for part in _labelled(task).values()]), rows.index)
     kept = []
     for column in rows:
-        words, both = _words(column), pd.DataFrame({"one": rows[column], "other": labels}).dropna()
+        words, both = words_of(column), pd.DataFrame({"one": rows[column], "other": labels}).dropna()
         if (words and (words <= own or own <= words)) or _copy(both["one"], both["other"], task.labels.kind):
             tell(f"without {column}, which is the label or says the same")
         else:

@@ -26,7 +26,7 @@ import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
 from kit.errors import KitError
-from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions
+from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions, words_of
 from kit.evaluate.compare import differences, scores
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
 from kit.evaluate.measured import key_in_file, measured, measured_file
@@ -216,7 +216,7 @@ class _Bench:
         return all(self.file(cell, seed).exists() for seed in self.seeds_of(cell))
 
     def made_from(self, cell: Cell) -> MadeFrom:
-        """What a cell is made from."""
+        """Look up what a cell is made from; `_made_from` computes it."""
         return self.made[cell.encoder, cell.mode, cell.task, cell.fold]
 
     def fill(self, cell: Cell, home: Path) -> None:
@@ -337,7 +337,8 @@ class _Bench:
     def _columns_of(self, cell: Cell) -> str:
         """Digest of the columns that a baseline reads, which are in no other record."""
         names = {"site": ORIGIN_COLUMNS, "demographics": self.params.demographics or DEMOGRAPHICS}[cell.encoder]
-        rows = [part.rows[["scan", *(name for name in part.rows if name in names or name.casefold() in names)]]
+        wanted = [words_of(name) for name in names]  # as the baseline finds them: `Age` is `age` elsewhere
+        rows = [part.rows[["scan", *(name for name in part.rows if words_of(name) in wanted)]]
                 for part in self.tasks[cell.task, cell.fold].parts.values()]
         return _digest(each.to_csv(index=False).encode() for each in rows)
 
@@ -362,7 +363,8 @@ class _Bench:
             print(warning)
 
     def overlap(self) -> pd.DataFrame:
-        """One row per task, encoder and test set; see `kit.evaluate.tasks.overlap`."""
+        """One row per task, encoder and test set, more if folds differ; of `{seed}` encoders only the first seed's. See
+        `kit.evaluate.tasks.overlap`."""
         seed = self.params.seeds[0]
         tables = [overlap(task, self._noted_of(name, fold, seed)[1]).assign(task=label, encoder=name)
                   for (label, fold), task in self.tasks.items() for name in self.params.encoders]

@@ -18,7 +18,7 @@ from kit.store.sampler import in_order
 
 @torch.no_grad()
 def predict(model: nn.Module, scans: PreparedScans, batch_size: int | None = None) -> np.ndarray:
-    """Run a model over scans in evaluation mode and float32; returns (scans, width) float32.
+    """Run a model over scans in evaluation mode and float32; returns its raw output, (scans, width) float32.
 
     The default `batch_size` is `scans_at_a_time`.
     """

@@ -1,6 +1,7 @@
 """Repeat-scan and scanner reliability of an encoder's features or a model's predictions.
 
-Published ICCs for comparison: 0.25 for the paper's model, 0.45 for BrainIAC and 0.93 for FreeSurfer's volumes.
+Published ICCs for comparison: 0.25 for the SimCLR model of arXiv 2509.10620, 0.45 for BrainIAC and 0.93 for
+FreeSurfer's volumes.
 """
 
 from __future__ import annotations

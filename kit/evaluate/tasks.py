@@ -34,7 +34,13 @@ CORRECTION = "validation, to correct the bias"
 
 @dataclass(frozen=True)
 class Part:
-    """Labelled scans: rows of a store's index with their labels and participants."""
+    """Labelled scans: rows of a store's index with their labels and participants.
+
+    Attributes:
+        rows: of `store.index`.
+        labels: (rows,) float64, never nan: the number, or the class from 0.
+        participants: (rows,) `dataset/participant`, or the joined name (`kit.cohort.identity.joined`).
+    """
 
     store: Store
     rows: pd.DataFrame

@@ -45,7 +45,7 @@ from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
 TRIES, JOB = "tries", "job.pt"  # in the run's folder: checkpoints of each training; a `Job` for worker processes
 LONGER = 3  # times the steps: a model that gains nothing from them is trained
-DRAWS = 200  # bootstrap draws for a validation score
+VALIDATION_DRAWS = 200  # of the bootstrap, for a validation score
 
 
 class Choice(NamedTuple):
@@ -109,9 +109,12 @@ class Job:
     def of(cls, task: Task, encoder: Encoder, params: Tuning, seed: int, choice: Choice, times: int = 1,
            folder: Path | None = None, home: Path | None = None) -> Job:
         """Make a job with `times` the steps that the parameters allow; the warm-up stays the same number of steps."""
-        steps = times * params.steps
-        settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=math.ceil(steps / params.check_steps),
-                               warmup_fraction=params.warmup_steps / steps)
+        steps, warm, each = times * params.steps, params.warmup_steps, params.check_steps
+        epochs = math.ceil(steps / each)
+        full = (epochs - 1) * each  # steps before the last epoch, which may be shorter
+        # in epochs, as `fit` counts
+        risen = warm / each if warm <= full else epochs - 1 + (warm - full) / (steps - full)
+        settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=epochs, warmup_fraction=risen / epochs)
         by_score = params.select_by == "score" and task.labels.kind == "classification" and not _unvalidated(task)
         return cls(task, encoder, settings, steps, params.check_steps, params.flip, params.standardise, by_score,
                    folder, home)
@@ -169,7 +172,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
         for each in map(Choice._make, choices):
             predictor, log = train(job(each), params)
             row = {**each._asdict(), "steps": min(params.steps, len(log) * params.check_steps),
-                   "stopped_early": _looks_since_best(log) >= params.patience > 0,
+                   "stopped_early": _checks_since_best(log) >= params.patience > 0,
                    "validation_loss": log["validation_loss"][log["monitor"].argmin()],
                    "validation_score": score_validation(task, predictor)}
             rows.append(row)
@@ -264,7 +267,7 @@ def standard_error(task: Task, predictor: Predictor, seed: int) -> float:
     true, predicted, weight = joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()
     codes, names = pd.factorize(joined["participant"])
     drawn = np.concatenate([statistic(true, predicted, counts[:, codes] * weight, task.labels.kind)
-                            for counts in bootstrap(len(names), DRAWS, seed)])
+                            for counts in bootstrap(len(names), VALIDATION_DRAWS, seed)])
     drawn = drawn[np.isfinite(drawn)]
     return float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
 
@@ -283,7 +286,7 @@ def _unvalidated(task: Task) -> list[str]:
     return [name for number, name in enumerate(task.labels.classes) if number not in present]
 
 
-def _looks_since_best(log: pd.DataFrame) -> int:
+def _checks_since_best(log: pd.DataFrame) -> int:
     return len(log) - 1 - int(log["monitor"].to_numpy().argmin())
 
 

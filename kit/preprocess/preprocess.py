@@ -136,7 +136,8 @@ def _to_template_space(job: ScanJob, known: dict[str, Any]) -> tuple[np.ndarray,
     array, affine, native_mask = head.array, head.affine, head.brain.mask
     if settings.bias_correction == "n4":
         array = intensity.correct_bias(array, affine, native_mask)
-    turn, transforms = head.orientation, None  # transforms are stored to the millimetres of the header
+    # stored transforms lead to the header's millimetres, those used here to the upright head's
+    turn, transforms = head.orientation, None
     if settings.registration != "none":
         transforms = (Transforms(*(turn.T @ np.array(known[kind]) for kind in KINDS)) if known
                       else find_transforms(array, affine, native_mask))

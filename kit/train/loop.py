@@ -76,12 +76,17 @@ class Settings:
         return cls(**{**{name: getattr(params, name) for name in names if hasattr(params, name)}, **changes})
 
 
+def as_counted(epoch: int, number: int) -> tuple[int, int]:
+    """The `Place` of an epoch that takes each scan once: the epoch is the pass."""
+    return epoch, number
+
+
 @loading_may_fail()
 def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], list[list[int]]],
         validation: PreparedScans, settings: Settings, folder: Path | None = None, *,
         params: dict[str, Any] | None = None, stop: Path | None = None, live: bool = False,
         monitor: Callable[[Any, int], dict[str, float]] | None = None,
-        place: Place = lambda epoch, number: (epoch, number)) -> pd.DataFrame:
+        place: Place = as_counted) -> pd.DataFrame:
     """Train an objective; the best epoch is the one with the lowest validation loss.
 
     An epoch is the interval between two validations: one pass over the scans, or whatever `batches` returns.

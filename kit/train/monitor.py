@@ -175,8 +175,8 @@ def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataF
 def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: int = 0) -> str:
     """Say in one line whether it is learning, not learning, collapsed, memorising site or overfitting, and why.
 
-    - Few partners found: the share of views that find their partner is below twice chance or, if that is lower, below
-      chance plus 0.1.
+    - Few partners found: the share of views that find their partner (the log's `top1`) is below twice
+      chance, or below chance plus 0.1 if that is less.
     - Collapsed: few partners found, and std below 0.1 or uniformity above -0.05; or an effective rank below 1.5 and
       below half its first value.
     - Not learning: the loss fell by less than 1 %, few partners found, or an MAE's validation loss is not below that

@@ -41,7 +41,7 @@ class Lars(torch.optim.Optimizer):
 
 
 def build_optimizer(objective: nn.Module, settings: Any) -> torch.optim.Optimizer:
-    """Build the optimiser; weight decay acts on matrices and kernels, not on biases and norms.
+    """Build the optimiser; weight decay acts on parameters of two or more dimensions, not on biases and norms.
 
     With `layer_decay`, a group's learning rate is the run's times its `scale`: 1 for the head, `layer_decay` for the
     encoder's last stage, its square for the one before (layer-wise decay, as in BEiT, Bao et al. 2022).

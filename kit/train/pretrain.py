@@ -44,7 +44,7 @@ from kit.train.distributed import (
     worker_of_slurm,
     world_size,
 )
-from kit.train.loop import Settings, fit
+from kit.train.loop import Settings, as_counted, fit
 from kit.train.monitor import embed, monitor_of
 from kit.train.objectives import MaskedReconstruction, SimCLR
 from kit.train.stop import NAME as STOP
@@ -342,6 +342,11 @@ def record_of(params: Pretrain, store: Store, objective: Pretext, made: MadeFrom
             "made_from": made.record}
 
 
+def _pass_of_each_batch(epoch: int, number: int) -> tuple[int, int]:
+    """Key each batch's views by itself: a balanced epoch takes the scans of small datasets several times."""
+    return (epoch << 16) + number, 0
+
+
 def train(params: Pretrain, folder: Path) -> None:
     """Train in this process, alone or as one of several that `pretrain` started."""
     store = Store.open(params.prepared)
@@ -355,7 +360,7 @@ def train(params: Pretrain, folder: Path) -> None:
     try:
         out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
-            stop=folder / STOP, live=True,
+            stop=folder / STOP, live=True, place=_pass_of_each_batch if params.sampling == "balanced" else as_counted,
             monitor=monitor_of(scans, out, validation, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:

@@ -191,6 +191,21 @@ def test_covariates_that_changed_are_seen(tmp_path, capsys):
     assert "columns: " in capsys.readouterr().out
 
 
+def test_covariates_in_another_case_are_seen_too(tmp_path):
+    stores = make_store(tmp_path / "here", 60), make_store(tmp_path / "elsewhere", seed=1, dataset="elsewhere")
+    index = pd.read_csv(tmp_path / "here/index.csv", dtype={"participant": str, "session": str})
+    index.rename(columns={"age": "Age"}).to_csv(tmp_path / "here/index.csv", index=False)
+    values = {"baselines": ["demographics"], "demographics": ["Age"], "seeds": [0], "finetune_tasks": [],
+              "tasks": ["lesion"]}
+    filled(params_for(stores, tmp_path / "run", **values))
+    before = cell_files(tmp_path / "run")
+    theirs = pd.read_csv(tmp_path / "elsewhere/index.csv", dtype={"participant": str, "session": str})
+    theirs.assign(age=theirs["age"] + 1).to_csv(tmp_path / "elsewhere/index.csv", index=False)
+    filled(params_for(stores, tmp_path / "run", **values))
+    after = cell_files(tmp_path / "run")
+    assert {path.parts[2] for path in before if after[path] != before[path]} == {"demographics"}
+
+
 def test_a_stop_after_a_cells_last_step_ends_it_before_the_next_cell(stores, tmp_path, monkeypatch):
     """Whatever the cell: a baseline reads no stop file, and fine-tuning none after its last step."""
     run, done, real = tmp_path / "run", [], benchmark._Bench.fill

@@ -18,6 +18,7 @@ from kit.models.encoders import build_encoder
 from kit.params import Finetune
 from kit.store.sampler import all_batches
 from kit.train import checkpoint
+from kit.train.optimizers import learning_rate
 from kit.train.stop import Stopped
 from tests.conftest import GRID
 
@@ -102,6 +103,18 @@ def test_warm_up_is_in_steps_whatever_the_budget(store):
                             times))[1] for times in (1, 3)]
     assert logs[0]["learning_rate"].tolist() == pytest.approx([5e-4, 1e-3])
     assert np.allclose(losses(logs[0]), losses(logs[1])[:2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("warmup", [3, 10, 45])
+@pytest.mark.parametrize("times", [1, 3])
+def test_warm_up_ends_at_its_step_even_if_the_last_epoch_is_short(store, warmup, times):
+    asked = params(store, steps=50, check_steps=20, warmup_steps=warmup)
+    job, epochs = Job.of(task_of(store), ENCODER, asked, 0, Choice(1e-3, 0.0), times), {1: 3, 3: 8}[times]
+    lengths = [20] * (epochs - 1) + [10]  # steps of each epoch
+    progress = np.concatenate([epoch + np.arange(steps) / steps for epoch, steps in enumerate(lengths)]) / epochs
+    rates = [learning_rate(job.settings, each) for each in progress]
+    assert job.settings.epochs == epochs and len(rates) == 50 * times
+    assert sum(rate < 1e-3 * (1 - 1e-9) for rate in rates) == warmup
 
 
 def test_the_moving_average_is_what_is_kept(store, tmp_path):

@@ -28,7 +28,7 @@ from kit.params import Finetune, Pretrain
 from kit.runs import Run
 from kit.store.dataset import PreparedScans, collate
 from kit.store.store import Store, StoreError, scan_path, write_scan
-from kit.train import checkpoint
+from kit.train import checkpoint, objectives
 from kit.train.checkpoint import CheckpointError
 from kit.train.distributed import (
     AllReducedBatchNorm,
@@ -263,6 +263,24 @@ def _gradient(store, folder: str) -> None:
         model(batch, 0)["loss"].backward()
         np.save(f"{folder}/{world_size()}-{rank()}.npy", objective.encoder.network.conv1.weight.grad.numpy())
         del model  # see `process_group`
+
+
+def test_a_scan_that_comes_again_in_a_balanced_epoch_has_other_views(store, tmp_path, monkeypatch):
+    shutil.copytree(store.folder, tmp_path / "store")
+    small = store.index["participant"].isin(["000", "001", "003"])
+    store.index.assign(dataset=np.where(small, "small", "large")).to_csv(tmp_path / "store/index.csv", index=False)
+    real, drawn = objectives.make_views, []
+
+    def make_views(images, masks, keys, recipe, **options):
+        drawn.extend((key, options["epoch"], options["view"]) for key in keys)
+        return real(images, masks, keys, recipe, **options)
+
+    monkeypatch.setattr(objectives, "make_views", make_views)
+    asked = params(store, tmp_path / "run", prepared=tmp_path / "store", epochs=1, sampling="balanced",
+                   validation_fraction=0, monitor_epochs=0)
+    pretrain(asked, Run.of(asked))
+    training = [each for each in drawn if each[1] != objectives.VALIDATION_EPOCH]
+    assert len({key for key, _, _ in training}) < len(training) / 2 and len(set(training)) == len(training)
 
 
 @pytest.mark.slow
