@@ -300,6 +300,12 @@ def main() -> int:
         parser.error("name an encoder: --encoder FILE, or the environment's KIT_ENCODER")
     if arguments.output.suffix not in (".npy", ".csv", ".parquet"):
         parser.error(f"--output: got {arguments.output}; its ending must be .npy, .csv or .parquet")
+    try:  # now, not after hours of preparation
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=arguments.output.parent):
+            pass
+    except OSError as error:
+        parser.error(f"--output: {arguments.output.parent} cannot be written to ({error.strerror})")
     with tempfile.TemporaryDirectory() as folder:
         try:
             values = {"input": _from_here(arguments.input), "encoder": _encoder_from_here(arguments.encoder),

@@ -139,13 +139,13 @@ class Step(NamedTuple):
 def steps_of(folder: Path) -> list[Step]:
     """The runs that a folder's `budget.yaml` names, in its order.
 
-    A file's name stands with its seconds on two cores, or with a table of:
+    Each entry gives a file's name, without .yaml, the seconds that a run should take on two cores, or a table of:
         seconds: of each run.
         each: names and lists of values, all combinations of which are run; `{name}` in the file's other values is
             replaced by the value.
         at_once: how many of these run side by side, each on its share of the cores: faster by a sixth than one after
             the other on all of them, for small networks.
-        shards: of `5_benchmark`: so many processes fill the table side by side before the run that shows it.
+        shards: for `5_benchmark`: so many processes compute cells side by side; one more run makes the tables.
 
     Raises:
         ParameterError: the folder has none, or an entry says something else.
@@ -183,15 +183,15 @@ def run_folder(folder: Path) -> None:
     """Execute what a folder's `budget.yaml` names, see `steps_of`, then print where things lie.
 
     Raises:
-        RunError: one of several runs at once failed; those under way were let end.
+        RunError: one of several runs side by side failed; those already started were allowed to finish.
     """
     steps, lines, started = steps_of(folder), [], time.monotonic()
-    for step in steps:  # the last step's mistakes are told now, not after hours; its files are not there yet
+    for step in steps:  # all values are checked before the first run, but not files that earlier steps will make
         built(NOTEBOOKS[step.notebook], {**defaults(step.notebook), **step.values})
     for _, group in groupby(enumerate(steps, start=1), key=lambda numbered: numbered[1].file):
         lines += _run_file(list(group), len(steps))
     above = Path(os.path.commonpath([where for *_, where in lines]))
-    overview = above / "index.html"  # of one run its own
+    overview = above / "index.html"  # a single run has written its own
     if len(lines) > 1:
         write_overview(above, [(name, where) for name, _, where in lines])
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. To open in a browser: {shown(overview)}, "
@@ -267,7 +267,7 @@ def _run_on(step: Step, line: int, own: set[int]) -> None:
 
 
 def _losses(log: Path) -> str:
-    """The first and the last epoch's loss of a training run, in words."""
+    """The first and last loss of a training run, in words; an epoch of fine-tuning is `check_steps` steps."""
     with log.open(encoding="utf-8", newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     return f"loss {losses[0]:.2f} in the first, {losses[-1]:.2f} in the last of {len(losses)} epochs"
@@ -299,11 +299,15 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.what and resolve(arguments.what).is_dir():
+            if any(value for name, value in vars(arguments).items() if name != "what"):
+                parser.error("a folder is run as its files say, without options; name a notebook with -f FILE instead")
             run_folder(resolve(arguments.what))
         elif (notebook := Path(arguments.what or "").name.removesuffix(".ipynb")) in NOTEBOOKS:
             values = read_yaml(arguments.file) if arguments.file else {}
             values.update(read_options(arguments.parameter))
             bar = {"position": int(arguments.line[0]), "desc": arguments.line[1]} if arguments.line else None
+            if arguments.cells and notebook != "5_benchmark":
+                parser.error("--cells is for 5_benchmark")
             if arguments.check:
                 print(parameters(notebook, values).run_dir)
             else:

@@ -278,7 +278,7 @@ def read_made_from(folder: Path) -> MadeFrom | None:
     """Read what a run's folder was made from; None if it has no readable record."""
     try:
         record = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # another OSError may pass, and must not look like an older kit's folder
         return None
     try:
         rows = pd.read_csv(folder / "made_from.csv", dtype=str, keep_default_na=False)

@@ -125,6 +125,7 @@ def test_features_by_name_are_what_the_name_says(architecture):
         else:
             joined = FeatureReader(network, stages=[3, 4])(images)
             assert joined.shape == (2, 64 + 128) and torch.allclose(joined[:, 64:], plain, atol=1e-6)
+            assert torch.equal(FeatureReader(network, stages=[4, 3])(images), joined.roll(128, 1))
             with pytest.raises(FeatureError, match="class is for the kit's ViTs; ResNetEncoder has no class token"):
                 FeatureReader(network, "class")
     with pytest.raises(FeatureError, match=r"stages: got \[9\]; \w+ has stages 1 to 4"):
@@ -292,3 +293,12 @@ def test_without_an_encoder_the_command_says_how_to_name_one(monkeypatch, capsys
     with pytest.raises(SystemExit):
         main()
     assert "--encoder FILE, or the environment's KIT_ENCODER" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["kit.apply", "--input", "x.nii", "--encoder", "random", "--output",
+                                      str(tmp_path / "file" / "x.csv")])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"--output: {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err

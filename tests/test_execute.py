@@ -9,7 +9,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from kit.cohort.tabular import read_table
-from kit.execute import FOLDER, _losses, defaults, notebook_of, run_folder, steps_of
+from kit.execute import FOLDER, _losses, defaults, main, notebook_of, run_folder, steps_of
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError
 from kit.runs import ROOT, RunError
@@ -211,3 +211,15 @@ def test_the_last_files_mistakes_are_told_before_the_first_runs(tmp_path):
 def test_a_folder_without_a_budget_is_refused():
     done = command("params/paper")
     assert done.returncode == 2 and "params/paper: no budget.yaml" in done.stderr
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["params/demo", "--check"], "a folder is run as its files say, without options"),
+    (["params/demo", "-p", "epochs", "1"], "a folder is run as its files say, without options"),
+    (["2_pretrain", "--cells"], "--cells is for 5_benchmark")])
+def test_options_that_would_be_ignored_are_refused(options, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kit.execute", *options])
+    monkeypatch.setattr("kit.execute.run_folder", lambda folder: pytest.fail("it began"))
+    with pytest.raises(SystemExit):
+        main()
+    assert words in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sysconfig
 import tomllib
 from importlib import metadata
 
@@ -49,8 +50,10 @@ def test_every_dependency_says_what_it_is_for():
 
 
 def test_the_lock_is_what_is_installed():
-    installed = {dist.metadata["Name"].lower(): dist.version.partition("+")[0] for dist in metadata.distributions()
-                 if dist.metadata["Name"]}
+    # of this environment alone: once setuptools is imported (torch.compile does), sys.path has its own old copies
+    places = sorted({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})
+    installed = {dist.metadata["Name"].lower(): dist.version.partition("+")[0]
+                 for dist in metadata.distributions(path=places) if dist.metadata["Name"]}
     differ = {name: (version, installed.get(name)) for name, version in LOCK.items() if installed.get(name) != version}
     assert not differ, "run `make clean setup`: the tests must run on what the lock pins"
 

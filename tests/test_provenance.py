@@ -57,6 +57,13 @@ def test_it_comes_back_from_its_folder(store, tmp_path):
     assert read_made_from(tmp_path).rows is None
 
 
+def test_a_record_that_cannot_be_read_just_now_is_not_taken_for_none(tmp_path):
+    assert read_made_from(tmp_path) is None
+    (tmp_path / "made_from.json").mkdir()  # an OSError, as of a disk that is away
+    with pytest.raises(IsADirectoryError):
+        read_made_from(tmp_path)
+
+
 def test_a_scan_that_cannot_be_read_is_another_scan(tmp_path):
     store = make_store(tmp_path, participants=4)
     before = account(store)

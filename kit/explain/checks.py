@@ -130,17 +130,18 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, gi
     ranked = [rankdata(np.abs(each[inside])) for each in (first, second, given) if each is not None]
     if np.ptp(ranked[0]) == 0 or np.ptp(ranked[1]) == 0:
         return float("nan")
-    of = np.corrcoef(ranked)
+    correlations = np.corrcoef(ranked)
     if given is None or np.ptp(ranked[2]) == 0:
-        return float(of[0, 1])
-    left = np.sqrt((1 - of[0, 2] ** 2) * (1 - of[1, 2] ** 2))
-    return float((of[0, 1] - of[0, 2] * of[1, 2]) / left) if left > 1e-9 else float("nan")
+        return float(correlations[0, 1])
+    left = np.sqrt((1 - correlations[0, 2] ** 2) * (1 - correlations[1, 2] ** 2))
+    return float((correlations[0, 1] - correlations[0, 2] * correlations[1, 2]) / left) if left > 1e-9 else float("nan")
 
 
 def _model_correlation(explainer: Explainer, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
     """Rank correlation of two models' maps of one scan, partial where the module's docstring says so."""
     image, mask = explainer.read(scan)
-    given = image - baseline_of(image, mask, explainer.options) if method in TIMES_IMAGE else None
+    start = 0 if method == "gradient_x_input" else baseline_of(image, mask, explainer.options)
+    given = image - start if method in TIMES_IMAGE else None
     return rank_correlation(found, other, mask, given)
 
 
@@ -335,7 +336,7 @@ def check_maps(explainer: Explainer, scans: Sequence[str], methods: Sequence[str
         alike.append(agreement(maps, mask))
         tables.append(_numbers(explainer, scan, maps, copies[-1], alike[-1], shuffled, seed))
     checked = Checked(pd.concat(tables, ignore_index=True), pd.concat(copies, ignore_index=True),
-                      sum(alike) / len(alike), verdicts(pd.concat(tables), model_fault))
+                      pd.concat(alike).groupby(level=0, sort=False).mean(), verdicts(pd.concat(tables), model_fault))
     for name, table in (("checks", checked.table), ("randomisation", checked.randomised),
                         ("agreement", checked.agreement.rename_axis("method").reset_index()),
                         ("verdicts", checked.verdicts)):

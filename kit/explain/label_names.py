@@ -43,7 +43,10 @@ def label_names(source: str | Path) -> pd.DataFrame:
     if number is None or name in (None, number):
         raise TableError(f"{source}: needs columns index and label, or id and name; found {', '.join(table.columns)}")
     try:
-        labels = table[number].astype(float).astype(int)
+        numbers = table[number].astype(float)
+        if (numbers % 1).any():
+            raise ValueError(number)
+        labels = numbers.astype(int)
     except ValueError:
         raise TableError(f"{source}: column {number} must hold whole numbers") from None
     if labels.duplicated().any():

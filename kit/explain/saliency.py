@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 SIGNED = frozenset({"gradient_x_input", "integrated_gradients", "guided_backpropagation", "occlusion"})
 CONTRIBUTIONS = SIGNED - {"guided_backpropagation"}  # a value is a voxel's contribution to the output
-TIMES_IMAGE = frozenset({"gradient_x_input", "integrated_gradients"})  # multiplied by the scan minus a baseline
+# multiplied by the scan; integrated_gradients by the scan less the baseline
+TIMES_IMAGE = frozenset({"gradient_x_input", "integrated_gradients"})
 CAMS = ("grad_cam", "grad_cam_pp")
 GRADIENT_VOXELS = 2**22  # at a time with gradients: one scan of 150x192x192, or 32 demo scans
 Maps = dict[tuple[str, str], np.ndarray]  # (scan, method): (depth, height, width) float32

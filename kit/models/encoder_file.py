@@ -55,7 +55,7 @@ def read_record(spec: str | Path) -> dict[str, Any]:
     if path.suffix == ".safetensors" or (kind == "auto" and not path.is_file()):
         record = None
         try:
-            with open(path, "rb"), safe_open(path, framework="np") as file:  # of itself it says only "no such file"
+            with open(path, "rb"), safe_open(path, framework="np") as file:  # safe_open names no reason
                 held = file.metadata() or {}
                 if "record" in held:
                     record = json.loads(held["record"])

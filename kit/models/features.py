@@ -41,7 +41,8 @@ class FeatureReader(nn.Module):
     Args:
         encoder: from `kit.models.encoders`, or a third-party network.
         pool: "mean" over places or brain tokens, "class" token of a ViT, or "default": the encoder's own output.
-        stages: numbers in `stages_of`, from 1, whose features are concatenated; none: the encoder's output.
+        stages: numbers in `stages_of`, from 1, whose features are concatenated in this order; none: the encoder's
+            output.
         flips: average the features of a scan and of its mirror image.
 
     Raises:
@@ -76,15 +77,16 @@ class FeatureReader(nn.Module):
         return (features + self._read(images.flip(-1))) / 2 if self.flips else features
 
     def _read(self, images: torch.Tensor) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-        hooks = [module.register_forward_hook(lambda _, __, output: found.append(self._pooled(output)))
-                 for module in self._read_at]
+        found: dict[int, torch.Tensor] = {}
+        hooks = [module.register_forward_hook(
+            lambda _, __, output, place=place: found.__setitem__(place, self._pooled(output)))
+                 for place, module in enumerate(self._read_at)]
         try:
             whole = self.encoder(images)
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.cat(found, 1) if found else whole
+        return torch.cat([found[place] for place in sorted(found)], 1) if found else whole
 
     def _pooled(self, output: torch.Tensor) -> torch.Tensor:
         """Stage (batch, channel, depth, height, width) or (batch, 1 + tokens, features) -> (batch, features)."""

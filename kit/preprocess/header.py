@@ -36,8 +36,8 @@ def in_mm(affine: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
 def unit_mm(header: nib.Nifti1Header) -> float:
     """Return the header's unit of length in mm.
 
-    Falls back to 1 if that unit gives voxel sizes implausible for a head and mm do not: few programs read the unit,
-    and some write any.
+    Falls back to 1 if voxel sizes are implausible for a head in that unit, but plausible in mm: few programs read the
+    unit, and some write a wrong one.
     """
     unit = UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     sizes = header["pixdim"][1:4] if no_codes(header) else voxel_sizes(header.get_best_affine())

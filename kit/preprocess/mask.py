@@ -42,7 +42,7 @@ class GivenMask(NamedTuple):
     """The mask that a file holds."""
 
     mask: np.ndarray  # bool (z, y, x), on the scan's voxels
-    by_other_form: bool  # the mask matches the scan only by the scan's or its own other form (sform or qform)
+    by_other_form: bool  # mask and scan match only if the qform of one of them is used in place of its sform
 
 
 def read_mask(path: str | Path, array: np.ndarray, affine: np.ndarray, no_codes_ok: bool = False,
@@ -95,7 +95,7 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
         affine: (4, 4), voxel (x, y, z) to millimetres.
 
     Raises:
-        ScanError: the values are not those of a mask, no voxel is brain, or the mask is inverted.
+        ScanError: the values are not those of a mask, none is above zero, or the mask is inverted or too large.
     """
     levels = np.unique(values)
     low, top = float(levels[0]), float(levels[-1]) + 0.0  # no -0

@@ -157,7 +157,7 @@ def largest_piece(mask: np.ndarray) -> float:
 
 
 def grey_levels(values: np.ndarray) -> int:
-    """Return the number of distinct values in an evenly spaced sample of some 100,000."""
+    """Return the number of distinct values, in an evenly spaced sample (100,000 to 200,000) if there are more."""
     return len(np.unique(values[:: max(1, len(values) // 100_000)]))
 
 
@@ -251,7 +251,7 @@ def distances(index: pd.DataFrame) -> pd.DataFrame:
 
 
 def site_column(index: pd.DataFrame) -> str:
-    """Return the column that identifies sites."""
+    """Return the name of the column of sites; `site_names` tells numbered sites of several datasets apart."""
     return "site" if "site" in index else "dataset"
 
 

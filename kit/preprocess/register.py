@@ -59,7 +59,7 @@ class Transforms(NamedTuple):
 
 
 class InitialPose(NamedTuple):
-    """A brain's pose at first sight."""
+    """A brain's approximate pose, from the search at 8 mm alone."""
 
     likeness: float  # mutual information with the template
     rotation: np.ndarray  # (3, 3), the template's directions to the scan's
@@ -101,7 +101,7 @@ def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray,
         array: (z, y, x) intensities.
         affine: (4, 4), voxel (x, y, z) to the scan's millimetres, RAS+.
         mask: (z, y, x) bool, the brain.
-        followed: how many of the 27 starts are followed at each level; more take longer.
+        followed: by voxel size in mm (8, 4, 2), from how many of the best starts the search goes on; more take longer.
 
     Raises:
         RegistrationError: the search left the brain.

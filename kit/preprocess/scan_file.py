@@ -107,7 +107,8 @@ def _read_mgh(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = nib.MGHImage.from_bytes(data)
         kind = image.get_data_dtype().kind
-    except (nib.spatialimages.HeaderDataError, KeyError, TypeError, ValueError, OSError) as error:
+    except (nib.spatialimages.HeaderDataError, nib.freesurfer.mghformat.MGHError, KeyError, TypeError, ValueError,
+            OSError) as error:
         raise ScanError("damaged MGH header; copy the file again, or convert the scan anew") from error
     check_volume(image.shape, kind, image.header["delta"])
     if struct.unpack(">h", data[28:30])[0] <= 0:  # without this flag nibabel makes up a position

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-# Classes beyond this number are not compared; numbers with fewer distinct values than FEWEST_NUMBERS are classes.
+# Labels with more classes are not tested; numbers with fewer than FEWEST_NUMBERS distinct values count as classes.
 MOST_CLASSES = 12
 FEWEST_NUMBERS = 6
 # Significance level, after Holm's correction over the labels tested.
@@ -71,7 +71,8 @@ def _tested(chosen: pd.Series, rest: pd.Series) -> dict[str, object] | None:
     if different == 2:
         p = stats.fisher_exact(counts.to_numpy()).pvalue
     else:
-        method = stats.PermutationMethod(n_resamples=9999, rng=np.random.default_rng(0))
+        batch = max(1, 10**7 // len(both))  # bounds memory; the result does not depend on it
+        method = stats.PermutationMethod(n_resamples=9999, batch=batch, rng=np.random.default_rng(0))
         p = stats.chi2_contingency(counts.to_numpy(), correction=False, method=method).pvalue
     shares = counts.div(counts.sum(axis=1), axis=0)
     hit, others = (", ".join(f"{share:.0%} {name}" for name, share in shares.loc[group].items()) for group in (1, 0))

@@ -47,7 +47,7 @@ class Preparation:
     orientation_unknown: OrientationUnknown = "refuse"
 
     def record(self) -> dict[str, Any]:
-        """Return the content of `preparation.json`, which a store and encoders trained on it must agree on."""
+        """Return the content of `preparation.json`; stores and encoders must agree on `kit.provenance.FIELDS` of it."""
         from kit.store.store import FORMAT  # imports pandas and blosc2, not needed to refuse a mistake in parameters
 
         return {

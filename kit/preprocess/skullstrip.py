@@ -20,8 +20,8 @@ from kit.preprocess.nifti import ScanError, write_nifti
 if TYPE_CHECKING:
     from deepbet import BrainExtraction
 
-# In a stripped scan, at most this share of the voxels outside the background lies outside deepbet's mask; in whole
-# heads 0.7 or more does.
+# deepbet's mask misses at most this share of a stripped scan's own voxels (all but its background), and 0.7 or more
+# of a whole head's.
 STRIPPED_OUTSIDE = 0.3
 
 # deepbet 1.0.2's networks (TorchScript, in its wheel) and their SHA-256; other files are refused.

@@ -18,7 +18,7 @@ from kit.machine import keep_freed_memory
 from kit.seeding import scan_key
 from kit.store.store import Store
 
-Item = tuple[np.ndarray, np.ndarray, int, float]  # image, mask, key, label
+Item = tuple[np.ndarray, np.ndarray, int, float]  # image float16 and mask bool, both (z, y, x); key; label (nan: none)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def loading_may_fail() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        known = str(error).startswith("DataLoader worker") or "shared memory" in str(error)
+        known = str(error).startswith(("DataLoader worker", "Pin memory thread")) or "shared memory" in str(error)
         if isinstance(error, LoaderError) or not known:
             raise
         raise _failed(error) from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel.affines import from_matvec
 
-# Centre of the paper's box: z -68..81, y -113..78, x -95..96 mm, here as (x, y, z).
+# Centre, as (x, y, z), of the box of Kaczmarek et al. 2025: z -68..81, y -113..78, x -95..96 mm.
 PAPER_CENTRE_MM = (0.5, -17.5, 6.5)
 
 

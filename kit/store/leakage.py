@@ -120,7 +120,7 @@ def plain_name(name: object) -> str:
 
 
 def datasets_seen(record: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
-    """Return the datasets of tested rows on which published weights were trained without a list of participants.
+    """Return the tested datasets that published weights were trained on; nobody published which participants.
 
     Args:
         record: the encoder's record; only that of published weights has `datasets`.

@@ -165,6 +165,7 @@ def test_tables_of_names_in_other_words(tmp_path):
                                     encoding="utf-8")
     assert label_names(tmp_path / "a.csv")["side"].tolist() == ["left", "right", "both", "left"]
     for text, words in (("a,b\n1,2\n", "needs columns index and label"), ("id,name\n1.x,A\n", "whole numbers"),
+                        ("id,name\n3.7,A\n", "whole numbers"),
                         ("id,name\n1,A\n1,B\n", "label 1 is in several rows")):
         (tmp_path / "bad.csv").write_text(text, encoding="utf-8")
         with pytest.raises(TableError, match=words):
