@@ -171,10 +171,11 @@ def operations_of(architecture: str, grid: Grid) -> float:
 
 def whole(bench: Bench, architecture: str, found: dict[str, float], compiled: bool) -> None:
     """A step with its views and its loading, what share these are, and what the paper's run would take."""
-    model, mode = simclr(bench, architecture), "bf16 torch.compile" if compiled else "bf16"
+    mode = "bf16 torch.compile" if compiled else "bf16"
     if mode not in found:
         return
     torch.compiler.reset()
+    model = simclr(bench, architecture)
     if compiled:
         model.encoder.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)

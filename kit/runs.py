@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
@@ -118,6 +119,19 @@ def _named(dist: metadata.Distribution) -> str:
         name, version = "", ""
     folder = Path(getattr(dist, "_path", "a package")).name
     return f"{name}=={version}" if name and version else f"{folder} (its metadata are broken)"
+
+
+def link_whole(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, atomically; a copy where the file system has no hard links."""
+    def link(aside: Path) -> None:
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(source, aside)
+        except OSError:  # exFAT, some SMB shares
+            shutil.copyfile(source, aside)
+
+    if not (target.exists() and target.samefile(source)):
+        write_whole(target, link)
 
 
 def _has_begun(folder: Path) -> bool:

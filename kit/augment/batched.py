@@ -120,7 +120,7 @@ def _grid(maps: Sequence[np.ndarray], shape: tuple[int, ...], kind: torch.dtype,
     """Locate the views' voxels in the scans: (batch, depth, height, width, 3), from -1 to 1, (x, y, z) last."""
     back, side = np.stack(maps)[:, ::-1], np.asarray(shape, float)  # (batch, 3 of x y z, 4 of z y x 1)
     axes = [upload(back[:, None, :, axis] * ((2 * np.arange(count) + 1) / count - 1)[None, :, None]
-                + (back[:, None, :, 3] if axis == 0 else 0), device, kind) for axis, count in enumerate(shape)]
+                   + (back[:, None, :, 3] if axis == 0 else 0), device, kind) for axis, count in enumerate(shape)]
     grid = axes[0][:, :, None, None] + axes[1][:, None, :, None] + axes[2][:, None, None]
     if any(points is not None for points in bent):
         like = next(points for points in bent if points is not None)
@@ -277,7 +277,7 @@ def _occlusion(views: torch.Tensor, draws: Sequence[Draw], recipe: Recipe, spaci
         boxes = recipe.setting("cutout", "boxes")
         edges = np.stack([physics.cutout_boxes(drawn, drawn.cutout_mm / spacing_mm, boxes, shape) for drawn in draws])
         covers = [upload((np.arange(side) >= edges[..., 0, axis, None]) & (np.arange(side) < edges[..., 1, axis, None]),
-                      views.device, views.dtype) for axis, side in enumerate(shape)]  # (batch, boxes, side)
+                         views.device, views.dtype) for axis, side in enumerate(shape)]  # (batch, boxes, side)
         views = views.masked_fill(torch.einsum("bnz,bny,bnx->bzyx", *covers) > 0.5, 0)
     if _any(draws, "patches"):
         width = max(1, round(recipe.setting("patches", "size_mm") / spacing_mm))

@@ -27,7 +27,6 @@ from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
 from kit.evaluate.tasks import CORRECTION, Part, Task, sexes
 from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
-from kit.preprocess.quality import site_column
 from kit.runs import progress
 from kit.store.store import Store
 
@@ -129,7 +128,7 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
 
 def _sites(rows: pd.DataFrame) -> pd.DataFrame:
     """Site names, prefixed by dataset: site 1 of one dataset is not site 1 of another."""
-    sites = rows[site_column(rows)]
+    sites = rows["site" if "site" in rows else "dataset"]
     return pd.DataFrame({"site": (rows["dataset"].astype(str) + "/" + sites.astype(str)).where(sites.notna())},
                         dtype=object)
 

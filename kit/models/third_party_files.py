@@ -71,13 +71,18 @@ def _described(kind: str, path: Path, _time: int, _size: int) -> dict[str, Any]:
     known = FORMATS[kind]
     weights, ignored = _sorted_out(shapes, known)
     architecture = known.architecture or _medicalnet(weights, path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     _say(kind, known, architecture, path, digest, [*outside, *ignored])
     return {"format": kind, "architecture": architecture, "objective": known.objective,
             "preparation": known.preparation, "participants": [], "datasets": list(known.datasets),
             "licence": known.licence, "source": known.source, "differences": known.differences,
             "unverified": known.unverified, "sha256": digest}
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file's content, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, ignored: list[str]) -> None:

@@ -9,7 +9,6 @@ Nothing else in the kit downloads weights. `kit.models.third_party_files` reads 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import shutil
 import sys
@@ -17,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
-from kit.models.third_party_files import EncoderError
+from kit.models.third_party_files import EncoderError, sha256_of
 from kit.models.third_party_formats import FORMATS
 from kit.runs import resolve, shown, write_whole
 
@@ -56,7 +55,7 @@ def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
     if not wanted:
         raise EncoderError(f"{name}: the kit does not know the sha256 of {url}: give it with --sha256 (in Python, "
                            "sha256=...), or download the file by hand and name it")
-    if path.is_file() and _sha256(path) == wanted.lower():
+    if path.is_file() and sha256_of(path) == wanted.lower():
         return path
     try:
         with urllib.request.urlopen(url, timeout=60) as source:
@@ -75,15 +74,10 @@ def keep(source: BinaryIO, path: Path, sha256: str) -> Path:
     def write(aside: Path) -> None:
         with open(aside, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
-        if (digest := _sha256(aside)) != sha256.lower():
+        if (digest := sha256_of(aside)) != sha256.lower():
             raise EncoderError(f"the download of {path.name} has the sha256 {digest}, not {sha256}: discarded")
 
     return write_whole(path, write)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:

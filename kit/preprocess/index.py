@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from kit.cohort.tabular import read_table
 from kit.errors import KitError
 from kit.machine import NO_LOCKS
 from kit.preprocess.quality import QC_METRICS, flagged
-from kit.runs import shown, write_table, write_whole
+from kit.runs import link_whole, shown, write_table
 from kit.store.store import claim, read_index, scan_path
 
 # Columns that the index adds to the cohort.
@@ -66,10 +64,9 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
         cohort: one scan a row.
         names: the scans' names.
         outcomes: each scan's QC metrics, or the reason why it failed.
-        folder: where `index.csv` and `failed.csv` are written. Neither says where files lie, except that
-            `failed.csv` keeps the image_path of failed scans.
+        folder: where `index.csv` and `failed.csv` are written. The index has no paths; `failed.csv` has the image_path
+            of failed scans.
         brain_ml: see `kit.preprocess.quality.flagged`.
-
         part: whether the cohort is a shard of a larger one, so that it may have no good scan.
 
     Raises:
@@ -164,7 +161,7 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
         for part, outcome in zip(parts, outcomes, strict=True):
             for scan, found in outcome.items():
                 if isinstance(found, dict):
-                    _link(scan_path(part, scan), scan_path(folder, scan))
+                    link_whole(scan_path(part, scan), scan_path(folder, scan))
         return write_tables(cohort, names, {scan: found for each in outcomes for scan, found in each.items()}, folder,
                             brain_ml)
 
@@ -175,15 +172,3 @@ def _outcomes(part: Path) -> dict[str, dict[str, Any] | str]:
     found = index[[name for name in (*QUALITY_COLUMNS, "header_note") if name in index]].to_dict("records")
     failed = read_table(part / "failed.csv", text=FAILED)
     return dict(zip(index["scan"], found, strict=True)) | dict(zip(failed["scan"], failed["reason"], strict=True))
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, atomically replacing whatever is there."""
-    def link(aside: Path) -> None:
-        try:
-            os.link(source, aside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, aside)
-
-    if not (target.exists() and target.samefile(source)):
-        write_whole(target, link)

@@ -250,11 +250,6 @@ def distances(index: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def site_column(index: pd.DataFrame) -> str:
-    """Return the name of the column of sites; `site_names` tells numbered sites of several datasets apart."""
-    return "site" if "site" in index else "dataset"
-
-
 def worst_first(index: pd.DataFrame) -> pd.DataFrame:
     """Sort an index: unusable scans first, then flagged ones, then by the worst metric and by similarity."""
     order = pd.DataFrame({

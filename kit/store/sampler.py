@@ -88,14 +88,18 @@ def batches_of(participants: Sequence[str], datasets: Sequence[str], batch_size:
     chosen = balanced(datasets, seed, epoch)
     batches = [[chosen[place] for place in batch]
                for batch in epoch_batches([participants[number] for number in chosen], batch_size, seed, epoch)]
-    shares = pd.Series([datasets[number] for batch in batches for number in batch]).value_counts(normalize=True)
-    shares = shares.reindex(sorted(set(datasets)), fill_value=0.0)
-    if epoch == 0 and shares.min() * len(shares) < LEAST_SHARE:
+    if epoch == 0:
+        _warn_of_shares([datasets[number] for batch in batches for number in batch], sorted(set(datasets)))
+    return batches
+
+
+def _warn_of_shares(drawn: Sequence[str], datasets: Sequence[str]) -> None:
+    shares = pd.Series(drawn).value_counts(normalize=True).reindex(datasets, fill_value=0.0)
+    if shares.min() * len(shares) < LEAST_SHARE:
         listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         warnings.warn(f"sampling: balanced: the scans of an epoch are really {listed}, since a participant comes at "
                       "most once per batch, and the small ones have too few; a smaller batch_size evens this out",
-                      stacklevel=2)
-    return batches
+                      stacklevel=3)
 
 
 def all_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

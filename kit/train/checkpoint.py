@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kit.errors import KitError
-from kit.runs import differences, shown, write_whole
+from kit.runs import differences, link_whole, shown, write_whole
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 AGAIN_SECONDS = 10.0  # between two attempts while the disk is full
@@ -38,19 +38,10 @@ def save(folder: Path, state: dict[str, Any], best: bool = False) -> None:
     torch.save(state, buffer)
     new = write_whole(folder / "new.pt", lambda aside: aside.write_bytes(buffer.getbuffer()))
     if best:
-        write_whole(folder / "best.pt", lambda aside: _link(new, aside))
+        link_whole(new, folder / "best.pt")
     if (folder / "last.pt").exists():
         os.replace(folder / "last.pt", folder / "previous.pt")
     os.replace(new, folder / "last.pt")
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where the file system has no hard links."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # exFAT, some SMB shares
-        shutil.copyfile(source, target)
 
 
 class Saver:

@@ -72,8 +72,8 @@ def need(params: Pretrain, store: Store) -> Need:
     return Need(parameters, counter.get_total_flops() / scans, 4.0 * parameters * state, sum(kept.values()) / scans)
 
 
-def seconds_per_scan(params: Pretrain, store: Store, wanted: Need, scans: int) -> tuple[float, str]:
-    """Seconds of training per scan (per pair, with session pairs) with `scans` at a time, and where they come from.
+def seconds_per_item(params: Pretrain, store: Store, wanted: Need, items: int) -> tuple[float, str]:
+    """Seconds of training per item (a scan, or with session pairs a pair), `items` at a time; and where they come from.
 
     Measured if there is a CUDA device, else estimated from the counted operations and an H200's speed.
     """
@@ -88,13 +88,13 @@ def seconds_per_scan(params: Pretrain, store: Store, wanted: Need, scans: int) -
         objective.encoder.compile(dynamic=False)
     while True:
         try:
-            items = scans * objective.scans_per_item
-            seconds = _measured(objective, items, store.grid.shape, params.precision) / scans
+            scans = items * objective.scans_per_item
+            seconds = _measured(objective, scans, store.grid.shape, params.precision) / items
             return seconds, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"
         except torch.OutOfMemoryError:
-            if scans <= 2:  # NT-Xent needs two
+            if items <= 2:  # NT-Xent needs two
                 raise
-        scans = max(scans // 2, 2)
+        items = max(items // 2, 2)
 
 
 def _measured(objective: Pretext, scans: int, shape: Sequence[int], precision: str) -> float:
@@ -127,7 +127,7 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
     epochs, wanted = params.epochs or 1000, need(params, store)
     shares = [max(params.batch_size // devices, 1) for devices in DEVICES]
     at_a_time = [min(params.chunk or share, share) for share in shares]
-    each, source = seconds_per_scan(params, store, wanted, max(at_a_time[-1], 2))
+    each, source = seconds_per_item(params, store, wanted, max(at_a_time[-1], 2))
     batches = batches_for(params, learned)(0)
     read = sum(map(len, batches)) * epochs
     scans = read / 2 if params.session_pairs else read  # each of a pair's two sessions gives one view

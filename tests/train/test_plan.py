@@ -44,7 +44,7 @@ def test_an_autoencoder_is_counted_with_the_patches_that_it_sees(store, tmp_path
 
 
 def test_only_shares_in_several_chunks_are_read_twice(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("kit.train.plan.seconds_per_scan", lambda *_: (0.1, "given"))  # a GPU's differ from run to run
+    monkeypatch.setattr("kit.train.plan.seconds_per_item", lambda *_: (0.1, "given"))  # a GPU's differ from run to run
     whole, chunks = (plan(params(store, tmp_path / str(chunk), chunk=chunk))[0] for chunk in (0, 2))
     longer = chunks["hours"] / whole["hours"]  # shares of 8, 2 and 1 scans
     assert longer.tolist() == pytest.approx([4 / 3, 1, 1])
