@@ -11,7 +11,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from kit.evaluate.metrics import bootstrap, per_participant, predicted_of, statistic
-from kit.evaluate.predict import predict
+from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.tasks import Task
 from kit.models.encoder import Encoder
 from kit.models.heads import Predictor
@@ -38,12 +38,13 @@ from kit.train.distributed import (
     worker_of_slurm,
     world_size,
 )
-from kit.train.loop import Settings, fit
+from kit.train.loop import Settings, TrainingError, fit
 from kit.train.objectives import Supervised
 from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
 TRIES, JOB = "tries", "job.pt"  # in the run's folder: checkpoints of each training; a `Job` for worker processes
+DIVERGED = "diverged.txt"  # beside it: how a training in worker processes failed
 LONGER = 3  # times the steps: a model that gains nothing from them is trained
 VALIDATION_DRAWS = 200  # of the bootstrap, for a validation score
 
@@ -64,10 +65,10 @@ class Tuned:
         log: of its training, one row per validation check; see `kit.train.loop.fit`.
         choice: learning rate and weight decay.
         tries: one row per try: learning_rate, weight_decay, steps, stopped_early, validation_loss (at the best check),
-            validation_score.
+            validation_score; the last four are empty where training diverged.
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
         standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
-        longer_score: the score after up to three times the steps.
+        longer_score: the score after up to three times the steps; nan if training diverged there.
         converged: whether the two scores differ by no more than the standard error; None if not checked,
             or if that is nan.
     """
@@ -135,9 +136,9 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     """Fine-tune a copy of an encoder on a task's training part; every choice is made on its validation part.
 
     Each learning rate is tried with each weight decay. The try with the lowest validation loss (or best AUC, see
-    `select_by`, if validation has every class) is kept, at its best weights. Then `tune` checks whether training was
-    long enough. A run that stopped early at a constant learning rate passes, as more steps would not change it; any
-    other is repeated with three times the steps.
+    `select_by`, if validation has every class; of equal ones the lower loss) is kept, at its best weights. Tries that
+    diverge are out. Then `tune` checks whether training was long enough. A run that stopped early at a constant
+    learning rate passes, as more steps would not change it; any other is repeated with three times the steps.
 
     Args:
         seed: of the head, the batches and the augmentation.
@@ -150,7 +151,8 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
 
     Raises:
         Stopped: the run was asked to stop; the checkpoint and `unfinished.csv` in `home` are written.
-        TrainingError, StoreError, MemoryError, CheckpointError: see `kit.train.loop.fit`.
+        TrainingError: every try diverged.
+        StoreError, MemoryError, CheckpointError: see `kit.train.loop.fit`.
     """
     if folder is None and params.processes() > 1:
         with tempfile.TemporaryDirectory() as place:  # worker processes read their job from here
@@ -169,21 +171,35 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
                                                                                   params.weight_decays)]
     with watch:
         rows, best = [], None
+        diverged: TrainingError | None = None
         for each in map(Choice._make, choices):
-            predictor, log = train(job(each), params)
+            try:
+                predictor, log = train(job(each), params)
+            except TrainingError as failed:
+                print(f"learning_rate {each.learning_rate:g}, weight_decay {each.weight_decay:g}: {failed}")
+                rows.append(each._asdict())
+                diverged = failed
+                continue
             row = {**each._asdict(), "steps": min(params.steps, len(log) * params.check_steps),
                    "stopped_early": _checks_since_best(log) >= params.patience > 0,
                    "validation_loss": log["validation_loss"][log["monitor"].argmin()],
                    "validation_score": score_validation(task, predictor)}
             rows.append(row)
-            if best is None or log["monitor"].min() <= best[1]["monitor"].min():
-                best = predictor, log, each, row
-        assert best is not None  # there is a choice
-        predictor, log, each, row = best
+            order = log["monitor"].min(), row["validation_loss"]
+            if best is None or order < best[0]:
+                best = order, predictor, log, each, row
+        if best is None:
+            assert diverged is not None  # there is a choice
+            raise diverged
+        _, predictor, log, each, row = best
         score, error = row["validation_score"], standard_error(task, predictor, seed)
         longer = score
         if check and not (row["stopped_early"] and params.schedule == "constant"):
-            longer = score_validation(task, train(job(each, LONGER), params)[0])
+            try:
+                longer = score_validation(task, train(job(each, LONGER), params)[0])
+            except TrainingError as failed:
+                print(f"with {LONGER} times the steps: {failed}")
+                longer = math.nan
     tries = pd.DataFrame(rows)
     if folder:
         write_table(folder / "tries.csv", tries)
@@ -203,7 +219,8 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
             return objective.predictor, log
     else:
         assert job.home is not None  # `tune` gives several processes a folder
-        file = write_whole(job.home / JOB, lambda aside: torch.save(job, aside))
+        file, failure = write_whole(job.home / JOB, lambda aside: torch.save(job, aside)), job.home / DIVERGED
+        failure.unlink(missing_ok=True)
         try:
             if params.all_nodes() > 1:
                 launch_on_nodes("kit.evaluate.tune", job.home, params.all_nodes(), params.workers)
@@ -213,6 +230,10 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
             file.unlink()
         if (job.home / UNFINISHED).exists():
             raise Stopped(pd.read_csv(job.home / UNFINISHED))
+        if failure.exists():
+            said = failure.read_text(encoding="utf-8")
+            failure.unlink()
+            raise TrainingError(said)
     assert job.folder is not None
     best, last = (checkpoint.read_checkpoint(job.folder / "checkpoints", name) for name in ("best", None))
     assert best is not None and last is not None  # the training has ended
@@ -275,8 +296,7 @@ def standard_error(task: Task, predictor: Predictor, seed: int) -> float:
 def _validation(task: Task, predictor: Predictor) -> pd.DataFrame:
     """Validation predictions, one row per participant and label; see `kit.evaluate.metrics.per_participant`."""
     part = task.parts["validation"]
-    predicted = predict(predictor, part.scans()) * float(predictor.sd) + float(predictor.mean)
-    predicted = predicted[:, 0] if predicted.shape[1] == 1 else predicted
+    predicted = in_label_units(predictor, predict(predictor, part.scans()))
     return per_participant(part.labels, predicted, part.participants)
 
 
@@ -312,8 +332,13 @@ def _worker(home: str) -> None:
 
 
 def _train_noted(home: Path) -> None:
-    with suppress(Stopped):
+    try:
         train_here(torch.load(home / JOB, map_location="cpu", weights_only=False))
+    except Stopped:
+        pass
+    except TrainingError as error:  # in all processes at the same step
+        if rank() == 0:
+            (home / DIVERGED).write_text(str(error), encoding="utf-8")
 
 
 if __name__ == "__main__":  # python -m kit.evaluate.tune FOLDER WORKERS, started through srun by `launch_on_nodes`

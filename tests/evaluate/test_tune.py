@@ -18,6 +18,7 @@ from kit.models.encoders import build_encoder
 from kit.params import Finetune
 from kit.store.sampler import all_batches
 from kit.train import checkpoint
+from kit.train.loop import TrainingError
 from kit.train.optimizers import learning_rate
 from kit.train.stop import Stopped
 from tests.conftest import GRID
@@ -90,6 +91,30 @@ def test_a_class_that_validation_lacks_leaves_the_choice_to_the_loss(store, caps
     assert tuned.choice == by_loss.choice and same(tuned.predictor, by_loss.predictor)
     assert tuned.log["monitor"].equals(tuned.log["validation_loss"])
     assert (tune(whole, ENCODER, asked, 0, check=False).log["monitor"] <= 0).all() and not capsys.readouterr().out
+
+
+DIVERGES = 1e20  # weight decay, which multiplies the weights by 1 - 1e17 a step
+
+
+def test_a_try_that_diverges_is_out(store, tmp_path, capsys):
+    asked = params(store, task="age", steps=8, weight_decays=[1e-2, DIVERGES])
+    tuned = tune(task_of(store, "age"), ENCODER, asked, 0, tmp_path, check=False)
+    tries = pd.read_csv(tmp_path / "tries.csv")
+    assert tuned.choice.weight_decay == 1e-2 and tries["weight_decay"].tolist() == [1e-2, DIVERGES]
+    assert tries["validation_loss"].isna().tolist() == tries["steps"].isna().tolist() == [False, True]
+    assert capsys.readouterr().out.startswith("learning_rate 0.001, weight_decay 1e+20: the loss is ")
+    with pytest.raises(TrainingError, match="the loss is .* in epoch 1, step "):
+        tune(task_of(store, "age"), ENCODER, params(store, task="age", steps=8, weight_decays=[DIVERGES]), 0)
+
+
+def test_of_equal_aucs_the_lower_loss_is_chosen(store):
+    asked = params(store, steps=4, select_by="score", learning_rates=[1e-7, 2e-7])
+    tuned = tune(task_of(store), ENCODER, asked, 0, check=False)
+    assert tuned.tries["validation_score"].nunique() == 1 and tuned.tries["validation_loss"].nunique() == 2
+    assert tuned.choice.learning_rate == tuned.tries.loc[tuned.tries["validation_loss"].idxmin(), "learning_rate"]
+    backwards = tune(task_of(store), ENCODER, params(store, steps=4, select_by="score", learning_rates=[2e-7, 1e-7]),
+                     0, check=False)
+    assert backwards.choice == tuned.choice
 
 
 def test_the_seed_decides(store):
@@ -226,3 +251,11 @@ def test_two_processes_stop_as_asked(store, tmp_path):
     with pytest.raises(Stopped):
         tune(task_of(store), ENCODER, params(store, workers=2), 0, tmp_path)
     assert len(pd.read_csv(tmp_path / "unfinished.csv")) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_diverge_as_one_does(store, tmp_path):
+    asked = params(store, task="age", workers=2, steps=8, weight_decays=[1e-2, DIVERGES])
+    tuned = tune(task_of(store, "age"), ENCODER, asked, 0, tmp_path, check=False)
+    assert tuned.choice.weight_decay == 1e-2 and tuned.tries["validation_loss"].isna().tolist() == [False, True]
+    assert not (tmp_path / "diverged.txt").exists()
