@@ -71,8 +71,8 @@ def at_least_float32(values: torch.Tensor) -> torch.Tensor:
 def upload(array: np.ndarray, where: torch.device, kind: torch.dtype | None = None) -> torch.Tensor:
     """Copy a small array to a device, as it is or as another type.
 
-    numpy converts it, as torch would wake all of its threads for that. Pinned memory made views slower on an H200: each
-    array takes its own.
+    numpy converts it, as torch would wake all of its threads for that. Pinning made views slower on an H200, because
+    each array needs a pinned allocation of its own.
     """
     plain = array if kind is None else array.astype(torch.empty(0, dtype=kind).numpy().dtype)
     return torch.from_numpy(np.ascontiguousarray(plain)).to(where, non_blocking=True)

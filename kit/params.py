@@ -1,7 +1,7 @@
 """Every parameter of every notebook: its name, unit, default and bounds; one pydantic model a notebook.
 
-The defaults are the recommended values. A notebook's parameters cell repeats them, except for the paths of the quick
-runs on the sample cohort, which are quick because that cohort is small.
+The defaults are the recommended values. A notebook's parameters cell repeats them. Only its paths differ: they name
+the quick runs on the (small) sample cohort.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Explore(Parameters):
     """0_explore_augmentations: look at views before a network does."""
 
     feeds_others: ClassVar[bool] = False
+    may_change: ClassVar[frozenset[str]] = frozenset({"workers", "recipe", "encoder"})  # its result: prepared scans
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
     prepared: ProjectPath | None = None  # prepared scans, instead of `cohort`
@@ -154,7 +155,7 @@ class Training(Parameters):
             problems.append(f"nodes: {self.nodes} are started by Slurm from inside its job, but "
                             f"{' and '.join(missing)}; set nodes: 1 to train on this machine")
         if self.batch_size % self.processes():
-            problems.append(f"batch_size: {self.batch_size} does not divide over {self.workers} workers"
+            problems.append(f"batch_size: {self.batch_size} cannot be split evenly over {self.workers} workers"
                             + (f" of {self.all_nodes()} nodes" if self.all_nodes() > 1 else ""))
         if self.processes() > 1 and self.retry_minutes > LONGEST_RETRY:
             problems.append(f"retry_minutes: got {self.retry_minutes:g}; set at most {LONGEST_RETRY}, because the "

@@ -112,8 +112,8 @@ def _remarks(sides: Mapping[str, Side]) -> list[str]:
     if len({side.preparation.get("mask") for side in known.values()}) == 1 and len(
             {tuple(side.mask_sources) for side in known.values()}) > 1:
         listed = ", ".join(f"{name} {' and '.join(side.mask_sources)}" for name, side in known.items())
-        remarks.append(f"one word for masks ({next(iter(known.values())).preparation.get('mask')}), from different "
-                       f"sources: {listed}")
+        setting = next(iter(known.values())).preparation.get("mask")
+        remarks.append(f"mask: {setting} on all sides, but the masks come from different sources: {listed}")
     return remarks
 
 
@@ -230,7 +230,7 @@ def changes(before: MadeFrom, now: MadeFrom) -> list[str]:
         lines += [f"{name}: {line}" for line in compare(preparations, fields).values()]
         lines += _changed_rows(name, task, before, now)
     lines += ["aliases: other names of the people used"] if old.get("aliases") != new.get("aliases") else []
-    return lines or ["the form of what the kit notes"]
+    return lines or ["the format of the kit's own record of inputs"]
 
 
 def _stores(*records: Mapping[str, Any]) -> list[str]:
@@ -300,7 +300,7 @@ def remove_stale(folder: Path, now: MadeFrom, results: Sequence[str]) -> None:
     if not changed:
         return
     if there:
-        print(f"{shown(folder)} is computed again, because its inputs have changed:\n  " + "\n  ".join(changed))
+        print(f"{shown(folder)} is computed again:\n  " + "\n  ".join(changed))
     for path in there:
         path.unlink()
     write(folder, now)

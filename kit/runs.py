@@ -56,7 +56,8 @@ def shown(path: str | Path) -> str:
     """Write a path relative to the project, the same on every machine (the inverse of `resolve`)."""
     path = Path(path)
     for folder, prefix in ((outputs_dir(), Path("outputs")), (ROOT, Path())):
-        if path.is_relative_to(folder):
+        inside = path.is_relative_to(folder)
+        if inside and (prefix.parts or path.relative_to(folder).parts[:1] != ("outputs",)):
             return (prefix / path.relative_to(folder)).as_posix()
     return path.as_posix()
 
@@ -97,7 +98,7 @@ def write_table(path: str | Path, table: pd.DataFrame) -> Path:
 def progress(items: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> Any:
     """A tqdm bar with the time left, removed when it is done; ``KIT_PROGRESS=off`` hides all bars.
 
-    Hide bars where outputs are compared or committed: a stored bar stays frozen at 0 %.
+    Set it where a notebook's outputs are compared or committed: the file would keep the bar as first drawn, at 0 %.
     """
     from tqdm.auto import tqdm
 
@@ -136,7 +137,7 @@ def link_whole(source: Path, target: Path) -> None:
 
 def _has_begun(folder: Path) -> bool:
     """Whether a run's folder holds results; until it does, its parameters may change. Figures are drawn again."""
-    before = {"params.yaml", "environment.txt", "figures"}
+    before = {"params.yaml", "environment.txt", "figures", "plan"}
     return any(path.name not in before and not path.name.startswith(".")  # .lock, .ipynb_checkpoints
                and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
 
@@ -195,7 +196,7 @@ class Run:
 
     def figure(self, figure: Figure, name: str) -> Figure:
         """Save `figures/<name>.png` and return the figure, to be shown."""
-        write_whole(self.folder / "figures" / f"{name}.png",
+        write_whole(self.folder / "figures" / f"{name.replace('/', '%2F')}.png",
                     lambda aside: figure.savefig(aside, format="png", bbox_inches="tight"))
         return figure
 

@@ -88,7 +88,7 @@ MISTAKES: dict[str, tuple[Callable[[Place], object], str]] = {
     "an MAE of a CNN": (lambda at: at.check("2_pretrain", objective="mae", architecture="resnet18"),
                         r"architecture: resnet18 has no masked autoencoder; use vit"),
     "a batch that cannot be shared": (lambda at: at.check("2_pretrain", batch_size=10, workers=3),
-                                      r"batch_size: 10 does not divide over 3 workers"),
+                                      r"batch_size: 10 cannot be split evenly over 3 workers"),
     "an unknown recipe": (lambda at: at.check("2_pretrain", recipe="papers"),
                           r"recipe: no recipe or file 'papers'; the recipes are brainiac, none, paper"),
     "a fault in a recipe": (lambda at: at.check("2_pretrain", recipe=str(at.file("mine.yaml", "rotat: {}"))),

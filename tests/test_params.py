@@ -151,7 +151,7 @@ def test_cohort_tables_are_looked_at_first(tmp_path):
 
 
 def test_batch_must_divide_over_workers(prepared):
-    assert "batch_size: 15 does not divide over 2 workers" in refusal(
+    assert "batch_size: 15 cannot be split evenly over 2 workers" in refusal(
         Pretrain, output_dir="outputs/x", prepared=prepared, batch_size=15, workers=2)
 
 
@@ -169,6 +169,7 @@ def test_relative_paths_mean_the_project(monkeypatch, tmp_path):
     monkeypatch.setenv("KIT_OUTPUTS", str(tmp_path / "elsewhere"))
     assert resolve("outputs/run") == outputs_dir() / "run" == tmp_path / "elsewhere/run"
     assert shown(resolve("outputs/run")) == "outputs/run"
+    assert resolve(shown(ROOT / "outputs/run")) == ROOT / "outputs/run"  # not those of $KIT_OUTPUTS
     plain = check(Explore, {"output_dir": "outputs/run"}).plain()
     assert check(Explore, plain).plain() == plain  # what is stored is enough to run again
 

@@ -78,7 +78,9 @@ def test_a_figure_alone_does_not_fix_the_parameters(tmp_path):
     """A notebook may show the cohort before it starts to work."""
     run = Run.open(tmp_path / "run", {"seed": 5})
     run.figure(Figure(), "cohort")
+    assert run.figure(Figure(), "CN/AD") and (tmp_path / "run/figures/CN%2FAD.png").is_file()
     run.close()
+    Run.open(tmp_path / "run/plan", {"seed": 5, "epochs": 0}).close()
     (tmp_path / "run/.ipynb_checkpoints").mkdir()  # of Jupyter, when somebody looks at the notebook there
     Run.open(tmp_path / "run", {"seed": 0}).close()
     assert "seed: 0" in (tmp_path / "run/params.yaml").read_text() and (tmp_path / "run/figures/cohort.png").exists()

@@ -60,11 +60,11 @@ def slice_profile(side: int, thickness: float) -> np.ndarray:
     count = int(np.ceil(side / thickness))
     edges = np.clip(side / 2 + (np.arange(count + 1) - count / 2) * thickness, 0, side)
     voxels = np.arange(side)
-    share = np.minimum(edges[1:, None], voxels + 1) - np.maximum(edges[:-1, None], voxels)
-    share = np.clip(share, 0, None)
+    overlap = np.minimum(edges[1:, None], voxels + 1) - np.maximum(edges[:-1, None], voxels)
+    overlap = np.clip(overlap, 0, None)
     middles = (edges[1:] + edges[:-1]) / 2
     read = np.stack([np.interp(voxels + 0.5, middles, one) for one in np.eye(count)], axis=1)
-    return read @ (share / share.sum(1, keepdims=True))
+    return read @ (overlap / overlap.sum(1, keepdims=True))
 
 
 def gibbs(image: torch.Tensor, factor: float) -> torch.Tensor:

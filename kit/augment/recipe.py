@@ -66,7 +66,11 @@ class Recipe(BaseModel):
 
     def text(self) -> str:
         """Return the recipe as YAML, one transform a line; `read_recipe` reads it back."""
-        return yaml.safe_dump(self.plain(), sort_keys=False, default_flow_style=None, width=110)
+        plain = self.plain()
+        strength = {"strength": plain.pop("strength")} if "strength" in plain else {}
+        lines = [f"{name}: " + yaml.safe_dump(values, sort_keys=False, default_flow_style=True, width=10_000)
+                 for name, values in plain.items()]
+        return (yaml.safe_dump(strength) if strength else "") + "".join(lines)
 
 
 def transform_types() -> dict[str, type[kinds.Transform]]:

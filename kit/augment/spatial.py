@@ -44,7 +44,7 @@ def view_to_scan(draw: Draw, shape: Sequence[int], spacing_mm: float = 1.0) -> n
 
 
 def cropped_box(draw: Draw, shape: Sequence[int]) -> np.ndarray:
-    """Return the centres of a crop's first and last voxels, in the scan's voxels (z, y, x): (2, 3) float64."""
+    """Return where the resized crop's first and last voxels lie in the scan, in voxels (z, y, x): (2, 3) float64."""
     side, size, start = (np.asarray(part, float) for part in (shape, draw.crop_size, draw.crop_start))
     first = start * side + (size - 1) / 2
     return np.stack([first, first + size * (side - 1)])
@@ -107,7 +107,8 @@ def warp(image: torch.Tensor, mask: torch.Tensor, back: np.ndarray, bent: np.nda
         bent: control points from `bend`, which act on the view's coordinates before the map, or None.
         apart: distance between control points, in voxels.
         slab: slices processed at once; by default what fits a CPU's cache, or all on a GPU.
-        box: from `cropped_box`: beyond it, its border is stretched outwards. None: zero beyond the scan.
+        box: (2, 3) from `cropped_box`; points beyond it take the value and mask at its border. None: zero beyond the
+            scan.
 
     Returns:
         values (voxels,) float32 (float64 if the image is) of the view's brain, clipped at `LARGEST`, and their indices

@@ -12,6 +12,7 @@ AXES: tuple[Axis, ...] = ("z", "y", "x")
 Axes = Annotated[tuple[Axis, ...], Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+CropShare = Annotated[float, Field(ge=0.05, le=1)]
 Turn = Annotated[float, Field(ge=0, le=180)]
 ShearDegrees = Annotated[float, Field(ge=0, le=60)]
 TranslationMm = Annotated[float, Field(ge=0, le=200)]
@@ -24,7 +25,8 @@ class Transform(BaseModel):
         probability: the chance that a view gets it.
         drawn: the field of `kit.augment.draws.Draw` that it sets.
         neutral: the value that changes nothing.
-        most: the upper end of the explorer's slider.
+        most: full strength, see `kit.augment.recipe.alone`, and the upper end of the explorer's slider; recipes may go
+            beyond it, up to `limits`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -47,7 +49,7 @@ class Ranged(Transform):
         if start > end:
             raise ValueError(f"the range starts above its end: {start:g} > {end:g}")
         if start < low or end > high:
-            raise ValueError(f"{cls.__name__.lower()} takes {low:g} to {high:g}")
+            raise ValueError(f"the range must lie within {low:g} to {high:g}")
         return value
 
 
@@ -55,7 +57,7 @@ class Crop(Transform):
     """A box of random size and position, resized to the full box; `smallest` is a fraction of each side (z, y, x)."""
 
     drawn = "crop_size"
-    smallest: tuple[Share, Share, Share]
+    smallest: tuple[CropShare, CropShare, CropShare]
 
 
 class Flip(Transform):
@@ -147,14 +149,14 @@ class Histogram(Ranged):
 
 
 class Bias(Ranged):
-    """Multiply by exp(smooth field), like a receive coil; `range` is the field's standard deviation."""
+    """Multiply by exp(smooth field), like a receive coil; `range` is the SD of the log field at its control points."""
 
     drawn, limits, most = "bias_sd", (0, 5), 1
     spacing_mm: Positive = 60  # between the field's control points
 
 
 class Noise(Ranged):
-    """Gaussian noise inside the mask; `range` is its standard deviation on the z-scored image."""
+    """Gaussian noise inside the mask; `range` is its SD, where the scan's is 1 before its grey levels change."""
 
     drawn, most = "noise_sd", 1
 

@@ -15,7 +15,7 @@ from kit.augment.draws import Draw, draw, histogram_levels
 from kit.augment.recipe import Recipe
 from kit.augment.spatial import bend, cropped_box, scatter, view_to_scan, warp
 
-ATTEMPTS = 8  # draws of a view before it is centred on the brain
+ATTEMPTS = 8  # draws of a view that may miss the brain; one more is centred on it
 LEAST_OF_BOX = 0.01  # share of the box that must be brain
 GREY = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "rician_sd")
 WHOLE_BOX = ("motion_mm", "ghosting", "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen")  # act on the whole box
@@ -34,8 +34,8 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
     After `ATTEMPTS` draws, one more is drawn and centred on the brain.
 
     Views keep the store's intensity scale, so encoders see one scale everywhere. Z-scored scans are z-scored again.
-    Others are augmented in z-score units, z-scored, and mapped back to the mean and standard deviation that the view
-    had before its grey levels changed.
+    Others are z-scored over the view's brain, augmented, z-scored again, and mapped back to the mean and SD that the
+    view had before its grey levels changed.
 
     Args:
         images: (batch, 1, depth, height, width) of any floating type, zero outside the mask; not modified.

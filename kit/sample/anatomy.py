@@ -2,7 +2,7 @@
 
 Everything drawn here belongs to the participant, so two sessions share it. Points are float32 (3, z, y, x) with
 components (x, y, z) in mm: *head* millimetres before the warps, *atlas* millimetres (MNI152) after them. A point map
-says where in the atlas each voxel of the scan looks.
+gives, for each voxel of the scan, the point of the atlas whose tissue it shows.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Anatomy:
     dark_white: float  # darkening of the white matter near the ventricles, 0 to 1
     ventricles_mm: float  # how far their walls lie outside the template's
     sulci: float  # their opening, in log-odds of CSF
-    hippocampus: tuple[float, float]  # medial temporal atrophy (left, right); about 0 in healthy people at 60
+    hippocampus: tuple[float, float]  # its atrophy (left, right), larger for less tissue; 0 in healthy people at 60
     temporal_horns: float = 0.0  # their opening, in log-odds of CSF; only in Alzheimer's disease
     temporal_sulci: float = 0.0  # the same for the temporal lobes' sulci
     lesion_side: str = ""  # "left", "right", or "" for none
@@ -135,7 +135,7 @@ def deform(head_points: torch.Tensor, warp: torch.Tensor, anatomy: Anatomy, atla
     share, offset = bump(points, *CEREBELLUM)
     points = points - anatomy.cerebellum * share * offset
     for _ in range(FLOW_STEPS):
-        shape = atlas.shape.at(points)
+        shape = atlas.distances.at(points)
         distance, outward = shape[0], shape[1:4]
         reach = torch.exp(-distance.clamp(min=0) / VENTRICLE_FALL_MM) * (1 + distance / 5).clamp(0, 1)
         points = points - anatomy.ventricles_mm / FLOW_STEPS * reach * outward

@@ -47,12 +47,12 @@ class Atlas:
 
     Args:
         tissue: CSF, grey and white matter (0 to 1), the intensity these do not explain, brain (0 to 1).
-        shape: distance to the lateral ventricles' walls (mm, negative inside), its gradient (x, y, z), depth
+        distances: distance to the lateral ventricles' walls (mm, negative inside), its gradient (x, y, z), depth
             below the brain's surface (mm).
     """
 
     tissue: Volume
-    shape: Volume
+    distances: Volume
 
 
 @lru_cache(maxsize=2)

@@ -28,11 +28,11 @@ INTENSITY_UNIT = 100  # white matter is about 88; finer levels would only store 
 class Site:
     """A scanner: tissue intensities and image quality."""
 
-    csf: float
+    csf: float  # mean intensities; 1 is the template's brightest voxel
     grey: float
     white: float
-    gamma: float
-    gamma_spread: float
+    gamma: float  # exponent of the intensities, its mean over the site's scans
+    gamma_spread: float  # and its SD
     bias: float  # SD of the log field's spline coefficients
     noise: float  # SD of each part of the complex signal
     fwhm_mm: tuple[float, float, float]  # of the point spread function along (x, y, z), at least the voxel's 2 mm
@@ -139,7 +139,7 @@ def _tissue(
     points = head_points(coarse, pose)
     fields = head.draw_fields(seed, participant).at(points)
     points = head.deform(points, fields[:3], person, atlas)
-    smooth = torch.cat([points, atlas.shape.at(points)[[0, 4]], fields[3:]])
+    smooth = torch.cat([points, atlas.distances.at(points)[[0, 4]], fields[3:]])
     smooth = torch.nn.functional.interpolate(smooth[None], scale_factor=2, mode="trilinear")[0]
     points, (distance, below), (texture, cortex_texture, edge) = smooth.split([3, 2, 3])
     tissue = torch.zeros(5, *grid.shape)

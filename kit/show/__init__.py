@@ -14,5 +14,5 @@
 - `explorer`: the interactive explorer of augmentations
 - `recipe_controls`: its transforms, with switches and sliders
 - `saliency_figures`: maps over scans, as mosaics, by group, by region, and in an interactive viewer
-- `similarity`: similarity of two views to an encoder, drawn beside their grey levels
+- `similarity`: similarity of two views in an encoder's features, drawn beside their grey levels
 """

@@ -14,7 +14,7 @@ MOST = 8  # labels drawn
 
 
 def cohort_figure(scans: pd.DataFrame, note: str = "") -> Figure:
-    """Draw a cohort: scans by dataset and split beside, for each label, its classes or range and what is missing.
+    """Draw a cohort. Left: scans by dataset and split. Right: each label's classes or range; in grey what is missing.
 
     Args:
         scans: one scan per row, as `kit.cohort.tables.read_cohort` returns it.

@@ -51,12 +51,13 @@ def forest(differences: pd.DataFrame, title: str = "", note: str = "") -> Figure
     columns = min(2, len(tested))
     rows = math.ceil(len(tested) / columns)  # of panels per task
     tasks = sorted(differences.groupby(["metric", "task"], sort=False), key=lambda each: each[0][0] in ERRORS)
-    title = title or f"{encoder} against each rival ({MODES[mode].lower()}, {fraction:.0%} of the labels)"
+    title = title or f"{encoder} against each rival ({MODES[mode].lower()}, {100 * fraction:g}% of the labels)"
     figure = blank(MAX_WIDTH if columns > 1 else 560, (17 * len(rivals) + 66) * rows * len(tasks) + 20,
                    f"{title}\n● p < .05 after Holm's correction, ○ otherwise", note)
     panels = figure.subplots(rows * len(tasks), columns, squeeze=False).reshape(len(tasks), rows * columns)
     for ((metric, task), of_task), row in zip(tasks, panels, strict=True):
         widest = _towards_better(of_task).abs().max(axis=None)
+        widest = widest if widest > 0 else 1.0  # nan: no pair has a difference; 0: all are equal
         for axes in row[len(tested):]:
             axes.set_visible(False)
         for number, (where, axes) in enumerate(zip(tested, row, strict=False)):
@@ -171,7 +172,7 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
     for mode in [each for each in MODES if each in set(cells["mode"])]:
         of_mode = cells[cells["mode"] == mode]
         fraction = of_mode["label_fraction"].max()
-        lines += ["", f"{MODES[mode]}, {fraction:.0%} of the labels"]
+        lines += ["", f"{MODES[mode]}, {100 * fraction:g}% of the labels"]
         lines += _text_tables(of_mode[of_mode["label_fraction"] == fraction], METRICS)
         chosen = differences if reference is None else differences[
             (differences["encoder"] == reference) & (differences["mode"] == mode)
@@ -206,8 +207,9 @@ def verdict(differences: pd.DataFrame) -> str:
 def _unconverged(scores: pd.DataFrame) -> str:
     lacking = scores[scores["converged"].astype(str) == "False"]
     models = lacking.groupby(["encoder", "mode", "task"], sort=False)["label_fraction"].unique()
-    return "; ".join(f"{encoder} ({mode}, {readable(task)}, {', '.join(f'{each:.0%}' for each in sorted(fractions))})"
-                     for (encoder, mode, task), fractions in models.items())
+    shares = {model: ", ".join(f"{100 * each:g}%" for each in sorted(fractions)) for model, fractions in models.items()}
+    return "; ".join(f"{encoder} ({mode}, {readable(task)}, {listed})"
+                     for (encoder, mode, task), listed in shares.items())
 
 
 def _difference_texts(differences: pd.DataFrame) -> list[str]:
@@ -267,7 +269,7 @@ def label_efficiency(scores: pd.DataFrame, title: str = "", note: str = "") -> F
             axes.set_xticks([], minor=True)
             axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
             height = "AUC" if metric == "auc" else in_units(readable(metric), task)
-            label(axes, "labels used" if row is panels[-1] else "", height if axes is row[0] else "",
+            label(axes, "labels used" if row[0] is panels[-1, 0] else "", height if axes is row[0] else "",
                   f"{readable(task)}, {readable(distribution)}")
         if metric != "auc":  # an interval of a few seeds may reach ten times as far
             row[0].set_ylim(0, 2 * of_task["value"].max())

@@ -135,7 +135,8 @@ def explorer(
             if request == now["request"]:
                 facts.value = png(pair_facts(now["pair"], found, note))
         except Exception as error:  # an error in a thread would go unseen
-            words.value = _wrong(error)
+            if request == now["request"]:
+                words.value = _wrong(error)
 
     def make(request: int, chosen: Choice) -> None:
         if request != now["request"]:  # overtaken while waiting
@@ -146,7 +147,8 @@ def explorer(
                 show(pair)
                 add_facts(request, chosen)
         except Exception as error:  # the same
-            words.value = _wrong(error)
+            if request == now["request"]:
+                words.value = _wrong(error)
 
     def chosen() -> Choice:
         return scan.value, controls.recipe(strength.value), number.value

@@ -13,7 +13,7 @@ from scipy import ndimage
 from kit.store.grid import Grid
 
 Point = tuple[float, float, float]
-FULL_COLOUR = 0.4  # of the original's grey range: a difference of two views that is drawn in full colour
+FULL_COLOUR = 0.4  # a difference of two views of this share of the original's grey range is drawn in full colour
 PLANES = {"axial": "z", "coronal": "y", "sagittal": "x"}  # plane: axis across it, in the arrays' order
 EDGES = {"axial": "LRA", "coronal": "LRS", "sagittal": "PAS"}  # letters at the left, right and top
 

@@ -139,7 +139,7 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
     """Draw groups' smoothed mean maps over the template, in the same slices and with one colour scale.
 
     For two groups their difference is added with its own scale, red where the second group is higher; it has the sign
-    of the file that `class_means` writes. For no group, whose maps are thus all zero, a sentence says so.
+    of the file that `class_means` writes. Without a group, as when every map is zero, a sentence says so.
 
     Args:
         means: (depth, height, width) on the grid, by group; see `kit.explain.maps.class_means`.
@@ -155,18 +155,18 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
     background = np.where(brain, template, 0) if background is None else background
     same_shape(grid, background=background, outline=outline, **{str(name): values for name, values in means.items()})
     rows = {str(name): smoothed(values, grid, background != 0) for name, values in means.items()}
-    shared, scales = Scale.of(*rows.values()), []
+    shared = Scale.of(*rows.values())
     if len(rows) == 2:
         one, other = rows
         rows[f"{other} − {one}"] = rows[other] - rows[one]
-    differs = len(rows) - len(means)
-    at = focus(list(rows.values())[-1 if differs else 0], grid) if at is None else at
-    scales = [shared] * len(means) + [Scale.of(list(rows.values())[-1])._replace(signed=True)] * differs
+    with_difference = len(rows) - len(means)
+    at = focus(list(rows.values())[-1 if with_difference else 0], grid) if at is None else at
+    scales = [shared] * len(means) + [Scale.of(list(rows.values())[-1])._replace(signed=True)] * with_difference
     figure, panels = _planes(grid, len(rows), title, note)
     for row, (name, values), scale in zip(panels, rows.items(), scales, strict=True):
         _draw_planes(row, background, values, scale, grid, at, outline, name)
     _bar(figure, panels[:len(means)], shared, unit)
-    if differs:
+    if with_difference:
         _bar(figure, panels[len(means):], scales[-1], f"{unit}\nabove 0: higher in {list(means)[1]}".strip())
     return figure
 

@@ -1,4 +1,4 @@
-"""Facts about a pair of views: their grey levels, and their similarity to one encoder or several.
+"""Facts about a pair of views: their grey levels, and their similarity in the features of one encoder or several.
 
 Similarities between views of different scans are shown for comparison.
 """
@@ -18,7 +18,7 @@ from torch import nn
 from kit.augment.recipe import Recipe
 from kit.augment.views import make_views
 from kit.show.figure import LEGEND, TEXT, blank, label
-from kit.show.planes import Pair
+from kit.show.planes import Pair, window
 from kit.store.dataset import Batch
 
 
@@ -73,18 +73,20 @@ def pair_facts(pair: Pair, similar: Sequence[Similar] = (), note: str = "") -> F
     """Draw histograms of the original and the views, and the pair's similarity beside all others', by each encoder.
 
     Args:
-        pair: volumes (depth, height, width), z-scored, zero outside the mask.
+        pair: volumes (depth, height, width), zero outside the mask.
         similar: empty while not yet known.
     """
     figure = blank(760 if len(similar) < 2 else 900, 190, note=note)
     left, *others = figure.subplots(1, 1 + max(1, len(similar)))
+    low, high = window(pair.original)
+    margin = (high - low) / 2
     for name, volume, colour in (("original", pair.original, "#555555"), ("view 1", pair.view_1, "#c0392b"),
                                  ("view 2", pair.view_2, "#2471a3")):
         values = volume.ravel()[:: max(1, volume.size // 200_000)]
-        density, edges = np.histogram(values[values != 0], bins=60, range=(-4, 4), density=True)
+        density, edges = np.histogram(values[values != 0], bins=60, range=(low - margin, high + margin), density=True)
         left.stairs(np.nan_to_num(density), edges, label=name, color=colour)
     left.legend(**LEGEND)
-    label(left, "grey level (standard deviations)", "density", "grey levels inside the mask")
+    label(left, "grey level, as prepared", "density", "grey levels inside the mask")
     for axes in others:
         label(axes, "cosine similarity", "", "similarity: not known yet")
         axes.set_yticks([])
@@ -100,4 +102,4 @@ def _draw_similar(axes: Axes, similar: Similar) -> None:
     axes.axvline(similar.pair, ymax=0.55, color="#c0392b", label=f"this pair: {similar.pair:.3f}")
     axes.set_ylim(0.4, 4.6)
     axes.legend(loc="upper left", **LEGEND)
-    axes.set_title(f"to {similar.encoder}", fontsize=TEXT)
+    axes.set_title(f"similarity by {similar.encoder}", fontsize=TEXT)

@@ -29,7 +29,7 @@ from kit.store.store import Store, StoreError, scan_path
 SLICES = 8  # one or two blocks of the store
 TRAINING_PARTS = ("pretrain", "train", "validation")  # parts used for training; all others are for testing
 ORIGIN_COLUMNS = ("dataset", "site", "scanner", "manufacturer")  # columns that say where scans come from
-_hashed: dict[tuple[str, int, str], str] = {}  # by file, its time and the salt, as folds and tasks ask repeatedly
+_hashed: dict[tuple[str, int, str], str] = {}  # by file, its modification time (ns) and salt; folds ask again
 
 
 def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
@@ -57,7 +57,7 @@ def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
 
 
 def seen_by(store: Store, rows: pd.DataFrame, ids: pd.Series, aliases: Aliases | None = None) -> dict[str, Any]:
-    """Return what an encoder's record says of its training data: hashes of participants, voxels and salt, and counts.
+    """Return what an encoder's record says of its training data: hashes of participants and voxels, salt, and counts.
 
     Participants of a cohort without a dataset name are hashed without one. `seen` counts the scans of each dataset,
     site, scanner and manufacturer by plain name, since these identify nobody.
@@ -135,7 +135,8 @@ def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], alia
     Test parts may share people with each other, but not with parts used for training.
 
     Args:
-        parts: by name, a store, rows of its index, and their participants.
+        parts: by name (those of `TRAINING_PARTS` are learned from): a store, rows of its index, and the rows'
+            participants from `participant_ids`.
 
     Raises:
         LeakageError: with the number on both sides, and the parts concerned.

@@ -98,7 +98,8 @@ def _warn_of_shares(drawn: Sequence[str], datasets: Sequence[str]) -> None:
     if shares.min() * len(shares) < LEAST_SHARE:
         listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         warnings.warn(f"sampling: balanced: the scans of an epoch are really {listed}, since a participant comes at "
-                      "most once per batch, and the small ones have too few; a smaller batch_size evens this out",
+                      "most once per batch, and small datasets have too few participants; a smaller batch_size evens "
+                      "this out",
                       stacklevel=3)
 
 

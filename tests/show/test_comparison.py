@@ -78,6 +78,8 @@ def test_right_of_zero_the_encoder_is_better_also_where_the_metric_is_an_error(d
         "difference of AUC", "difference of mean absolute error (years)"]
     left, right = figure.axes[2].get_xlim()
     assert left == -right and right > 2.08
+    unknown = differences.assign(difference=np.nan, low=np.nan, high=np.nan)
+    assert forest(unknown).axes[0].get_xlim() == pytest.approx((-1.08, 1.08))  # no participant has both models' scores
     assert figure.get_supxlabel() == NOTE
 
 
@@ -245,6 +247,7 @@ def test_label_efficiency_has_a_panel_per_task_and_distribution(scores):
     assert [axes.get_title() for axes in figure.axes] == [
         f"{task}, {where} distribution" for task in ("stroke", "age") for where in ("in", "out of")]
     assert [axes.get_ylabel() for axes in figure.axes] == ["AUC", "", "mean absolute error (years)", ""]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "labels used", "labels used"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "guess", "volumes", "random init", "SimCLR, probe", "SimCLR, finetune"]
     lines = {drawn.get_label(): drawn for drawn in figure.axes[0].containers}

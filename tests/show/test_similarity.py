@@ -3,13 +3,14 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from kit.augment.recipe import Recipe, read_recipe
 from kit.show.figure import png, small
-from kit.show.planes import Pair
+from kit.show.planes import Pair, window
 from kit.show.similarity import pair_facts, similarity_under
 from kit.store.dataset import Batch
 
@@ -47,12 +48,15 @@ def test_the_figure_shows_both():
     figure = pair_facts(pair, found, "procedural data")
     left, right = figure.axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["original", "view 1", "view 2"]
-    assert right.get_title() == "to voxels" and "procedural data" in figure.get_supxlabel()
+    low, high = window(volume)
+    edges = left.patches[0].get_data().edges
+    assert (edges[0], edges[-1]) == pytest.approx((low - (high - low) / 2, high + (high - low) / 2))
+    assert right.get_title() == "similarity by voxels" and "procedural data" in figure.get_supxlabel()
     assert f"this pair: {found[0].pair:.3f}" in [text.get_text() for text in right.get_legend().get_texts()]
     assert Image.open(io.BytesIO(png(pair_facts(pair, found)))).width <= 900
     both = similarity_under({"voxels": Voxels(), "random weights": nn.Flatten()}, scans(), 4.0)
     titles = [axes.get_title() for axes in pair_facts(pair, both(0, read_recipe("weak"), 0)).axes]
-    assert titles[1:] == ["to voxels", "to random weights"]
+    assert titles[1:] == ["similarity by voxels", "similarity by random weights"]
 
 
 def test_a_small_picture_looks_the_same():
