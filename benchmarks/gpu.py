@@ -188,7 +188,7 @@ def whole(bench: Bench, architecture: str, found: dict[str, float], compiled: bo
             if turn == fetched:
                 waited, begun = stream.seconds, time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            mean_over_processes(gradients(model, model, stream, share, 0, turn, 0, "bf16"))
+            mean_over_processes(gradients(model, model, stream, share, [(0, turn)], 0, "bf16"))
             optimizer.step()
         seconds, waiting = ((end - start) / fetched for start, end in (
             (begun, time.perf_counter()), (waited, stream.seconds)))

@@ -125,7 +125,7 @@ def _loop(shape: tuple[int, int, int], batch: int, steps: int, name: str) -> lis
             for turn in range(steps + 2):
                 making[0], before, begun = 0.0, stream.seconds, time.perf_counter()
                 optimizer.zero_grad(set_to_none=True)
-                mean_over_processes(gradients(objective, objective, stream, step, 0, turn, 0))
+                mean_over_processes(gradients(objective, objective, stream, step, [(0, turn)], 0))
                 optimizer.step()
                 middle = time.perf_counter()
                 optimizer.zero_grad(set_to_none=True)
@@ -155,7 +155,7 @@ def _step_seconds(objective: nn.Module, model: nn.Module, shape: tuple[int, int,
     for turn in range(steps + 2):
         begun = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        mean_over_processes(gradients(model, objective, iter([held]), [[list(range(batch))]], 0, turn, 0))
+        mean_over_processes(gradients(model, objective, iter([held]), [[list(range(batch))]], [(0, turn)], 0))
         optimizer.step()
         taken.append(time.perf_counter() - begun)
     return statistics.median(taken[2:])

@@ -170,7 +170,7 @@ class Pretrain(Training):
 
     prepared: ProjectPath  # a run of 1_preprocess
     split: str = "pretrain"  # rows to learn from, if the index has a column `split`
-    leave_out_test: bool = True  # in folds, or without a column `split`: leave out participants who will be tested
+    leave_out_test: bool = True  # who will be tested is not learned from (by a column `split`: refused)
     folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation, as in 3_finetune and 5_benchmark; 0: one split
     leave_one_site_out: bool = False  # folds are sites
     fold: Annotated[int, Field(ge=0)] = 0  # whose test participants are left out, from 0

@@ -150,7 +150,7 @@ def test_chunks_do_not_change_the_losss_precision(store, precision):
         model.recipe = Recipe()
         step = [chunks_of(list(range(8)), chunk)]
         stream = iter([collate([scans[number] for number in part]) for part in reads(step, True)])
-        losses.append(gradients(model, model, stream, step, 0, 0, 0, precision)["loss"].item())
+        losses.append(gradients(model, model, stream, step, [(0, 0)], 0, precision)["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

@@ -118,6 +118,14 @@ def of_first_process(value: float) -> float:
     return held.item()
 
 
+def of_all_processes(values: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Each process's values, in rank order."""
+    if world_size() == 1:
+        return [values]
+    gathered = gather(torch.tensor([values], dtype=torch.int64, device=device()))
+    return [tuple(row) for row in gathered.tolist()]
+
+
 def gather(value: torch.Tensor) -> torch.Tensor:
     """Concatenate over processes, (rows, ...) -> (rows x processes, ...) in rank order; gradients are summed."""
     return torch.cat(all_gather(value))

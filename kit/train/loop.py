@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,7 +28,7 @@ from kit.runs import shown, write_table
 from kit.store.dataset import Batch, PreparedScans, load_batches, loading_may_fail
 from kit.store.store import StoreError
 from kit.train import checkpoint
-from kit.train.distributed import mean_over_processes, of_first_process, rank, world_size
+from kit.train.distributed import mean_over_processes, of_all_processes, of_first_process, rank, world_size
 from kit.train.objectives import Objective, Report
 from kit.train.optimizers import build_optimizer, learning_rate
 from kit.train.progress import Progress
@@ -111,17 +111,23 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         moving average with `ema`), and `best.pt` the best epoch's; without a folder, `objective` holds the best.
 
     Raises:
-        TrainingError: the loss is not finite; names the scans of that step.
+        TrainingError: the loss or its gradient is not finite; names the scans of that step. Or a batch has fewer scans
+            than there are processes.
         StoreError: a scan could not be read. If rank 0 was reading it, a checkpoint was written first; if another rank
             was, the last regular checkpoint remains.
         MemoryError: a step does not fit into memory; names a chunk size to try.
-        CheckpointError: the folder holds checkpoints of other parameters or only damaged ones, or the disk was full
-            for too long.
+        CheckpointError: the folder holds checkpoints of other parameters or only damaged ones, or the processes read
+            different ones, or the disk was full for too long.
         LoaderError: loading processes cannot be started, or one died.
         Stopped: the stop file was there; a checkpoint was written.
     """
     state = State(objective, settings, folder, params)
     state.restore()
+    if len(places := set(of_all_processes((len(state.log), len(state.reports))))) > 1:
+        listed = ", ".join(f"epoch {epoch + 1} after {step} steps" for epoch, step in sorted(places))
+        raise checkpoint.CheckpointError(
+            f"{folder and shown(folder / 'checkpoints')}: the processes read different checkpoints ({listed}), so the "
+            "nodes do not see the same files yet; start the run again in a minute")
     if state.log and rank() == 0:
         state.write_log()  # in case the run was killed between checkpoint and log
     saver = checkpoint.Saver(folder if rank() == 0 else None, settings.checkpoint_minutes, settings.retry_minutes)
@@ -138,18 +144,22 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
             state.set_rate(epoch + number / len(steps))
             try:
                 with explained_out_of_memory(steps[number], objective.scans_per_item):
-                    own = state.gradients(stream, steps[number], *place(epoch, number * settings.accumulate))
+                    places = [place(epoch, number * settings.accumulate + batch) for batch in range(len(steps[number]))]
+                    own = state.gradients(stream, steps[number], places)
             except StoreError:
                 saver.save(state.plain(), wait=True)
                 raise
             asked = torch.tensor(float(stop is not None and stop.exists()), device=device())
-            report = mean_over_processes({**own, "stop": asked})
-            if not math.isfinite(report["loss"]):
+            report = mean_over_processes({**own, "gradient_norm": state.gradient_norm(), "stop": asked})
+            if not (math.isfinite(report["loss"]) and math.isfinite(report["gradient_norm"])):
                 of_step = batches(epoch)[number * settings.accumulate:(number + 1) * settings.accumulate]
                 names = [train.scans[scan] for batch in of_step for scan in batch]
                 last = folder and folder / "checkpoints/last.pt"
+                loss = report["loss"]
+                what = (f"the loss is {loss}" if not math.isfinite(loss) else
+                        f"the gradient is not finite (the loss is {loss:g})")
                 raise TrainingError(
-                    f"the loss is {report['loss']} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(names)}. "
+                    f"{what} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(names)}. "
                     "Look at those scans, lower learning_rate, or set clip: 1"
                     + (f"; {shown(last)} is of before" if last and last.exists() else ""))
             stopped = report.pop("stop") > 0
@@ -252,16 +262,38 @@ class State:
         values = [_monitored(row) for row in self.log]
         return 0 < self.settings.patience <= len(values) - 1 - int(np.argmin(values)) if values else False
 
-    def gradients(self, stream: Iterator[Batch], step: list[Chunks], epoch: int, number: int) -> Report:
-        """Compute the gradients of a step afresh, see `gradients`."""
+    def gradients(self, stream: Iterator[Batch], step: list[Chunks], places: list[tuple[int, int]]) -> Report:
+        """Compute the gradients of a step afresh, see `gradients`.
+
+        Raises:
+            StoreError: a scan could not be read; the running statistics are as before the step.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        return gradients(self.model, self.objective, stream, step, epoch, number, self.settings.seed,
-                         self.settings.precision)
+        buffers = list(cast(nn.Module, self.objective).buffers())
+        before = [buffer.clone() for buffer in buffers] if sum(map(len, step)) > 1 else []  # a single part reads first
+        try:
+            return gradients(self.model, self.objective, stream, step, places, self.settings.seed,
+                             self.settings.precision)
+        except StoreError:
+            for buffer, value in zip(buffers, before, strict=False):
+                buffer.copy_(value)
+            raise
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Norm of the gradient over all parameters, a scalar; not finite if any of it is not."""
+        given = [weight.grad for weight in self.objective.parameters()]
+        return nn.utils.get_total_norm([gradient for gradient in given if gradient is not None])
 
     def update(self, report: dict[str, float]) -> None:
-        """Clip the gradients if asked, step the optimiser and the moving average, and keep the report."""
+        """Clip the gradient if asked, step the optimiser and the moving average, and keep the report.
+
+        Of the report, `gradient_norm` is kept only if the gradient is clipped.
+        """
         if self.settings.clip:
-            report["gradient_norm"] = float(nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip))
+            norm = torch.tensor(report["gradient_norm"], device=device())
+            nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.settings.clip, norm)
+        else:
+            report.pop("gradient_norm", None)
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(cast(nn.Module, self.objective))
@@ -326,13 +358,13 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
         scans_per_item: neighbouring scans of the batch that stay together.
 
     Raises:
-        ValueError: there are more processes than items.
+        TrainingError: there are more processes than items.
     """
     items = np.asarray(batch).reshape(-1, scans_per_item)
     each = len(items) // world_size()
     if not each:
-        raise ValueError(f"a batch of {len(items)} {'scans' if scans_per_item == 1 else 'pairs of scans'} (one per "
-                         f"participant) for {world_size()} processes: use fewer workers, or more participants")
+        raise TrainingError(f"a batch of {len(items)} {'scans' if scans_per_item == 1 else 'pairs of scans'} (one per "
+                            f"participant) for {world_size()} processes: use fewer workers, or more participants")
     alone = chunk > 0 and each % chunk == 0  # the item by which shares would differ
     used = each * world_size() if equal or alone else len(items)
     share = np.array_split(items[:used], world_size())[rank()]
@@ -345,8 +377,8 @@ def reads(step: list[Chunks], twice: bool) -> Chunks:
     return [chunk for chunks in step for chunk in (chunks * 2 if twice and len(chunks) > 1 else chunks)]
 
 
-def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], step: list[Chunks], epoch: int,
-              number: int, seed: int, precision: str = "fp32") -> Report:
+def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], step: list[Chunks],
+              places: Sequence[tuple[int, int]], seed: int, precision: str = "fp32") -> Report:
     """Accumulate the gradient of a step's loss, averaged over its batches.
 
     Batches may be split into chunks. An objective that compares scans (SimCLR) then embeds chunk by chunk without a
@@ -358,15 +390,15 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
         model: `objective`, or its DistributedDataParallel.
         stream: batches in the order of `reads`.
         step: the batches, in chunks.
-        epoch, number: what `place` gives for the step's first batch. The epoch keys the views; seed, epoch, number and
-            rank seed torch's random state.
+        places: what `place` gives for each batch. Its epoch keys the views; seed, epoch, number and rank seed torch's
+            random state.
 
     Returns:
         what the objective reports, averaged over the step on this process.
     """
     reports = []
-    for index, chunks in enumerate(step):
-        seeds = np.random.SeedSequence([seed, epoch, number + index, rank()]).generate_state(len(chunks)).tolist()
+    for index, (chunks, (epoch, number)) in enumerate(zip(step, places, strict=True)):
+        seeds = np.random.SeedSequence([seed, epoch, number, rank()]).generate_state(len(chunks)).tolist()
         last = index == len(step) - 1
         if len(chunks) > 1 and objective.compares:
             reports.append(_cached(model, objective, stream, seeds, epoch, len(step), last, precision))

@@ -234,20 +234,24 @@ def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Ser
 
 
 def check_start(params: Pretrain) -> None:
-    """Print who is left out of pretraining, and look for their scans under other names.
+    """Print who is left out of pretraining, and look for people and scans that will be tested among the others.
 
     Raises:
-        LeakageError: a scan that is left out for testing would be learned from under another name.
+        LeakageError: one that will be tested would be learned from, under another name or in another session.
     """
     store, aliases = Store.open(params.prepared), read_aliases(params.aliases)
     index, splitting = joined(store.index, aliases), Splitting.of(params)
-    if not _leaves_out(params, index):
+    if not params.leave_out_test:
         return
-    test = index[_tested(params, index, index)]
     learned = pd.concat(choose_scans(params, store))
-    why = f"fold {params.fold} of {fold_count(index, splitting)}" if splitting.cross_validated else "no column split"
-    print(f"{why}: {participant_ids(test).nunique()} of {participant_ids(index).nunique()} participants are left out, "
-          "for testing (leave_out_test)")
+    if _leaves_out(params, index):
+        test = index[_tested(params, index, index)]
+        folds = splitting.cross_validated and fold_count(index, splitting)
+        why = f"fold {params.fold} of {folds}" if folds else "no column split"
+        print(f"{why}: {participant_ids(test).nunique()} of {participant_ids(index).nunique()} participants are left "
+              "out, for testing (leave_out_test)")
+    else:
+        test = index[index["split"].isin({"test", "out_of_distribution"} - {params.split})]
     check_apart({name: (store, rows, participant_ids(rows)) for name, rows in (("pretrain", learned), ("test", test))},
                 aliases)
 
@@ -264,6 +268,14 @@ def build_objective(params: Pretrain, store: Store) -> Pretext:
         return SimCLR(encoder, read_recipe(recipe_of(params)), projection=params.projection,
                       temperature=params.temperature, seed=params.seed, spacing_mm=store.grid.spacing_mm,
                       paired=params.session_pairs, zscored=store.zscored)
+
+
+def compared_rows(params: Pretrain, validation: pd.DataFrame) -> pd.DataFrame:
+    """Validation rows that the loss and the monitor look at: for SimCLR, each participant's first; for an MAE, all.
+
+    Two sessions of a person are no negatives of each other, and no batch of training has both.
+    """
+    return validation[~participant_ids(validation).duplicated()] if params.objective == "simclr" else validation
 
 
 def batches_for(params: Pretrain, learned: pd.DataFrame) -> Callable[[int], list[list[int]]]:
@@ -358,10 +370,11 @@ def train(params: Pretrain, folder: Path) -> None:
     made = _made(folder)  # written by the process that started this one
     same |= views_of(objective) | {"made_from": made.record}
     try:
-        out, scans = PreparedScans(store, validation), PreparedScans(store, learned)
+        held_out = compared_rows(params, validation)
+        out, scans = PreparedScans(store, held_out), PreparedScans(store, learned)
         fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
             stop=folder / STOP, live=True, place=_pass_of_each_batch if params.sampling == "balanced" else as_counted,
-            monitor=monitor_of(scans, out, validation, params.monitor_epochs, params.epochs))
+            monitor=monitor_of(scans, out, held_out, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)

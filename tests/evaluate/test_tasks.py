@@ -1,6 +1,7 @@
 """Tasks: several classes, folds and sites, named test sets, and what these share with what was learned from."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from kit.params import Benchmark, Finetune, Pretrain
 from kit.reading import ParameterError, check
 from kit.runs import write_table
 from kit.store.leakage import seen_by
-from kit.store.store import Store
+from kit.store.store import Store, scan_path
 from kit.train.objectives import Supervised
 from kit.train.pretrain import build_objective, check_start, choose_scans, pretrain_inputs, record_of
 from tests.conftest import GRID, make_store
@@ -170,6 +171,25 @@ def test_pretraining_leaves_the_test_fold_out_and_other_folds_refuse_its_encoder
             people = task.parts["test"].participants.nunique()
             with pytest.raises(LeakageError, match=f"{people} of {people} participants to be evaluated were seen"):
                 check_tested(task, record, False, {})
+
+
+def test_pretraining_refuses_who_will_be_tested_by_a_column_split(tmp_path):
+    """One participant's other session, or one scan under another name, in `test`: found before days of training."""
+    store = make_store(tmp_path / "store")
+    params = Pretrain.model_validate({"prepared": store.folder, "output_dir": tmp_path / "run"})
+    ids = participant_ids(store.index)
+    changed(store, split=np.where(ids.isin(ids.unique()[:4]), "test", "pretrain"))
+    check_start(params)
+    second = store.index["session"] == "02"
+    changed(store, split=np.where(second, "out_of_distribution", "pretrain"))
+    with pytest.raises(LeakageError, match=f"{second.sum()} participants are both in pretrain and in test"):
+        check_start(params)
+    check_start(params.model_copy(update={"leave_out_test": False}))
+    shutil.copy(scan_path(store.folder, store.index["scan"].iloc[-1]),
+                scan_path(store.folder, store.index["scan"].iloc[0]))
+    changed(store, split=np.where(ids.isin(ids.unique()[:4]), "test", "pretrain"))
+    with pytest.raises(LeakageError, match="1 scans are both in pretrain and in test, under two names"):
+        check_start(params)
 
 
 def test_the_split_seed_is_apart_from_the_training_seed(store):

@@ -19,6 +19,7 @@ from kit.models.heads import Predictor
 from kit.runs import ROOT
 from kit.store.dataset import PreparedScans, collate
 from kit.store.sampler import epoch_batches
+from kit.store.store import StoreError
 from kit.train.distributed import launch, process_group, rank
 from kit.train.loop import Settings, State, TrainingError, chunks_of, fit, gradients, reads
 from kit.train.objectives import MaskedReconstruction, SimCLR, Supervised
@@ -53,7 +54,7 @@ def gradient_of(objective, scans, chunk, batches):
     objective.zero_grad()
     step = [chunks_of(batch, chunk) for batch in batches]
     stream = iter([collate([scans[number] for number in part]) for part in reads(step, objective.compares)])
-    report = gradients(objective, objective, stream, step, 0, 0, 0)
+    report = gradients(objective, objective, stream, step, [(0, number) for number in range(len(step))], 0)
     assert next(stream, None) is None
     return report, torch.cat([weight.grad.flatten() for weight in objective.parameters() if weight.grad is not None])
 
@@ -107,7 +108,7 @@ def _chunked(store, folder: str) -> None:
         model = DistributedDataParallel(objective, find_unused_parameters=True)
         scans, step = PreparedScans(store, store.index), [chunks_of(list(range(8)), 2)]
         stream = iter([collate([scans[number] for number in part]) for part in reads(step, True)])
-        gradients(model, objective, stream, step, 0, 0, 0)
+        gradients(model, objective, stream, step, [(0, 0)], 0)
         np.save(f"{folder}/{rank()}.npy", objective.encoder.layers[0].weight.grad.numpy())
         del model  # see `process_group`
 
@@ -144,7 +145,7 @@ def stream():
         yield Batch(images, torch.ones_like(images, dtype=torch.bool), list(part), torch.zeros(len(part)))
 before = memory_bytes("VmHWM")
 for _ in range(steps):
-    gradients(objective, objective, stream(), step, 0, 0, 0)
+    gradients(objective, objective, stream(), step, [(0, 0)], 0)
 print(json.dumps((memory_bytes("VmHWM") - before) / 1e6))
 """
 
@@ -222,7 +223,7 @@ def test_the_moving_average_leaves_indices_as_they_are(store):
                   replace(SETTINGS, ema=0.95), None, None)
     stream = iter([collate([scans[number] for number in range(4)])] * 4)
     for turn in range(4):
-        state.update({"loss": float(state.gradients(stream, [[[0, 1, 2, 3]]], 0, turn)["loss"])})
+        state.update({"loss": float(state.gradients(stream, [[[0, 1, 2, 3]]], [(0, turn)])["loss"])})
     assert state.kept is not state.objective
     assert torch.equal(state.kept.encoder.brain_patches, state.objective.encoder.brain_patches)
 
@@ -250,6 +251,46 @@ def test_a_loss_that_is_not_finite_stops_with_the_scans_and_the_checkpoint(store
     (tmp_path / "new").mkdir()
     with pytest.raises(TrainingError, match="or set clip: 1$"):  # in the first epoch, before any checkpoint
         trained(store, tmp_path / "new", Falls(), **{**changes, "learning_rate": 1e20, "checkpoint_minutes": 10})
+
+
+class Overflows(Falls):
+    """Its loss is finite, its gradient is not: the root of 0."""
+
+    def forward(self, batch, epoch):
+        return {"loss": (self.place * 0).sqrt().sum()}
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(store, tmp_path, clip):
+    objective = Overflows()
+    before = objective.place.detach().clone()
+    with pytest.raises(TrainingError, match=r"the gradient is not finite \(the loss is 0\) in epoch 1, step 1; scans"):
+        trained(store, tmp_path, objective, clip=clip, checkpoint_minutes=0)
+    assert torch.equal(objective.place.detach().cpu(), before) and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("chunk", "accumulate"), [(4, 1), (0, 2)])
+def test_a_scan_that_cannot_be_read_leaves_the_running_statistics_as_they_were(store, chunk, accumulate):
+    """The step is repeated when the run resumes; its first parts must not count twice."""
+    class WithNorm(Plain):
+        def __init__(self):
+            super().__init__()
+            self.layers.insert(1, nn.BatchNorm3d(8))
+
+    state = State(simclr(WithNorm()), replace(SETTINGS, chunk=chunk, accumulate=accumulate), None, None)
+    before = [value.clone() for value in state.objective.buffers()]
+    scans, step = PreparedScans(store, store.index), [chunks_of(list(range(8)), chunk)] * accumulate
+
+    def stream():
+        for number, chunk in enumerate(reads(step, True)):
+            if number == len(reads(step, True)) - 1:
+                assert any(not torch.equal(*pair) for pair in zip(before, state.objective.buffers(), strict=True))
+                raise StoreError("damaged")
+            yield collate([scans[scan] for scan in chunk])
+
+    with pytest.raises(StoreError):
+        state.gradients(stream(), step, [(0, number) for number in range(accumulate)])
+    assert all(torch.equal(*pair) for pair in zip(before, state.objective.buffers(), strict=True))
 
 
 class BarlowTwins(nn.Module):
