@@ -135,7 +135,8 @@ def _nnssl(file: Path) -> Iterator[dict[str, Any]]:
                 for session, images in subject["sessions"].items():
                     for image in images["images"]:
                         labels = (subject.get("subject_info") or {}) | (image.get("image_info") or {})
-                        labels = {name: "" if value is None else trimmed(str(value)) for name, value in labels.items()}
+                        labels = {name: "" if value is None or value != value else trimmed(str(value))  # NaN != NaN
+                                  for name, value in labels.items()}
                         scan = _resolved(image["image_path"], file)
                         yield _row(dataset, participant, session, scan, _contrast(image["modality"], scan), labels)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
