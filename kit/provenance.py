@@ -318,8 +318,12 @@ def words(folder: Path) -> str:
     assert made is not None  # the run has results
     models = list(made.record.get("models", {"": made.record}).values())
     named = {model["encoder"].get("name", ""): model["encoder"] for model in models if "encoder" in model}
+    baselines, untrained = ([name for name, each in named.items() if name and each["objective"] == objective]
+                            for objective in ("none", "random"))
     parts = [f"encoder {' '.join(filter(None, (name, each['weights'][:8])))} ({each['objective']})"
-             for name, each in named.items()]
+             for name, each in named.items() if name not in (*baselines, *untrained)]
+    parts += [f"{' and '.join(untrained)} from random weights"] * bool(untrained)
+    parts += [f"baselines {' and '.join(baselines)}"] * bool(baselines)
     parts += [f"model {model['model']['weights'][:8]}" for model in models if "model" in model]
     parts += [f"{count} scans of {name}" for name in _stores(*models)
               if (count := max((model[name]["count"] for model in models if name in model), default=0))]

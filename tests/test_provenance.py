@@ -16,6 +16,7 @@ from kit.provenance import (
     fingerprint,
     made_from,
     read_made_from,
+    words,
     write,
 )
 from tests.conftest import make_store
@@ -55,6 +56,19 @@ def test_it_comes_back_from_its_folder(store, tmp_path):
     assert back.record == made.record and back.rows.equals(made.rows)
     (tmp_path / "made_from.csv").unlink()
     assert read_made_from(tmp_path).rows is None
+
+
+def test_a_benchmarks_words_tell_encoders_from_random_weights_and_baselines(store, tmp_path):
+    encoders = {"voxels": "none", "site": "none", "random init": "random", "SimCLR": "simclr"}
+    record = account(store).record
+    models = {name: {**record, "encoder": {"name": name, "weights": "0123456789", "objective": objective}}
+              for name, objective in encoders.items()}
+    write(tmp_path, MadeFrom({"kit": "1.0", "fingerprint": "f1", "models": models}))
+    assert words(tmp_path) == (
+        "made from: encoder SimCLR 01234567 (simclr), random init from random weights, baselines voxels and site, "
+        f"{len(store.index)} scans of prepared, kit 1.0; fingerprint f1")
+    write(tmp_path, account(store, encoder={"weights": "0123456789", "objective": "random"}))  # of 3_finetune: no names
+    assert words(tmp_path).startswith("made from: encoder 01234567 (random), ")
 
 
 def test_a_record_that_cannot_be_read_just_now_is_not_taken_for_none(tmp_path):

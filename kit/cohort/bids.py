@@ -26,7 +26,7 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
         raise CohortError(f"{shown(description)} is not a JSON object; correct it") from None
     table = pd.DataFrame([_bids_row(folder, scan, name or UNNAMED + folder.name) for scan in scans],
                          columns=[*COLUMNS, "others"], dtype=str)
-    table = _one_a_session(folder, table)
+    table = _own_masks(folder, _one_a_session(folder, table))
     labels = folder / "participants.tsv"
     if labels.is_file() or labels.is_symlink():  # a broken link must raise an error, not pass as "no labels"
         table = _with_labels(folder, table, _label_file(labels, "participant_id", "participant"), contrast)
@@ -55,6 +55,23 @@ def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
         say(f"{shown(folder)}: {int(more.sum())} further scans of a session (run-, acq-, rec-) are left out, one is "
             "taken; list them in a table, each with a session of its own, to take them all")
     return table[~more].drop(columns="others").reset_index(drop=True)
+
+
+def _own_masks(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Drop masks of the T1w beside another contrast: a name such as `sub-01_desc-brain_mask` leaves it open."""
+    others = (table["mask_path"] != "") & table["image_path"].map(_beside_t1w).astype(bool)
+    if others.any():
+        say(f"{shown(folder)}: {int(others.sum())} masks are not used, as they belong to a T1w scan of the same name, "
+            f"the first: {table['mask_path'][others].iloc[0]}; if they fit these scans too, list both in a table "
+            "(image_path, mask_path)")
+    return table.assign(mask_path=table["mask_path"].mask(others, ""))
+
+
+def _beside_t1w(image_path: str) -> bool:
+    """Return whether a scan is of another contrast than a T1w scan of the same name beside it."""
+    scan = Path(image_path)
+    entities, _, ending = scan.name.rpartition("_")
+    return not ending.startswith("T1w.") and any(scan.parent.glob(f"{entities}_T1w.nii*"))
 
 
 def _rank(others: str) -> str:

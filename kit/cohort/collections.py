@@ -19,13 +19,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kit.cohort.tabular import CohortError, TableError, read_foreign, say, trimmed, typed
+from kit.cohort.tabular import COLUMNS, CohortError, TableError, read_foreign, say, trimmed, typed
 from kit.runs import shown
 
 IDENTITY = ["dataset", "participant", "session"]
@@ -74,7 +74,10 @@ def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     table = pd.DataFrame([row for number, row in enumerate(rows) if number in taken])
     again = table.duplicated(IDENTITY)  # such as an MPRAGE and a T1w of one session
     table.loc[again, "session"] += "_" + table.loc[again, "image_path"].map(lambda image: _stem(Path(image).name))
-    table = table if file.is_file() else _with_participants(path, table)
+    if file.suffix == ".json":
+        table = _typed(table, [*COLUMNS, "contrast", "visit"], file)
+    elif not file.is_file():
+        table = _with_participants(path, table)
     return table.drop(columns=["contrast", "visit"])
 
 
@@ -132,6 +135,8 @@ def _nnssl(file: Path) -> Iterator[dict[str, Any]]:
                 for session, images in subject["sessions"].items():
                     for image in images["images"]:
                         labels = (subject.get("subject_info") or {}) | (image.get("image_info") or {})
+                        labels = {name: "" if value is None or value != value else trimmed(str(value))  # NaN != NaN
+                                  for name, value in labels.items()}
                         scan = _resolved(image["image_path"], file)
                         yield _row(dataset, participant, session, scan, _contrast(image["modality"], scan), labels)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -195,9 +200,14 @@ def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
                 "labels are not used")
         for name in [name for name in found if name not in own]:
             table[name] = table[name].replace("", None).fillna(found[name]) if name in table else found[name]
+    return _typed(table, own, folder)  # only now, as types may differ between files
+
+
+def _typed(table: pd.DataFrame, own: Sequence[str], path: Path) -> pd.DataFrame:
+    """Return the table with its labels, all columns but `own`, typed as those of tables are."""
     table = table.fillna("")
     for name in [name for name in table if name not in own]:
-        table[name] = typed(table[name], f"{shown(folder)}: {name}")  # only now, as types may differ between files
+        table[name] = typed(table[name], f"{shown(path)}: {name}")
     return table
 
 

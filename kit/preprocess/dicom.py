@@ -16,7 +16,10 @@ from kit.preprocess.nifti import ScanError, check_volume, upright
 
 # From DICOM's LPS+ millimetres to RAS+.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MOST_LISTED = 20  # series listed in an error message
+MOST_LISTED = 20  # series, or values of a tag, listed in an error message
+# Tags by which the volumes of one series usually differ; numbers only, nothing that identifies anyone.
+VOLUME_TAGS = {"0018|0081": "echo time", "0018|0082": "inversion time", "0018|1314": "flip angle",
+               "0018|9087": "b-value", "0020|0100": "temporal position", "0020|0012": "acquisition number"}
 
 
 def read_dicom(path: str | Path, series: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -143,14 +146,45 @@ def _information(file: str) -> sitk.ImageFileReader:
 
 
 def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    slices = [_information(file) for file in files]
+    origins = np.array([each.GetOrigin() for each in slices])
+    normal = np.reshape(slices[0].GetDirection(), (3, 3))[:, 2]
+    _check_volumes(slices, origins @ normal)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
     reader.SetOutputPixelType(sitk.sitkFloat32)  # rescale slope and intercept applied
     image = reader.Execute()
-    # ITK takes even spacing for granted, (last - first) / (n - 1): a missing slice has to be found here.
-    normal = np.reshape(image.GetDirection(), (3, 3))[:, 2]
-    _check_steps(np.diff([np.dot(_information(file).GetOrigin(), normal) for file in files]))
+    # ITK takes an upright stack with even spacing, (last - first) / (n - 1), for granted: others have to be found here.
+    _check_steps(np.diff(origins @ normal))
+    _check_shear(origins[-1] - origins[0], normal, min(slices[0].GetSpacing()[:2]))
     return from_itk(image)
+
+
+def _check_volumes(slices: list[sitk.ImageFileReader], places: np.ndarray) -> None:
+    """Refuse a series with several slices at each place along the slice normal: echoes, or a time series."""
+    distinct, volumes = np.unique(places.round(2), return_counts=True)
+    if len(distinct) < 2 or volumes[0] < 2 or np.ptp(volumes):
+        return
+    same = [each for each, place in zip(slices, places.round(2), strict=True) if place == distinct[0]]
+    found = {name: [each.GetMetaData(tag).strip(" \0") for each in same if each.HasMetaDataKey(tag)]
+             for tag, name in VOLUME_TAGS.items()}
+    differ = [f"{name} {', '.join(list(dict.fromkeys(values))[:MOST_LISTED])}" for name, values in found.items()
+              if len(set(values)) > 1]
+    which = f"; they differ in {' and '.join(differ)}" if differ else ""
+    raise ScanError(f"expected one volume in the DICOM series, found {volumes[0]} (as many slices at each of "
+                    f"{len(distinct)} positions{which}); keep the files of one in a folder of their own, or convert "
+                    "them to NIfTI with dcm2niix and give one volume")
+
+
+def _check_shear(across: np.ndarray, normal: np.ndarray, pixel_mm: float) -> None:
+    """Refuse a stack whose last slice lies more than a pixel beside the normal of the first, such as a tilted gantry's.
+
+    `across` (3,) leads from the first slice's corner to the last one's, in mm.
+    """
+    beside = float(np.linalg.norm(across - (across @ normal) * normal))
+    if beside > pixel_mm:
+        raise ScanError(f"DICOM slices are sheared: the last lies {beside:.1f} mm beside the first (a tilted gantry?); "
+                        "convert the series to NIfTI with dcm2niix, which corrects this")
 
 
 def _check_steps(steps: np.ndarray) -> None:

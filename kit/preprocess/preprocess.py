@@ -85,7 +85,7 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     """
     folder = Path(output_dir)
     names = scan_names(cohort)
-    check_cohort(cohort, names, settings.mask)
+    check_cohort(cohort, names, "auto" if part else settings.mask)  # another shard's scans may be those with masks
     if changes := claim(folder, settings.record()):
         print(f"the settings have changed ({'; '.join(changes)}): scans are prepared again")
     remove_leftovers(folder)

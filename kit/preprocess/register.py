@@ -209,14 +209,21 @@ def _template() -> _Template:
 
 
 def _scan(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> _Scan:
-    """Return the brain cropped out of its scan; the brightest 0.5 % (vessels, fat) are clipped."""
+    """Return the brain cropped out of its scan; the brightest 0.5 % (vessels, fat) are clipped.
+
+    If more than 0.5 % of it is negative (z-scored, say), it is shifted to start at zero: `_levels` divides by local
+    means. Unshifted, z-scored copies of 12 stripped scans were placed 1.4 to 50 degrees away; shifted, at most 0.05.
+    """
     if not mask.any():
         raise RegistrationError("the mask is empty: no brain to register")
     box = tuple(slice(places.min(), places.max() + 1) for places in np.nonzero(mask))
     corner = affine.copy()
     corner[:3, 3] = apply_affine(affine, [side.start for side in box[::-1]])
     array, mask = array[box], mask[box]
-    brain = np.where(mask, np.minimum(array, np.percentile(array[mask], 99.5)), 0).astype(np.float32)
+    brain = np.minimum(array, np.percentile(array[mask], 99.5))
+    if (low := np.percentile(array[mask], 0.5)) < 0:
+        brain = np.maximum(brain, low) - low
+    brain = np.where(mask, brain, 0).astype(np.float32)
     return _Scan(_images(_levels(brain, corner, MARGIN_MM, mask)), _centre(mask, corner), _mm3(mask, corner))
 
 

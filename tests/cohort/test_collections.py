@@ -122,6 +122,17 @@ def test_nnssls_collection(tmp_path: Path, named: str, monkeypatch: pytest.Monke
     assert capsys.readouterr().out.endswith("3 T1w scans; left out: 1 FLAIR, 1 T1ce\n")
 
 
+def test_labels_of_nnssls_collection_are_typed_as_those_of_tables(tmp_path: Path) -> None:
+    ages: list = ["71", "63.5", None, "n/a", 30, float("nan")]
+    subjects = {f"sub-0{number}": {"subject_info": {"age": age, "site": f"0{number}", "visits": number}, "sessions": {
+        "ses-a": {"images": [image(f"{number}_T1w.nii.gz", "T1w")]}}} for number, age in enumerate(ages)}
+    (tmp_path / "pretrain_data.json").write_text(json.dumps({"datasets": {"d": {"subjects": subjects}}}))
+    cohort = read_cohort(tmp_path)
+    assert cohort["age"].dtype == float and cohort["age"].fillna(-1).tolist() == [71, 63.5, -1, -1, 30, -1]
+    assert cohort["site"].tolist() == ["00", "01", "02", "03", "04", "05"]
+    assert cohort["visits"].dtype == int and cohort["visits"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_openmind_as_it_is_downloaded(tmp_path: Path) -> None:
     (tmp_path / "openneuro_metadata.csv").write_text(
         "unique_id,image_path,modality,anat_mask_path,age,sex,image_quality_score\n"

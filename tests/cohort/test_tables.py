@@ -55,6 +55,22 @@ def test_bids_with_sessions_labels_and_masks(tmp_path):
     assert cohort["mask_path"].tolist() == ["", str(mask), ""] and set(cohort["dataset"]) == {"site"}
 
 
+def test_a_mask_of_the_t1w_is_not_given_to_another_contrast(tmp_path):
+    (tmp_path / "dataset_description.json").write_text(json.dumps({"Name": "site"}))
+    for participant, contrasts in (("01", ("T1w", "FLAIR")), ("02", ("FLAIR",))):
+        names = [f"sub-{participant}_{contrast}.nii.gz" for contrast in contrasts]
+        for file in (*(f"sub-{participant}/anat/{name}" for name in names),
+                     f"derivatives/x/sub-{participant}/anat/sub-{participant}_desc-brain_mask.nii.gz"):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).touch()
+    masks = [str(tmp_path / f"derivatives/x/sub-{who}/anat/sub-{who}_desc-brain_mask.nii.gz") for who in ("01", "02")]
+    with pytest.warns(UserWarning, match=f"1 masks are not used, .*T1w scan of the same name, the first: {masks[0]};"):
+        assert read_cohort(tmp_path, "FLAIR")["mask_path"].tolist() == ["", masks[1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_cohort(tmp_path)["mask_path"].tolist() == [masks[0]]
+
+
 @pytest.mark.parametrize(("file", "text", "message"), [
     ("participants.tsv", "participant_id\tsession\nsub-01\ta\n", "participants.tsv: its column session .* rename"),
     ("participants.tsv", "participant_id\tage\nsub-01\t6\n01\t7\n", "participant_id 01 is listed twice; keep"),

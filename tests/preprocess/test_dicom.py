@@ -120,6 +120,38 @@ def test_unusable_series_is_refused(tmp_path: Path, kind: str, reason: str, capf
     assert re.search("[;?]", str(caught.value)), "no way out"
 
 
+@pytest.mark.parametrize("volumes", [2, 3])
+def test_several_volumes_in_one_series_are_counted_with_the_tag_that_differs(tmp_path: Path, volumes: int) -> None:
+    folder = tmp_path / "scan"
+    for volume in range(volumes):
+        write_series(tmp_path / str(volume), numbers() + volume, np.eye(3))
+        for file in (tmp_path / str(volume)).iterdir():
+            data = pydicom.dcmread(file)
+            data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"{data.SOPInstanceUID}.{volume + 1}"
+            data.EchoTime, data.RepetitionTime = 2.5 + volume, 8
+            folder.mkdir(exist_ok=True)
+            data.save_as(folder / f"{volume}_{file.name}")
+    times = ", ".join(f"{2.5 + volume}" for volume in range(volumes))
+    with pytest.raises(ScanError, match=re.escape(
+            f"found {volumes} (as many slices at each of 12 positions; they differ in echo time {times}); keep")):
+        read_dicom(folder)
+
+
+@pytest.mark.parametrize(("degrees", "refused"), [(0.0, False), (1.0, False), (-5.0, True), (20.0, True)])
+def test_a_sheared_stack_is_refused(tmp_path: Path, degrees: float, refused: bool) -> None:
+    """Up to one pixel (1.5 mm) over the stack is rounding: 1 degree moves the last of 12 slices by 0.58 mm."""
+    direction = nib.eulerangles.euler2mat(0.2, 0.1, -0.15)
+    tilted = direction.copy()
+    tilted[:, 2] += np.tan(np.deg2rad(degrees)) * direction[:, 1]  # write_series places slices along the last column
+    folder = write_series(tmp_path / "scan", numbers(), tilted)
+    if refused:
+        beside = f"{abs(33 * np.tan(np.deg2rad(degrees))):.1f}"
+        with pytest.raises(ScanError, match=f"sheared: the last lies {beside} mm beside the first.*dcm2niix"):
+            read_dicom(folder)
+    else:
+        assert read_dicom(folder)[0].shape == SHAPE
+
+
 def test_multi_frame_files_are_refused_with_the_way_out(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     image = sitk.GetImageFromArray(numbers().astype(np.uint16))
     image.SetMetaData("0010|0010", SECRET)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -64,6 +65,21 @@ def test_merged_shards_are_what_one_run_makes(tmp_path: Path) -> None:
     prepare(shard_of(table, 0, 3), shard_folder(tmp_path / "merged", 0), SETTINGS, workers=0)
     merge_shards(table, tmp_path / "merged", 3)
     assert not np.array_equal(Store.open(tmp_path / "merged").read("d_0000_NA")[0], whole.read("d_0000_NA")[0])
+
+
+def test_a_shard_without_masks_does_not_end_the_preparation(tmp_path: Path) -> None:
+    table, merged, settings = cohort(tmp_path, 6), tmp_path / "merged", Preparation(SETTINGS.grid, "none", "given")
+    ball = np.linalg.norm(np.moveaxis(np.indices((10, 11, 12)), 0, -1) - [4.5, 5, 5.5], axis=-1) < 4.2
+    write_nifti(tmp_path / "mask.nii.gz", ball, nib.load(table["image_path"][4]).affine)
+    table["mask_path"] = ["", "", "", "", str(tmp_path / "mask.nii.gz"), ""]  # one scan of shard 1
+    for shard in range(3):
+        prepare(shard_of(table, shard, 3), shard_folder(merged, shard), settings, workers=0, part=True)
+    index, failed = merge_shards(table, merged, 3)
+    assert index["participant"].tolist() == ["0004"]
+    without = failed["reason"].str.startswith("mask: no mask_path given for this scan; add it")
+    assert without.tolist() == [True, True, True, False, True]  # the fourth file is no scan
+    with pytest.raises(PreparationError, match="mask: 'given' needs a column mask_path; otherwise use 'auto'"):
+        prepare(table.assign(mask_path=""), tmp_path / "none", settings, workers=0)
 
 
 def test_shards_of_other_settings_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

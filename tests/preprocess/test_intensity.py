@@ -43,6 +43,14 @@ def test_n4_without_an_image_is_a_reason() -> None:
         correct_bias(scan, GRID.affine, np.zeros_like(mask))
 
 
+def test_n4_refuses_z_scored_scans() -> None:
+    """It would take the logarithm of the brighter half alone, and divide both halves by that field."""
+    scan, mask, _ = biased()
+    scored = np.where(mask, (scan - np.median(scan[mask])) / scan[mask].std(), 0).astype(np.float32)
+    with pytest.raises(ScanError, match="found 50% of the brain below: was the scan z-scored.*bias_correction: none"):
+        correct_bias(scored, GRID.affine, mask)
+
+
 def test_white_matter_peak_is_one() -> None:
     image, mask = template_on(GRID)
     white = tissue_on(GRID, "white")
