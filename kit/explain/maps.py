@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -29,7 +30,7 @@ from kit.explain.targets import encoder_of, target_of
 from kit.models.encoder_file import load_encoder, side_of, weights_digest
 from kit.params import Saliency
 from kit.preprocess.index import scan_names
-from kit.preprocess.nifti import read_nifti, write_nifti
+from kit.preprocess.nifti import ScanError, file_bytes, write_nifti
 from kit.preprocess.quality import usable
 from kit.provenance import (
     OLDER,
@@ -418,8 +419,23 @@ def known_place(store: Store, scan: str, task: str) -> np.ndarray | None:
         task: a label column.
 
     Returns:
-        (depth, height, width) bool, or None if unknown.
+        (depth, height, width) bool, or None if it is unknown, or too small for the grid.
+
+    Raises:
+        ScanError: its file is damaged.
     """
-    path = store.folder / "effects" / f"{scan}_{EFFECTS.get(task)}.nii.gz"
-    place = read_nifti(path)[0] > 0 if path.exists() else None
-    return place if place is not None and place.any() else None  # a coarse grid may have lost a small one
+    path = effect_file(store, scan, task)
+    if not path.exists():
+        return None
+    try:
+        data = file_bytes(path)
+    except ScanError as error:
+        raise ScanError(f"{shown(path)}: {error}") from error
+    # `read_nifti` refuses a volume of zeros, which is what a coarse grid makes of a small place.
+    place = nib.Nifti1Image.from_bytes(data).get_fdata(dtype=np.float32).T > 0
+    return place if place.any() else None
+
+
+def effect_file(store: Store, scan: str, task: str) -> Path:
+    """Return the path of a task's known place in a scan; there is no file if it is unknown."""
+    return store.folder / "effects" / f"{scan}_{EFFECTS.get(task)}.nii.gz"

@@ -18,7 +18,7 @@ from kit.models.encoder_file import save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
 from kit.params import Saliency
-from kit.preprocess.nifti import write_nifti
+from kit.preprocess.nifti import ScanError, write_nifti
 from kit.reading import ParameterError, check
 from kit.runs import Run, write_json, write_table
 from kit.store.store import Store
@@ -32,6 +32,16 @@ def test_known_places_stand_in_the_prepared_folder(tmp_path):
     write_nifti(store.folder / "effects/made_000_01_lesion.nii.gz", place, store.grid.affine)
     assert np.array_equal(known_place(store, "made_000_01", "stroke"), place > 0)
     assert known_place(store, "made_000_01", "age") is None and known_place(store, "made_000_01", "sex") is None
+
+
+def test_a_known_place_that_a_coarse_grid_lost_is_none(tmp_path):
+    store = make_store(tmp_path / "store", participants=1)
+    path = store.folder / "effects/made_000_01_lesion.nii.gz"
+    write_nifti(path, np.zeros(store.grid.shape, np.float32), store.grid.affine)
+    assert known_place(store, "made_000_01", "stroke") is None
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ScanError, match=r"made_000_01_lesion.nii.gz: .*copy"):
+        known_place(store, "made_000_01", "stroke")
 
 
 @pytest.fixture
