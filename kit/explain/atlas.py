@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +71,7 @@ def load_atlas(source: str | Path | None, grid: Grid, names: str | Path | None =
     """
     if source is None:
         source = DEFAULT if templates() is not None else "tissues"
-    return _load(str(source), grid, None if names is None else str(names))
+    return _load(str(source), grid, names)
 
 
 def atlas_for(params: Saliency, store: Store, scans: Sequence[str]) -> Atlas | dict[str, Atlas]:
@@ -153,8 +152,7 @@ def _read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise AtlasError(f"{shown(path)}: {error}") from error
 
 
-@lru_cache(maxsize=4)
-def _load(source: str, grid: Grid, names: str | None) -> Atlas:
+def _load(source: str, grid: Grid, names: str | Path | None) -> Atlas:
     if source == "tissues":
         return _tissues(grid)
     if source == "harvard-oxford":
@@ -184,7 +182,6 @@ def _checked(atlas: Atlas, grid: Grid) -> Atlas:
     if lies.sides < 0.5:
         raise AtlasError(f"atlas {atlas.name}: its regions called left lie right of the midline; correct its affine, "
                          "or the table of names")
-    atlas.labels.flags.writeable = False  # shared by all callers
     return atlas
 
 
@@ -224,10 +221,8 @@ def _tissues(grid: Grid) -> Atlas:
     grey, white = (tissue_share_on(grid, tissue) for tissue in ("grey", "white"))
     table = pd.DataFrame({"label": [1, 2, 3], "region": ["grey matter", "white matter", "fluid"], "side": BOTH})
     labels = 1 + np.argmax([grey, white, 1 - grey - white], axis=0).astype(np.int32)
-    atlas = _split_at_midline(Atlas(labels, grid.affine, table, "tissues", "free with its notice kept (McGill)",
-                                    "ICBM152 2009a (Fonov et al. 2011), as nilearn's wheel has it"), grid)
-    atlas.labels.flags.writeable = False  # shared by all callers
-    return atlas
+    return _split_at_midline(Atlas(labels, grid.affine, table, "tissues", "free with its notice kept (McGill)",
+                                   "ICBM152 2009a (Fonov et al. 2011), as nilearn's wheel has it"), grid)
 
 
 def _split_at_midline(atlas: Atlas, grid: Grid) -> Atlas:

@@ -16,7 +16,7 @@ from kit.cohort.tabular import TableError
 from kit.explain.atlas import load_atlas, own_atlas, own_atlases, placement
 from kit.explain.atlas_files import LICENCES, AtlasError, atlas_names
 from kit.explain.label_names import label_names
-from kit.preprocess.nifti import write_nifti
+from kit.preprocess.nifti import read_nifti, write_nifti
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template_on
@@ -142,6 +142,17 @@ def test_labels_that_name_no_side_are_split_at_the_midline(tmp_path):
     assert atlas.labels[at(GRID, -30, -20, 10)] == label["label 4", "left"]
     assert atlas.labels[at(GRID, 30, -20, 10)] == label["label 9", "right"]
     assert not (atlas.labels == label["label 4", "right"]).any()
+
+
+def test_a_file_that_was_changed_is_read_again(tmp_path):
+    path, names = write_labels(tmp_path / "mine.nii.gz"), tmp_path / "mine.csv"
+    names.write_text("id,name\n4,Left old\n9,Right old\n", encoding="utf-8")
+    assert load_atlas(path, GRID, names).table["region"].tolist() == ["old", "old"]
+    names.write_text("id,name\n4,Left new\n9,Right new\n", encoding="utf-8")
+    assert load_atlas(path, GRID, names).table["region"].tolist() == ["new", "new"]
+    labels = read_nifti(path)[0]
+    write_nifti(path, np.where(labels == 4, 5, labels), GRID.affine)
+    assert load_atlas(path, GRID, names).labels[at(GRID, -30, -20, 10)] == 5
 
 
 @pytest.mark.parametrize(("name", "region", "side"), [
