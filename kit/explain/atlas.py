@@ -227,7 +227,7 @@ def _tissues(grid: Grid) -> Atlas:
 
 def _split_at_midline(atlas: Atlas, grid: Grid) -> Atlas:
     """Split an atlas without sides: voxel centres with x < 0 are left."""
-    step = int(atlas.table["label"].max())
+    step = max(int(atlas.labels.max()), int(atlas.table["label"].max()))  # the grid may hold labels not in the table
     labels = np.where((atlas.labels > 0) & _right_of_midline(grid), atlas.labels + step, atlas.labels)
     table = pd.concat([atlas.table.assign(side="left"),
                        atlas.table.assign(side="right", label=atlas.table["label"] + step)], ignore_index=True)

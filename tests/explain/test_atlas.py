@@ -155,6 +155,21 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
     assert load_atlas(path, GRID, names).labels[at(GRID, -30, -20, 10)] == 5
 
 
+def test_a_label_without_a_name_is_no_other_regions_right_half(tmp_path, monkeypatch):
+    folder = tmp_path / "deepmriprep/data/templates"
+    folder.mkdir(parents=True)
+    labels = read_nifti(write_labels(folder / "mine.nii.gz"))[0]
+    unnamed = at(GRID, -30, 30, 10)
+    labels[unnamed] = 18  # twice the largest number that has a name
+    write_nifti(folder / "mine.nii.gz", labels, GRID.affine)
+    (folder / "mine.csv").write_text("ROIid;ROIname\n4;one\n9;other\n", encoding="utf-8")
+    monkeypatch.setenv("KIT_DEEPMRIPREP", str(tmp_path))
+    atlas = load_atlas("deepmriprep:mine", GRID)
+    label = atlas.table.set_index(["region", "side"])["label"]
+    assert atlas.labels[at(GRID, 30, -20, 10)] == label["other", "right"]
+    assert atlas.labels[unnamed] == 18 and 18 not in set(label)
+
+
 @pytest.mark.parametrize(("name", "region", "side"), [
     ("Left Precentral gyrus", "Precentral gyrus", "left"),
     ("17Networks_RH_VisCent_ExStr_1", "17Networks VisCent ExStr 1", "right"),
