@@ -112,10 +112,9 @@ def own_atlas(store: Store, scan: str, path: str | Path, names: str | Path | Non
     """
     stored, affine = _read(path)
     labels = _on(stored, affine, read_transform(store.folder, scan), store.grid)
-    found = np.unique(np.rint(stored[stored > 0])).astype(int)
     if not (labels[store.read(scan)[1]] > 0).any():
         raise AtlasError(f"{shown(path)}: no label lies in the brain of {scan}; does it belong to another scan?")
-    table = _complete(label_names(names) if names else None, found)
+    table = _complete(label_names(names) if names else None, stored)
     return Atlas(labels, store.grid.affine, table, Path(path).name, "the cohort's", shown(path))
 
 
@@ -161,7 +160,7 @@ def _load(source: str, grid: Grid, names: str | Path | None) -> Atlas:
         atlas = _of_deepmriprep(source, grid)
     elif ":" not in source or resolve(source).exists():
         values, affine = _read(resolve(source))
-        table = _complete(label_names(names) if names else None, np.unique(np.rint(values[values > 0])).astype(int))
+        table = _complete(label_names(names) if names else None, values)
         atlas = Atlas(_on(values, affine, np.eye(4), grid), grid.affine, table, Path(source).name,
                       "not known; see its source", shown(source))
     else:
@@ -234,10 +233,11 @@ def _split_at_midline(atlas: Atlas, grid: Grid) -> Atlas:
     return atlas._replace(labels=labels.astype(np.int32), table=table)
 
 
-def _complete(named: pd.DataFrame | None, found: np.ndarray) -> pd.DataFrame:
-    """Complete a table of names with the labels found, those without a name named by number."""
+def _complete(named: pd.DataFrame | None, values: np.ndarray) -> pd.DataFrame:
+    """Complete a table of names with a label map's other labels, named by number."""
+    found = np.unique(np.rint(values)).astype(int)
     named = pd.DataFrame(columns=["label", "region", "side"]) if named is None else named
-    missing = sorted(set(found.tolist()) - set(named["label"]))
+    missing = sorted(set(found[found > 0].tolist()) - set(named["label"]))
     rest = pd.DataFrame({"label": missing, "region": [f"label {each}" for each in missing], "side": BOTH})
     return pd.concat([each for each in (named, rest) if len(each)], ignore_index=True).astype({"label": int})
 

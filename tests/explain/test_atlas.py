@@ -155,6 +155,12 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
     assert load_atlas(path, GRID, names).labels[at(GRID, -30, -20, 10)] == 5
 
 
+def test_what_rounds_to_zero_is_no_region(tmp_path):
+    labels = read_nifti(write_labels(tmp_path / "mine.nii.gz"))[0]
+    write_nifti(tmp_path / "mine.nii.gz", np.where(labels == 0, 0.3, labels), GRID.affine)
+    assert set(load_atlas(tmp_path / "mine.nii.gz", GRID).table["region"]) == {"label 4", "label 9"}
+
+
 def test_a_label_without_a_name_is_no_other_regions_right_half(tmp_path, monkeypatch):
     folder = tmp_path / "deepmriprep/data/templates"
     folder.mkdir(parents=True)
@@ -190,6 +196,8 @@ def test_tables_of_names_in_other_words(tmp_path):
     (tmp_path / "a.csv").write_text("index,label,hemisphere\n1,Insula,L\n2,Insula,R\n3,Pons,\n4,Left Pole,right\n",
                                     encoding="utf-8")
     assert label_names(tmp_path / "a.csv")["side"].tolist() == ["left", "right", "both", "left"]
+    (tmp_path / "below.csv").write_text("id,name\n-1,nowhere\n0,air\n3,Pons\n", encoding="utf-8")
+    assert label_names(tmp_path / "below.csv")["label"].tolist() == [3]  # -1 would index the last region
     for text, words in (("a,b\n1,2\n", "needs columns index and label"), ("id,name\n1.x,A\n", "whole numbers"),
                         ("id,name\n3.7,A\n", "whole numbers"),
                         ("id,name\n1,A\n1,B\n", "label 1 is in several rows")):
