@@ -200,13 +200,12 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
     task = json.loads((model / "task.json").read_text(encoding="utf-8")) if (model / "task.json").exists() else {}
     known = _predicted(model, list(task.get("classes") or ()))
     rows = index_by_person(store, model).set_index("scan", drop=False).loc[known["scan"]]
-    first = ~participant_ids(rows).duplicated().to_numpy()
     groups = {}
     for name in whom:
         if name == "controls" and known["p_true"].isna().all():
             print(f"whom: {task.get('task', 'this')} is a number, which has no controls")
             continue
-        groups[name] = _group(known, name, rows, first, count, seed)
+        groups[name] = _group(known, name, rows, count, seed)
     listed = list(dict.fromkeys(scan for scans in groups.values() for scan in scans))
     if not listed:
         raise ValueError(f"whom: no test participant is among {', '.join(whom)}; choose others")
@@ -242,12 +241,12 @@ def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
     return known.assign(p_true=p_true, right=probabilities.argmax(1) == number, said=said)
 
 
-def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, first: np.ndarray, count: int, seed: int) -> list[str]:
+def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, count: int, seed: int) -> list[str]:
     """Names of one group's scans, at most `count` participants."""
     number = known["p_true"].isna().all()
     if name in ("random", "controls"):
-        keep = first & (np.ones(len(known), bool) if name == "random" else (known["true"] == 0).to_numpy())
-        return _drawn(rows[keep], count, seed)["scan"].tolist()
+        able = rows if name == "random" else rows[(known["true"] == 0).to_numpy()]
+        return _drawn(able, count, seed)["scan"].tolist()
     if name == "worst":
         error = (known["predicted"] - known["true"]).abs() if number else 1 - known["p_true"]
         ranked = known.assign(rank=error)[~known["right"] | number]

@@ -103,12 +103,13 @@ def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int
     tested = read_table(model / "predictions.csv", text=("scan", "participant"))
     tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
     rows = index_by_person(store, model).set_index("scan", drop=False).loc[sorted(tested)]
-    rows = rows[~participant_ids(rows).duplicated().to_numpy()]
     there = [scan for scan in rows["scan"]
              if (place := known_place(store, scan, task)) is not None and (place & store.read(scan)[1]).any()]
     if lost := [scan for scan in rows["scan"] if scan not in there and effect_file(store, scan, task).exists()]:
         print(f"known places of {task}: {len(lost)} of {len(lost) + len(there)} have no voxel in the brain on this "
               f"grid, and are left out: {', '.join(lost[:3])}")
+    rows = rows.loc[there]
+    there = rows.loc[~participant_ids(rows).duplicated().to_numpy(), "scan"].tolist()
     return [there[number] for number in rng_for(seed).permutation(len(there))[:count]]
 
 

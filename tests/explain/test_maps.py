@@ -78,6 +78,11 @@ def test_of_two_classes(six, tmp_path):
     assert "worst" in table.loc["d", "whom"] and table.loc["d", "said"] == "true yes, predicted no (0.95)"
 
 
+def test_who_is_a_control_in_a_later_session_only_is_found(six, tmp_path):
+    predicted(tmp_path, six, [1.0, 0, 1, 1, 1, 1, 1], np.zeros(7))  # a and b are one participant's
+    assert chosen(tmp_path, six, "controls") == ["b"]
+
+
 def test_of_several_classes(six, tmp_path):
     logits = [[9.0, 0, 0], [0, 0, 0.1], [0, 5, 0], [0, 0, 1], [0, 8, 0], [3, 0, 0], [0, 2, 0]]
     predicted(tmp_path, six, [0.0, 2, 1, 2, 0, 0, 1], logits, classes=["x", "y", "z"])

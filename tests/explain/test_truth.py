@@ -105,6 +105,16 @@ def test_places_that_the_grid_lost_are_left_out_and_counted(tmp_path, capsys):
                                        "are left out: made_001_01\n")
 
 
+def test_who_has_a_known_place_in_a_later_session_only_is_found(tmp_path):
+    store = make_store(tmp_path / "store", participants=3)
+    scans = store.index[store.index["participant"] == "002"]
+    assert scans["session"].tolist() == ["01", "02"]
+    place = store.read("made_002_02")[1]
+    write_nifti(store.folder / "effects/made_002_02_lesion.nii.gz", place, store.grid.affine)
+    write_table(tmp_path / "predictions.csv", scans[["scan", "participant"]].assign(distribution="in_distribution"))
+    assert scans_with_place(tmp_path, store, "stroke", 9, 0) == ["made_002_02"]
+
+
 def test_a_lesion_is_dark_and_where_it_was_put():
     brain = template_on(GRID)[1]
     image = np.where(brain, np.random.default_rng(0).normal(size=GRID.shape), 0).astype(np.float32)
