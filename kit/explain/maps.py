@@ -197,8 +197,8 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
     Raises:
         ValueError: no test participant is in these groups.
     """
-    task = json.loads((model / "task.json").read_text(encoding="utf-8")) if (model / "task.json").exists() else {}
-    known = _predicted(model, list(task.get("classes") or ()))
+    task = json.loads((model / "task.json").read_text(encoding="utf-8"))
+    known = _predicted(model, task)
     rows = index_by_person(store, model).set_index("scan", drop=False).loc[known["scan"]]
     groups = {}
     for name in whom:
@@ -215,7 +215,7 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
                          said=said.loc[listed].to_numpy())
 
 
-def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
+def _predicted(model: Path, task: dict[str, Any]) -> pd.DataFrame:
     """A run's predictions in distribution: scan, participant, true, predicted, p_true, right, said.
 
     `p_true` is the probability of the true class. For regression it is nan and `right` is true. For more than two
@@ -226,13 +226,13 @@ def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
     true = known["true"].to_numpy()
     if "predicted_0" in known:
         probabilities = softmax(known.filter(regex=r"^predicted_\d+$").to_numpy(), axis=1)  # (scans, classes)
-    elif set(true) <= {0.0, 1.0} and (classes or set(true) == {0.0, 1.0}):
+    elif task["kind"] == "classification":
         probabilities = expit(np.stack([-known["predicted"], known["predicted"]], axis=1))
     else:
         said = [f"true {one:.1f}, predicted {other:.1f}" for one, other in zip(true, known["predicted"], strict=True)]
         return known.assign(p_true=np.nan, right=True, said=said)
     number = true.astype(int)
-    classes = classes or [str(each) for each in range(probabilities.shape[1])]
+    classes = task.get("classes") or [str(each) for each in range(probabilities.shape[1])]
     p_true = probabilities[np.arange(len(known)), number]
     if "predicted_0" in known:
         known = known.assign(predicted=probabilities.max(1))
@@ -277,7 +277,7 @@ def no_better_than_chance(model: Path) -> str:
         low = auc if low is None or np.isnan(low) else low  # with too few participants there is no interval
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")
-    known = _predicted(model, [])
+    known = _predicted(model, record)
     true, error = known["true"].to_numpy(), (known["predicted"] - known["true"]).abs().to_numpy()
     guess = np.abs(true - np.median(true)).mean()
     return "" if error.mean() < guess else (

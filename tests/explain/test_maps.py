@@ -102,6 +102,12 @@ def test_of_a_number(six, tmp_path, capsys):
         chosen(tmp_path, six, "controls")
 
 
+def test_a_number_of_zeros_and_ones_is_no_class(six, tmp_path):
+    predicted(tmp_path, six, [0.0, 0, 1, 1, 0, 1, 0], [0.1, 0.2, 0.9, 0.3, -2, 0.8, 0], kind="regression", classes=[])
+    table = to_explain(tmp_path, six, 1, ("worst",))
+    assert table[["scan", "said"]].values.tolist() == [["e", "true 0.0, predicted -2.0"]]
+
+
 def test_participants_of_two_datasets_are_two(tmp_path):
     index = pd.DataFrame({"scan": ["1", "2", "3", "4"], "participant": ["001", "001", "001", "1"],
                           "session": ["01", "01", "02", "01"], "dataset": ["A", "B", "B", "A"]})
