@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +71,7 @@ def load_atlas(source: str | Path | None, grid: Grid, names: str | Path | None =
     """
     if source is None:
         source = DEFAULT if templates() is not None else "tissues"
-    return _load(str(source), grid, None if names is None else str(names))
+    return _load(str(source), grid, names)
 
 
 def atlas_for(params: Saliency, store: Store, scans: Sequence[str]) -> Atlas | dict[str, Atlas]:
@@ -113,10 +112,9 @@ def own_atlas(store: Store, scan: str, path: str | Path, names: str | Path | Non
     """
     stored, affine = _read(path)
     labels = _on(stored, affine, read_transform(store.folder, scan), store.grid)
-    found = np.unique(np.rint(stored[stored > 0])).astype(int)
     if not (labels[store.read(scan)[1]] > 0).any():
         raise AtlasError(f"{shown(path)}: no label lies in the brain of {scan}; does it belong to another scan?")
-    table = _complete(label_names(names) if names else None, found)
+    table = _complete(label_names(names) if names else None, stored)
     return Atlas(labels, store.grid.affine, table, Path(path).name, "the cohort's", shown(path))
 
 
@@ -153,8 +151,7 @@ def _read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise AtlasError(f"{shown(path)}: {error}") from error
 
 
-@lru_cache(maxsize=4)
-def _load(source: str, grid: Grid, names: str | None) -> Atlas:
+def _load(source: str, grid: Grid, names: str | Path | None) -> Atlas:
     if source == "tissues":
         return _tissues(grid)
     if source == "harvard-oxford":
@@ -163,7 +160,7 @@ def _load(source: str, grid: Grid, names: str | None) -> Atlas:
         atlas = _of_deepmriprep(source, grid)
     elif ":" not in source or resolve(source).exists():
         values, affine = _read(resolve(source))
-        table = _complete(label_names(names) if names else None, np.unique(np.rint(values[values > 0])).astype(int))
+        table = _complete(label_names(names) if names else None, values)
         atlas = Atlas(_on(values, affine, np.eye(4), grid), grid.affine, table, Path(source).name,
                       "not known; see its source", shown(source))
     else:
@@ -184,7 +181,6 @@ def _checked(atlas: Atlas, grid: Grid) -> Atlas:
     if lies.sides < 0.5:
         raise AtlasError(f"atlas {atlas.name}: its regions called left lie right of the midline; correct its affine, "
                          "or the table of names")
-    atlas.labels.flags.writeable = False  # shared by all callers
     return atlas
 
 
@@ -224,25 +220,24 @@ def _tissues(grid: Grid) -> Atlas:
     grey, white = (tissue_share_on(grid, tissue) for tissue in ("grey", "white"))
     table = pd.DataFrame({"label": [1, 2, 3], "region": ["grey matter", "white matter", "fluid"], "side": BOTH})
     labels = 1 + np.argmax([grey, white, 1 - grey - white], axis=0).astype(np.int32)
-    atlas = _split_at_midline(Atlas(labels, grid.affine, table, "tissues", "free with its notice kept (McGill)",
-                                    "ICBM152 2009a (Fonov et al. 2011), as nilearn's wheel has it"), grid)
-    atlas.labels.flags.writeable = False  # shared by all callers
-    return atlas
+    return _split_at_midline(Atlas(labels, grid.affine, table, "tissues", "free with its notice kept (McGill)",
+                                   "ICBM152 2009a (Fonov et al. 2011), as nilearn's wheel has it"), grid)
 
 
 def _split_at_midline(atlas: Atlas, grid: Grid) -> Atlas:
     """Split an atlas without sides: voxel centres with x < 0 are left."""
-    step = int(atlas.table["label"].max())
+    step = max(int(atlas.labels.max()), int(atlas.table["label"].max()))  # the grid may hold labels not in the table
     labels = np.where((atlas.labels > 0) & _right_of_midline(grid), atlas.labels + step, atlas.labels)
     table = pd.concat([atlas.table.assign(side="left"),
                        atlas.table.assign(side="right", label=atlas.table["label"] + step)], ignore_index=True)
     return atlas._replace(labels=labels.astype(np.int32), table=table)
 
 
-def _complete(named: pd.DataFrame | None, found: np.ndarray) -> pd.DataFrame:
-    """Complete a table of names with the labels found, those without a name named by number."""
+def _complete(named: pd.DataFrame | None, values: np.ndarray) -> pd.DataFrame:
+    """Complete a table of names with a label map's other labels, named by number."""
+    found = np.unique(np.rint(values)).astype(int)
     named = pd.DataFrame(columns=["label", "region", "side"]) if named is None else named
-    missing = sorted(set(found.tolist()) - set(named["label"]))
+    missing = sorted(set(found[found > 0].tolist()) - set(named["label"]))
     rest = pd.DataFrame({"label": missing, "region": [f"label {each}" for each in missing], "side": BOTH})
     return pd.concat([each for each in (named, rest) if len(each)], ignore_index=True).astype({"label": int})
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -29,7 +30,7 @@ from kit.explain.targets import encoder_of, target_of
 from kit.models.encoder_file import load_encoder, side_of, weights_digest
 from kit.params import Saliency
 from kit.preprocess.index import scan_names
-from kit.preprocess.nifti import read_nifti, write_nifti
+from kit.preprocess.nifti import ScanError, file_bytes, write_nifti
 from kit.preprocess.quality import usable
 from kit.provenance import (
     OLDER,
@@ -196,16 +197,15 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
     Raises:
         ValueError: no test participant is in these groups.
     """
-    task = json.loads((model / "task.json").read_text(encoding="utf-8")) if (model / "task.json").exists() else {}
-    known = _predicted(model, list(task.get("classes") or ()))
+    task = json.loads((model / "task.json").read_text(encoding="utf-8"))
+    known = _predicted(model, task)
     rows = index_by_person(store, model).set_index("scan", drop=False).loc[known["scan"]]
-    first = ~participant_ids(rows).duplicated().to_numpy()
     groups = {}
     for name in whom:
         if name == "controls" and known["p_true"].isna().all():
             print(f"whom: {task.get('task', 'this')} is a number, which has no controls")
             continue
-        groups[name] = _group(known, name, rows, first, count, seed)
+        groups[name] = _group(known, name, rows, count, seed)
     listed = list(dict.fromkeys(scan for scans in groups.values() for scan in scans))
     if not listed:
         raise ValueError(f"whom: no test participant is among {', '.join(whom)}; choose others")
@@ -215,7 +215,7 @@ def scans_to_explain(model: Path, store: Store, count: int, whom: Sequence[str] 
                          said=said.loc[listed].to_numpy())
 
 
-def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
+def _predicted(model: Path, task: dict[str, Any]) -> pd.DataFrame:
     """A run's predictions in distribution: scan, participant, true, predicted, p_true, right, said.
 
     `p_true` is the probability of the true class. For regression it is nan and `right` is true. For more than two
@@ -226,13 +226,13 @@ def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
     true = known["true"].to_numpy()
     if "predicted_0" in known:
         probabilities = softmax(known.filter(regex=r"^predicted_\d+$").to_numpy(), axis=1)  # (scans, classes)
-    elif set(true) <= {0.0, 1.0} and (classes or set(true) == {0.0, 1.0}):
+    elif task["kind"] == "classification":
         probabilities = expit(np.stack([-known["predicted"], known["predicted"]], axis=1))
     else:
         said = [f"true {one:.1f}, predicted {other:.1f}" for one, other in zip(true, known["predicted"], strict=True)]
         return known.assign(p_true=np.nan, right=True, said=said)
     number = true.astype(int)
-    classes = classes or [str(each) for each in range(probabilities.shape[1])]
+    classes = task.get("classes") or [str(each) for each in range(probabilities.shape[1])]
     p_true = probabilities[np.arange(len(known)), number]
     if "predicted_0" in known:
         known = known.assign(predicted=probabilities.max(1))
@@ -241,12 +241,12 @@ def _predicted(model: Path, classes: list[str]) -> pd.DataFrame:
     return known.assign(p_true=p_true, right=probabilities.argmax(1) == number, said=said)
 
 
-def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, first: np.ndarray, count: int, seed: int) -> list[str]:
+def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, count: int, seed: int) -> list[str]:
     """Names of one group's scans, at most `count` participants."""
     number = known["p_true"].isna().all()
     if name in ("random", "controls"):
-        keep = first & (np.ones(len(known), bool) if name == "random" else (known["true"] == 0).to_numpy())
-        return _drawn(rows[keep], count, seed)["scan"].tolist()
+        able = rows if name == "random" else rows[(known["true"] == 0).to_numpy()]
+        return _drawn(able, count, seed)["scan"].tolist()
     if name == "worst":
         error = (known["predicted"] - known["true"]).abs() if number else 1 - known["p_true"]
         ranked = known.assign(rank=error)[~known["right"] | number]
@@ -277,7 +277,7 @@ def no_better_than_chance(model: Path) -> str:
         low = auc if low is None or np.isnan(low) else low  # with too few participants there is no interval
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")
-    known = _predicted(model, [])
+    known = _predicted(model, record)
     true, error = known["true"].to_numpy(), (known["predicted"] - known["true"]).abs().to_numpy()
     guess = np.abs(true - np.median(true)).mean()
     return "" if error.mean() < guess else (
@@ -418,8 +418,23 @@ def known_place(store: Store, scan: str, task: str) -> np.ndarray | None:
         task: a label column.
 
     Returns:
-        (depth, height, width) bool, or None if unknown.
+        (depth, height, width) bool, or None if it is unknown, or too small for the grid.
+
+    Raises:
+        ScanError: its file is damaged.
     """
-    path = store.folder / "effects" / f"{scan}_{EFFECTS.get(task)}.nii.gz"
-    place = read_nifti(path)[0] > 0 if path.exists() else None
-    return place if place is not None and place.any() else None  # a coarse grid may have lost a small one
+    path = effect_file(store, scan, task)
+    if not path.exists():
+        return None
+    try:
+        data = file_bytes(path)
+    except ScanError as error:
+        raise ScanError(f"{shown(path)}: {error}") from error
+    # `read_nifti` refuses a volume of zeros, which is what a coarse grid makes of a small place.
+    place = nib.Nifti1Image.from_bytes(data).get_fdata(dtype=np.float32).T > 0
+    return place if place.any() else None
+
+
+def effect_file(store: Store, scan: str, task: str) -> Path:
+    """Return the path of a task's known place in a scan; there is no file if it is unknown."""
+    return store.folder / "effects" / f"{scan}_{EFFECTS.get(task)}.nii.gz"

@@ -249,10 +249,12 @@ def _smoothgrad(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, options:
 
 
 def _grad_cam_pp(score: nn.Module, scan: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Grad-CAM++ at the layer's resolution, (1, 1, ...).
+    """Grad-CAM++ at the layer's resolution, (1, 1, ...): equation 19 of the paper, divided by the squared gradient.
 
-    MONAI's version is not used: it leaves hooks on the network, and adds 1e-7 to a denominator that is smaller than
-    that at 150x192x192.
+    MONAI's version is not used: in the denominator it multiplies each activation by its own cubed gradient before it
+    sums, where the paper sums the activations alone, so the two agree only where a channel's gradient is the same
+    everywhere, as before global pooling. It also leaves hooks on the network, and adds 1e-7 to a denominator that is
+    smaller than that at 150x192x192.
     """
     kept: list[torch.Tensor] = []
     hook = layer.register_forward_hook(lambda _, __, output: kept.append(output))
@@ -262,8 +264,8 @@ def _grad_cam_pp(score: nn.Module, scan: torch.Tensor, layer: nn.Module) -> torc
         hook.remove()
     gradient, = torch.autograd.grad(answer.sum(), kept[0])
     activation, every = kept[0].detach(), tuple(range(2, kept[0].ndim))
-    below = 2 * gradient**2 + (activation * gradient**3).sum(every, keepdim=True)
-    share = torch.where(below != 0, gradient**2 / torch.where(below != 0, below, 1), 0)
+    below = 2 + activation.sum(every, keepdim=True) * gradient
+    share = torch.where(below != 0, 1 / below, 0)
     weight = (share * gradient.relu()).sum(every, keepdim=True)
     return (weight * activation).sum(1, keepdim=True).relu()
 

@@ -159,14 +159,15 @@ def _similarity(store: Store, rows: pd.DataFrame, like: str | None) -> Target:
     first = like or rows["scan"].iloc[0]
     others = [scan for scan in rows["scan"] if scan != first]  # all are compared with the first, which is with these
     if not others:
-        raise TargetError("target: similarity needs a second scan; name one in like, or show two")
+        raise TargetError("target: similarity needs a second scan; name another in like, or show two")
 
     def of(model: nn.Module, scan: str) -> Cosine:
         encoder = _encoder(model)
         other = others[0] if scan == first else first
         return Cosine(encoder, torch.from_numpy(_embed(encoder, store, [other])[0]).to(_device(encoder)))
 
-    return Target(f"similarity to {like or first}", of)
+    own = f" (its own map: to {others[0]})" if first in set(rows["scan"]) else ""  # nobody is compared with himself
+    return Target(f"similarity to {first}{own}", of)
 
 
 def _like_its_views(encoder: nn.Module, store: Store, scan: str, seed: int,

@@ -24,7 +24,7 @@ from kit.device import on_device
 from kit.evaluate.finetune import load_predictor
 from kit.evaluate.metrics import bootstrap
 from kit.explain.explainer import Explainer
-from kit.explain.maps import EFFECTS, check_model, index_by_person, known_place
+from kit.explain.maps import EFFECTS, check_model, effect_file, index_by_person, known_place
 from kit.explain.saliency import check_methods
 from kit.explain.targets import target_of
 from kit.params import Saliency
@@ -103,9 +103,13 @@ def scans_with_place(model: Path, store: Store, task: str, count: int, seed: int
     tested = read_table(model / "predictions.csv", text=("scan", "participant"))
     tested = tested.loc[tested["distribution"] == "in_distribution", "scan"]
     rows = index_by_person(store, model).set_index("scan", drop=False).loc[sorted(tested)]
-    rows = rows[~participant_ids(rows).duplicated().to_numpy()]
     there = [scan for scan in rows["scan"]
              if (place := known_place(store, scan, task)) is not None and (place & store.read(scan)[1]).any()]
+    if lost := [scan for scan in rows["scan"] if scan not in there and effect_file(store, scan, task).exists()]:
+        print(f"known places of {task}: {len(lost)} of {len(lost) + len(there)} have no voxel in the brain on this "
+              f"grid, and are left out: {', '.join(lost[:3])}")
+    rows = rows.loc[there]
+    there = rows.loc[~participant_ids(rows).duplicated().to_numpy(), "scan"].tolist()
     return [there[number] for number in rng_for(seed).permutation(len(there))[:count]]
 
 

@@ -16,7 +16,7 @@ from kit.cohort.tabular import TableError
 from kit.explain.atlas import load_atlas, own_atlas, own_atlases, placement
 from kit.explain.atlas_files import LICENCES, AtlasError, atlas_names
 from kit.explain.label_names import label_names
-from kit.preprocess.nifti import write_nifti
+from kit.preprocess.nifti import read_nifti, write_nifti
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template_on
@@ -144,6 +144,38 @@ def test_labels_that_name_no_side_are_split_at_the_midline(tmp_path):
     assert not (atlas.labels == label["label 4", "right"]).any()
 
 
+def test_a_file_that_was_changed_is_read_again(tmp_path):
+    path, names = write_labels(tmp_path / "mine.nii.gz"), tmp_path / "mine.csv"
+    names.write_text("id,name\n4,Left old\n9,Right old\n", encoding="utf-8")
+    assert load_atlas(path, GRID, names).table["region"].tolist() == ["old", "old"]
+    names.write_text("id,name\n4,Left new\n9,Right new\n", encoding="utf-8")
+    assert load_atlas(path, GRID, names).table["region"].tolist() == ["new", "new"]
+    labels = read_nifti(path)[0]
+    write_nifti(path, np.where(labels == 4, 5, labels), GRID.affine)
+    assert load_atlas(path, GRID, names).labels[at(GRID, -30, -20, 10)] == 5
+
+
+def test_what_rounds_to_zero_is_no_region(tmp_path):
+    labels = read_nifti(write_labels(tmp_path / "mine.nii.gz"))[0]
+    write_nifti(tmp_path / "mine.nii.gz", np.where(labels == 0, 0.3, labels), GRID.affine)
+    assert set(load_atlas(tmp_path / "mine.nii.gz", GRID).table["region"]) == {"label 4", "label 9"}
+
+
+def test_a_label_without_a_name_is_no_other_regions_right_half(tmp_path, monkeypatch):
+    folder = tmp_path / "deepmriprep/data/templates"
+    folder.mkdir(parents=True)
+    labels = read_nifti(write_labels(folder / "mine.nii.gz"))[0]
+    unnamed = at(GRID, -30, 30, 10)
+    labels[unnamed] = 18  # twice the largest number that has a name
+    write_nifti(folder / "mine.nii.gz", labels, GRID.affine)
+    (folder / "mine.csv").write_text("ROIid;ROIname\n4;one\n9;other\n", encoding="utf-8")
+    monkeypatch.setenv("KIT_DEEPMRIPREP", str(tmp_path))
+    atlas = load_atlas("deepmriprep:mine", GRID)
+    label = atlas.table.set_index(["region", "side"])["label"]
+    assert atlas.labels[at(GRID, 30, -20, 10)] == label["other", "right"]
+    assert atlas.labels[unnamed] == 18 and 18 not in set(label)
+
+
 @pytest.mark.parametrize(("name", "region", "side"), [
     ("Left Precentral gyrus", "Precentral gyrus", "left"),
     ("17Networks_RH_VisCent_ExStr_1", "17Networks VisCent ExStr 1", "right"),
@@ -164,6 +196,8 @@ def test_tables_of_names_in_other_words(tmp_path):
     (tmp_path / "a.csv").write_text("index,label,hemisphere\n1,Insula,L\n2,Insula,R\n3,Pons,\n4,Left Pole,right\n",
                                     encoding="utf-8")
     assert label_names(tmp_path / "a.csv")["side"].tolist() == ["left", "right", "both", "left"]
+    (tmp_path / "below.csv").write_text("id,name\n-1,nowhere\n0,air\n3,Pons\n", encoding="utf-8")
+    assert label_names(tmp_path / "below.csv")["label"].tolist() == [3]  # -1 would index the last region
     for text, words in (("a,b\n1,2\n", "needs columns index and label"), ("id,name\n1.x,A\n", "whole numbers"),
                         ("id,name\n3.7,A\n", "whole numbers"),
                         ("id,name\n1,A\n1,B\n", "label 1 is in several rows")):

@@ -18,7 +18,7 @@ from kit.models.encoder_file import save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
 from kit.params import Saliency
-from kit.preprocess.nifti import write_nifti
+from kit.preprocess.nifti import ScanError, write_nifti
 from kit.reading import ParameterError, check
 from kit.runs import Run, write_json, write_table
 from kit.store.store import Store
@@ -32,6 +32,16 @@ def test_known_places_stand_in_the_prepared_folder(tmp_path):
     write_nifti(store.folder / "effects/made_000_01_lesion.nii.gz", place, store.grid.affine)
     assert np.array_equal(known_place(store, "made_000_01", "stroke"), place > 0)
     assert known_place(store, "made_000_01", "age") is None and known_place(store, "made_000_01", "sex") is None
+
+
+def test_a_known_place_that_a_coarse_grid_lost_is_none(tmp_path):
+    store = make_store(tmp_path / "store", participants=1)
+    path = store.folder / "effects/made_000_01_lesion.nii.gz"
+    write_nifti(path, np.zeros(store.grid.shape, np.float32), store.grid.affine)
+    assert known_place(store, "made_000_01", "stroke") is None
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ScanError, match=r"made_000_01_lesion.nii.gz: .*copy"):
+        known_place(store, "made_000_01", "stroke")
 
 
 @pytest.fixture
@@ -68,6 +78,11 @@ def test_of_two_classes(six, tmp_path):
     assert "worst" in table.loc["d", "whom"] and table.loc["d", "said"] == "true yes, predicted no (0.95)"
 
 
+def test_who_is_a_control_in_a_later_session_only_is_found(six, tmp_path):
+    predicted(tmp_path, six, [1.0, 0, 1, 1, 1, 1, 1], np.zeros(7))  # a and b are one participant's
+    assert chosen(tmp_path, six, "controls") == ["b"]
+
+
 def test_of_several_classes(six, tmp_path):
     logits = [[9.0, 0, 0], [0, 0, 0.1], [0, 5, 0], [0, 0, 1], [0, 8, 0], [3, 0, 0], [0, 2, 0]]
     predicted(tmp_path, six, [0.0, 2, 1, 2, 0, 0, 1], logits, classes=["x", "y", "z"])
@@ -85,6 +100,12 @@ def test_of_a_number(six, tmp_path, capsys):
     assert "ill is a number, which has no controls" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no test participant is among controls"):
         chosen(tmp_path, six, "controls")
+
+
+def test_a_number_of_zeros_and_ones_is_no_class(six, tmp_path):
+    predicted(tmp_path, six, [0.0, 0, 1, 1, 0, 1, 0], [0.1, 0.2, 0.9, 0.3, -2, 0.8, 0], kind="regression", classes=[])
+    table = to_explain(tmp_path, six, 1, ("worst",))
+    assert table[["scan", "said"]].values.tolist() == [["e", "true 0.0, predicted -2.0"]]
 
 
 def test_participants_of_two_datasets_are_two(tmp_path):

@@ -173,6 +173,24 @@ def test_grad_cam_pp_is_monais_where_gradients_are_large(bright_corner):
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.max())
 
 
+def test_grad_cam_pp_below_the_last_stage_is_the_papers(net, scan):
+    """Equation 19 of arXiv 1710.11063, place by place: the activations are summed without the gradients."""
+    image, mask = scan
+    net.eval()
+    activation = net[:3](torch.from_numpy(image)[None, None]).detach().requires_grad_()
+    gradient, = torch.autograd.grad(net[3:](activation)[0, 0], activation)
+    kept = activation.detach()
+    expected = torch.zeros_like(kept[:, :1])
+    for channel, slope in zip(kept[0], gradient[0], strict=True):
+        each = channel.flatten().tolist()
+        alphas = [(g, g**2 / (2 * g**2 + sum(a * g**3 for a in each))) for g in slope.flatten().tolist() if g]
+        expected += sum(alpha * max(g, 0) for g, alpha in alphas) * channel
+    expected = F.interpolate(expected.relu(), SHAPE, mode="trilinear")[0, 0].numpy() * mask
+    found = saliency(net, image, mask, "grad_cam_pp", target=0, options=Options(layer="2"))
+    assert expected.any() and gradient.std(dim=(2, 3, 4)).min() > 0  # else the two orders of summing would agree
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
 def test_occlusion_loses_the_cube(bright_corner):
     net, image, mask = bright_corner
     found = saliency(net, image, mask, "occlusion", options=Options(patch=4))

@@ -77,6 +77,12 @@ def test_similarity_is_a_cosine_and_its_map_is_complete(encoder, store, rows):
     assert value(like, Predictor(encoder), store, third) == pytest.approx(cosines[2, 1], abs=1e-4)
     found = Explainer(encoder, like.of, like.words, store).map(third, "gradient")
     assert found.shape == GRID.shape and found.any()
+    assert output.words == f"similarity to {first} (its own map: to {second})"
+    assert like.words == f"similarity to {second} (its own map: to {first})"
+    assert target_of("similarity", encoder, {}, store, rows.head(2), like=third).words == f"similarity to {third}"
+    for alone in (None, first):
+        with pytest.raises(TargetError, match="needs a second scan; name another in like, or show two"):
+            target_of("similarity", encoder, {}, store, rows.head(1), like=alone)
     with pytest.raises(TargetError, match="the prepared scans have no 'nobody'"):
         target_of("similarity", encoder, {}, store, rows, like="nobody")
 

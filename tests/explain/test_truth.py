@@ -93,6 +93,28 @@ def test_a_person_of_two_names_counts_once(store, tmp_path, monkeypatch):
     assert set(scans_with_place(tmp_path, store, "lesion", 9, 0)) == set(scans["scan"].iloc[[0, 2]])
 
 
+def test_places_that_the_grid_lost_are_left_out_and_counted(tmp_path, capsys):
+    store = make_store(tmp_path / "store", participants=2)
+    for scan, place in zip(store.index["scan"], (store.read(store.index["scan"][0])[1], np.zeros(store.grid.shape)),
+                           strict=True):
+        write_nifti(store.folder / f"effects/{scan}_lesion.nii.gz", place, store.grid.affine)
+    write_table(tmp_path / "predictions.csv", store.index[["scan", "participant"]].assign(
+        distribution="in_distribution"))
+    assert scans_with_place(tmp_path, store, "stroke", 9, 0) == ["made_000_01"]
+    assert capsys.readouterr().out == ("known places of stroke: 1 of 2 have no voxel in the brain on this grid, and "
+                                       "are left out: made_001_01\n")
+
+
+def test_who_has_a_known_place_in_a_later_session_only_is_found(tmp_path):
+    store = make_store(tmp_path / "store", participants=3)
+    scans = store.index[store.index["participant"] == "002"]
+    assert scans["session"].tolist() == ["01", "02"]
+    place = store.read("made_002_02")[1]
+    write_nifti(store.folder / "effects/made_002_02_lesion.nii.gz", place, store.grid.affine)
+    write_table(tmp_path / "predictions.csv", scans[["scan", "participant"]].assign(distribution="in_distribution"))
+    assert scans_with_place(tmp_path, store, "stroke", 9, 0) == ["made_002_02"]
+
+
 def test_a_lesion_is_dark_and_where_it_was_put():
     brain = template_on(GRID)[1]
     image = np.where(brain, np.random.default_rng(0).normal(size=GRID.shape), 0).astype(np.float32)
