@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from nibabel.affines import voxel_sizes
 
+from kit.cohort.collections import is_collection
 from kit.cohort.identity import participant_ids
 from kit.cohort.tables import named_by_file, read_cohort
 from kit.cohort.tabular import COLUMNS, CohortError, read_table
@@ -169,7 +170,7 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     """Make a cohort of whatever is at a path: a scan, a folder of scans, a DICOM series, BIDS, a table.
 
     Raises:
-        CohortError: nothing is there.
+        CohortError: nothing is there; or a table, BIDS folder or public collection is not as it should be.
     """
     if path.suffix in (".csv", ".tsv"):
         return read_cohort(path, contrast)
@@ -177,11 +178,8 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
         raise CohortError(f"{shown(path)}: no such file or folder")
     files = [path]
     if path.is_dir():
-        try:
+        if (path / "dataset_description.json").exists() or is_collection(path):
             return read_cohort(path, contrast)
-        except CohortError:
-            if (path / "dataset_description.json").exists():
-                raise
         files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SCANS)) or [path]
     paths = pd.Series([str(file) for file in files])
     cohort = pd.DataFrame({"participant": named_by_file(paths), "session": "01", "dataset": "?", "image_path": paths,

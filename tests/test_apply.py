@@ -210,6 +210,16 @@ def test_scans_are_found_whatever_lies_there(tmp_path):
         scans_at(tmp_path / "none.nii")
 
 
+def test_what_is_wrong_with_a_collection_is_said(tmp_path):
+    scan = tmp_path / "PT001_OASIS1" / "sub_1" / "ses_1" / "t1.nii.gz"
+    scan.parent.mkdir(parents=True)
+    scan.touch()
+    assert scans_at(tmp_path)["participant"].tolist() == ["1"]
+    (tmp_path / "participants.tsv").write_text("subject\tage\n1\t70\n")
+    with pytest.raises(CohortError, match=r"participants.tsv: needs a column participant_id; found subject, age"):
+        scans_at(tmp_path)
+
+
 def test_one_series_of_a_folder_with_several_is_found(tmp_path):
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "0001").touch()
