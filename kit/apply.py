@@ -35,7 +35,7 @@ from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.predicted import class_columns, number_columns
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of, weights_digest
 from kit.models.features import FeatureReader
-from kit.models.reference import LEAST, OUTSIDE, read_reference
+from kit.models.reference import LEAST, OUTSIDE, Reference, read_reference
 from kit.models.third_party_formats import ANY
 from kit.params import Apply, is_model, is_prepared, is_there
 from kit.preprocess.index import FAILED
@@ -135,7 +135,8 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
                             if model and predictor else {"encoder": noted(spec, encoder, record)})
     made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
                      settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
-    table = _table(store, plain, resolve(encoder_parts(spec)[1]), coarse).assign(fingerprint=made.fingerprint)
+    reference = None if "format" in record else read_reference(resolve(encoder_parts(spec)[1]))  # published: none
+    table = _table(store, plain, reference, coarse).assign(fingerprint=made.fingerprint)
     if model and predictor:
         with torch.no_grad():
             raw = predictor.cpu().head(torch.from_numpy(plain)).numpy()
@@ -219,14 +220,13 @@ def coarse_scans(cohort: pd.DataFrame, index: pd.DataFrame) -> pd.Series:
     return pd.Series(found, dtype=str)
 
 
-def _table(store: Store, features: np.ndarray, encoder: Path, coarse: pd.Series) -> pd.DataFrame:
+def _table(store: Store, features: np.ndarray, reference: Reference | None, coarse: pd.Series) -> pd.DataFrame:
     table = store.index[["scan", "participant", "session", "dataset"]].reset_index(drop=True)
     words = [[coarse[scan]] if scan in coarse else [] for scan in table["scan"]]
     for column in ("flags", "unusable"):
         table[column] = store.index[column].fillna("").to_numpy() if column in store.index else ""
     for row, flags in enumerate(table.pop("flags")):
         words[row] += [SAID.get(flag, said_of(flag)) for flag in flags.split("; ") if flag]
-    reference = read_reference(encoder)
     if reference is not None and len(reference.mean) != features.shape[1]:
         reference = None
     table["as_far"] = np.nan if reference is None else reference.at_least_as_far(features).round(4)

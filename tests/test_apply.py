@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kit.apply import (
     _encoder_from_here,
@@ -91,6 +92,20 @@ def test_a_scan_unlike_those_seen_is_called_so(store, encoder, tmp_path):
     (tmp_path / "encoder.safetensors").write_bytes((encoder / "encoder.safetensors").read_bytes())
     found = apply(params.model_copy(update={"encoder": str(tmp_path)}), tmp_path / "run").table
     assert set(found["outside"]) == {"yes"} and found["warnings"].str.contains("unlike the scans").all()
+
+
+def test_a_neighbours_reference_is_not_taken(store, encoder, tmp_path):
+    save_reference(tmp_path, read_reference(encoder))  # of tmp_path/encoder.safetensors, say
+    params = Apply(input=str(store.folder), encoder="x", output_dir="outputs/x")
+    published = build_encoder("resnet18_narrow", GRID).state_dict()
+    (tmp_path / "other.safetensors").write_bytes((encoder / "encoder.safetensors").read_bytes())
+    torch.save(published, tmp_path / "published.pth")
+    save_file(published, tmp_path / "encoder.safetensors")
+    for name in ("other.safetensors", "published.pth", "encoder.safetensors"):
+        table = apply(params.model_copy(update={"encoder": str(tmp_path / name)}), tmp_path / "run").table
+        assert table["as_far"].isna().all() and set(table["outside"]) == {""}, name
+    own = apply(params.model_copy(update={"encoder": str(encoder / "encoder.safetensors")}), tmp_path / "run").table
+    assert own["as_far"].notna().all()
 
 
 def test_the_reference_is_mahalanobis_and_takes_constant_features():
