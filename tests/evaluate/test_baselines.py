@@ -150,6 +150,12 @@ def test_a_site_that_says_the_label_is_found_and_an_unknown_one_says_nothing(sto
     same_name = Store(elsewhere.folder, elsewhere.index.assign(site="B"), elsewhere.record)  # B of another dataset
     np.testing.assert_array_equal(baseline_predictions("site", task_of(confounded, "ill", same_name))["elsewhere"],
                                   found["elsewhere"])
+    numbered = confounded.index.assign(site=(index["site"] == "B").astype(int))
+    gap = numbered.assign(site=numbered["site"].astype(float).where(numbered.index > 0))  # so the others read as floats
+    task = task_of(Store(store.folder, numbered, store.record), "ill", Store(store.folder, gap, store.record))
+    as_float = baseline_predictions("site", task)["elsewhere"]
+    same = gap["site"].notna().to_numpy()
+    np.testing.assert_array_equal(as_float[same & (gap["site"] == 1)], found["test"].max())
     said = []
     assert baseline_predictions("site", task_of(with_index(store, site="A"), "lesion"), say=said.append) is None
     assert said == ["site on lesion: no row, because all training scans have the same site"]
