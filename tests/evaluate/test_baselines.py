@@ -14,6 +14,7 @@ from kit.cohort.labels import LabelError, Labels, read_labels
 from kit.cohort.split import splits
 from kit.cohort.tabular import TableError
 from kit.evaluate import measured as measured_module
+from kit.evaluate import volumes as volumes_module
 from kit.evaluate.baselines import BASELINES, LEAST_ROWS, baseline_predictions
 from kit.evaluate.measured import measured, measured_file
 from kit.evaluate.metrics import score
@@ -231,6 +232,18 @@ def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(TableError, match=words):
             baseline_predictions("volumes", task, volumes=tmp_path / "bad.csv")
+
+
+def test_a_table_of_volumes_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    read, real = [], volumes_module.read_foreign
+    monkeypatch.setattr(volumes_module, "read_foreign", lambda path, *more, **options: (
+        read.append(path) or real(path, *more, **options)))
+    (tmp_path / "ml.csv").write_text("participant,ml\n001,3\n")
+    for _ in range(2):
+        assert volumes_module.read_volumes(tmp_path / "ml.csv")["ml"].tolist() == [3]
+    assert len(read) == 1
+    (tmp_path / "ml.csv").write_text("participant,ml\n001,45\n")
+    assert volumes_module.read_volumes(tmp_path / "ml.csv")["ml"].tolist() == [45] and len(read) == 2
 
 
 def test_sessions_have_rows_of_their_own(store, tmp_path):
