@@ -126,7 +126,7 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
         see `run_benchmark` for the others.
     """
     bench = _Bench(params)
-    remove_stale_cells(bench, run)
+    remove_stale_cells(bench)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]
     with stoppable(run.folder):
@@ -389,8 +389,8 @@ class _Bench:
                             fingerprint=self.made_from(cell).fingerprint)
 
 
-def remove_stale_cells(bench: _Bench, run: Run) -> None:
-    """Remove cells made from other inputs or settings, and print what changed."""
+def remove_stale_cells(bench: _Bench) -> None:
+    """Remove cells made from other inputs or settings, and all shards' tables of them; print what changed."""
     reasons: dict[str, list[str]] = {}
     for cell in bench.cells:
         folder = bench.folder(cell)
@@ -405,8 +405,10 @@ def remove_stale_cells(bench: _Bench, run: Run) -> None:
         for line, cells in reasons.items():
             names = [f"{name} ({cells.count(name)} cells)" for name in dict.fromkeys(cells)]
             print(f"  {line}: {', '.join(names)}")
-        for old in [path for name in RESULTS for path in run.folder.glob(name)]:
-            old.unlink()
+        home = bench.params.output_dir  # all tables are made from all cells, whichever shard made them
+        for old in [path for folder in (home, *home.glob("shards/*")) for name in RESULTS
+                    for path in folder.glob(name)]:
+            old.unlink(missing_ok=True)  # another shard may be doing the same
 
 
 def _tables(bench: _Bench, run: Run) -> Results:
