@@ -95,7 +95,7 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
 
     Written to the run's folder:
         tidy.csv: one score per row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
-            participants (tested), train_participants, converged, fingerprint.
+            participants (tested), train_participants (mean over folds), converged, fingerprint.
         scores.csv: scores over seeds; see `kit.evaluate.compare.scores`.
         differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
         further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
@@ -421,7 +421,7 @@ def _tables(bench: _Bench, run: Run) -> Results:
                              f"{len(cells[params.shard::params.shards])}): run it again when other shards are done, "
                              f"and set shards to at most {len(cells)}")
     kinds = {name: task.labels.kind for (name, _), task in bench.tasks.items()}
-    about = predictions.groupby([*ROW], sort=False).agg(
+    about = predictions.drop_duplicates([*ROW, "fold"]).groupby(ROW, sort=False).agg(
         converged=("converged", _all_converged), train_participants=("train_participants", "mean")).reset_index()
     seeds = [scores(rows, kinds).assign(seed=seed) for seed, rows in predictions.groupby("seed")]
     prints = predictions.groupby(ROW, sort=False)["fingerprint"].agg(lambda each: fingerprint(
