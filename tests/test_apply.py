@@ -273,8 +273,6 @@ def test_every_flag_is_said_in_words():
 
 
 def command(*arguments, **environment):
-
-
     return subprocess.run([sys.executable, "-m", "kit.apply", *map(str, arguments)], capture_output=True, text=True,
                           check=False, cwd=ROOT, env={**os.environ, "KIT_PROGRESS": "off", **environment})
 
