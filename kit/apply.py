@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from nibabel.affines import voxel_sizes
 
+from kit.cohort.collections import is_collection
 from kit.cohort.identity import participant_ids
 from kit.cohort.tables import named_by_file, read_cohort
 from kit.cohort.tabular import COLUMNS, CohortError, read_table
@@ -34,7 +35,7 @@ from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.predicted import class_columns, number_columns
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of, weights_digest
 from kit.models.features import FeatureReader
-from kit.models.reference import LEAST, OUTSIDE, read_reference
+from kit.models.reference import LEAST, OUTSIDE, Reference, read_reference
 from kit.models.third_party_formats import ANY
 from kit.params import Apply, is_model, is_prepared, is_there
 from kit.preprocess.index import FAILED
@@ -134,7 +135,8 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
                             if model and predictor else {"encoder": noted(spec, encoder, record)})
     made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
                      settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
-    table = _table(store, plain, resolve(encoder_parts(spec)[1]), coarse).assign(fingerprint=made.fingerprint)
+    reference = None if "format" in record else read_reference(resolve(encoder_parts(spec)[1]))  # published: none
+    table = _table(store, plain, reference, coarse).assign(fingerprint=made.fingerprint)
     if model and predictor:
         with torch.no_grad():
             raw = predictor.cpu().head(torch.from_numpy(plain)).numpy()
@@ -169,7 +171,7 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     """Make a cohort of whatever is at a path: a scan, a folder of scans, a DICOM series, BIDS, a table.
 
     Raises:
-        CohortError: nothing is there.
+        CohortError: nothing is there; or a table, BIDS folder or public collection is not as it should be.
     """
     if path.suffix in (".csv", ".tsv"):
         return read_cohort(path, contrast)
@@ -177,11 +179,8 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
         raise CohortError(f"{shown(path)}: no such file or folder")
     files = [path]
     if path.is_dir():
-        try:
+        if (path / "dataset_description.json").exists() or is_collection(path):
             return read_cohort(path, contrast)
-        except CohortError:
-            if (path / "dataset_description.json").exists():
-                raise
         files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SCANS)) or [path]
     paths = pd.Series([str(file) for file in files])
     cohort = pd.DataFrame({"participant": named_by_file(paths), "session": "01", "dataset": "?", "image_path": paths,
@@ -221,14 +220,13 @@ def coarse_scans(cohort: pd.DataFrame, index: pd.DataFrame) -> pd.Series:
     return pd.Series(found, dtype=str)
 
 
-def _table(store: Store, features: np.ndarray, encoder: Path, coarse: pd.Series) -> pd.DataFrame:
+def _table(store: Store, features: np.ndarray, reference: Reference | None, coarse: pd.Series) -> pd.DataFrame:
     table = store.index[["scan", "participant", "session", "dataset"]].reset_index(drop=True)
     words = [[coarse[scan]] if scan in coarse else [] for scan in table["scan"]]
     for column in ("flags", "unusable"):
         table[column] = store.index[column].fillna("").to_numpy() if column in store.index else ""
     for row, flags in enumerate(table.pop("flags")):
         words[row] += [SAID.get(flag, said_of(flag)) for flag in flags.split("; ") if flag]
-    reference = read_reference(encoder)
     if reference is not None and len(reference.mean) != features.shape[1]:
         reference = None
     table["as_far"] = np.nan if reference is None else reference.at_least_as_far(features).round(4)

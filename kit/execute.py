@@ -88,6 +88,7 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
     executed = output or params.run_dir / f"{notebook}.ipynb"
     page = executed.with_suffix(".html") if output else params.run_dir / "report.html"
     executed.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("papermill").addFilter(_is_no_rare_parameter)
     if log:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -99,6 +100,11 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
             write_report(executed, page)
             write_index(params.run_dir, page)
     return page
+
+
+def _is_no_rare_parameter(record: logging.LogRecord) -> bool:
+    """Drop papermill's warning of a parameter that a notebook's cell leaves out; its name has been checked."""
+    return not record.getMessage().startswith("Passed unknown parameter: ")
 
 
 def fill(values: dict[str, Any], bar: dict[str, Any] | None = None) -> Path:

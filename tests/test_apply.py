@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kit.apply import (
     _encoder_from_here,
@@ -91,6 +92,20 @@ def test_a_scan_unlike_those_seen_is_called_so(store, encoder, tmp_path):
     (tmp_path / "encoder.safetensors").write_bytes((encoder / "encoder.safetensors").read_bytes())
     found = apply(params.model_copy(update={"encoder": str(tmp_path)}), tmp_path / "run").table
     assert set(found["outside"]) == {"yes"} and found["warnings"].str.contains("unlike the scans").all()
+
+
+def test_a_neighbours_reference_is_not_taken(store, encoder, tmp_path):
+    save_reference(tmp_path, read_reference(encoder))  # of tmp_path/encoder.safetensors, say
+    params = Apply(input=str(store.folder), encoder="x", output_dir="outputs/x")
+    published = build_encoder("resnet18_narrow", GRID).state_dict()
+    (tmp_path / "other.safetensors").write_bytes((encoder / "encoder.safetensors").read_bytes())
+    torch.save(published, tmp_path / "published.pth")
+    save_file(published, tmp_path / "encoder.safetensors")
+    for name in ("other.safetensors", "published.pth", "encoder.safetensors"):
+        table = apply(params.model_copy(update={"encoder": str(tmp_path / name)}), tmp_path / "run").table
+        assert table["as_far"].isna().all() and set(table["outside"]) == {""}, name
+    own = apply(params.model_copy(update={"encoder": str(encoder / "encoder.safetensors")}), tmp_path / "run").table
+    assert own["as_far"].notna().all()
 
 
 def test_the_reference_is_mahalanobis_and_takes_constant_features():
@@ -210,6 +225,16 @@ def test_scans_are_found_whatever_lies_there(tmp_path):
         scans_at(tmp_path / "none.nii")
 
 
+def test_what_is_wrong_with_a_collection_is_said(tmp_path):
+    scan = tmp_path / "PT001_OASIS1" / "sub_1" / "ses_1" / "t1.nii.gz"
+    scan.parent.mkdir(parents=True)
+    scan.touch()
+    assert scans_at(tmp_path)["participant"].tolist() == ["1"]
+    (tmp_path / "participants.tsv").write_text("subject\tage\n1\t70\n")
+    with pytest.raises(CohortError, match=r"participants.tsv: needs a column participant_id; found subject, age"):
+        scans_at(tmp_path)
+
+
 def test_one_series_of_a_folder_with_several_is_found(tmp_path):
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "0001").touch()
@@ -248,8 +273,6 @@ def test_every_flag_is_said_in_words():
 
 
 def command(*arguments, **environment):
-
-
     return subprocess.run([sys.executable, "-m", "kit.apply", *map(str, arguments)], capture_output=True, text=True,
                           check=False, cwd=ROOT, env={**os.environ, "KIT_PROGRESS": "off", **environment})
 

@@ -1,15 +1,17 @@
 """Notebooks headless: mistakes are refused before work, by the command line and by plain papermill."""
 
+import logging
 import subprocess
 import sys
 
+import nbformat
 import papermill
 import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from kit.cohort.tabular import read_table
-from kit.execute import FOLDER, _losses, defaults, main, notebook_of, run_folder, steps_of
+from kit.execute import FOLDER, _losses, defaults, main, notebook_of, run, run_folder, steps_of
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError
 from kit.runs import ROOT, RunError
@@ -90,6 +92,19 @@ def quick_pretraining(tmp_path_factory):
     store = make_store(tmp_path_factory.mktemp("store"), 12)
     return {"prepared": str(store.folder), "epochs": 1, "batch_size": 4, "monitor_epochs": 0, "leave_out_test": False,
             "output_dir": "outputs/of{seed}"}
+
+
+def test_a_parameter_that_the_cell_leaves_out_brings_no_warning(quick_pretraining, tmp_path, monkeypatch, caplog):
+    notebook = nbformat.read(FOLDER / "2_pretrain.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    nbformat.write(notebook, tmp_path / "2_pretrain.ipynb")
+    monkeypatch.setattr("kit.execute.FOLDER", tmp_path)
+    assert "leave_out_test" not in notebook.cells[0].source
+    page = run("2_pretrain", quick_pretraining | {"output_dir": "outputs/rare"})
+    assert "leave_out_test = False" in nbformat.read(page.with_name("2_pretrain.ipynb"), as_version=4).cells[1].source
+    assert "unknown parameter" not in caplog.text
+    logging.getLogger("papermill").warning("another warning")
+    assert "another warning" in caplog.text
 
 
 @pytest.mark.slow

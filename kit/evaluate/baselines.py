@@ -127,10 +127,10 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
 
 
 def _sites(rows: pd.DataFrame) -> pd.DataFrame:
-    """Site names, prefixed by dataset: site 1 of one dataset is not site 1 of another."""
+    """Normalised site names, prefixed by dataset: site 1 of one dataset is not site 1 of another."""
     sites = rows["site" if "site" in rows else "dataset"]
-    return pd.DataFrame({"site": (rows["dataset"].astype(str) + "/" + sites.astype(str)).where(sites.notna())},
-                        dtype=object)
+    names = rows["dataset"].map(normalised) + "/" + sites.map(normalised)
+    return pd.DataFrame({"site": names.where(sites.notna())}, dtype=object)
 
 
 def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:

@@ -95,7 +95,7 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
 
     Written to the run's folder:
         tidy.csv: one score per row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
-            participants (tested), train_participants, converged, fingerprint.
+            participants (tested), train_participants (mean over folds), converged, fingerprint.
         scores.csv: scores over seeds; see `kit.evaluate.compare.scores`.
         differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
         further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
@@ -126,7 +126,7 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
         see `run_benchmark` for the others.
     """
     bench = _Bench(params)
-    remove_stale_cells(bench, run)
+    remove_stale_cells(bench)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]
     with stoppable(run.folder):
@@ -389,8 +389,8 @@ class _Bench:
                             fingerprint=self.made_from(cell).fingerprint)
 
 
-def remove_stale_cells(bench: _Bench, run: Run) -> None:
-    """Remove cells made from other inputs or settings, and print what changed."""
+def remove_stale_cells(bench: _Bench) -> None:
+    """Remove cells made from other inputs or settings, and all shards' tables of them; print what changed."""
     reasons: dict[str, list[str]] = {}
     for cell in bench.cells:
         folder = bench.folder(cell)
@@ -405,8 +405,10 @@ def remove_stale_cells(bench: _Bench, run: Run) -> None:
         for line, cells in reasons.items():
             names = [f"{name} ({cells.count(name)} cells)" for name in dict.fromkeys(cells)]
             print(f"  {line}: {', '.join(names)}")
-        for old in [path for name in RESULTS for path in run.folder.glob(name)]:
-            old.unlink()
+        home = bench.params.output_dir  # all tables are made from all cells, whichever shard made them
+        for old in [path for folder in (home, *home.glob("shards/*")) for name in RESULTS
+                    for path in folder.glob(name)]:
+            old.unlink(missing_ok=True)  # another shard may be doing the same
 
 
 def _tables(bench: _Bench, run: Run) -> Results:
@@ -419,7 +421,7 @@ def _tables(bench: _Bench, run: Run) -> Results:
                              f"{len(cells[params.shard::params.shards])}): run it again when other shards are done, "
                              f"and set shards to at most {len(cells)}")
     kinds = {name: task.labels.kind for (name, _), task in bench.tasks.items()}
-    about = predictions.groupby([*ROW], sort=False).agg(
+    about = predictions.drop_duplicates([*ROW, "fold"]).groupby(ROW, sort=False).agg(
         converged=("converged", _all_converged), train_participants=("train_participants", "mean")).reset_index()
     seeds = [scores(rows, kinds).assign(seed=seed) for seed, rows in predictions.groupby("seed")]
     prints = predictions.groupby(ROW, sort=False)["fingerprint"].agg(lambda each: fingerprint(

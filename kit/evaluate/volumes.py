@@ -116,14 +116,23 @@ def native_size(store: Store, rows: pd.DataFrame) -> np.ndarray:
 def read_volumes(path: str | Path) -> pd.DataFrame:
     """Read a table of volumes, such as `asegstats2table` of FreeSurfer writes: identifiers and columns of numbers.
 
+    A file that has not changed is read only once.
+
     Raises:
         TableError: no column `participant` or `scan`, no numeric column, or two rows for one scan.
     """
+    path = Path(path)
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+    return _read_volumes(path, stamp)
+
+
+@lru_cache(maxsize=4)
+def _read_volumes(path: Path, _stamp: tuple[int, int] | None) -> pd.DataFrame:
     def known(names: list[str]) -> list[str]:  # FreeSurfer names its subject column after the measure
         return headings(["participant" if name.startswith("Measure:") else name for name in names],
                         HEADINGS | {"scan": ("scan",)})
 
-    table = read_foreign(Path(path), known, text=NAMES)
+    table = read_foreign(path, known, text=NAMES)
     keys = [name for name in NAMES if name in table and table[name].ne("").any()]
     keys = ["scan"] if "scan" in keys else keys
     if not {"participant", "scan"} & set(keys):

@@ -72,6 +72,9 @@ def save_reference(folder: Path, reference: Reference) -> None:
 
 
 def read_reference(model: Path) -> Reference | None:
-    """Read the reference beside a model (given its folder or file); None if there is none."""
-    path = (model if model.is_dir() else model.parent) / FILE
+    """Read the reference of a run of the kit, given its folder or its encoder.safetensors; None if there is none.
+
+    A file of another name may lie beside the reference of another encoder.
+    """
+    path = (model.parent if model.name == "encoder.safetensors" else model) / FILE
     return Reference(**load_file(path)) if path.is_file() else None

@@ -125,7 +125,7 @@ def fill(network: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
     missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     left = [name for name in weights if name not in wanted]
     misshapen = [f"{name.removeprefix(inner)} {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
+                 for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
     problems = {"missing": missing, "left over": left, "misshapen": misshapen}
     if any(problems.values()):
         lines = [f"{kind}: {len(names)}: {_some([name.removeprefix(inner) for name in names])}"

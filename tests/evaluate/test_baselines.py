@@ -14,6 +14,7 @@ from kit.cohort.labels import LabelError, Labels, read_labels
 from kit.cohort.split import splits
 from kit.cohort.tabular import TableError
 from kit.evaluate import measured as measured_module
+from kit.evaluate import volumes as volumes_module
 from kit.evaluate.baselines import BASELINES, LEAST_ROWS, baseline_predictions
 from kit.evaluate.measured import measured, measured_file
 from kit.evaluate.metrics import score
@@ -150,6 +151,12 @@ def test_a_site_that_says_the_label_is_found_and_an_unknown_one_says_nothing(sto
     same_name = Store(elsewhere.folder, elsewhere.index.assign(site="B"), elsewhere.record)  # B of another dataset
     np.testing.assert_array_equal(baseline_predictions("site", task_of(confounded, "ill", same_name))["elsewhere"],
                                   found["elsewhere"])
+    numbered = confounded.index.assign(site=(index["site"] == "B").astype(int))
+    gap = numbered.assign(site=numbered["site"].astype(float).where(numbered.index > 0))  # so the others read as floats
+    task = task_of(Store(store.folder, numbered, store.record), "ill", Store(store.folder, gap, store.record))
+    as_float = baseline_predictions("site", task)["elsewhere"]
+    same = gap["site"].notna().to_numpy()
+    np.testing.assert_array_equal(as_float[same & (gap["site"] == 1)], found["test"].max())
     said = []
     assert baseline_predictions("site", task_of(with_index(store, site="A"), "lesion"), say=said.append) is None
     assert said == ["site on lesion: no row, because all training scans have the same site"]
@@ -225,6 +232,18 @@ def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(TableError, match=words):
             baseline_predictions("volumes", task, volumes=tmp_path / "bad.csv")
+
+
+def test_a_table_of_volumes_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    read, real = [], volumes_module.read_foreign
+    monkeypatch.setattr(volumes_module, "read_foreign", lambda path, *more, **options: (
+        read.append(path) or real(path, *more, **options)))
+    (tmp_path / "ml.csv").write_text("participant,ml\n001,3\n")
+    for _ in range(2):
+        assert volumes_module.read_volumes(tmp_path / "ml.csv")["ml"].tolist() == [3]
+    assert len(read) == 1
+    (tmp_path / "ml.csv").write_text("participant,ml\n001,45\n")
+    assert volumes_module.read_volumes(tmp_path / "ml.csv")["ml"].tolist() == [45] and len(read) == 2
 
 
 def test_sessions_have_rows_of_their_own(store, tmp_path):

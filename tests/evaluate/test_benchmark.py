@@ -124,6 +124,15 @@ def test_folds_test_everybody_once(stores, tmp_path):
     assert voxels["voxels", "lesion", "in_distribution"] > 0.9, "a bright corner says lesion"
 
 
+def test_the_number_of_training_participants_is_the_mean_over_folds(tmp_path):
+    store = make_store(tmp_path / "store", 20)
+    results = filled(params_for((store, store), tmp_path / "run", out_of_distribution=None, folds=3, tasks=["lesion"],
+                                baselines=["guess"], finetune_tasks=[], label_fractions=[1.0]))
+    folds = results.predictions.groupby("fold")["train_participants"].agg(["first", "size"]).to_numpy().tolist()
+    assert folds == [[10, 7], [9, 10], [9, 9]], "folds of unequal sizes: participants trained on, scans tested"
+    assert results.tidy["train_participants"].tolist() == [28 / 3]
+
+
 def test_among_people_who_are_alike(tmp_path):
     stores = make_store(tmp_path / "here", 60), make_store(tmp_path / "elsewhere", seed=1, dataset="elsewhere")
     index = stores[0].index

@@ -315,6 +315,18 @@ def test_only_the_cells_concerned_are_computed_anew(store, tmp_path, capsys, fit
     assert len(fitted) == done + 4 and "no record of what it was made from" in capsys.readouterr().out
 
 
+def test_no_shard_keeps_tables_of_older_labels(store, tmp_path):
+    values = {"baselines": ["guess"], "shards": 2}
+    for shard in (0, 1):
+        benchmarked(store, tmp_path / "run", **values, shard=shard)
+    benchmarked(store, tmp_path / "run", **values | {"shards": 1})
+    tables = [tmp_path / "run" / folder / "scores.csv" for folder in ("shards/0-of-2", "shards/1-of-2", ".")]
+    assert all(table.exists() for table in tables)
+    correct_labels(store)
+    benchmarked(store, tmp_path / "run", **values, shard=0)
+    assert [table.exists() for table in tables] == [True, False, False]
+
+
 # 2_pretrain
 
 
