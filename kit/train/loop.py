@@ -123,8 +123,8 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
     """
     state = State(objective, settings, folder, params)
     state.restore()
-    if len(places := set(of_all_processes((len(state.log), len(state.reports))))) > 1:
-        listed = ", ".join(f"epoch {epoch + 1} after {step} steps" for epoch, step in sorted(places))
+    if len(resumed := set(of_all_processes((len(state.log), len(state.reports))))) > 1:
+        listed = ", ".join(f"epoch {epoch + 1} after {step} steps" for epoch, step in sorted(resumed))
         raise checkpoint.CheckpointError(
             f"{folder and shown(folder / 'checkpoints')}: the processes read different checkpoints ({listed}), so the "
             "nodes do not see the same files yet; start the run again in a minute")
