@@ -65,7 +65,6 @@ SAID = {  # QC flags in plain words
     "snr low": "noisy",
     "orientation_deg high": "its header's orientation was wrong; it was turned upright",
 }
-TABLE = ("scan", "participant", "session", "dataset", "warnings", "unusable", "as_far", "outside", "fingerprint")
 
 
 class Applied(NamedTuple):
@@ -73,9 +72,9 @@ class Applied(NamedTuple):
 
     Attributes:
         store: the prepared scans.
-        table: one row per scan: scan, participant, session, dataset; warnings (in words), unusable (QC metrics, as in
-            the index); as_far (share of validation scans at least as far from the training scans), outside (whether
-            that is at most 5 %; empty if unknown); fingerprint; a fine-tuned model's predictions.
+        table: one row per scan: scan, participant, session, dataset; warnings (in words), unusable (names of the QC
+            metrics that make it so); as_far (share of validation scans at least as far from the training scans),
+            outside (whether that is at most 5 %; empty if unknown); fingerprint; a fine-tuned model's predictions.
         features: (scans, features) float32.
         failed: scans that could not be prepared, with reasons.
         seconds: duration of each step.
@@ -120,6 +119,9 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
         settings = settings_for(record["preparation"], params)
         allow += [field for field in ("registration", "mask", "bias_correction")
                   if record["preparation"][field] not in (settings.record()[field], ANY)]
+        network = (load_predictor(model, settings.record())[0].encoder if model
+                   else load_encoder(spec, settings.record(), allow=allow)[0])
+        FeatureReader(network, params.pool, params.stages, params.flips)  # refused now, not after hours of preparation
         index, failed = prepare(scans, folder / "prepared", settings, params.workers)
         store, coarse = Store.open(folder / "prepared"), coarse_scans(scans, index)
     sides = {"model": Side(shown(model), record["preparation"])} if model else side_of(spec)
@@ -129,17 +131,17 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     encoder = predictor.encoder if predictor else load_encoder(spec, store.record, allow=allow)[0]
     reader = FeatureReader(encoder, params.pool, params.stages, params.flips)
     loaded, data = perf_counter(), PreparedScans(store, store.index)
-    plain = predict(encoder, data)
-    features = plain if reader.plain else predict(reader, data)
+    own = predict(encoder, data)  # the encoder's own output, which the head and the reference take
+    features = own if reader.plain else predict(reader, data)
     what: dict[str, Any] = ({"model": {"from": shown(model), "weights": weights_digest(predictor)}}
                             if model and predictor else {"encoder": noted(spec, encoder, record)})
     made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
                      settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
     reference = None if "format" in record else read_reference(resolve(encoder_parts(spec)[1]))  # published: none
-    table = _table(store, plain, reference, coarse).assign(fingerprint=made.fingerprint)
+    table = _table(store, own, reference, coarse).assign(fingerprint=made.fingerprint)
     if model and predictor:
         with torch.no_grad():
-            raw = predictor.cpu().head(torch.from_numpy(plain)).numpy()
+            raw = predictor.cpu().head(torch.from_numpy(own)).numpy()
         table = pd.concat([table, _predictions(in_label_units(predictor, raw), record, model)], axis=1)
     seconds = {"prepare": prepared - started, "read weights": loaded - prepared, "embed": perf_counter() - loaded}
     return Applied(store, table, features, failed, {name: round(value, 1) for name, value in seconds.items()}, made)
@@ -177,11 +179,14 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
         return read_cohort(path, contrast)
     if not is_there(path):
         raise CohortError(f"{shown(path)}: no such file or folder")
+    if path.is_file() and is_collection(path):
+        return read_cohort(path, contrast)
     files = [path]
     if path.is_dir():
         if (path / "dataset_description.json").exists() or is_collection(path):
             return read_cohort(path, contrast)
-        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SCANS)) or [path]
+        files = sorted(file for file in path.rglob("*")
+                       if file.name.lower().endswith(SCANS) and not file.name.startswith(".")) or [path]  # ._a: macOS's
     paths = pd.Series([str(file) for file in files])
     cohort = pd.DataFrame({"participant": named_by_file(paths), "session": "01", "dataset": "?", "image_path": paths,
                            "mask_path": ""})
@@ -309,6 +314,10 @@ def main() -> int:
             values = {"input": _from_here(arguments.input), "encoder": _encoder_from_here(arguments.encoder),
                       "output_dir": folder, **read_options(arguments.parameter)}
             params = check(Apply, values)
+            if is_model(params.encoder) and arguments.output.suffix != ".npy" and (
+                    params.pool != "default" or params.stages or params.flips):
+                raise ParameterError("pool, stages and flips change embeddings only, and a fine-tuned model's table "
+                                     "holds predictions; leave them out, or name a .npy")
             scans = scans_of(params)
             count = len(scans.index)  # of a store's table, or of the cohort's
             if arguments.output.suffix == ".npy" and count != 1:

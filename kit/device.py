@@ -69,7 +69,7 @@ def at_least_float32(values: torch.Tensor) -> torch.Tensor:
 
 
 def upload(array: np.ndarray, where: torch.device, kind: torch.dtype | None = None) -> torch.Tensor:
-    """Copy a small array to a device, as it is or as another type.
+    """Move a small array to a device, as it is or as another type; on the CPU it may share memory with the array.
 
     numpy converts it, as torch would wake all of its threads for that. Pinning made views slower on an H200, because
     each array needs a pinned allocation of its own.

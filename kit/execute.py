@@ -88,7 +88,7 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
     executed = output or params.run_dir / f"{notebook}.ipynb"
     page = executed.with_suffix(".html") if output else params.run_dir / "report.html"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("papermill").addFilter(_is_no_rare_parameter)
+    logging.getLogger("papermill").addFilter(_is_not_unknown_parameter)
     if log:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -102,8 +102,8 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
     return page
 
 
-def _is_no_rare_parameter(record: logging.LogRecord) -> bool:
-    """Drop papermill's warning of a parameter that a notebook's cell leaves out; its name has been checked."""
+def _is_not_unknown_parameter(record: logging.LogRecord) -> bool:
+    """Log filter: False for papermill's warning of a parameter that the notebook's cell leaves out."""
     return not record.getMessage().startswith("Passed unknown parameter: ")
 
 
@@ -118,6 +118,7 @@ def fill(values: dict[str, Any], bar: dict[str, Any] | None = None) -> Path:
 
     Raises:
         ParameterError, RunError: before any work.
+        Stopped: it was asked to stop; the same parameters resume it.
     """
     from kit.evaluate.benchmark import fill_cells
 
@@ -136,7 +137,7 @@ class Step(NamedTuple):
     name: str
     notebook: str
     values: dict[str, Any]
-    seconds: float  # that it is meant to take
+    seconds: float  # expected
     file: str
     at_once: int  # runs of this file
     shards: int
@@ -149,9 +150,9 @@ def steps_of(folder: Path) -> list[Step]:
         seconds: of each run.
         each: names and lists of values, all combinations of which are run; `{name}` in the file's other values is
             replaced by the value.
-        at_once: how many of these run side by side, each on its share of the cores: faster by a sixth than one after
-            the other on all of them, for small networks.
-        shards: for `5_benchmark`: so many processes compute cells side by side; one more run makes the tables.
+        at_once: how many of these run side by side, each on its share of the cores; for small networks this is a
+            sixth faster than one after the other on all cores.
+        shards: for `5_benchmark`, number of processes that compute cells side by side; one more run makes the tables.
 
     Raises:
         ParameterError: the folder has none, or an entry says something else.
@@ -165,7 +166,7 @@ def steps_of(folder: Path) -> list[Step]:
     for name, entry in budget.items():
         entry = entry if isinstance(entry, dict) else {"seconds": entry}
         file, each = folder / f"{name}.yaml", entry.get("each", {})
-        lists = isinstance(each, dict) and all(isinstance(values, list) for values in each.values())
+        lists = isinstance(each, dict) and all(isinstance(values, list) and values for values in each.values())
         counts = all(isinstance(entry.get(key, 1), int) and entry.get(key, 1) > 0 for key in ("at_once", "shards"))
         if (set(entry) - {"seconds", "each", "at_once", "shards"} or not lists or not counts
                 or not isinstance(entry.get("seconds"), int | float)):
@@ -238,15 +239,15 @@ def _side_by_side(steps: Sequence[Step], at_once: int) -> list[tuple[str, float,
     failed = Event()
 
     def one(step: Step) -> tuple[str, float, Path]:
-        (line, own), begun = places.get(), time.monotonic()
+        (bar_row, cores), begun = places.get(), time.monotonic()
         try:
             if not failed.is_set():
-                _run_on(step, line, own)
+                _run_on(step, bar_row, cores)
         except BaseException:
             failed.set()
             raise
         finally:
-            places.put((line, own))
+            places.put((bar_row, cores))
         return step.name, time.monotonic() - begun, parameters(step.notebook, step.values).run_dir
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -258,16 +259,16 @@ def _side_by_side(steps: Sequence[Step], at_once: int) -> list[tuple[str, float,
             raise
 
 
-def _run_on(step: Step, line: int, own: set[int]) -> None:
-    """Run a step in another process, on these cores, with its bar on this line."""
+def _run_on(step: Step, bar_row: int, cores: set[int]) -> None:
+    """Run a step in another process, on these cores, with its bar in this row."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "values.yaml"
         file.write_text(yaml.safe_dump(step.values), encoding="utf-8")
         # of a benchmark's shards the cells are enough: the run that follows makes the tables and figures
         cells = ["--cells"] if step.notebook == "5_benchmark" and step.values.get("shards", 1) > 1 else []
         process = subprocess.Popen([sys.executable, "-m", "kit.execute", step.notebook, "-f", str(file), *cells,
-                                    "--line", str(line), step.name], stdout=subprocess.DEVNULL)
-        keep_to(process.pid, own)  # it is still importing; its kernel inherits them
+                                    "--line", str(bar_row), step.name], stdout=subprocess.DEVNULL)
+        keep_to(process.pid, cores)  # it is still importing; its kernel inherits them
         if code := process.wait():
             raise RunError(f"{step.name}: failed with exit code {code}; see its output above")
 
@@ -325,6 +326,13 @@ def main() -> int:
     except KitError as error:
         print(f"kit.execute: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        from kit.train.stop import Stopped  # imports pandas, not needed to refuse a mistake in parameters
+
+        if not isinstance(error, Stopped):
+            raise
+        print(f"kit.execute: {error}; the same parameters resume it", file=sys.stderr)
+        return 3
     return 0
 
 

@@ -76,8 +76,10 @@ def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None
         write_weights(made / "model.safetensors", network)
         write_program(made / PROGRAM, network, config)
         write_bundle(made, network, config, description(record, config), licence or "to be filled in")
-        # by the names that 2_pretrain gives, whatever the file was called
-        for each, name in ((path, "encoder.safetensors"), (path.with_name(REFERENCE), REFERENCE)):
+        own = [(path, "encoder.safetensors")]  # the name that 2_pretrain gives
+        if path.name == "encoder.safetensors":  # a file of another name may lie beside another encoder's reference
+            own.append((path.with_name(REFERENCE), REFERENCE))
+        for each, name in own:
             if each.is_file():
                 write_whole(made / name, partial(shutil.copyfile, each))
         text = card(record, config, path.parent, licence, scores)
@@ -147,7 +149,10 @@ def _weights_by_fold(spec: str, seeds: list[int]) -> list[list[str]]:
 
 
 def _digest(encoder: str) -> str:
-    return weights_digest(load_encoder(encoder, read_record(encoder)["preparation"])[0])
+    record = read_record(encoder)
+    if "format" in record:  # third-party weights are never exported
+        return ""
+    return weights_digest(load_encoder(encoder, record["preparation"])[0])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     values: dict[str, Any] = vars(parser.parse_args(arguments))
     try:
         print(shown(export(values["encoder"], values["output"], values["benchmark"], values["licence"])))
-    except (EncoderError, ExportError, OSError) as error:
+    except (KitError, OSError) as error:
         print(f"kit.export: {error}", file=sys.stderr)
         return 2
     return 0

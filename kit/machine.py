@@ -110,5 +110,7 @@ def keep_freed_memory(*_: object) -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
     if mallopt is not None:
-        for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):  # glibc before 2.35 refuses more than 32 MiB
+            mallopt(M_MMAP_THRESHOLD, 2**25)
+        for option, size in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
             mallopt(option, size)

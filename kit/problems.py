@@ -29,7 +29,7 @@ def encoder_parts(encoder: str | Path) -> tuple[str, str]:
 
 
 def encoder_problems(name: str, encoder: str, architectures: tuple[str, ...], trained: bool = False) -> list[str]:
-    """Problems with an encoder's name, or that its file does not exist; `trained`: `random` will not do."""
+    """Problems with an encoder's name, or that its file does not exist; `trained`: do not advise `random`."""
     kind, rest = encoder_parts(encoder)
     if kind == "random":
         known = not rest or rest in architectures

@@ -117,13 +117,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read names and values from a YAML file.
 
     Raises:
-        ParameterError: the file is missing, is not YAML, does not map names to values, repeats a name, or has numbers
-            that YAML reads as other numbers.
+        ParameterError: the file is missing, is not UTF-8 or YAML, does not map names to values, repeats a name, or
+            has numbers that YAML reads as other numbers.
     """
     path = resolve(path)
     if not path.is_file():
         raise ParameterError(f"{shown(path)}: no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{shown(path)} cannot be read as UTF-8 text: {error}") from None
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -223,7 +226,7 @@ def built(model: type[Model], values: Mapping[str, Any]) -> Model:
 
 
 def _of_the_sample(params: Parameters) -> list[str]:
-    """Problems with paths of the sample's quick runs beside another cohort: a cell's defaults that nobody changed."""
+    """Problems with paths of the sample's runs (outputs/quick) beside another cohort: defaults left unchanged."""
     values, quick = dict(params), resolve("outputs/quick")
     source = next((name for name in ("prepared", "cohort", "input") if values.get(name) is not None), "")
     if not source or values[source] == "sample" or _is_within(values[source], quick):

@@ -115,9 +115,9 @@ def _scores(scores: pd.DataFrame | None) -> list[str]:
                 for low, high in zip(table["low"], table["high"], strict=True)]
     table["value"] = [f"{value:.3f}" for value in table["value"]]
     table.insert(table.columns.get_loc("value") + 1, "95 % interval", interval)
-    return ["Of a benchmark with this encoder: means over `seeds` (where each seed or fold has an encoder of its own, "
-            "over these), with their intervals over participants and seeds. Rivals and baselines, without which a "
-            "score says little, stand in the benchmark's report.",
+    return ["From a benchmark that included this encoder: means over `seeds` (if each seed or fold has an own encoder, "
+            "over those), with intervals over participants and seeds. A score means little without its rivals and "
+            "baselines; they are in the benchmark's report.",
             _table(table.drop(columns=["low", "high"]))]
 
 
@@ -144,7 +144,7 @@ features = {features}
 
 With torch alone: `torch.export.load("program.pt2").module()(scans)`. As a MONAI bundle, on prepared scans as NIfTI in
 `scans/`: `python -m monai.bundle run --config_file configs/inference.json` (which needs `pip install fire`) writes
-`features/features.csv`. It looks at a scan's shape, not at how it was prepared.
+`features/features.csv`. The bundle checks a scan's shape, not how it was prepared.
 With the kit this folder is an `encoder`."""
 
 

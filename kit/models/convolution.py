@@ -20,10 +20,10 @@ class Conv3d(nn.Conv3d):
 
     Under a CPU's autocast it runs in float32 if its kernel is larger than a side of its input. There, oneDNN 3.12
     (torch 2.13, avx512_bf16) computes bfloat16 gradients of the weights from uninitialised memory, or writes out of
-    bounds: garbage, infinities, gradients that differ between runs, or a crash. In 250 random shapes with every side
-    at least the kernel's, none failed. The last stages of small grids have sides below it.
+    bounds: garbage, infinities, gradients that differ between runs, or a crash. None of 250 random shapes failed whose
+    sides were all at least the kernel's. The last stages of small grids have shorter ones.
 
-    On CUDA, a layer that reads one channel and writes more than `INDEX_LIMIT` elements reads shifted copies of that
+    On CUDA, a layer that reads one channel and writes `INDEX_LIMIT` elements or more reads shifted copies of that
     channel as channels instead, see `by_columns`. For the paper's ResNet-18 this holds for more than three
     scans (six views) of 150x192x192; with six scans (twelve views), it cut a bf16 step on an H200 from 741 to 563 ms.
     """

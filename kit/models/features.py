@@ -40,7 +40,8 @@ class FeatureReader(nn.Module):
 
     Args:
         encoder: from `kit.models.encoders`, or a third-party network.
-        pool: "mean" over places or brain tokens, "class" token of a ViT, or "default": the encoder's own output.
+        pool: "mean" over places or brain tokens, "class" token of a ViT, or "default": the encoder's own
+            output; for stages, the mean.
         stages: numbers in `stages_of`, from 1, whose features are concatenated in this order; none: the encoder's
             output.
         flips: average the features of a scan and of its mirror image.

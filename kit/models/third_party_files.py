@@ -33,7 +33,7 @@ MOST_NAMES = 20  # listed of each kind in an error
 
 
 class EncoderError(KitError, ValueError):
-    """An encoder does not fit; the message says what it has and what was asked for."""
+    """An encoder cannot be used: missing, unreadable, of an unknown format, or unfit for the scans."""
 
 
 def third_party_record(kind: str, path: Path) -> dict[str, Any]:
@@ -68,6 +68,8 @@ def _described(kind: str, path: Path, _time: int, _size: int) -> dict[str, Any]:
     state, outside = _read(path)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     kind = _format_of(shapes, path) if kind == "auto" else kind
+    if kind not in FORMATS:
+        raise EncoderError(f"{shown(path)}: no format {kind!r}; FORMAT is {', '.join(FORMATS)}")
     known = FORMATS[kind]
     weights, ignored = _sorted_out(shapes, known)
     architecture = known.architecture or _medicalnet(weights, path)
@@ -94,6 +96,9 @@ def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, i
     else:
         meant = ": what the kit knows of its preparation, data and licence is of the released weights"
         lines.append(f"sha256 {digest} is not known here{meant * bool(known.source)}")
+        if kind == "medicalnet":
+            lines.append("if it is a ResNet of your own, its features here are wrong: MedicalNet's last stages are "
+                         "dilated")
     if known.preparation is None:
         lines.append("how its scans were prepared is not known: nothing is compared; give it scans like those that it "
                      "was trained on")

@@ -11,6 +11,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -97,8 +98,9 @@ def launch(function: Callable[..., Any], arguments: tuple, workers: int) -> Any:
     try:
         return elastic_launch(config, function)(*arguments)[0]
     finally:  # torch elastic leaves its own handlers behind
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -35,7 +35,7 @@ from kit.train.progress import Progress
 from kit.train.stop import Stopped
 
 Chunks = list[list[int]]  # this process's share of one batch, in chunks
-# (epoch, batch number) -> (pass, number in it): the pass keys the augmentation, both seed torch's random state
+# maps (epoch, batch in it) to (pass over the scans, batch in it): views depend on the pass, dropout on both
 Place = Callable[[int, int], tuple[int, int]]
 MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # may differ when a run is resumed
 
@@ -77,7 +77,7 @@ class Settings:
 
 
 def as_counted(epoch: int, number: int) -> tuple[int, int]:
-    """The `Place` of an epoch that takes each scan once: the epoch is the pass."""
+    """The default `Place`, for epochs that take each scan at most once: each epoch is one pass."""
     return epoch, number
 
 
@@ -101,8 +101,8 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         params: what must be the same when the run is resumed; by default the settings.
         stop: file that asks the run to stop.
         live: write `live.json` and TensorBoard's files.
-        monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1. Its result joins
-            the log's row. If it has a `monitor`, that is minimised instead of the validation loss.
+        monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1. The numbers
+            it returns join the log's row; one named `monitor` is minimised instead of the validation loss.
         place: maps a batch's epoch and number to the pass over the scans and the number in it, which key its draws.
 
     Returns:
@@ -161,7 +161,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
                 raise TrainingError(
                     f"{what} in epoch {epoch + 1}, step {number + 1}; scans: {', '.join(names)}. "
                     "Look at those scans, lower learning_rate, or set clip: 1"
-                    + (f"; {shown(last)} is of before" if last and last.exists() else ""))
+                    + (f"; {shown(last)} is from before that step" if last and last.exists() else ""))
             stopped = report.pop("stop") > 0
             state.update(report)
             scans = world_size() * sum(len(chunk) for chunks in steps[number] for chunk in chunks)
@@ -174,9 +174,13 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
                 saver.save(state.plain())
         row = state.row(epoch)
         if rank() == 0:
-            validated = validate(state.kept, validation, settings.batch_size)
-            row |= {f"validation_{name}": value for name, value in validated.items()}
-            row |= monitor(state.kept, epoch + 1) if monitor else {}
+            try:
+                validated = validate(state.kept, validation, settings.batch_size)
+                row |= {f"validation_{name}": value for name, value in validated.items()}
+                row |= monitor(state.kept, epoch + 1) if monitor else {}
+            except StoreError:
+                saver.save(state.plain(), wait=True)
+                raise
         row["monitor"] = of_first_process(row.get("monitor", row.get("validation_loss", row["loss"])))
         row["seconds"] = round(time.monotonic() - started, 2)
         progress.add(row, "epoch")
@@ -270,7 +274,8 @@ class State:
         """
         self.optimizer.zero_grad(set_to_none=True)
         buffers = list(cast(nn.Module, self.objective).buffers())
-        before = [buffer.clone() for buffer in buffers] if sum(map(len, step)) > 1 else []  # a single part reads first
+        several = sum(map(len, step)) > 1  # a single chunk is read before any statistics change
+        before = [buffer.clone() for buffer in buffers] if several else []
         try:
             return gradients(self.model, self.objective, stream, step, places, self.settings.seed,
                              self.settings.precision)
@@ -353,7 +358,7 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
         batch: scan numbers.
         chunk: items at a time; 0 takes the whole share.
         equal: drop items so that all shares are equal, which objectives that compare scans need; otherwise shares
-            differ by one item at most, and are made equal only if that item would be a chunk by itself: all processes
+            differ by one item at most. They are made equal too if that item would need one more chunk: all processes
             run the same number of chunks, or synchronised BatchNorm would wait for one that does not come.
         scans_per_item: neighbouring scans of the batch that stay together.
 
@@ -390,8 +395,8 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
         model: `objective`, or its DistributedDataParallel.
         stream: batches in the order of `reads`.
         step: the batches, in chunks.
-        places: what `place` gives for each batch. Its epoch keys the views; seed, epoch, number and rank seed torch's
-            random state.
+        places: (pass, number) of each batch, see `Place`. The pass keys the views; seed, pass, number and rank seed
+            torch's random state.
 
     Returns:
         what the objective reports, averaged over the step on this process.
@@ -404,7 +409,7 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
             reports.append(_cached(model, objective, stream, seeds, epoch, len(step), last, precision))
             continue
         own = torch.tensor(float(sum(len(chunk) for chunk in chunks)), device=device())
-        scans = mean_over_processes({"scans": own})["scans"]  # mean of the processes, over which DDP averages
+        scans = mean_over_processes({"scans": own})["scans"]  # a process's mean share: DDP averages over processes
         weighted = []
         for chunk, chunk_seed in zip(chunks, seeds, strict=True):
             weight = len(chunk) / scans

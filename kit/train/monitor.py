@@ -32,7 +32,7 @@ from kit.train.loss import nt_xent
 from kit.train.objectives import MaskedReconstruction, Objective
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, if present; all but age are classes
-SITES = ("site", "dataset")  # of these, what the verdict takes for the site: the first that could be probed
+SITES = ("site", "dataset")  # the first of these that could be probed is the site of the verdict
 MEAN_SCANS = 512  # most training scans that `mean_scan_loss` averages
 LEAST = 20  # fewest participants for a probe, and validation scans for a verdict on the validation loss
 
@@ -226,7 +226,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     words = f"LEARNING: the loss fell by {fell:.0%}"
     if "top1" in last:
         words += f"; {last['top1']:.0%} of the views find their partner (chance {chance:.1%})"
-    elif "mean_scan_loss" in log:
+    elif "mean_scan_loss" in log and log["validation_loss"].notna().any():
         held_out = log.dropna(subset=["validation_loss"]).iloc[-1]
         words += (f"; on held-out scans it is {held_out['validation_loss']:.3f}, that of the mean scan "
                   f"{held_out['mean_scan_loss']:.3f}")

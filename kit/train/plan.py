@@ -119,8 +119,8 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
         params: of the run; with `epochs: 0` the plan is for 1000 epochs.
 
     Returns:
-        one row per number of devices: devices, scans_at_a_time, memory_gb, hours, gpu_hours, scans_per_second (that the
-        store must deliver); and a summary in words.
+        one row per number of devices: devices, scans_at_a_time (with session pairs: pairs), memory_gb, hours,
+        gpu_hours, scans_per_second (that the store must deliver); and a summary in words.
     """
     store = Store.open(params.prepared)
     learned = choose_scans(params, store)[0]

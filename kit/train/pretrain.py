@@ -190,6 +190,8 @@ def status(params: Pretrain, run: Run) -> str:
     if state is None:
         return "nothing trained yet"
     place = state["position"]
+    if place["epoch"] >= params.epochs:
+        return "UNFINISHED: all epochs are done, but not the encoder's file; run again with the same parameters"
     return (f"UNFINISHED: stopped in epoch {place['epoch'] + 1} of {params.epochs} after {place['step']} of its steps; "
             "run again with the same parameters to go on")
 
@@ -251,7 +253,7 @@ def check_start(params: Pretrain) -> None:
         print(f"{why}: {participant_ids(test).nunique()} of {participant_ids(index).nunique()} participants are left "
               "out, for testing (leave_out_test)")
     else:
-        test = index[index["split"].isin({"test", "out_of_distribution"} - {params.split})]
+        test = index[index["split"].isin(["test", "out_of_distribution"])]
     check_apart({name: (store, rows, participant_ids(rows)) for name, rows in (("pretrain", learned), ("test", test))},
                 aliases)
 
@@ -297,7 +299,8 @@ def _restored(params: Pretrain, run: Run) -> tuple[Pretext, Store]:
     store = Store.open(params.prepared)
     model = build_objective(params, store)
     state = checkpoint.read_checkpoint(run / "checkpoints")
-    assert state is not None  # the run has begun
+    if state is None:
+        raise CheckpointError(f"{shown(run / 'checkpoints')}: no checkpoint; restore it, or pretrain again")
     model.load_state_dict(checkpoint.weights(state))
     return model, store
 

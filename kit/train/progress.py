@@ -53,6 +53,7 @@ class Progress:
             waited: mean seconds that a step of this epoch waited for data.
         """
         self.step += 1
+        self.steps = max(self.steps, self.step)  # epochs may have more batches than the first
         self.bar.set_postfix(loss=f"{report['loss']:.3f}", refresh=False)
         self.bar.update()
         if self.folder is None:

@@ -15,7 +15,7 @@ import pandas as pd
 
 NAME = "stop"  # in the run's folder
 UNFINISHED = "unfinished.csv"  # the log so far of a run that was asked to stop
-PREEMPTED = "preempted"  # also there: Slurm asked, and the job is to be requeued; see slurm/papermill.sbatch
+PREEMPTED = "preempted"  # beside it if Slurm asked, not a person: the job is then requeued; see slurm/papermill.sbatch
 
 
 class Stopped(Exception):

@@ -185,6 +185,8 @@ def test_pretraining_refuses_who_will_be_tested_by_a_column_split(tmp_path):
     with pytest.raises(LeakageError, match=f"{second.sum()} participants are both in pretrain and in test"):
         check_start(params)
     check_start(params.model_copy(update={"leave_out_test": False}))
+    with pytest.raises(LeakageError, match="in pretrain and in test"):
+        check_start(params.model_copy(update={"split": "out_of_distribution"}))
     shutil.copy(scan_path(store.folder, store.index["scan"].iloc[-1]),
                 scan_path(store.folder, store.index["scan"].iloc[0]))
     changed(store, split=np.where(ids.isin(ids.unique()[:4]), "test", "pretrain"))

@@ -244,7 +244,7 @@ class Falls(nn.Module):
 def test_a_loss_that_is_not_finite_stops_with_the_scans_and_the_checkpoint(store, tmp_path):
     changes = {"optimizer": "lars", "learning_rate": 1e6, "schedule": "constant", "epochs": 12, "checkpoint_minutes": 0}
     with pytest.raises(TrainingError, match="the loss is (nan|inf) in epoch .*; scans: made_.*lower learning_rate.*"
-                                            "last.pt is of before"):
+                                            "last.pt is from before that step"):
         trained(store, tmp_path, Falls(), **changes)
     state = torch.load(tmp_path / "checkpoints/last.pt", weights_only=True)
     assert math.isfinite(state["model"]["place"])

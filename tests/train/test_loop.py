@@ -508,15 +508,19 @@ def test_scans_that_are_damaged_at_the_start_are_named_and_left_out(tmp_path):
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "run"))
 
 
-def test_a_scan_that_breaks_later_ends_the_run_with_a_checkpoint_and_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["learned from", "validation"])
+def test_a_scan_that_breaks_later_ends_the_run_with_a_checkpoint_and_its_name(tmp_path, monkeypatch, part):
     store = make_store(tmp_path / "store")
     whole = params(store, tmp_path / "whole")
     log = pretrain(whole, Run.of(whole))
     asked, read, reads = params(store, tmp_path / "run"), Store.read, []
+    learned, validation = choose_scans(asked, store)
+    breaking = (learned if part == "learned from" else validation)["scan"].iloc[0]
 
     def breaks(self, scan, crop=None):
         reads.append(scan)
-        if len(reads) == 40:  # in the second epoch
+        # of a validation scan: read by the validation and by the monitor, in the first epoch
+        if reads.count(breaking) == {"learned from": 2, "validation": 3}[part] and scan == breaking:
             raise StoreError(f"scan {scan}: damaged")
         return read(self, scan, crop)
 
@@ -524,7 +528,8 @@ def test_a_scan_that_breaks_later_ends_the_run_with_a_checkpoint_and_its_name(tm
     with pytest.raises(StoreError, match="scan made_"):
         pretrain(asked, run := Run.of(asked))
     state = checkpoint.read_checkpoint(tmp_path / "run/checkpoints")
-    assert state["position"]["epoch"] >= 1
+    assert state["position"]["epoch"] == 1
+    assert part == "learned from" or state["position"]["step"] == len(log["loss"])  # three steps, before validation
     monkeypatch.undo()
     again = pretrain(asked, run)  # it was well after all
     assert np.array_equal(again["loss"], log["loss"]) and same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
