@@ -31,6 +31,7 @@ from kit.models.reference import fit_reference, read_reference, save_reference
 from kit.params import Apply, Finetune
 from kit.preprocess.nifti import write_nifti
 from kit.preprocess.quality import QC_METRICS
+from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template
 from kit.reading import check
 from kit.runs import ROOT, Run
@@ -181,7 +182,7 @@ def test_classes_have_probabilities_that_sum_to_one():
     assert np.allclose(table[["probability_CN", "probability_MCI", "probability_AD"]].sum(axis=1), 1)
 
 
-def test_a_fine_tuned_model_predicts_what_its_own_run_wrote(store, tmp_path):
+def test_a_fine_tuned_model_predicts_what_its_own_run_wrote(store, tmp_path, monkeypatch, capsys):
     values = {"prepared": str(store.folder), "encoder": "random:resnet18_narrow", "task": "age", "steps": 20,
               "check_steps": 10, "batch_size": 8, "check_converged": False, "validation_fraction": 0.6,
               "output_dir": str(tmp_path / "model")}
@@ -194,6 +195,20 @@ def test_a_fine_tuned_model_predicts_what_its_own_run_wrote(store, tmp_path):
     same = found.loc[predictions["scan"]]
     assert np.allclose(same["predicted"], predictions["predicted"], atol=1e-4)
     assert (same["low"] < same["predicted"]).all() and same["as_far"].between(0, 1).all()
+    monkeypatch.setattr(sys, "argv", ["kit.apply", "--input", str(store.folder), "--encoder", str(tmp_path / "model"),
+                                      "--output", str(tmp_path / "x.csv"), "-p", "flips", "true"])
+    assert main() == 2 and "flips change embeddings only" in capsys.readouterr().err
+
+
+def test_what_the_network_cannot_give_is_refused_before_scans_are_prepared(tmp_path):
+    asked = Apply(input=str(tmp_path), encoder=str(tmp_path), output_dir="outputs/x", pool="class")
+    save_encoder(tmp_path / "encoder.safetensors", build_encoder("resnet18_narrow", GRID), {
+        "architecture": "resnet18_narrow", "objective": "simclr", "participants": [], "made_from": {},
+        "preparation": Preparation(GRID, "rigid").record()})
+    write_nifti(tmp_path / "scan.nii.gz", np.ones((4, 5, 6), np.float32), np.eye(4))
+    with pytest.raises(FeatureError, match="class"):
+        apply(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_how_raw_scans_are_prepared_follows_from_the_encoders_record(store):
@@ -212,7 +227,7 @@ def test_how_raw_scans_are_prepared_follows_from_the_encoders_record(store):
 
 
 def test_scans_are_found_whatever_lies_there(tmp_path):
-    for name in ("a/one.nii.gz", "b/two.nii", "b/notes.txt"):
+    for name in ("a/one.nii.gz", "b/two.nii", "b/notes.txt", "b/._two.nii"):  # the last: macOS's, on other disks
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = scans_at(tmp_path)

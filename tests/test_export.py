@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -140,6 +141,16 @@ def test_the_bundles_metadata_has_what_monais_schema_requires(exported):
     assert not model.exists() or torch.load(model, weights_only=True)
 
 
+def test_a_neighbours_reference_is_not_exported(exported, tmp_path):
+    own, *_ = exported
+    (tmp_path / "run").mkdir()
+    for name in ("encoder.safetensors", "other.safetensors"):
+        shutil.copy(own / "encoder.safetensors", tmp_path / "run" / name)
+    (tmp_path / "run" / "reference.safetensors").write_bytes(b"of encoder.safetensors")
+    assert (export(tmp_path / "run", tmp_path / "one") / "reference.safetensors").exists()
+    assert not (export(tmp_path / "run" / "other.safetensors", tmp_path / "two") / "reference.safetensors").exists()
+
+
 def test_the_folder_is_an_encoder_of_the_kit(exported):
     folder, _, scans, features = exported
     preparation = read_record(folder)["preparation"]
@@ -167,9 +178,11 @@ def runs(tmp_path_factory):
             "prepared": store.folder, "output_dir": folder / name, "epochs": 2, "batch_size": 8, "seed": seed,
             "projection": [16, 8], "architecture": "resnet18_narrow", "validation_fraction": 0.2})
         pretrain(params, Run.of(params))
+        torch.save(build_encoder("resnet18_narrow", GRID, seed).state_dict(), folder / f"{seed}.pt")
     params = check(Benchmark, {
         "prepared": str(store.folder), "output_dir": str(folder / "benchmark"), "tasks": ["lesion"],
-        "encoders": {"Ours": str(folder / "pre{seed}"), "Theirs": str(folder / "other")}, "baselines": ["guess"],
+        "encoders": {"Ours": str(folder / "pre{seed}"), "Theirs": str(folder / "other"),
+                     "Published": f"resnet18_narrow:{folder}/{{seed}}.pt"}, "baselines": ["guess"],
         "label_fractions": [1.0], "finetune_tasks": [], "seeds": [0, 1], "allow_seen_participants": True})
     return folder, run_benchmark(params, Run.of(params)).scores
 

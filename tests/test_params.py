@@ -124,6 +124,12 @@ def test_an_empty_path_is_not_the_current_folder(prepared, name):
     assert f"\n  {name}: got ''; value error, an empty path; name a file or folder" in text
 
 
+def test_a_parameter_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("output_dir: outputs/Müller".encode("cp1252"))
+    with pytest.raises(ParameterError, match=r"mine.yaml cannot be read as UTF-8 text: .*0xfc"):
+        read_yaml(tmp_path / "mine.yaml")
+
+
 def test_what_6_apply_says_of_an_encoder_that_is_not_there(tmp_path):
     text = refusal(NOTEBOOKS["6_apply"], output_dir="outputs/x", encoder=str(tmp_path / "none"))
     assert "run 2_pretrain or 3_finetune first" in text and "random" not in text
