@@ -31,7 +31,7 @@ class Need(NamedTuple):
 
     parameters: int  # trainable
     operations: float  # multiplications and additions per scan, forward and backward, counted
-    fixed_bytes: float  # weights, gradients and the optimiser's state, float32
+    fixed_bytes: float  # weights, gradients and the optimiser's state, float32; with bf16 the weights' copies in it
     scan_bytes: float  # activations that a scan keeps for the backward pass, counted in the run's precision
 
     def memory(self, scans: int) -> float:
@@ -46,13 +46,22 @@ def need(params: Pretrain, store: Store) -> Need:
         params: of the run.
         store: whose grid gives the shape.
     """
-    scans, shape, mae = 2, store.grid.shape, params.objective == "mae"
+    parameters, operations, kept = _counted(params, store, 2)
+    more = _counted(params, store, 4)[2]
+    state = {"adam": 2, "adamw": 2, "lars": 1}[params.optimizer] + 2 + bool(params.ema)  # float32 copies
+    copies = 2 if params.precision == "bf16" else 0  # bytes per weight
+    # of two sizes the difference, which leaves out what is kept once, as these copies are
+    return Need(parameters, operations / 2, (4.0 * state + copies) * parameters, (more - kept) / 2)
+
+
+def _counted(params: Pretrain, store: Store, scans: int) -> tuple[int, int, int]:
+    """Trainable parameters, operations of a step of so many scans, and the bytes it keeps for the backward pass."""
+    shape, mae = store.grid.shape, params.objective == "mae"
     if mae:
         seen = seen_tokens(masks_for(range(scans), len(brain_patches(store.grid)), params.mask_ratio, seed=0, epoch=0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective = build_objective(params, store).train()
         parameters = sum(weight.numel() for weight in objective.parameters() if weight.requires_grad)
-        state = {"adam": 2, "adamw": 2, "lars": 1}[params.optimizer] + 2 + bool(params.ema)  # float32 copies
         own = {weight.untyped_storage()._cdata for weight in objective.parameters()}
         kept: dict[int, int] = {}
 
@@ -69,7 +78,7 @@ def need(params: Pretrain, store: Store) -> Need:
             else:
                 out = objective.head(objective.encoder(torch.empty(2 * scans, 1, *shape)))
             out.square().mean().backward()
-    return Need(parameters, counter.get_total_flops() / scans, 4.0 * parameters * state, sum(kept.values()) / scans)
+    return parameters, counter.get_total_flops(), sum(kept.values())
 
 
 def seconds_per_item(params: Pretrain, store: Store, wanted: Need, items: int) -> tuple[float, str]:

@@ -33,6 +33,13 @@ def test_operations_of_a_convolution_are_counted(store, tmp_path):
     assert found.fixed_bytes == 16 * found.parameters and found.memory(4) > found.memory(2)
 
 
+def test_copies_of_the_weights_are_counted_once(store, tmp_path):
+    thin, wide = (need(params(store, tmp_path / str(width), precision="bf16", projection=[width, width, 8]), store)
+                  for width in (16, 4096))
+    assert wide.fixed_bytes == 18 * wide.parameters and wide.parameters - thin.parameters > 17e6
+    assert 0 < wide.scan_bytes - thin.scan_bytes < 1e6  # two views' activations of a few layers 4096 wide
+
+
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_an_autoencoder_is_counted_with_the_patches_that_it_sees(store, tmp_path, ratio):
     asked = params(store, tmp_path / "run", objective="mae", architecture="vit_narrow", mask_ratio=ratio)
