@@ -131,8 +131,9 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
     if state.log and rank() == 0:
         state.write_log()  # in case the run was killed between checkpoint and log
     saver = checkpoint.Saver(folder if rank() == 0 else None, settings.checkpoint_minutes, settings.retry_minutes)
-    steps_per_epoch = math.ceil(len(batches(0)) / settings.accumulate)
-    progress = Progress(folder if live else None, steps_per_epoch * settings.epochs, state.step(steps_per_epoch))
+    counts = {epoch: math.ceil(len(batches(epoch)) / settings.accumulate) for epoch in {0, settings.epochs - 1}}
+    total = counts[0] * (settings.epochs - 1) + counts[settings.epochs - 1]  # the last epoch may be shorter
+    progress = Progress(folder if live else None, total, min(state.step(counts[0]), total))
     best, best_weights = min(map(_monitored, state.log), default=math.inf), None
 
     while len(state.log) < settings.epochs and not state.out_of_patience():
