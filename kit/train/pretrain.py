@@ -82,6 +82,7 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
         print(words)
     check_start(params)
     check_files(params, run.folder)
+    check_workers(params, run.folder)
     check_inputs(params, run.folder)
     stop, unfinished = run / STOP, run / UNFINISHED
     unfinished.unlink(missing_ok=True)
@@ -121,6 +122,22 @@ def check_files(params: Pretrain, folder: Path) -> None:
         warnings.warn(f"{len(damaged)} of {len(scans)} scans are missing or damaged and left out: "
                       f"{', '.join(list(damaged)[:5])}{', ...' * (len(damaged) > 5)}; see {shown(folder / DAMAGED)}. "
                       "Delete what is left of them and run 1_preprocess again", stacklevel=2)
+
+
+def check_workers(params: Pretrain, folder: Path) -> None:
+    """Check that every process gets a share of each batch of the first epoch.
+
+    Raises:
+        ParameterError: the smallest batch has fewer scans, or pairs of scans, than there are processes.
+    """
+    if params.processes() == 1:
+        return
+    learned = readable_scans(params, Store.open(params.prepared), folder)[0]
+    least = min(map(len, batches_for(params, learned)(0))) // (2 if params.session_pairs else 1)
+    if least < params.processes():
+        raise ParameterError(f"workers: {params.processes()} processes, but {least} "
+                             f"{'pairs of scans' if params.session_pairs else 'scans'} in the smallest batch (one per "
+                             "participant): use fewer workers, a smaller batch_size, or more participants")
 
 
 def readable_scans(params: Pretrain, store: Store, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

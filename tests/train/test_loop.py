@@ -28,6 +28,7 @@ from kit.models.encoder import Encoder
 from kit.models.encoder_file import read_record
 from kit.models.encoders import build_encoder
 from kit.params import Finetune, Pretrain
+from kit.reading import ParameterError
 from kit.runs import Run
 from kit.store.dataset import PreparedScans, collate
 from kit.store.store import Store, StoreError, scan_path, write_scan
@@ -475,6 +476,16 @@ def test_more_processes_than_scans_of_a_batch_are_refused(monkeypatch):
     monkeypatch.setattr("kit.train.loop.world_size", lambda: 4)
     with pytest.raises(TrainingError, match="3 scans .* for 4 processes: use fewer workers"):
         chunks_of([0, 1, 2], 0)
+
+
+def test_more_processes_than_scans_of_a_batch_are_refused_before_work_starts(store, tmp_path):
+    # 24 participants, 8 of whom have a second scan: a batch of 24 and one of 8
+    asked = params(store, tmp_path / "run", workers=16, batch_size=32, validation_fraction=0)
+    with pytest.raises(ParameterError, match="workers: 16 processes, but 8 scans in the smallest batch"):
+        pretrain(asked, Run.of(asked))
+    pairs = params(store, tmp_path / "pairs", workers=32, batch_size=32, validation_fraction=0, session_pairs=True)
+    with pytest.raises(ParameterError, match="workers: 32 processes, but 24 pairs of scans in the smallest batch"):
+        pretrain(pairs, Run.of(pairs))
 
 
 def test_scans_that_are_damaged_at_the_start_are_named_and_left_out(tmp_path):
