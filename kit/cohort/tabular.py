@@ -149,7 +149,9 @@ def _cells(path: Path) -> tuple[list[list[str]], str]:
         return rows(strict=True), between
     except csv.Error as error:
         if "after" in str(error):  # text after a closing quote, as in `"left" hand`: read it literally
-            return rows(strict=False), between
+            found = rows(strict=False)
+            if not any("\n" in cell or "\r" in cell for row in found for cell in row):  # else one cell may hold rows
+                return found, between
         raise TableError(f"{shown(path)} is not a table: {error}; look for a quote that is not closed") from None
 
 
