@@ -114,7 +114,7 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
         raise LabelError(f"{task}: are these class codes or numbers? Found {counts}. Set task_type: regression or "
                          "classification, and list codes for missing values in missing_codes")
     strange = [value for value in values if value in CODES_FOR_MISSING and rest
-               and (value < 0 <= min(rest) or value > 2 * max(map(abs, rest)))]
+               and (value < 0 <= min(rest) or abs(value) > 2 * max(map(abs, rest)))]
     if strange:
         raise LabelError(f"{task}: {', '.join(f'{value:g}' for value in sorted(strange))} in "
                          f"{int(numbers.isin(strange).sum())} rows looks like a code for a missing value among numbers "
