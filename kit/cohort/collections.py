@@ -118,9 +118,9 @@ def _sessions(folder: Path) -> Iterator[Path]:
 
 def _fomo(folder: Path) -> Iterator[dict[str, Any]]:
     sessions = sorted(_sessions(folder))
-    if zipped := sum(session.suffix == ".zip" for session in sessions):
+    if zipped := sum(session.suffix == ".zip" and not session.with_suffix("").is_dir() for session in sessions):
         raise CohortError(f"{shown(folder)}: {zipped} of its sessions are still zipped; unzip each one in its folder")
-    for session in sessions:
+    for session in [session for session in sessions if session.is_dir()]:
         dataset = session.parents[1].relative_to(folder).as_posix()
         for scan in sorted(each for ending in (".nii", ".nii.gz") for each in session.rglob(f"*{ending}")):
             yield _row(folder.name if dataset == "." else dataset, session.parent.name, session.name, scan,

@@ -49,6 +49,14 @@ def test_fomo60k_with_its_labels_and_without_other_contrasts(tmp_path: Path, cap
         "FOMO60K: 6 T1w scans; left out: 2 FLAIR, 2 T1ce, 1 T2w, 1 dwi, 1 scan\n")
 
 
+def test_the_archive_of_an_unzipped_session_may_stay(tmp_path: Path) -> None:
+    touch(tmp_path, "PT001_A/sub-01/ses-1/t1.nii.gz", "PT001_A/sub-01/ses-1.zip", "PT001_A/sub-01/ses-2/t1.nii.gz")
+    assert read_cohort(tmp_path)["session"].tolist() == ["1", "2"]
+    touch(tmp_path, "PT001_A/sub-01/ses-3.zip")
+    with pytest.raises(CohortError, match="1 of its sessions are still zipped"):
+        read_cohort(tmp_path)
+
+
 @pytest.mark.parametrize(("asked", "count"), [("FLAIR", 2), ("flair", 2), ("T1ce", 2), ("t1c", 2), ("T2w", 1),
                                               ("scan", 1), ("t1", 6)])
 def test_another_contrast_is_asked_for_by_name(tmp_path: Path, asked: str, count: int) -> None:
