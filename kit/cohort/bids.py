@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.cohort.collections import contrast_of, pick
+from kit.cohort.collections import contrast_of, pick, visible
 from kit.cohort.identity import UNNAMED, check_spellings, headings, normalised, read_id
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say, trimmed, typed
 from kit.runs import shown
@@ -18,7 +18,8 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     description = folder / "dataset_description.json"
     if not description.is_file():
         raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
-    scans = sorted(folder.glob("sub-*/ses-*/anat/*.nii*")) + sorted(folder.glob("sub-*/anat/*.nii*"))
+    scans = [scan for pattern in ("sub-*/ses-*/anat/*.nii*", "sub-*/anat/*.nii*")
+             for scan in sorted(visible(folder.glob(pattern)))]
     scans = [scans[place] for place in pick([contrast_of(scan.name) for scan in scans], contrast, shown(folder))]
     try:
         name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))

@@ -110,6 +110,11 @@ def pick(contrasts: list[str], wanted: str, where: str) -> list[int]:
     return taken
 
 
+def visible(files: Iterable[Path]) -> list[Path]:
+    """Return the files that are not hidden: macOS puts `._t1.nii.gz`, which is no scan, beside `t1.nii.gz`."""
+    return [file for file in files if not file.name.startswith(".")]
+
+
 def _sessions(folder: Path) -> Iterator[Path]:
     made = {"derivatives", "sourcedata"}  # of BIDS: other files of the same people
     return (session for pattern in _SESSIONS for session in folder.glob(pattern)
@@ -122,7 +127,7 @@ def _fomo(folder: Path) -> Iterator[dict[str, Any]]:
         raise CohortError(f"{shown(folder)}: {zipped} of its sessions are still zipped; unzip each one in its folder")
     for session in [session for session in sessions if session.is_dir()]:
         dataset = session.parents[1].relative_to(folder).as_posix()
-        for scan in sorted(each for ending in (".nii", ".nii.gz") for each in session.rglob(f"*{ending}")):
+        for scan in sorted(each for ending in (".nii", ".nii.gz") for each in visible(session.rglob(f"*{ending}"))):
             yield _row(folder.name if dataset == "." else dataset, session.parent.name, session.name, scan,
                        contrast_of(scan.name))
 

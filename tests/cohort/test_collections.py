@@ -57,6 +57,16 @@ def test_the_archive_of_an_unzipped_session_may_stay(tmp_path: Path) -> None:
         read_cohort(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["PT001_A/sub-01/ses-1", "sub-01/anat", "sub-01/ses-1/anat"])
+def test_hidden_files_of_macos_are_no_scans(tmp_path: Path, place: str, capsys: pytest.CaptureFixture) -> None:
+    name = "_".join(part for part in place.split("/") if "-" in part) + "_T1w.nii.gz"
+    touch(tmp_path, f"{place}/{name}", f"{place}/._{name}", f"{place}/._FLAIR.nii")
+    if not place.startswith("PT"):
+        (tmp_path / "dataset_description.json").write_text('{"Name": "site"}')
+    assert read_cohort(tmp_path)["image_path"].tolist() == [str(tmp_path / place / name)]
+    assert capsys.readouterr().out == ""  # nor are they counted among those left out
+
+
 @pytest.mark.parametrize(("asked", "count"), [("FLAIR", 2), ("flair", 2), ("T1ce", 2), ("t1c", 2), ("T2w", 1),
                                               ("scan", 1), ("t1", 6)])
 def test_another_contrast_is_asked_for_by_name(tmp_path: Path, asked: str, count: int) -> None:
