@@ -158,7 +158,11 @@ def _openmind(file: Path) -> Iterator[dict[str, Any]]:
     folder = file.parent / "OpenMind"
     drop = {"image_path", "modality", "unique_id", *(name for name in table if name.endswith("_path"))}
     for row in table.to_dict("records"):
-        dataset, participant, *inner = row["image_path"].split("/")
+        parts = row["image_path"].split("/")
+        if len(parts) < 3 or not all(parts):
+            raise CohortError(f"{shown(file)}: image_path is {row['image_path']!r}, not dataset/participant/.../scan; "
+                              "download it again")
+        dataset, participant, *inner = parts
         session = inner[0] if inner[0].startswith("ses-") else "ses-DEFAULT"
         scan = folder / row["image_path"]
         yield _row(dataset, participant, session, scan, _contrast(row["modality"], scan),

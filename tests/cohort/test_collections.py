@@ -211,6 +211,9 @@ def test_contrast_stands_in_the_files_name(name: str, contrast: str) -> None:
         image("$nowhere_set/x_T1w.nii.gz", "T1w")]}}}}}}}), "set the environment variable nowhere_set"),
     ("openneuro_metadata.csv", "id,age\n1,2\n", "needs the columns image_path, modality; download it again"),
     ("openneuro_metadata.csv", "", "is not a table: .*; download it again"),
+    *(("openneuro_metadata.csv", f"image_path,modality\n{path},T1w\n",
+       f"openneuro_metadata.csv: image_path is '{path}', not dataset/participant/.../scan; download it again")
+      for path in ("", "ds1", "ds1/sub-1_T1w.nii.gz", "/ds1/a.nii")),
 ])
 def test_faults_name_the_file_and_a_cure(tmp_path: Path, file: str, text: str, message: str) -> None:
     touch(tmp_path, file)
