@@ -87,10 +87,11 @@ def participant_ids(index: pd.DataFrame) -> pd.Series:
 def site_names(index: pd.DataFrame) -> pd.Series:
     """Return each scan's site: the column `site`, nan in its empty cells; the dataset only if there is no such column.
 
-    A number gets its dataset as a prefix, since site 1 of two datasets are different sites.
+    A number gets its dataset as a prefix, since site 1 of two datasets are different sites. Site 1 is also 1.0: a
+    column of whole numbers with an empty cell is read as floats.
     """
     names = index["site" if "site" in index else "dataset"]
-    text = names.astype(str)
+    text = names.astype(str).str.replace(r"^(\d+)\.0$", r"\1", regex=True)
     numbered = text.str.fullmatch(r"[\d.]+") & ("site" in index)
     return text.where(~numbered, index["dataset"].astype(str) + "/" + text).where(names.notna() & (text != ""))
 
