@@ -115,7 +115,7 @@ def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame, contra
     unlabelled = len(set(table["participant"]) - set(labels["participant"]))
     without = len(set(labels["participant"]) - set(table["participant"]))
     if unlabelled or without:
-        say(f"{shown(path)}: {unlabelled} participants with scans are not listed and have no labels; "
+        say(f"{shown(path)}: {unlabelled} participants with scans are not listed; "
             f"{without} who are listed have no {contrast_of(contrast)} scan")
     if "dataset" in labels:  # one folder may hold several datasets; participants.tsv names them
         table = table.rename(columns={"dataset": "named"})

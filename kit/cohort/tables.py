@@ -91,7 +91,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     people = table.groupby(table["image_path"].map(os.path.realpath))["participant"].nunique()
     if (people > 1).any():
         say(f"{shown(path)}: {int((people > 1).sum())} files are the scans of several participants, the first: "
-            f"{people.index[people > 1][0]}")
+            f"{people.index[people > 1][0]}", level=4)
     return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
 
 

@@ -37,9 +37,9 @@ class TableError(CohortError):
     """A table cannot be read; the message names the file, what is wrong and the cure."""
 
 
-def say(words: str) -> None:
-    """Warn about an ambiguity in a cohort's files, at the line that reads the cohort."""
-    warnings.warn(words, stacklevel=4)
+def say(words: str, level: int = 5) -> None:
+    """Warn about a cohort's files at the line that calls `read_cohort`: `level` - 1 calls up from here."""
+    warnings.warn(words, stacklevel=level)
 
 
 def trimmed(text: str) -> str:

@@ -201,6 +201,23 @@ def test_one_file_for_two_participants_is_said(tmp_path):
         table_of(tmp_path, "participant,image_path\n1,a.nii\n2,b.nii\n")
 
 
+def test_what_is_said_points_at_the_line_that_reads_the_cohort(tmp_path):
+    (tmp_path / "a.csv").write_text("participant,image_path\n1,a.nii\n2,a.nii\n")
+    for folder, scans in (("bids", ("anat/sub-01_ses-1_T1w.nii", "anat/sub-01_ses-1_run-2_T1w.nii")),
+                          ("fomo/PT001_A", ("t1.nii",))):
+        for scan in scans:
+            file = tmp_path / folder / "sub-01/ses-1" / scan
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    (tmp_path / "bids/dataset_description.json").write_text("{}")
+    (tmp_path / "bids/participants.tsv").write_text("participant_id\nsub-02\n")
+    (tmp_path / "fomo/participants.tsv").write_text("participant_id\nsub-02\n")
+    for name, count in (("a.csv", 1), ("bids", 2), ("fomo", 1)):
+        with pytest.warns(UserWarning) as said:
+            read_cohort(tmp_path / name)
+        assert [each.filename for each in said] == [__file__] * count
+
+
 def test_linked_scans_keep_their_own_names(tmp_path):
     """As DVC and git-annex keep them: a link in the table's folder to a file that is named by its content."""
     (tmp_path / "annex").mkdir()
@@ -274,7 +291,7 @@ def test_a_broken_link_to_labels_is_refused(tmp_path):
 def test_participants_in_one_table_only_are_counted(tmp_path):
     cohort, said = bids(tmp_path, ["sub-01", "sub-02"],
                         {"participants.tsv": "participant_id age\nsub-01 60\nsub-03 5\n"})
-    assert "1 participants with scans are not listed and have no labels; 1 who are listed" in said
+    assert "1 participants with scans are not listed; 1 who are listed" in said
     assert cohort["age"][0] == 60 and pd.isna(cohort["age"][1])
 
 
