@@ -53,8 +53,8 @@ def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     ranks = table["others"].map(_rank)
     best = ranks.groupby([table["participant"], table["session"]]).transform("min")
     if (more := ranks != best).any():
-        say(f"{shown(folder)}: {int(more.sum())} further scans of a session (run-, acq-, rec-) are left out, one is "
-            "taken; list them in a table, each with a session of its own, to take them all")
+        say(f"{shown(folder)}: {int(more.sum())} further scans of a session (run-, acq-, rec-) are left out, one a "
+            "session is taken; list them in a table, each with a session of its own, to take them all")
     return table[~more].drop(columns="others").reset_index(drop=True)
 
 
@@ -76,7 +76,7 @@ def _beside_t1w(image_path: str) -> bool:
 
 
 def _rank(others: str) -> str:
-    """Return the sort key of a session's scans: number of entities, then their text, then the run number."""
+    """Return the sort key of a session's scans: number of entities other than run-, their text, the run number."""
     parts = [part for part in others.split("_") if part]
     run = "".join(part.removeprefix("run-").zfill(9) for part in parts if part.startswith("run-"))
     rest = [part for part in parts if not part.startswith("run-")]

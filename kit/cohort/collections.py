@@ -29,7 +29,8 @@ from kit.cohort.tabular import COLUMNS, CohortError, TableError, read_foreign, s
 from kit.runs import shown
 
 IDENTITY = ["dataset", "participant", "session"]
-KEYS = ("dataset", "participant", "visit")  # columns by which labels are joined, where their table has them
+# Labels are joined by those of these that their table has; visit: the session without acq-, run-, ...
+KEYS = ("dataset", "participant", "visit")
 OPENMIND = ("pretrain_data.json", "openneuro_metadata.csv")
 # Contrast names in lower case and their BIDS suffixes; a contrast-enhanced T1w is called T1ce here.
 CONTRASTS = {"t1": "T1w", "t1w": "T1w", "mprage": "T1w", "t2": "T2w", "t2w": "T2w", "pd": "PDw", "pdw": "PDw",
@@ -82,7 +83,7 @@ def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
 
 
 def contrast_of(name: str) -> str:
-    """Return the contrast at the end of a file name, as its BIDS suffix if it has one: "t1_2.nii.gz" is "T1w"."""
+    """Return a file name's contrast: "t1_2.nii.gz" is "T1w"; one not in CONTRASTS stays as written, "dwi_bval1000"."""
     parts = [part for part in _stem(name).split("_") if not part.isdigit()]
     words = [part for part in parts if "-" not in part] or [""]
     contrast = CONTRASTS.get(words[-1].lower(), "_".join(words))

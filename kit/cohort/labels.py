@@ -17,7 +17,8 @@ Kind = Literal["classification", "regression"]
 # -1, and 7, 8, 9 repeated one to four times (7, 77, ... 9999), of either sign
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
                               for times in range(1, 5)) | {-1}
-MOST_CODES = 20  # at most this many integers, gapless from 0 or 1, each three times on average, look like class codes
+# Integers from 0 or 1 to n without a gap look like class codes: at most this many, 3 or more rows each on average.
+MOST_CODES = 20
 MOST_CLASSES = 20
 
 

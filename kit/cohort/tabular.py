@@ -52,8 +52,8 @@ def typed(column: pd.Series, decimal_comma: str = "") -> pd.Series:
 
     Args:
         column: (rows,) text.
-        decimal_comma: if given, also accept `63,5`, unless a cell has a decimal point; says where the column is, for
-            the error.
+        decimal_comma: file and column, for the error message. If given, `63,5` is a number too, unless a cell of the
+            column has a decimal point.
 
     Returns:
         (rows,) int64, float64, or text; nan where a cell is missing.

@@ -132,7 +132,7 @@ def test_two_spellings_in_one_table_are_always_asked_about(names, place, change)
     rows = [{"participant": each, "image_path": f"{row}.nii"} for row, each in enumerate([*names, other])]
     with tempfile.TemporaryDirectory() as folder:
         if other == name:
-            with pytest.raises(CohortError, match="listed twice"):
+            with pytest.raises(CohortError, match="scans have the dataset, participant and session of another"):
                 written(Path(folder), rows, {}, ",", range(len(rows)))
         elif normalised(other) == normalised(name):
             with pytest.raises(CohortError, match="the same.* write them alike"):

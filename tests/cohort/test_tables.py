@@ -31,7 +31,8 @@ def test_leading_zeros_and_missing_values_survive(tmp_path):
 def test_scans_listed_twice_are_refused(tmp_path):
     table = tmp_path / "site.csv"
     table.write_text("participant,image_path\n1,a.nii\n1,b.nii\n")
-    with pytest.raises(CohortError, match="1 scans are listed twice, the first: participant 1, session 01"):
+    with pytest.raises(CohortError, match="1 scans have the dataset, participant and session of another, the first: "
+                                          "participant 1, session 01"):
         read_cohort(table)
 
 
@@ -81,7 +82,7 @@ def test_a_mask_of_the_t1w_is_not_given_to_another_contrast(tmp_path):
     ("sub-01/sub-01_sessions.tsv", "session_id\tage\nses-a\t6\nses-a\t7\n", "session_id a is listed twice"),
     ("dataset_description.json", "{", "dataset_description.json is not a JSON object"),
     ("sub-01/ses-a/anat/scan_T1w.nii.gz", "", "scan_T1w.nii.gz: its name must begin with sub-01_"),
-    ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii", "", "1 scans are listed twice"),
+    ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii", "", "1 scans have the dataset, participant and session of another"),
 ])
 def test_faults_of_a_bids_folder_name_file_and_cure(tmp_path, file, text, message):
     (tmp_path / "dataset_description.json").write_text(json.dumps({"Name": "site"}))
