@@ -122,7 +122,8 @@ MISTAKES: dict[str, tuple[Callable[[Place], object], str]] = {
                               r"cohort.csv: needs a column image_path; found participant, path"),
     "a table without scans": (lambda at: at.cohort(HEAD), r"cohort.csv: no scans in it"),
     "a scan listed twice": (lambda at: at.cohort(f"{HEAD}1,1,d,a.nii.gz\n1,1,d,b.nii.gz\n"),
-                            r"1 scans are listed twice, the first: participant 1, session 1; give each its own"),
+                            r"1 scans have the dataset, participant and session of another, the first: participant 1, "
+                            r"session 1; give each its own"),
     "a row without a participant": (lambda at: at.cohort(f"{HEAD},1,d,a.nii.gz\n"), r"participant is empty in 1 rows"),
     "a table in another encoding": (lambda at: read_cohort(at.file("l.csv", "image_path\nMü.nii".encode("cp1252"))),
                                     r"l.csv is not a UTF-8 table.*save it as `CSV UTF-8`"),

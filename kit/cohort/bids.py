@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.cohort.collections import contrast_of, pick
+from kit.cohort.collections import contrast_of, pick, visible
 from kit.cohort.identity import UNNAMED, check_spellings, headings, normalised, read_id
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say, trimmed, typed
 from kit.runs import shown
@@ -18,7 +18,8 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     description = folder / "dataset_description.json"
     if not description.is_file():
         raise CohortError(f"{shown(folder)}: a BIDS folder needs dataset_description.json")
-    scans = sorted(folder.glob("sub-*/ses-*/anat/*.nii*")) + sorted(folder.glob("sub-*/anat/*.nii*"))
+    scans = [scan for pattern in ("sub-*/ses-*/anat/*.nii*", "sub-*/anat/*.nii*")
+             for scan in sorted(visible(folder.glob(pattern)))]
     scans = [scans[place] for place in pick([contrast_of(scan.name) for scan in scans], contrast, shown(folder))]
     try:
         name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))
@@ -52,8 +53,8 @@ def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     ranks = table["others"].map(_rank)
     best = ranks.groupby([table["participant"], table["session"]]).transform("min")
     if (more := ranks != best).any():
-        say(f"{shown(folder)}: {int(more.sum())} further scans of a session (run-, acq-, rec-) are left out, one is "
-            "taken; list them in a table, each with a session of its own, to take them all")
+        say(f"{shown(folder)}: {int(more.sum())} further scans of a session (run-, acq-, rec-) are left out, one a "
+            "session is taken; list them in a table, each with a session of its own, to take them all")
     return table[~more].drop(columns="others").reset_index(drop=True)
 
 
@@ -75,7 +76,7 @@ def _beside_t1w(image_path: str) -> bool:
 
 
 def _rank(others: str) -> str:
-    """Return the sort key of a session's scans: number of entities, then their text, then the run number."""
+    """Return the sort key of a session's scans: number of entities other than run-, their text, the run number."""
     parts = [part for part in others.split("_") if part]
     run = "".join(part.removeprefix("run-").zfill(9) for part in parts if part.startswith("run-"))
     rest = [part for part in parts if not part.startswith("run-")]
@@ -114,7 +115,7 @@ def _with_labels(folder: Path, table: pd.DataFrame, labels: pd.DataFrame, contra
     unlabelled = len(set(table["participant"]) - set(labels["participant"]))
     without = len(set(labels["participant"]) - set(table["participant"]))
     if unlabelled or without:
-        say(f"{shown(path)}: {unlabelled} participants with scans are not listed and have no labels; "
+        say(f"{shown(path)}: {unlabelled} participants with scans are not listed; "
             f"{without} who are listed have no {contrast_of(contrast)} scan")
     if "dataset" in labels:  # one folder may hold several datasets; participants.tsv names them
         table = table.rename(columns={"dataset": "named"})

@@ -29,7 +29,8 @@ from kit.cohort.tabular import COLUMNS, CohortError, TableError, read_foreign, s
 from kit.runs import shown
 
 IDENTITY = ["dataset", "participant", "session"]
-KEYS = ("dataset", "participant", "visit")  # columns by which labels are joined, where their table has them
+# Labels are joined by those of these that their table has; visit: the session without acq-, run-, ...
+KEYS = ("dataset", "participant", "visit")
 OPENMIND = ("pretrain_data.json", "openneuro_metadata.csv")
 # Contrast names in lower case and their BIDS suffixes; a contrast-enhanced T1w is called T1ce here.
 CONTRASTS = {"t1": "T1w", "t1w": "T1w", "mprage": "T1w", "t2": "T2w", "t2w": "T2w", "pd": "PDw", "pdw": "PDw",
@@ -82,7 +83,7 @@ def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
 
 
 def contrast_of(name: str) -> str:
-    """Return the contrast at the end of a file name, as its BIDS suffix if it has one: "t1_2.nii.gz" is "T1w"."""
+    """Return a file name's contrast: "t1_2.nii.gz" is "T1w"; one not in CONTRASTS stays as written, "dwi_bval1000"."""
     parts = [part for part in _stem(name).split("_") if not part.isdigit()]
     words = [part for part in parts if "-" not in part] or [""]
     contrast = CONTRASTS.get(words[-1].lower(), "_".join(words))
@@ -110,6 +111,11 @@ def pick(contrasts: list[str], wanted: str, where: str) -> list[int]:
     return taken
 
 
+def visible(files: Iterable[Path]) -> list[Path]:
+    """Return the files that are not hidden: macOS puts `._t1.nii.gz`, which is no scan, beside `t1.nii.gz`."""
+    return [file for file in files if not file.name.startswith(".")]
+
+
 def _sessions(folder: Path) -> Iterator[Path]:
     made = {"derivatives", "sourcedata"}  # of BIDS: other files of the same people
     return (session for pattern in _SESSIONS for session in folder.glob(pattern)
@@ -118,11 +124,11 @@ def _sessions(folder: Path) -> Iterator[Path]:
 
 def _fomo(folder: Path) -> Iterator[dict[str, Any]]:
     sessions = sorted(_sessions(folder))
-    if zipped := sum(session.suffix == ".zip" for session in sessions):
+    if zipped := sum(session.suffix == ".zip" and not session.with_suffix("").is_dir() for session in sessions):
         raise CohortError(f"{shown(folder)}: {zipped} of its sessions are still zipped; unzip each one in its folder")
-    for session in sessions:
+    for session in [session for session in sessions if session.is_dir()]:
         dataset = session.parents[1].relative_to(folder).as_posix()
-        for scan in sorted(each for ending in (".nii", ".nii.gz") for each in session.rglob(f"*{ending}")):
+        for scan in sorted(each for ending in (".nii", ".nii.gz") for each in visible(session.rglob(f"*{ending}"))):
             yield _row(folder.name if dataset == "." else dataset, session.parent.name, session.name, scan,
                        contrast_of(scan.name))
 
@@ -153,7 +159,11 @@ def _openmind(file: Path) -> Iterator[dict[str, Any]]:
     folder = file.parent / "OpenMind"
     drop = {"image_path", "modality", "unique_id", *(name for name in table if name.endswith("_path"))}
     for row in table.to_dict("records"):
-        dataset, participant, *inner = row["image_path"].split("/")
+        parts = row["image_path"].split("/")
+        if len(parts) < 3 or not all(parts):
+            raise CohortError(f"{shown(file)}: image_path is {row['image_path']!r}, not dataset/participant/.../scan; "
+                              "download it again")
+        dataset, participant, *inner = parts
         session = inner[0] if inner[0].startswith("ses-") else "ses-DEFAULT"
         scan = folder / row["image_path"]
         yield _row(dataset, participant, session, scan, _contrast(row["modality"], scan),

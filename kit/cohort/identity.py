@@ -26,7 +26,7 @@ SPLITS = ("pretrain", "train", "validation", "test", "out_of_distribution", TRAV
 _MONTH = "(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)"  # so that Pat-01 stays a name
 SPREADSHEETS_OWN = rf"\d(?:\.\d+)?E\+\d+|\d{{1,2}}-{_MONTH}(?:-\d{{2}})?|{_MONTH}-\d{{2}}"  # 1.2E+11, 02-Jan, Jan-02
 
-Aliases = dict[str, tuple[str, ...]]  # a person's key: all keys of that person
+Aliases = dict[str, tuple[str, ...]]  # from each `key` of a person to all keys of that person, sorted
 
 
 class IdentityError(CohortError):
@@ -57,7 +57,10 @@ def read_id(text: object, prefix: str = "sub") -> str:
 
 
 def normalised(text: object) -> str:
-    """Reduce a name to what likely variants share: no case, no leading zeros, no final `.0`."""
+    """Reduce a name to what its likely variants share.
+
+    Lower case, no zeros before a number, no `.0` after a whole number.
+    """
     plain = re.sub(r"^(\d+)\.0+$", r"\1", trimmed(str(text)).casefold())
     return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
 
@@ -87,16 +90,19 @@ def participant_ids(index: pd.DataFrame) -> pd.Series:
 def site_names(index: pd.DataFrame) -> pd.Series:
     """Return each scan's site: the column `site`, nan in its empty cells; the dataset only if there is no such column.
 
-    A number gets its dataset as a prefix, since site 1 of two datasets are different sites.
+    A number gets its dataset as a prefix, since site 1 of two datasets are different sites. Site 1 is also 1.0: a
+    column of whole numbers with an empty cell is read as floats.
     """
     names = index["site" if "site" in index else "dataset"]
-    text = names.astype(str)
+    text = names.astype(str).str.replace(r"^(\d+)\.0$", r"\1", regex=True)
     numbered = text.str.fullmatch(r"[\d.]+") & ("site" in index)
     return text.where(~numbered, index["dataset"].astype(str) + "/" + text).where(names.notna() & (text != ""))
 
 
 def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
-    """Add a column `alias_of` if there are aliases: one name per person, the first (sorted) found in the index.
+    """Add a column `alias_of` if there are aliases: one `dataset/participant` per person.
+
+    It is the alphabetically first of those in the index.
 
     Raises:
         IdentityError: the index has no dataset's name, so that no alias can be of its people.

@@ -17,7 +17,8 @@ Kind = Literal["classification", "regression"]
 # -1, and 7, 8, 9 repeated one to four times (7, 77, ... 9999), of either sign
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
                               for times in range(1, 5)) | {-1}
-MOST_CODES = 20  # at most this many integers, gapless from 0 or 1, each three times on average, look like class codes
+# Integers from 0 or 1 to n without a gap look like class codes: at most this many, 3 or more rows each on average.
+MOST_CODES = 20
 MOST_CLASSES = 20
 
 
@@ -114,7 +115,7 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
         raise LabelError(f"{task}: are these class codes or numbers? Found {counts}. Set task_type: regression or "
                          "classification, and list codes for missing values in missing_codes")
     strange = [value for value in values if value in CODES_FOR_MISSING and rest
-               and (value < 0 <= min(rest) or value > 2 * max(map(abs, rest)))]
+               and (value < 0 <= min(rest) or abs(value) > 2 * max(map(abs, rest)))]
     if strange:
         raise LabelError(f"{task}: {', '.join(f'{value:g}' for value in sorted(strange))} in "
                          f"{int(numbers.isin(strange).sum())} rows looks like a code for a missing value among numbers "

@@ -20,10 +20,10 @@ from kit.cohort.identity import UNNAMED, Aliases, check_people_known, known_as, 
 from kit.errors import KitError
 
 SALT = "kit participants v1"
-SPLITS = ("train", "validation", "test")
+DIVIDED = ("train", "validation", "test")  # rows with these names in a column `split` are divided anew by folds
 TEST_FRACTION = 0.2  # of the participants, if neither folds nor a column `split` choose the test set
 STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns that folds are balanced by, where present
-MOST_LEVELS, BANDS = 10, 5  # a numeric column with more distinct values is cut into quantile bands
+MOST_LEVELS, BANDS = 10, 5  # a numeric column of more than 10 distinct values is cut into 5 quantile bands
 
 
 class SplitError(KitError, ValueError):
@@ -89,13 +89,14 @@ def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 
            labels: np.ndarray | None = None, kind: str = "regression") -> pd.Series:
     """Assign each row to train, validation, test or another name in the index's column `split`; nan means none.
 
-    A single split follows the column `split` if there is one, otherwise hashes. In a fold, the rows of `left_out` are
-    the test set and the rest train and validation; other scans of tested participants are left out altogether.
+    A single split follows the column `split` if there is one, otherwise hashes. In a fold, the rows that `left_out`
+    returns are tested and the others are for training and validation; a tested participant's other scans are nan.
 
     Args:
         fold: which fold of `splitting`, from 0.
         labels: (rows,) float of `kind`, nan for unused rows. Validation takes its share of the participants with a
-            label, class by class; of all participants if there are no labels.
+            label, class by class, at least two of each; participants without one become train. None: of all
+            participants.
 
     Raises:
         LeakageError: the column `split` puts one participant's scans into two splits.
@@ -124,7 +125,7 @@ def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 
 
 
 def left_out(index: pd.DataFrame, splitting: Splitting, fold: int = 0) -> pd.Series:
-    """Return which rows are tested, (rows,) bool.
+    """Return which rows are left out for testing (of a fold, or of the single split), (rows,) bool.
 
     Raises:
         SplitError: a column or a site is missing, or there are more folds than participants.
@@ -138,7 +139,7 @@ def left_out(index: pd.DataFrame, splitting: Splitting, fold: int = 0) -> pd.Ser
     if "split" in index:
         return index["split"] == "test"
     ids = participant_ids(index)
-    # seed 0 keeps the test set of older kits, which their encoders left out
+    # seed 0 hashes as "": older kits had no seed, and their encoders left out that test set
     order = shuffled(ids, splitting.split_seed or "", "test")
     return ids.isin(order[:len(order) - round((1 - TEST_FRACTION) * len(order))])
 
@@ -156,7 +157,7 @@ def sites_of(index: pd.DataFrame) -> list[str]:
 
 def _divided(index: pd.DataFrame) -> pd.Series:
     """Return the rows that folds divide: all, or those whose `split` is train, validation or test."""
-    return index["split"].isin(SPLITS) if "split" in index else pd.Series(True, index.index)
+    return index["split"].isin(DIVIDED) if "split" in index else pd.Series(True, index.index)
 
 
 def site_folds(index: pd.DataFrame) -> pd.Series:

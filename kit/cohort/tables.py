@@ -37,8 +37,8 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
         An unnamed dataset becomes `?` and the table's file name, an unnamed participant `?` and the scan's.
 
     Raises:
-        CohortError: no such file, no column `image_path`, no scans, a scan listed twice, or names that may or may not
-            mean the same person.
+        CohortError: no such file, no column `image_path`, no scans, two rows with the same dataset, participant and
+            session, or names that may or may not mean the same person.
     """
     path = resolve(path)
     if is_collection(path):
@@ -57,8 +57,9 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
         table["split"] = split_names(table["split"].replace("", None))
     if (doubled := table.duplicated(["dataset", "participant", "session"])).any():
         row = table[doubled].iloc[0]
-        raise CohortError(f"{shown(path)}: {int(doubled.sum())} scans are listed twice, the first: "
-                          f"participant {row.participant}, session {row.session}; give each its own session")
+        raise CohortError(f"{shown(path)}: {int(doubled.sum())} scans have the dataset, participant and session of "
+                          f"another, the first: participant {row.participant}, session {row.session}; "
+                          "give each its own session")
     return table.reset_index(drop=True)
 
 
@@ -91,7 +92,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     people = table.groupby(table["image_path"].map(os.path.realpath))["participant"].nunique()
     if (people > 1).any():
         say(f"{shown(path)}: {int((people > 1).sum())} files are the scans of several participants, the first: "
-            f"{people.index[people > 1][0]}")
+            f"{people.index[people > 1][0]}", level=4)
     return table[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
 
 

@@ -37,9 +37,9 @@ class TableError(CohortError):
     """A table cannot be read; the message names the file, what is wrong and the cure."""
 
 
-def say(words: str) -> None:
-    """Warn about an ambiguity in a cohort's files, at the line that reads the cohort."""
-    warnings.warn(words, stacklevel=4)
+def say(words: str, level: int = 5) -> None:
+    """Warn about a cohort's files at the line that calls `read_cohort`: `level` - 1 calls up from here."""
+    warnings.warn(words, stacklevel=level)
 
 
 def trimmed(text: str) -> str:
@@ -52,8 +52,8 @@ def typed(column: pd.Series, decimal_comma: str = "") -> pd.Series:
 
     Args:
         column: (rows,) text.
-        decimal_comma: if given, also accept `63,5`, unless a cell has a decimal point; says where the column is, for
-            the error.
+        decimal_comma: file and column, for the error message. If given, `63,5` is a number too, unless a cell of the
+            column has a decimal point.
 
     Returns:
         (rows,) int64, float64, or text; nan where a cell is missing.
@@ -149,7 +149,9 @@ def _cells(path: Path) -> tuple[list[list[str]], str]:
         return rows(strict=True), between
     except csv.Error as error:
         if "after" in str(error):  # text after a closing quote, as in `"left" hand`: read it literally
-            return rows(strict=False), between
+            found = rows(strict=False)
+            if not any("\n" in cell or "\r" in cell for row in found for cell in row):  # else one cell may hold rows
+                return found, between
         raise TableError(f"{shown(path)} is not a table: {error}; look for a quote that is not closed") from None
 
 

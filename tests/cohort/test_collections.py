@@ -49,6 +49,24 @@ def test_fomo60k_with_its_labels_and_without_other_contrasts(tmp_path: Path, cap
         "FOMO60K: 6 T1w scans; left out: 2 FLAIR, 2 T1ce, 1 T2w, 1 dwi, 1 scan\n")
 
 
+def test_the_archive_of_an_unzipped_session_may_stay(tmp_path: Path) -> None:
+    touch(tmp_path, "PT001_A/sub-01/ses-1/t1.nii.gz", "PT001_A/sub-01/ses-1.zip", "PT001_A/sub-01/ses-2/t1.nii.gz")
+    assert read_cohort(tmp_path)["session"].tolist() == ["1", "2"]
+    touch(tmp_path, "PT001_A/sub-01/ses-3.zip")
+    with pytest.raises(CohortError, match="1 of its sessions are still zipped"):
+        read_cohort(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["PT001_A/sub-01/ses-1", "sub-01/anat", "sub-01/ses-1/anat"])
+def test_hidden_files_of_macos_are_no_scans(tmp_path: Path, place: str, capsys: pytest.CaptureFixture) -> None:
+    name = "_".join(part for part in place.split("/") if "-" in part) + "_T1w.nii.gz"
+    touch(tmp_path, f"{place}/{name}", f"{place}/._{name}", f"{place}/._FLAIR.nii")
+    if not place.startswith("PT"):
+        (tmp_path / "dataset_description.json").write_text('{"Name": "site"}')
+    assert read_cohort(tmp_path)["image_path"].tolist() == [str(tmp_path / place / name)]
+    assert capsys.readouterr().out == ""  # nor are they counted among those left out
+
+
 @pytest.mark.parametrize(("asked", "count"), [("FLAIR", 2), ("flair", 2), ("T1ce", 2), ("t1c", 2), ("T2w", 1),
                                               ("scan", 1), ("t1", 6)])
 def test_another_contrast_is_asked_for_by_name(tmp_path: Path, asked: str, count: int) -> None:
@@ -193,6 +211,9 @@ def test_contrast_stands_in_the_files_name(name: str, contrast: str) -> None:
         image("$nowhere_set/x_T1w.nii.gz", "T1w")]}}}}}}}), "set the environment variable nowhere_set"),
     ("openneuro_metadata.csv", "id,age\n1,2\n", "needs the columns image_path, modality; download it again"),
     ("openneuro_metadata.csv", "", "is not a table: .*; download it again"),
+    *(("openneuro_metadata.csv", f"image_path,modality\n{path},T1w\n",
+       f"openneuro_metadata.csv: image_path is '{path}', not dataset/participant/.../scan; download it again")
+      for path in ("", "ds1", "ds1/sub-1_T1w.nii.gz", "/ds1/a.nii")),
 ])
 def test_faults_name_the_file_and_a_cure(tmp_path: Path, file: str, text: str, message: str) -> None:
     touch(tmp_path, file)

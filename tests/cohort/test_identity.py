@@ -22,6 +22,7 @@ from kit.cohort.identity import (
     participant_ids,
     read_aliases,
     read_id,
+    site_names,
 )
 from kit.cohort.labels import read_labels
 from kit.cohort.split import Splitting, check_unseen, label_subset, participant_hash, salt, splits
@@ -131,7 +132,7 @@ def test_two_spellings_in_one_table_are_always_asked_about(names, place, change)
     rows = [{"participant": each, "image_path": f"{row}.nii"} for row, each in enumerate([*names, other])]
     with tempfile.TemporaryDirectory() as folder:
         if other == name:
-            with pytest.raises(CohortError, match="listed twice"):
+            with pytest.raises(CohortError, match="scans have the dataset, participant and session of another"):
                 written(Path(folder), rows, {}, ",", range(len(rows)))
         elif normalised(other) == normalised(name):
             with pytest.raises(CohortError, match="the same.* write them alike"):
@@ -193,6 +194,16 @@ def test_aliases(tmp_path):
     path.write_text("dataset,participant,person\nadni,1,P\nadni,001,Q\n")
     with pytest.raises(IdentityError, match="adni/1 is listed as several persons"):
         read_aliases(path)
+
+
+@pytest.mark.parametrize("sites", [[1, 2, 10], [1.0, 2.0, 10.0], ["1.0", "2", "10.0"]])
+def test_a_numbered_site_has_one_name_whether_or_not_a_cell_is_empty(sites):
+    index = pd.DataFrame({"dataset": "adni", "site": sites})
+    assert site_names(index).tolist() == ["adni/1", "adni/2", "adni/10"]
+    empty = pd.concat([index, pd.DataFrame({"dataset": ["adni"], "site": [None]})], ignore_index=True)
+    assert site_names(empty).tolist()[:3] == ["adni/1", "adni/2", "adni/10"] and pd.isna(site_names(empty)[3])
+    named = pd.DataFrame({"dataset": "adni", "site": ["v1.0", "1.5", "01"]})
+    assert site_names(named).tolist() == ["v1.0", "adni/1.5", "adni/01"]
 
 
 @pytest.mark.parametrize("name", ["Pat-01", "Con-12", "12-Abc", "P-01"])

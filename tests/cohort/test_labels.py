@@ -84,7 +84,8 @@ def test_a_test_cohorts_labels_are_of_the_classes_that_are_learned():
 
 
 @pytest.mark.parametrize(("values", "code"), [([63, 71, 999, 55], "999"), ([63.5, 71, -99, 55], "-99"),
-                                              ([20.5, 30, -1, 40, 50], "-1")])
+                                              ([20.5, 30, -1, 40, 50], "-1"),
+                                              ([-1.5, 0.3, 2.1, -999], "-999"), ([-1.5, 0.3, 2.1, -9], "-9")])
 def test_a_code_for_missing_among_numbers_is_asked_about(values, code):
     with pytest.raises(LabelError, match=f"x: {code} in 1 rows looks like a code for a missing value among numbers "
                                          "from"):
@@ -94,7 +95,8 @@ def test_a_code_for_missing_among_numbers_is_asked_about(values, code):
 
 
 @pytest.mark.parametrize("values", [[35, 34, 29, 33, 31, 30], [15, 20, 20, 22, 29, 29, 30] * 4, [1, -1, 1], [8, 9, 8],
-                                    [77.5, 88, 99, 60], [0, 1, 1], list(range(20, 90))])
+                                    [77.5, 88, 99, 60], [0, 1, 1], list(range(20, 90)), [-1.5, 0.3, 2.1, -1],
+                                    [-60.5, 12, -99, 40]])
 def test_what_is_clear_is_not_asked_about(values):
     assert labels(values).kind == ("regression" if len(set(values)) > 2 else "classification")
 

@@ -31,7 +31,8 @@ def test_leading_zeros_and_missing_values_survive(tmp_path):
 def test_scans_listed_twice_are_refused(tmp_path):
     table = tmp_path / "site.csv"
     table.write_text("participant,image_path\n1,a.nii\n1,b.nii\n")
-    with pytest.raises(CohortError, match="1 scans are listed twice, the first: participant 1, session 01"):
+    with pytest.raises(CohortError, match="1 scans have the dataset, participant and session of another, the first: "
+                                          "participant 1, session 01"):
         read_cohort(table)
 
 
@@ -81,7 +82,7 @@ def test_a_mask_of_the_t1w_is_not_given_to_another_contrast(tmp_path):
     ("sub-01/sub-01_sessions.tsv", "session_id\tage\nses-a\t6\nses-a\t7\n", "session_id a is listed twice"),
     ("dataset_description.json", "{", "dataset_description.json is not a JSON object"),
     ("sub-01/ses-a/anat/scan_T1w.nii.gz", "", "scan_T1w.nii.gz: its name must begin with sub-01_"),
-    ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii", "", "1 scans are listed twice"),
+    ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii", "", "1 scans have the dataset, participant and session of another"),
 ])
 def test_faults_of_a_bids_folder_name_file_and_cure(tmp_path, file, text, message):
     (tmp_path / "dataset_description.json").write_text(json.dumps({"Name": "site"}))
@@ -201,6 +202,23 @@ def test_one_file_for_two_participants_is_said(tmp_path):
         table_of(tmp_path, "participant,image_path\n1,a.nii\n2,b.nii\n")
 
 
+def test_what_is_said_points_at_the_line_that_reads_the_cohort(tmp_path):
+    (tmp_path / "a.csv").write_text("participant,image_path\n1,a.nii\n2,a.nii\n")
+    for folder, scans in (("bids", ("anat/sub-01_ses-1_T1w.nii", "anat/sub-01_ses-1_run-2_T1w.nii")),
+                          ("fomo/PT001_A", ("t1.nii",))):
+        for scan in scans:
+            file = tmp_path / folder / "sub-01/ses-1" / scan
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    (tmp_path / "bids/dataset_description.json").write_text("{}")
+    (tmp_path / "bids/participants.tsv").write_text("participant_id\nsub-02\n")
+    (tmp_path / "fomo/participants.tsv").write_text("participant_id\nsub-02\n")
+    for name, count in (("a.csv", 1), ("bids", 2), ("fomo", 1)):
+        with pytest.warns(UserWarning) as said:
+            read_cohort(tmp_path / name)
+        assert [each.filename for each in said] == [__file__] * count
+
+
 def test_linked_scans_keep_their_own_names(tmp_path):
     """As DVC and git-annex keep them: a link in the table's folder to a file that is named by its content."""
     (tmp_path / "annex").mkdir()
@@ -274,7 +292,7 @@ def test_a_broken_link_to_labels_is_refused(tmp_path):
 def test_participants_in_one_table_only_are_counted(tmp_path):
     cohort, said = bids(tmp_path, ["sub-01", "sub-02"],
                         {"participants.tsv": "participant_id age\nsub-01 60\nsub-03 5\n"})
-    assert "1 participants with scans are not listed and have no labels; 1 who are listed" in said
+    assert "1 participants with scans are not listed; 1 who are listed" in said
     assert cohort["age"][0] == 60 and pd.isna(cohort["age"][1])
 
 

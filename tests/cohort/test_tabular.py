@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.cohort.tabular import read_foreign, read_table
+from kit.cohort.tabular import TableError, read_foreign, read_table
 from kit.runs import write_table
 from kit.store.store import read_index
 
@@ -39,6 +39,16 @@ def test_text_that_looks_like_numbers_stays_text(tmp_path):
     found = read_table(write_table(tmp_path / "t.csv", table))
     assert found["encoder"].tolist() == ["001", "1"] and found["epoch"].tolist() == [1, 2] and found["loss"][0] == 0.5
     assert found["epoch"].dtype == np.int64 and pd.isna(found["loss"][1])
+
+
+def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path):
+    (tmp_path / "t.csv").write_text('image_path,note\na.nii,"unclosed\nb.nii,"closed"\nc.nii,x\n')
+    with pytest.raises(TableError, match="t.csv is not a table: .*look for a quote that is not closed"):
+        read_foreign(tmp_path / "t.csv", list)
+    (tmp_path / "t.csv").write_text('image_path,note\na.nii,"left" hand\nb.nii,x\n')
+    assert read_foreign(tmp_path / "t.csv", list)["note"].tolist() == ["left hand", "x"]
+    (tmp_path / "t.csv").write_text('image_path,note\na.nii,"two\nlines"\nb.nii,x\n')
+    assert read_foreign(tmp_path / "t.csv", list)["note"].tolist() == ["two\nlines", "x"]
 
 
 @pytest.mark.parametrize("quoted", [True, False])
