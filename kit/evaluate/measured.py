@@ -57,6 +57,7 @@ def measured(scans: Mapping[str, Scan], measure: Callable[[list[Scan]], Iterable
     for start in range(0, len(todo), SAVED_TOGETHER):
         keys = todo[start:start + SAVED_TOGETHER]
         known.update(zip(keys, measure([scans[key] for key in keys]), strict=True))
-        if path:
+        if path:  # another shard may have written to it meanwhile
+            known.update((load_file(path) if path.exists() else {}) | known)
             write_whole(path, lambda aside: save_file(known, aside))
     return known

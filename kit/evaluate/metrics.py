@@ -25,6 +25,10 @@ DRAWS = 100  # computed at a time; bounds memory
 LEAST_PARTICIPANTS = 10  # needed for an interval, per class (or in all for regression); see `score`
 
 
+class NotFiniteError(ValueError):
+    """Predictions are not finite, so there is no score."""
+
+
 def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: Sequence[str] | np.ndarray,
           seed: int = 0, folds: Sequence[int] | np.ndarray | None = None, draws: int = RESAMPLES) -> dict[str, float]:
     """Compute a metric of `METRICS` over participants, with its 95 % bootstrap interval.
@@ -47,7 +51,7 @@ def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: 
         value (nan if a class is absent), low, high, participants.
 
     Raises:
-        ValueError: a prediction is not finite.
+        NotFiniteError: a prediction is not finite.
     """
     joined = per_participant(labels, predictions, participants, folds)
     codes, names = pd.factorize(joined["participant"])
@@ -81,7 +85,7 @@ def per_participant(labels: np.ndarray, predictions: np.ndarray, participants: S
         participant).
 
     Raises:
-        ValueError: a prediction is not finite.
+        NotFiniteError: a prediction is not finite.
     """
     values = np.asarray(predictions, np.float64)
     scans = pd.DataFrame({"participant": np.asarray(participants)})
@@ -100,13 +104,13 @@ def join_scans(scans: pd.DataFrame, tests: list[str]) -> pd.DataFrame:
         scans: participant, fold (if folds must stay apart within a test), true, predicted or predicted_0 …
 
     Raises:
-        ValueError: a prediction is not finite.
+        NotFiniteError: a prediction is not finite.
     """
     names = predicted_columns(scans)
     finite = np.isfinite(scans[names]).all(axis=1)
     if not finite.all():
-        raise ValueError(f"{(~finite).sum()} of {len(scans)} predictions are not finite: there is no score; look for "
-                         "nan in the encoder's weights or in the scans")
+        raise NotFiniteError(f"{(~finite).sum()} of {len(scans)} predictions are not finite: there is no score; look "
+                             "for nan in the encoder's weights or in the scans")
     keys = [*tests, "participant", *(["fold"] if "fold" in scans and "fold" not in tests else []), "true"]
     scans = scans[[*keys, *names]].sort_values([*keys, *names])  # bit-identical whatever the order of rows
     joined = scans.groupby(keys, as_index=False, observed=True)[names].mean()

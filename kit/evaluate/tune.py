@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kit.evaluate.metrics import bootstrap, per_participant, predicted_of, statistic
+from kit.evaluate.metrics import NotFiniteError, bootstrap, per_participant, predicted_of, statistic
 from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.tasks import Task
 from kit.models.encoder import Encoder
@@ -182,7 +182,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
                 continue
             row = {**each._asdict(), "steps": min(params.steps, len(log) * params.check_steps),
                    "stopped_early": _checks_since_best(log) >= params.patience > 0,
-                   "validation_loss": log["validation_loss"][log["monitor"].argmin()],
+                   "validation_loss": log["validation_loss"][_best_check(log)],
                    "validation_score": score_validation(task, predictor)}
             rows.append(row)
             order = log["monitor"].min(), row["validation_loss"]
@@ -212,6 +212,9 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
 
     Returns:
         the predictor and the log; see `kit.train.loop.fit`.
+
+    Raises:
+        TrainingError: training diverged, in one process or in several.
     """
     if params.processes() == 1:
         objective, log = train_here(job)
@@ -247,6 +250,9 @@ def train_here(job: Job) -> tuple[Supervised, pd.DataFrame]:
 
     Returns:
         the objective as `kit.train.loop.fit` leaves it, and the log.
+
+    Raises:
+        TrainingError: see `kit.train.loop.fit`; or the validation loss is never finite.
     """
     objective, scans, settings = job.objective(), job.task.parts["train"].scans(), job.settings
     if world_size() > 1:
@@ -262,7 +268,10 @@ def train_here(job: Job) -> tuple[Supervised, pd.DataFrame]:
         return divmod(look * job.check_steps * settings.accumulate + number, a_pass)
 
     def by_score(objective: Supervised, _: int) -> dict[str, float]:
-        return {"monitor": -score_validation(job.task, objective.predictor)}
+        try:
+            return {"monitor": -score_validation(job.task, objective.predictor)}
+        except NotFiniteError:
+            return {"monitor": math.nan}  # the worst, as for a loss
 
     try:
         log = fit(objective, scans, batches, job.task.parts["validation"].scans(), settings, job.folder,
@@ -272,6 +281,8 @@ def train_here(job: Job) -> tuple[Supervised, pd.DataFrame]:
             assert job.home is not None  # where the stop file lay
             write_table(job.home / UNFINISHED, stopped.log)
         raise
+    if not np.isfinite(log["monitor"]).any():  # in all processes, as they have one log
+        raise TrainingError("the validation loss is never finite; lower learning_rate, or set clip: 1")
     return objective, log
 
 
@@ -306,8 +317,13 @@ def _unvalidated(task: Task) -> list[str]:
     return [name for number, name in enumerate(task.labels.classes) if number not in present]
 
 
+def _best_check(log: pd.DataFrame) -> int:
+    """Row of the best validation check; nan counts as the worst, as in `fit`."""
+    return int(log["monitor"].fillna(math.inf).to_numpy().argmin())
+
+
 def _checks_since_best(log: pd.DataFrame) -> int:
-    return len(log) - 1 - int(log["monitor"].to_numpy().argmin())
+    return len(log) - 1 - _best_check(log)
 
 
 @contextmanager

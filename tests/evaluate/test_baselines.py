@@ -344,6 +344,19 @@ def test_a_killed_measuring_goes_on(tmp_path, monkeypatch):
     assert {key: value.item() for key, value in found.items()} == {key: len(scan) for key, scan in scans.items()}
 
 
+def test_shards_that_measure_at_the_same_time_keep_each_others_values(tmp_path):
+    path = measured_file(tmp_path, "lengths", 1)
+
+    def measure(scans):
+        if "bb" in scans:  # another shard measures and writes while this one does
+            measured({"key of a": "a"}, measure, path)
+        return [np.array([len(scan)]) for scan in scans]
+
+    found = measured({"key of bb": "bb"}, measure, path)
+    for values in (found, load_file(path)):
+        assert {key: value.item() for key, value in values.items()} == {"key of a": 1, "key of bb": 2}
+
+
 def test_a_probe_of_several_classes_takes_the_penalty_of_the_best_macro_auc():
     rng = np.random.default_rng(0)
     labels = np.arange(150) % 3

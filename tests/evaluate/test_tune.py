@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
+from kit.evaluate import tune as tune_module
+from kit.evaluate.metrics import NotFiniteError
 from kit.evaluate.predict import predict
 from kit.evaluate.tasks import read_tasks
 from kit.evaluate.tune import TRIES, Choice, Job, score_validation, standard_error, train, train_here, tune
@@ -102,9 +104,40 @@ def test_a_try_that_diverges_is_out(store, tmp_path, capsys):
     tries = pd.read_csv(tmp_path / "tries.csv")
     assert tuned.choice.weight_decay == 1e-2 and tries["weight_decay"].tolist() == [1e-2, DIVERGES]
     assert tries["validation_loss"].isna().tolist() == tries["steps"].isna().tolist() == [False, True]
-    assert capsys.readouterr().out.startswith("learning_rate 0.001, weight_decay 1e+20: the loss is ")
+    assert capsys.readouterr().out.startswith(
+        "learning_rate 0.001, weight_decay 1e+20: the gradient is not finite (the loss is ")
     with pytest.raises(TrainingError, match="the loss is .* in epoch 1, step "):
         tune(task_of(store, "age"), ENCODER, params(store, task="age", steps=8, weight_decays=[DIVERGES]), 0)
+
+
+@pytest.mark.parametrize("select_by", ["loss", "score"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_try_that_diverges_in_the_last_step_before_a_check_is_out(store, tmp_path, capsys, select_by, kept):
+    asked = params(store, steps=1, check_steps=1, select_by=select_by, weight_decays=[DIVERGES, 1e-2])
+    folder = tmp_path if kept else None
+    tuned = tune(task_of(store), ENCODER, asked, 0, folder, check=False)
+    said = "the validation loss is never finite; lower learning_rate, or set clip: 1"
+    assert capsys.readouterr().out == f"learning_rate 0.001, weight_decay 1e+20: {said}\n"
+    assert tuned.choice.weight_decay == 1e-2 and tuned.tries["steps"].isna().tolist() == [True, False]
+    with pytest.raises(TrainingError, match=f"^{said}$"):
+        tune(task_of(store), ENCODER, asked, 0, folder, choice=Choice(1e-3, DIVERGES))
+
+
+def test_a_check_that_is_nan_is_the_worst(store, monkeypatch):
+    """The first check is nan, the best one is the second: training stops two checks later, not one."""
+    scores = iter([np.nan, 0.9, 0.8, 0.7, 0.9])  # the last one is of the best weights
+
+    def scored(task, predictor):
+        if np.isnan(found := next(scores)):
+            raise NotFiniteError
+        return found
+
+    monkeypatch.setattr(tune_module, "score_validation", scored)
+    asked = params(store, steps=12, check_steps=1, patience=2, select_by="score")
+    tuned = tune(task_of(store), ENCODER, asked, 0, check=False)
+    assert tuned.log["monitor"].tolist() == pytest.approx([np.nan, -0.9, -0.8, -0.7], nan_ok=True)
+    assert tuned.tries["stopped_early"].tolist() == [True]
+    assert tuned.tries["validation_loss"].tolist() == [tuned.log["validation_loss"][1]]
 
 
 def test_of_equal_aucs_the_lower_loss_is_chosen(store):
