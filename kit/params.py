@@ -370,6 +370,8 @@ class Saliency(Parameters):
                             "scans")
         elif self.cohort is not None:
             problems += _cohort_problems(self.cohort, self.contrast)
+        if "model" in self.compare:
+            problems.append("compare.model: `model` itself has this name in the table; give another")
         if self.compare and not (self.model / "task.json").exists():
             problems.append("compare: an encoder without a head has no task to be compared on")
         if not (self.model / "task.json").exists() and (self.model / "encoder.safetensors").is_file():

@@ -45,6 +45,7 @@ from kit.runs import MADE_FROM, Run, progress, shown, write_json, write_table
 from kit.store.dataset import PreparedScans
 from kit.store.leakage import ORIGIN_COLUMNS
 from kit.store.store import Store
+from kit.train.loop import TrainingError
 from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped
 
@@ -107,6 +108,8 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
     Raises:
         MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError, TableError: before any
             training; each says what does not fit.
+        TrainingError: the training of some cells diverged. It names each with its reason, once all other cells are
+            done; no tables are made.
         BenchmarkError: no cell has predictions yet.
         Stopped: the run was asked to stop; the same parameters resume it.
     """
@@ -129,13 +132,20 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
     remove_stale_cells(bench)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]
+    failed = []
     with stoppable(run.folder):
         for number, cell in enumerate(progress(todo, **{"desc": "cells", **(bar or {})})):
             if (run / STOP).exists():
                 left = pd.DataFrame(todo[number:])
                 write_table(run / UNFINISHED, left)
                 raise Stopped(left)
-            bench.fill(cell, run.folder)
+            try:
+                bench.fill(cell, run.folder)
+            except TrainingError as error:
+                failed.append(f"\n  {error}")
+    if failed:
+        raise TrainingError(f"{shown(run.folder)}: {len(failed)} of {len(mine)} cells could not be trained, all others "
+                            f"are done; no tables are made before these are, too:{''.join(failed)}")
     return bench
 
 
@@ -237,7 +247,11 @@ class _Bench:
             elif cell.mode == "probe":
                 found = probe_tested(task, {part: self._features_of(cell, seed, task, part) for part in task.parts})
             else:
-                found = self._finetuned(cell, seed, task, folder, home)
+                try:
+                    found = self._finetuned(cell, seed, task, folder, home)
+                except TrainingError as error:
+                    raise TrainingError(f"{cell.encoder} on {cell.task}, {cell.mode}, label_fraction "
+                                        f"{cell.label_fraction:g}, fold {cell.fold}, seed {seed}: {error}") from error
             if corrects:
                 found = self._corrected(cell, task, found)
             write_table(self.file(cell, seed), _table(task, found or {}))

@@ -90,12 +90,22 @@ def tasks_of(params: Tuning, stores: Mapping[str, Store], task: str, kind: str =
              only: Collection[int] | None = None) -> list[Task]:
     """Read a label's tasks as a notebook's parameters specify; see `read_tasks`.
 
+    A test set without this label is left out, with a line that says so, unless its parameters list its tasks.
+
     Args:
         stores: see `kit.evaluate.finetune.open_stores`.
     """
-    tests = params.test_sets()
-    here = {name: store for name, store in stores.items()
-            if name not in tests or (task in tests[name].tasks if tests[name].tasks else task in store.index)}
+    tests, here = params.test_sets(), {}
+    for name, store in stores.items():
+        if name in tests:
+            tested = task in (tests[name].tasks or store.index)
+        else:  # `prepared`, or its own rows of another distribution
+            of_other = name == "out_of_distribution" and task in store.index
+            tested = not of_other or store.index.loc[store.index["split"] == name, task].notna().any()
+        if tested:
+            here[name] = store
+        elif name not in tests or not tests[name].tasks:
+            print(f"{task}: {name} has no such label, so it is not tested there")
     return read_tasks(here, task, kind, Splitting.of(params), accept_flags=params.accept_flags,
                       missing_codes=missing_codes, rows_are_people=params.rows_are_people, aliases=aliases, only=only)
 

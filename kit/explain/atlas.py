@@ -131,7 +131,7 @@ def own_atlases(store: Store, scans: list[str], cohort: str | Path, column: str,
         contrast: which scans of a folder.
 
     Raises:
-        AtlasError: the table lacks the column, or a scan's label map.
+        AtlasError: the table lacks the column, or the path of a scan's label map; see also `own_atlas`.
     """
     table = read_cohort(cohort, contrast)
     if column not in table:

@@ -198,7 +198,7 @@ def curves(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed: i
     rng = np.random.default_rng([seed, 1806])
     orders |= {f"random {turn}": rng.permutation(count) for turn in range(ORDERS)}
     jobs = [(name, kind, fraction) for name in orders for fraction in FRACTIONS for kind in ("deletion", "insertion")]
-    place = {name: np.append(np.argsort(order), count) for name, order in orders.items()}  # outside, both are 0
+    place = {name: np.append(np.argsort(order), count) for name, order in orders.items()}  # cubes without brain: never
 
     def changed(name: str, kind: str, fraction: float) -> np.ndarray:
         first = place[name][number] < round(fraction * count)
@@ -272,7 +272,7 @@ def stability(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed
 
 
 def outside_share(found: np.ndarray, mask: np.ndarray) -> float:
-    """Share of an unmasked absolute map outside the brain, relative to a uniform map; nan if the map is zero."""
+    """Share of an unmasked map's absolute values outside the brain, over a uniform map's; nan if the map is zero."""
     weight, out = np.abs(found.astype(np.float64)), ~np.asarray(mask, bool)
     if not (weight.sum() > 0 and out.any()):
         return float("nan")

@@ -95,6 +95,9 @@ def open_model(params: Saliency, store: Store, run: Run) -> Opened:
         index = index_by_person(store, params.model)
         chosen = _drawn(index[usable(index)], params.participants, params.seed).assign(whom="random", said="")
     check_methods(model, params.methods, params.layer)
+    for folder in params.compare.values():  # refused here, not after the maps
+        check_model(folder, store, params.allow_differences)
+        check_methods(load_predictor(folder, store.record)[0], params.methods, params.layer)
     noted = {"from": shown(params.model), "weights": weights_digest(model)}
     drawn = Used("prepared", "drawn", store, chosen, participant_ids(chosen))
     remove_stale(run.folder, made_from([drawn], model=noted, allowed=allowed), RESULTS)
@@ -102,7 +105,7 @@ def open_model(params: Saliency, store: Store, run: Run) -> Opened:
 
 
 def index_by_person(store: Store, model: Path) -> pd.DataFrame:
-    """The store's index, for `participant_ids` to count persons: with the `aliases` that the model's run was given.
+    """The store's index, with the aliases that the model's run was given, so that `participant_ids` counts people.
 
     Raises:
         IdentityError: that table is gone, or cannot be used.

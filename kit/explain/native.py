@@ -29,8 +29,8 @@ def native_map(store: Store, scan: str, saliency_map: np.ndarray, image_path: st
         image_path: the file or folder that the scan was prepared from: the cohort's `image_path`.
 
     Returns:
-        float32 (x, y, z). For a NIfTI, in the file's own voxel order with its header's sform and qform, so that every
-        program overlays the two correctly. For other formats, in RAS order with the scan's own affine.
+        float32 (x, y, z). For .nii and .nii.gz, in the file's own voxel order with its header's sform and qform, so
+        that every program overlays the two correctly. For others, in RAS order with the scan's own affine.
 
     Raises:
         ValueError: the map is not on the store's grid, or does not overlap the file (it is another scan's).

@@ -122,7 +122,10 @@ def saliency(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str,
 
 def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str, target: int | None = None,
                 options: Options = DEFAULTS) -> np.ndarray:
-    """As `saliency`, but not masked: one of the checks is how much of a map lies outside the brain."""
+    """As `saliency`, but not masked: one of the checks is how much of a map lies outside the brain.
+
+    SmoothGrad's is zero there, as its noise is inside the brain only.
+    """
     mask = np.asarray(mask, dtype=bool)
     check_methods(model, [method], options.layer)
     if image.ndim != 3 or image.shape != mask.shape:
@@ -210,16 +213,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _attribute(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, method: str, options: Options) -> torch.Tensor:
     """Attribute a score (batch,) by one method: (1, 1, depth, height, width)."""
     shape = tuple(scan.shape[2:])
-    with_gradients = options.batch or max(1, min(32, GRADIENT_VOXELS // scan[0].numel()))
+    at_a_time = options.batch or max(1, min(32, GRADIENT_VOXELS // scan[0].numel()))
     if method == "gradient":
         return Saliency(score).attribute(scan, abs=True)
     if method == "gradient_x_input":
         return InputXGradient(score).attribute(scan)
     if method == "smoothgrad":
-        return _smoothgrad(score, scan, mask, options, with_gradients)
+        return _smoothgrad(score, scan, mask, options, at_a_time)
     if method == "integrated_gradients":
         return IntegratedGradients(score).attribute(scan, _baseline(scan, mask, options), n_steps=options.steps,
-                                                    internal_batch_size=with_gradients)
+                                                    internal_batch_size=at_a_time)
     if method in CAMS:
         layer, _ = _layer(score, options.layer)
         assert layer is not None  # `check_methods` found it

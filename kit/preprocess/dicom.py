@@ -154,7 +154,7 @@ def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
     reader.SetFileNames(files)
     reader.SetOutputPixelType(sitk.sitkFloat32)  # rescale slope and intercept applied
     image = reader.Execute()
-    # ITK takes an upright stack with even spacing, (last - first) / (n - 1), for granted: others have to be found here.
+    # ITK assumes an unsheared stack with even spacing, (last - first) / (n - 1): others must be refused here.
     _check_steps(np.diff(origins @ normal))
     _check_shear(origins[-1] - origins[0], normal, min(slices[0].GetSpacing()[:2]))
     return from_itk(image)

@@ -19,7 +19,7 @@ from kit.preprocess.quality import QC_METRICS, flagged
 from kit.runs import link_whole, shown, write_table
 from kit.store.store import claim, read_index, scan_path
 
-# Columns that the index adds to the cohort.
+# Columns of the index that each prepared scan's notes hold; ADDED has all that it adds to the cohort.
 QUALITY_COLUMNS = ("mask_source", *QC_METRICS, "seconds")
 FAILED = ("scan", "participant", "session", "dataset", "image_path", "reason")  # columns of failed.csv
 ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")

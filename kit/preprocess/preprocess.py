@@ -136,7 +136,7 @@ def _to_template_space(job: ScanJob, known: dict[str, Any]) -> tuple[np.ndarray,
     array, affine, native_mask = head.array, head.affine, head.brain.mask
     if settings.bias_correction == "n4":
         array = intensity.correct_bias(array, affine, native_mask)
-    # stored transforms lead to the header's millimetres, those used here to the upright head's
+    # stored transforms map MNI millimetres to the header's; those used here map them to the upright head's
     turn, transforms = head.orientation, None
     if settings.registration != "none":
         transforms = (Transforms(*(turn.T @ np.array(known[kind]) for kind in KINDS)) if known
@@ -148,6 +148,7 @@ def _to_template_space(job: ScanJob, known: dict[str, Any]) -> tuple[np.ndarray,
     scaled = (intensity.z_score(image, mask) if settings.intensity == "zscore"
               else intensity.by_white_matter(image, mask, tissue_on(grid, "white")))
     metrics = quality.measure(array, affine, native_mask, transforms, turn)
+    metrics["grey_levels"] = float(quality.grey_levels(head.array[native_mask]))  # N4 makes nearly all values distinct
     if transforms:
         known = {"orientation": turn.tolist(), "pose": None if head.pose is None else head.pose.tolist(),
                  **{kind: (turn @ getattr(transforms, kind)).tolist() for kind in KINDS}}
@@ -267,7 +268,7 @@ def _sources(job: ScanJob) -> tuple[str, str]:
 
 
 def _known(job: ScanJob, search: str) -> dict[str, Any]:
-    """Return the transforms, orientation and pose that an earlier preparation found in the same files, by name."""
+    """Return what an earlier preparation found in the same files: orientation, pose, rigid, affine; or nothing."""
     try:
         notes = read_facts(job.output)["notes"]
         return notes["transforms"] if notes.get("search") == search else {}

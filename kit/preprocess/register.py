@@ -137,7 +137,7 @@ def find_orientation(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) ->
 
 
 def likeliest(found: Sequence[float]) -> np.ndarray:
-    """Return the (3, 3) of `ORIENTATIONS` in which a brain is most like the template; the header's if none is upright.
+    """Return the likeliest of `ORIENTATIONS`, (3, 3); the identity (the header is right) if none reaches `UPRIGHT`.
 
     `found` has one likeness per orientation.
     """

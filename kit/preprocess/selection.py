@@ -21,7 +21,7 @@ def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
 
     Args:
         labels: one scan a row; columns that cannot separate groups are skipped.
-        hit: (rows,) bool.
+        hit: (rows,) bool, whether the filter refused or flagged the scan in that row.
 
     Returns:
         One row per label that could be tested, smallest p first: label, hit, rest (medians, or class shares), p,

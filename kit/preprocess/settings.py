@@ -29,7 +29,7 @@ class Preparation:
         registration: "affine", "rigid", or "none" for scans that already lie near MNI space.
         mask: "auto" (the cohort's mask_path if given, a stripped scan's own voxels, else deepbet's), "given"
             (mask_path), "nonzero" (a skull-stripped scan's voxels outside its background, holes filled), "deepbet"
-            (a network that comes with the kit), or the command "hd-bet" or "mri_synthstrip".
+            (a network, installed with the kit), or the command "hd-bet" or "mri_synthstrip".
         bias_correction: "n4" or "none".
         intensity: "zscore" inside the mask, or "whitematter", which scales the white-matter peak to 1.
         orientation_unknown: what to do if a header does not say where the scan lies: "refuse" it, or "assume_ras"

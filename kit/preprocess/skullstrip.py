@@ -15,7 +15,7 @@ import numpy as np
 
 from kit.preprocess.header import corners_apart
 from kit.preprocess.mask import LEAST_BRAIN_ML, MOST_BRAIN_ML, millilitres, nonzero_mask, own_voxels, read_mask
-from kit.preprocess.nifti import ScanError, write_nifti
+from kit.preprocess.nifti import ScanError, other_form, write_nifti
 
 if TYPE_CHECKING:
     from deepbet import BrainExtraction
@@ -163,7 +163,8 @@ def tool_mask(tool: str, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
             last = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-1:]
             raise ScanError(f"{tool} ended with code {done.returncode} and "
                             f"{'a' if found else 'no'} mask: {''.join(last)[:200]}".replace(folder, ""))
-        return read_mask(found, array, affine).mask
+        # ITK takes the qform, which cannot be sheared, where the sform is
+        return read_mask(found, array, affine, other=other_form(paths["IMAGE"])).mask
 
 
 @lru_cache(maxsize=1)

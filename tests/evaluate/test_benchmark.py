@@ -27,6 +27,7 @@ from kit.runs import Run
 from kit.show.comparison import scores_table, summary
 from kit.store.leakage import voxel_hashes
 from kit.store.store import Store
+from kit.train.loop import TrainingError
 from kit.train.stop import Stopped
 from tests.conftest import GRID, make_store
 
@@ -246,6 +247,32 @@ def test_a_stop_after_a_cells_last_step_ends_it_before_the_next_cell(stores, tmp
     monkeypatch.undo()
     pd.testing.assert_frame_equal(filled(params).scores, whole.scores)
     assert not (run / "unfinished.csv").exists()
+
+
+def test_a_cell_that_diverges_is_named_once_all_others_are_done(stores, tmp_path, monkeypatch):
+    def tuned(task, encoder, params, seed, *arguments, real=benchmark.tune, **more):
+        if task.labels.task == "lesion" and seed == 1:
+            raise TrainingError("the loss is nan")
+        return real(task, encoder, params, seed, *arguments, **more)
+
+    run = tmp_path / "run"
+    params = params_for(stores, run, baselines=["guess"], finetune_tasks=["lesion", "age"], check_converged=False,
+                        label_fractions=[1.0])
+    monkeypatch.setattr(benchmark, "tune", tuned)
+    with pytest.raises(TrainingError, match=r"run: 1 of 4 cells could not be trained, all others are done; no tables "
+                                            r"are made before these are, too:\n  ResNet on lesion, finetune, "
+                                            r"label_fraction 0.5, fold 0, seed 1: the loss is nan$"):
+        filled(params)
+    assert not (run / "tidy.csv").exists()
+    before = cell_files(run)
+    assert {path.parts[-3:] for path in before if "ResNet" in str(path)} == {
+        ("ResNet", "finetune 50% fold 0", "seed0.csv"), ("ResNet", "finetune 50% fold 0", "seed1.csv")}
+    assert [path.parent.parts[1:] for path in before if path.name == "seed1.csv"] == [
+        ("age", "ResNet", "finetune 50% fold 0")]
+    monkeypatch.undo()
+    assert not filled(params).missing
+    after = cell_files(run)
+    assert {path: after[path] for path in before} == before and len(after) == len(before) + 1
 
 
 @pytest.mark.slow

@@ -284,6 +284,24 @@ def test_test_sets_that_cannot_be_are_refused_before_work(store, others, tests, 
         check(Benchmark, benchmark(store, tests=tests, out_of_distribution=str(others["GSP"].folder)))
 
 
+def test_a_label_that_a_test_set_lacks_is_not_tested_there_and_that_is_said(tmp_path, others, capsys):
+    store = make_store(tmp_path / "store")
+    out = store.index["participant"] >= "018"
+    store = changed(store, split=np.where(out, "out_of_distribution", "train"),
+                    lesion=store.index["lesion"].where(~out))
+    store = changed(store, split=store.index["split"].where(store.index["participant"] >= "006", "test").where(
+        store.index["participant"] >= "004", "validation"))
+    write_table(tmp_path / "GSP/index.csv", others["GSP"].index.drop(columns="age"))
+    for name in ("scans", "preparation.json"):
+        (tmp_path / "GSP" / name).symlink_to(others["GSP"].folder / name)
+    params = check(Benchmark, benchmark(store, tests={"GSP": str(tmp_path / "GSP")}))
+    tested = {task: list(tasks_of(params, open_stores(params), task)[0].tested) for task in params.tasks}
+    assert tested == {"lesion": ["test", "GSP"], "age": ["test", "out_of_distribution"]}
+    assert capsys.readouterr().out.splitlines() == [
+        "lesion: out_of_distribution has no such label, so it is not tested there",
+        "age: GSP has no such label, so it is not tested there"]
+
+
 def test_what_a_test_set_shares_with_training_and_pretraining_is_said(store, others):
     here = Store(store.folder, store.index.assign(scanner="Prisma"), store.record)
     aibl, gsp = others["AIBL"], others["GSP"]
