@@ -31,7 +31,7 @@ from kit.runs import progress
 from kit.store.store import Store
 
 BASELINES = ("guess", "demographics", "site", "volumes", "voxels")
-FITTED = ("train", "validation")  # all other parts are for testing
+LEARNED = ("train", "validation")  # all other parts are only predicted
 DEMOGRAPHICS = ("age", "sex", "gender")
 SAME = {"gender": "sex"}  # column names with the same meaning
 COPY = 0.99  # a column correlating more than this with the label is the label in other units
@@ -98,7 +98,7 @@ def _guess(task: Task) -> dict[str, np.ndarray]:
         shares = np.log(np.bincount(labels.astype(int), minlength=len(task.labels.classes)) / len(labels))
         guess = shares[1] - shares[0] if len(shares) == 2 else shares
     return {name: np.full((len(part.rows), *np.shape(guess)), guess) for name, part in task.parts.items()
-            if name not in FITTED}
+            if name not in LEARNED}
 
 
 def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
@@ -153,7 +153,7 @@ def words_of(name: str) -> set[str]:
 
 def _labelled(task: Task) -> dict[str, Part]:
     """Training and validation parts with all their labels, whatever fraction of them is learned from."""
-    return {name: (task.labelled or task.parts)[name] for name in FITTED}
+    return {name: (task.labelled or task.parts)[name] for name in LEARNED}
 
 
 def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> list[str]:
@@ -202,8 +202,8 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
             some = ", ".join(who[:5]) + ", ..." * (len(who) > 5)
             tell(f"no values for {len(who)} participants of {name}: {some}")
         if known.any():
-            parts[name] = part.only(known) if name in FITTED else part
-    if absent := [name for name in FITTED if name not in parts]:
+            parts[name] = part.only(known) if name in LEARNED else part
+    if absent := [name for name in LEARNED if name not in parts]:
         raise DoesNotApply(f"no {absent[0]} scan has a value")
     tables = {name: tables[name].loc[part.rows.index] for name, part in parts.items()}
     train = tables["train"]

@@ -1,8 +1,9 @@
 """5_benchmark: encoders, rivals and encoder-free baselines on several tasks, cell by cell.
 
-A cell is one row of the table on one fold. Its folder, `cells/TASK/ENCODER/…`, holds each seed's predictions, and all
-tables are made from these. A finished cell with the same inputs and settings is not computed again, so a killed run
-resumes and the tasks of a job array share the work.
+A cell is one row of the table (an encoder in one mode, on one task, with one label fraction) on one fold. Its folder,
+`cells/TASK/ENCODER/…`, holds each seed's predictions, and all tables are made from these. A finished cell with the same
+inputs and settings is not computed again, so a killed run resumes and the tasks of a job array share the cells; each
+embeds the scans that its own cells need.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ class _Bench:
         return self.made[cell.encoder, cell.mode, cell.task, cell.fold]
 
     def fill(self, cell: Cell, home: Path) -> None:
-        """Compute a cell seed by seed, skipping seeds already on disk."""
+        """Compute a cell seed by seed, skipping seeds already on disk; `home` is watched for a stop file."""
         folder = self.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder, self.made_from(cell)._replace(rows=None))
@@ -278,10 +279,10 @@ class _Bench:
         validation = found.pop(CORRECTION, None)
         if validation is not None:
             there = np.isfinite(validation)  # a baseline's scans without its columns are no part of the fit
-            labels, validation = task.parts[CORRECTION].labels[there], validation[there]
+            part = task.parts[CORRECTION]
+            known = part.labels[there], validation[there], part.participants[there]
             try:
-                found = {name: bias_corrected(labels, validation, values)
-                         for name, values in found.items()}
+                found = {name: bias_corrected(*known, values) for name, values in found.items()}
             except ValueError as error:
                 self._say(f"{cell.encoder} on {cell.task}, {cell.mode}: bias not corrected: {error}")
         return found

@@ -141,7 +141,7 @@ class _Test:
 class _Entry:
     key: Key
     kind: str
-    seeds: dict[int, list[_Test]]  # several tests: one per fold's model
+    seeds: dict[int, list[_Test]]  # by seed: one test; on another test set, one for each fold's model
 
     @cached_property
     def names(self) -> Names:

@@ -145,7 +145,7 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: Encoder,
 
 
 def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor, dict[str, Any]]:
-    """Load the model of a 3_finetune run, and its `task.json`."""
+    """Load the model of a 3_finetune run, and its `task.json`; `preparation` is the record of the scans to predict."""
     record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     weights = load_file(folder / "model.safetensors")
     encoder = build_encoder(record["architecture"], Grid(preparation["shape"], preparation["spacing_mm"]))

@@ -1,8 +1,8 @@
 """What is computed once for each scan and kept in a file: features, volumes, voxels.
 
-The file's name has a digest of the kit's version and of all else that decides the values, besides the scan itself; its
-keys have the scan's name and checksum. So values are computed again for another
-version of the kit, atlas, encoder or scan; a change of code within one version is not noticed.
+The file's name ends in a digest of the kit's version and of whatever else determines the values, such as the atlas or
+the encoder's weights. Its keys are the scans' names and checksums. If any of these changes, the values are computed
+again; a change of code within one version goes unnoticed.
 """
 
 from __future__ import annotations

@@ -297,15 +297,17 @@ def _calibration(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray) ->
     return slope, float(brentq(lambda shift: weight @ (expit(predicted + shift) - true), -far, far))
 
 
-def bias_corrected(validation_true: np.ndarray, validation_predicted: np.ndarray,
+def bias_corrected(validation_true: np.ndarray, validation_predicted: np.ndarray, participants: pd.Series,
                    predicted: np.ndarray) -> np.ndarray:
     """Correct predictions for their pull to the mean: fit predicted = a + b·true on validation and invert it.
+
+    Each validation participant counts once, whatever the number of scans.
 
     This form does not need the true age of tested participants; see de Lange & Cole 2020, "Commentary: Correction
     procedures in brain-age prediction". It amplifies noise, so the error often grows.
 
     Args:
-        validation_true, validation_predicted: (participants,), none of them tested.
+        validation_true, validation_predicted, participants: (scans,), of people who are not tested.
         predicted: (rows,) to correct.
 
     Raises:
@@ -313,7 +315,8 @@ def bias_corrected(validation_true: np.ndarray, validation_predicted: np.ndarray
     """
     if len(np.unique(validation_true)) < 3:
         raise ValueError("bias correction: validation has fewer than three different labels")
-    slope, intercept = np.polyfit(validation_true, validation_predicted, 1)
+    weight = participants.groupby(participants.to_numpy()).transform("size").to_numpy() ** -0.5
+    slope, intercept = np.polyfit(validation_true, validation_predicted, 1, w=weight)
     if slope <= 0:
         raise ValueError(f"bias correction: the validation predictions do not rise with the truth (slope {slope:.3g}); "
                          "such a model cannot be corrected")

@@ -17,13 +17,16 @@ COVERAGE = 0.9
 
 
 def conformal_quantile(scores: np.ndarray) -> float:
-    """Bound that 90 % of new scores stay within, from scores (scans,); infinite if there are too few scans."""
+    """Bound that a new score stays below with 90 % probability, from validation scores (rows,); infinite if too few."""
     rank = int(np.ceil((len(scores) + 1) * COVERAGE))
     return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else float("inf")
 
 
 def number_columns(values: np.ndarray, validation: pd.DataFrame) -> pd.DataFrame:
-    """Table of predicted numbers (scans,) with intervals: predicted, low, high, in the label's unit."""
+    """Table of predicted numbers (scans,) with intervals: predicted, low, high, in the label's unit.
+
+    The last two are nan if `validation` (columns true, predicted; a row per participant and label) is too small.
+    """
     wide = conformal_quantile((validation["true"] - validation["predicted"]).abs().to_numpy())
     low, high = (values - wide, values + wide) if np.isfinite(wide) else (np.full(len(values), np.nan),) * 2
     return pd.DataFrame({"predicted": values, "low": low, "high": high})

@@ -158,7 +158,7 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
     Args:
         encoder: an encoder, or a predictor (then say so in `what`).
         name: of the encoder, for the row.
-        by: column that distinguishes a person's scans: "session" or "site".
+        by: column whose values are the raters of the ICC: "session" or "site".
         record: the encoder's; participants seen in pretraining are left out.
         accept_flags: see `kit.preprocess.quality.usable`.
         allow_seen: print what else was seen in pretraining, such as a scan under another name, instead of raising.

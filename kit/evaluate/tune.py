@@ -43,9 +43,9 @@ from kit.train.objectives import Supervised
 from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
-TRIES, JOB = "tries", "job.pt"  # in the run's folder: checkpoints of each training; a `Job` for worker processes
-DIVERGED = "diverged.txt"  # beside it: how a training in worker processes failed
-LONGER = 3  # times the steps: a model that gains nothing from them is trained
+TRIES, JOB = "tries", "job.pt"  # in tune's folder: checkpoints of each try; in the run's: a `Job`
+DIVERGED = "diverged.txt"  # beside job.pt: why training in worker processes diverged
+LONGER = 3  # times the steps, in the check of whether training was long enough
 VALIDATION_DRAWS = 200  # of the bootstrap, for a validation score
 
 
@@ -68,7 +68,8 @@ class Tuned:
             validation_score; the last four are empty where training diverged.
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
         standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
-        longer_score: the score after up to three times the steps; nan if training diverged there.
+        longer_score: the score after up to three times the steps, nan if training diverged there; `validation_score`
+            itself if there was no longer training.
         converged: whether the two scores differ by no more than the standard error; None if not checked,
             or if that is nan.
     """
@@ -259,13 +260,13 @@ def train_here(job: Job) -> tuple[Supervised, pd.DataFrame]:
         synchronise_batch_norm(objective)
     a_pass = len(all_batches(len(scans), settings.batch_size, settings.seed, 0))
 
-    def batches(look: int) -> list[list[int]]:
-        first, last = look * job.check_steps, min((look + 1) * job.check_steps, job.steps)
+    def batches(epoch: int) -> list[list[int]]:
+        first, last = epoch * job.check_steps, min((epoch + 1) * job.check_steps, job.steps)
         return batches_between(len(scans), settings.batch_size, settings.seed, first * settings.accumulate,
                        (last - first) * settings.accumulate)
 
-    def place(look: int, number: int) -> tuple[int, int]:
-        return divmod(look * job.check_steps * settings.accumulate + number, a_pass)
+    def place(epoch: int, number: int) -> tuple[int, int]:
+        return divmod(epoch * job.check_steps * settings.accumulate + number, a_pass)
 
     def by_score(objective: Supervised, _: int) -> dict[str, float]:
         try:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.special import expit, softmax
@@ -177,13 +178,17 @@ def test_bias_correction_takes_the_pull_to_the_mean_away():
     rng = np.random.default_rng(0)
     true = rng.normal(50, 15, 2000)
     predicted = 20 + 0.6 * true + rng.normal(0, 4, 2000)
-    corrected = bias_corrected(true[:1000], predicted[:1000], predicted[1000:])
+    people = pd.Series(range(2000))
+    corrected = bias_corrected(true[:1000], predicted[:1000], people[:1000], predicted[1000:])
     before, after = (further_metrics(true[1000:], each, np.ones(1000), "regression")
                      for each in (predicted[1000:], corrected))
     assert before["bias_slope"] == pytest.approx(-0.4, abs=0.03) and after["bias_slope"] == pytest.approx(0, abs=0.05)
     assert after["correlation"] == pytest.approx(before["correlation"])
+    many = np.r_[:1000, [7] * 500]  # somebody with 501 scans counts once, too
+    again = bias_corrected(true[many], predicted[many], people.iloc[many].reset_index(drop=True), predicted[1000:])
+    assert np.allclose(again, corrected, rtol=1e-9)
     with pytest.raises(ValueError, match="do not rise with the truth"):
-        bias_corrected(true, -true, predicted)
+        bias_corrected(true, -true, people, predicted)
 
 
 def test_matching_pairs_by_sex_and_age():
@@ -288,6 +293,7 @@ def test_an_absent_class_and_predictions_that_are_no_numbers_have_no_score():
 LARGE = """
 import json, resource, time
 import numpy as np
+import pandas as pd
 from sklearn.metrics import roc_auc_score
 from kit.evaluate.metrics import score
 rng = np.random.default_rng(0)
