@@ -1,6 +1,6 @@
 """Export an encoder to one folder that model hubs, MONAI, plain torch and this kit can read, without network access.
 
-    python -m kit.export outputs/2_pretrain --output outputs/export/simclr --benchmark outputs/5_benchmark
+    python -m kit.export outputs/demo/2_pretrain/seed0 --output outputs/export --benchmark outputs/demo/5_benchmark
 
 The folder holds
 
