@@ -261,6 +261,8 @@ def check_start(params: Pretrain) -> None:
     store, aliases = Store.open(params.prepared), read_aliases(params.aliases)
     index, splitting = joined(store.index, aliases), Splitting.of(params)
     if not params.leave_out_test:
+        print("leave_out_test: false: nobody is left out, and 3_finetune and 5_benchmark refuse to test the encoder on "
+              "whom it has seen; test it on others")
         return
     learned = pd.concat(choose_scans(params, store))
     if _leaves_out(params, index):

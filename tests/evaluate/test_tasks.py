@@ -173,7 +173,7 @@ def test_pretraining_leaves_the_test_fold_out_and_other_folds_refuse_its_encoder
                 check_tested(task, record, False, {})
 
 
-def test_pretraining_refuses_who_will_be_tested_by_a_column_split(tmp_path):
+def test_pretraining_refuses_who_will_be_tested_by_a_column_split(tmp_path, capsys):
     """One participant's other session, or one scan under another name, in `test`: found before days of training."""
     store = make_store(tmp_path / "store")
     params = Pretrain.model_validate({"prepared": store.folder, "output_dir": tmp_path / "run"})
@@ -185,6 +185,7 @@ def test_pretraining_refuses_who_will_be_tested_by_a_column_split(tmp_path):
     with pytest.raises(LeakageError, match=f"{second.sum()} participants are both in pretrain and in test"):
         check_start(params)
     check_start(params.model_copy(update={"leave_out_test": False}))
+    assert "nobody is left out" in capsys.readouterr().out
     with pytest.raises(LeakageError, match="in pretrain and in test"):
         check_start(params.model_copy(update={"split": "out_of_distribution"}))
     shutil.copy(scan_path(store.folder, store.index["scan"].iloc[-1]),
