@@ -59,7 +59,7 @@ def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _own_masks(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Drop masks of the T1w beside another contrast: a name such as `sub-01_desc-brain_mask` leaves it open."""
+    """Drop masks of scans of another contrast beside a T1w: `sub-01_desc-brain_mask` is taken to be the T1w's."""
     others = (table["mask_path"] != "") & table["image_path"].map(_beside_t1w).astype(bool)
     if others.any():
         say(f"{shown(folder)}: {int(others.sum())} masks are not used, as they belong to a T1w scan of the same name, "

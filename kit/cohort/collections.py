@@ -203,6 +203,9 @@ def _with_participants(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
         labels = _participants(place, dataset)
         if labels is None:
             continue
+        if dataset is None and "dataset" not in labels and table["dataset"].nunique() > 1:
+            raise CohortError(f"{shown(place / 'participants.tsv')}: needs a column dataset, as the collection has "
+                              "several, whose participants may have the same names; or give each dataset its own file")
         keys = [key for key in KEYS if key in labels]  # each table's own: only some have sessions
         found = table[keys].merge(labels.assign(**{" row": range(len(labels))}), on=keys, how="left")
         if without := len(labels) - found.pop(" row").nunique():

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import UNNAMED, Aliases, check_people_known, known_as, participant_ids, site_names
+from kit.cohort.identity import SPLITS, UNNAMED, Aliases, check_people_known, known_as, participant_ids, site_names
+from kit.cohort.tabular import as_numbers
 from kit.errors import KitError
 
 SALT = "kit participants v1"
@@ -125,12 +126,16 @@ def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 
 
 
 def left_out(index: pd.DataFrame, splitting: Splitting, fold: int = 0) -> pd.Series:
-    """Return which rows are left out for testing (of a fold, or of the single split), (rows,) bool.
+    """Return a mask of the rows that a fold, or the single split, tests, (rows,) bool.
 
     Raises:
-        SplitError: a column or a site is missing, or there are more folds than participants.
+        SplitError: a column or a site is missing, `split` has other names, or there are more folds than participants.
     """
     divided = _divided(index)
+    if splitting.cross_validated and "split" in index and (
+            strange := sorted(set(index["split"].dropna()) - set(SPLITS) - {""})):
+        raise SplitError(f"split: folds would leave out the scans of {', '.join(map(repr, strange))}; the names are "
+                         f"{', '.join(SPLITS)}")
     if splitting.leave_one_site_out:
         return site_folds(index[divided]).reindex(index.index, fill_value=-1) == fold
     if splitting.folds:
@@ -199,7 +204,8 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
         raise SplitError(f"stratify: the index has no column {', '.join(missing)}; it has {', '.join(map(str, index))}")
     if ids.nunique() < count:
         raise SplitError(f"folds: {count} folds of only {ids.nunique()} participants; set fewer folds")
-    levels = {name: _levels(site_names(index) if name == "site" else index[name], ids) for name in columns}
+    levels = {name: _levels(site_names(index) if name == "site" else
+                            as_numbers(index[name]) if name == "age" else index[name], ids) for name in columns}
     counts: dict[tuple[str, str], np.ndarray] = {}
     found = {}
     for person in shuffled(ids, split_seed, "fold order"):

@@ -38,8 +38,14 @@ class TableError(CohortError):
 
 
 def say(words: str, level: int = 5) -> None:
-    """Warn about a cohort's files at the line that calls `read_cohort`: `level` - 1 calls up from here."""
+    """Warn about a cohort's files; shown is the line that called `read_cohort`, `level` - 1 frames above this."""
     warnings.warn(words, stacklevel=level)
+
+
+def as_numbers(column: pd.Series) -> pd.Series:
+    """A column of ages as numbers, with nan for cells such as `NA` or `>90`; unchanged if most are text."""
+    numbers = pd.to_numeric(column, errors="coerce")
+    return numbers if numbers.notna().sum() > column.notna().sum() / 2 else column
 
 
 def trimmed(text: str) -> str:

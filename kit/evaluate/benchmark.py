@@ -2,8 +2,8 @@
 
 A cell is one row of the table (an encoder in one mode, on one task, with one label fraction) on one fold. Its folder,
 `cells/TASK/ENCODER/…`, holds each seed's predictions, and all tables are made from these. A finished cell with the same
-inputs and settings is not computed again, so a killed run resumes and the tasks of a job array share the cells; each
-embeds the scans that its own cells need.
+inputs and settings is not computed again, so a killed run resumes and the jobs of a Slurm array share the cells; each
+embeds, with the encoders of its own cells, all scans that a task uses.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns 
 # settings, besides the inputs, that determine a fine-tuned model
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
           "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
-          "precision")
+          "precision", "check_converged")
 RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "subgroups.csv", "table.*",
            "summary.txt")
 
@@ -387,7 +387,7 @@ class _Bench:
         return table[["task", "encoder", *table.columns.drop(["task", "encoder"])]].drop_duplicates()
 
     def table_of(self, cell: Cell) -> pd.DataFrame:
-        """Predictions of a cell's finished seeds."""
+        """Predictions of a cell's finished seeds, one row per scan and seed."""
         tables = []
         for seed in self.seeds_of(cell):
             if self.file(cell, seed).exists():
@@ -497,7 +497,7 @@ def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iter
             yield f"age {lower:g} to {upper:g}", inside
     classes = sorted(set(scans["true"]))
     asked = params.match_age_sex and task.casefold() not in ("sex", "gender")
-    if asked and kind == "classification" and len(classes) == 2:
+    if asked and kind == "classification" and len(classes) == 2 and "predicted" in scans:
         people = scans.drop_duplicates("participant").reset_index(drop=True)
         keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
         if keep.any():

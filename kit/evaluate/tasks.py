@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import Aliases, check_datasets_known, check_people_known, joined, normalised, participant_ids
+from kit.cohort.identity import (
+    TRAVELLING,
+    Aliases,
+    check_datasets_known,
+    check_people_known,
+    joined,
+    normalised,
+    participant_ids,
+)
 from kit.cohort.labels import LabelError, Labels, read_labels
 from kit.cohort.split import Splitting, fold_count, label_subset, sites_of, splits
 from kit.evaluate.metrics import score
@@ -37,7 +45,7 @@ class Part:
     """Labelled scans: rows of a store's index with their labels and participants.
 
     Attributes:
-        rows: of `store.index`.
+        rows: this part's rows of `store.index`.
         labels: (rows,) float64, never nan: the number, or the class from 0.
         participants: (rows,) `dataset/participant`, or the joined name (`kit.cohort.identity.joined`).
     """
@@ -98,7 +106,8 @@ def tasks_of(params: Tuning, stores: Mapping[str, Store], task: str, kind: str =
     tests, here = params.test_sets(), {}
     for name, store in stores.items():
         if name in tests:
-            tested = task in (tests[name].tasks or store.index)
+            listed = tests[name].tasks
+            tested = task in listed if listed else task in store.index and store.index[task].notna().any()
         else:  # `prepared`, or its own rows of another distribution
             of_other = name == "out_of_distribution" and task in store.index
             tested = not of_other or store.index.loc[store.index["split"] == name, task].notna().any()
@@ -180,11 +189,10 @@ def _labels_like(labels: Labels, name: str, store: Store, missing_codes: Sequenc
 
 def _tested_rows(store: Store, of_itself: bool) -> np.ndarray:
     """Rows of a test set's store to test on, (rows,) bool."""
-    everyone = np.ones(len(store.index), bool)
     if "split" not in store.index:
-        return everyone
+        return np.ones(len(store.index), bool)
     rows = store.index["split"].isin(["out_of_distribution"] if of_itself else ["out_of_distribution", "test"])
-    return rows.to_numpy() if rows.any() or of_itself else everyone
+    return (rows if rows.any() or of_itself else store.index["split"] != TRAVELLING).to_numpy()
 
 
 def _part(store: Store, labels: Labels, keep: np.ndarray, aliases: Aliases | None) -> Part:

@@ -1,6 +1,6 @@
 """Fine-tuning: train all weights on a label, with learning rate and stopping point chosen on validation.
 
-`tune` makes the choices, with a `train` for each try; `train` starts the processes, and each runs `train_here`.
+`tune` makes the choices and calls `train` for each try; `train` runs `train_here`, in this process or in several.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kit.evaluate.tasks import Task
 from kit.models.encoder import Encoder
 from kit.models.heads import Predictor
 from kit.params import Tuning
+from kit.reading import ParameterError
 from kit.runs import write_table, write_whole
 from kit.store.sampler import all_batches, batches_between
 from kit.train import checkpoint
@@ -216,6 +217,7 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
 
     Raises:
         TrainingError: training diverged, in one process or in several.
+        ParameterError: a batch has fewer scans than there are processes.
     """
     if params.processes() == 1:
         objective, log = train_here(job)
@@ -223,6 +225,11 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
             return objective.predictor, log
     else:
         assert job.home is not None  # `tune` gives several processes a folder
+        scans = len(job.task.parts["train"].rows)
+        least = min(map(len, all_batches(scans, job.settings.batch_size, job.settings.seed, 0)))
+        if least < params.processes():
+            raise ParameterError(f"workers: {params.processes()} processes, but {least} scans in the smallest batch of "
+                                 f"{job.task.labels.task}: use fewer workers")
         file, failure = write_whole(job.home / JOB, lambda aside: torch.save(job, aside)), job.home / DIVERGED
         failure.unlink(missing_ok=True)
         try:

@@ -166,7 +166,7 @@ def _similarity(store: Store, rows: pd.DataFrame, like: str | None) -> Target:
         other = others[0] if scan == first else first
         return Cosine(encoder, torch.from_numpy(_embed(encoder, store, [other])[0]).to(_device(encoder)))
 
-    own = f" (its own map: to {others[0]})" if first in set(rows["scan"]) else ""  # nobody is compared with himself
+    own = f" (its own map: to {others[0]})" if first in set(rows["scan"]) else ""  # no scan is compared with itself
     return Target(f"similarity to {first}{own}", of)
 
 

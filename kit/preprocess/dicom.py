@@ -161,19 +161,21 @@ def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_volumes(slices: list[sitk.ImageFileReader], places: np.ndarray) -> None:
-    """Refuse a series with several slices at each place along the slice normal: echoes, or a time series."""
+    """Refuse several slices at each place (echoes, a time series); `places` (slices,) is mm along the slice normal."""
     distinct, volumes = np.unique(places.round(2), return_counts=True)
-    if len(distinct) < 2 or volumes[0] < 2 or np.ptp(volumes):
+    if len(distinct) < 2 or np.median(volumes) < 2:  # one doubled slice is the steps' fault
         return
-    same = [each for each, place in zip(slices, places.round(2), strict=True) if place == distinct[0]]
+    fullest, most = distinct[volumes.argmax()], volumes.max()
+    same = [each for each, place in zip(slices, places.round(2), strict=True) if place == fullest]
     found = {name: [each.GetMetaData(tag).strip(" \0") for each in same if each.HasMetaDataKey(tag)]
              for tag, name in VOLUME_TAGS.items()}
     differ = [f"{name} {', '.join(list(dict.fromkeys(values))[:MOST_LISTED])}" for name, values in found.items()
               if len(set(values)) > 1]
     which = f"; they differ in {' and '.join(differ)}" if differ else ""
-    raise ScanError(f"expected one volume in the DICOM series, found {volumes[0]} (as many slices at each of "
-                    f"{len(distinct)} positions{which}); keep the files of one in a folder of their own, or convert "
-                    "them to NIfTI with dcm2niix and give one volume")
+    as_many = "up to that many" if np.ptp(volumes) else "as many"
+    raise ScanError(f"expected one volume in the DICOM series, found {most} ({as_many} slices at each of "
+                    f"{len(distinct)} positions{which}); keep the files of one in a folder of their own, or "
+                    "convert them to NIfTI with dcm2niix and give one volume")
 
 
 def _check_shear(across: np.ndarray, normal: np.ndarray, pixel_mm: float) -> None:

@@ -19,7 +19,7 @@ from kit.preprocess.quality import QC_METRICS, flagged
 from kit.runs import link_whole, shown, write_table
 from kit.store.store import claim, read_index, scan_path
 
-# Columns of the index that each prepared scan's notes hold; ADDED has all that it adds to the cohort.
+# Columns of the index that come from the notes in each scan's file; ADDED: all that it adds to the cohort's.
 QUALITY_COLUMNS = ("mask_source", *QC_METRICS, "seconds")
 FAILED = ("scan", "participant", "session", "dataset", "image_path", "reason")  # columns of failed.csv
 ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")
@@ -103,15 +103,16 @@ def _lists_scans(path: Path) -> bool:
     return path.is_file() and len(path.read_text(encoding="utf-8").splitlines()) > 1
 
 
-def shard_of(cohort: pd.DataFrame, shard: int, shards: int) -> pd.DataFrame:
+def shard_of(cohort: pd.DataFrame, shard: int, shards: int, mask: str = "auto") -> pd.DataFrame:
     """Return one shard of a cohort: every `shards`-th row from row `shard` on, so that each shard mixes the sites.
 
     Raises:
-        PreparationError: the cohort has fewer scans than shards, or two of its scans would have one name.
+        PreparationError: the cohort has fewer scans than shards, two of its scans would have one name, or none has the
+            mask that `mask: given` asks for.
     """
     if len(cohort) < shards:
         raise PreparationError(f"shards: {len(cohort)} scans cannot fill {shards} shards")
-    check_cohort(cohort, scan_names(cohort), "auto")  # `prepare` sees one shard only; names must differ in all
+    check_cohort(cohort, scan_names(cohort), mask)  # `prepare` sees one shard only
     return cohort.iloc[shard::shards].reset_index(drop=True)
 
 

@@ -13,7 +13,7 @@ from kit.preprocess.resample import one_thread, to_image
 N4_MM = 4.0
 N4_ITERATIONS = [50, 50, 50, 50]  # maximum at each of four levels of ever finer splines; N4's own default
 # N4 takes logarithms. Ringing of cubic splines puts at most 1.1 % of a brain below zero (20 stripped scans, 13 heads);
-# z-scoring inside the brain 45 % or more (8), over a whole head 1.9 to 4.7 % (13).
+# z-scoring inside the brain puts 45 % or more there (8 scans), over a whole head 1.9 to 4.7 % (13).
 MOST_NEGATIVE = 0.015
 
 

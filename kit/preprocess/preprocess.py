@@ -43,6 +43,8 @@ from kit.runs import progress
 from kit.store.store import FORMAT, StoreError, claim, read_facts, remove_leftovers, scan_path, write_scan
 
 KINDS = Transforms._fields
+# Increase this when the search, a metric or a refusal changes: scans prepared before are then prepared again.
+METHOD = 2
 # Heads rotated further than this from the template's pose are levelled and shown to deepbet again: its masks of heads
 # turned by 31 to 35 degrees moved the pose by up to 1.3 mm. The median head lies at 13 degrees, one in eight beyond 20.
 LEVEL_DEG = 20.0
@@ -85,7 +87,7 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     """
     folder = Path(output_dir)
     names = scan_names(cohort)
-    check_cohort(cohort, names, "auto" if part else settings.mask)  # another shard's scans may be those with masks
+    check_cohort(cohort, names, "auto" if part else settings.mask)  # a shard may have none of the masks
     if changes := claim(folder, settings.record()):
         print(f"the settings have changed ({'; '.join(changes)}): scans are prepared again")
     remove_leftovers(folder)
@@ -248,8 +250,8 @@ def _turned(array: np.ndarray, affine: np.ndarray, orientation: np.ndarray) -> t
 def _sources(job: ScanJob) -> tuple[str, str]:
     """Return two digests: of the inputs of a scan's transform search, and of everything the scan is made from.
 
-    Both cover its files' paths, sizes and modification times; the first only the settings that affect the search, the
-    second all settings.
+    Both cover `METHOD` and its files' paths, sizes and modification times; the first only the settings that affect the
+    search, the second all settings.
     """
     files = []
     for path in filter(None, (job.image_path, job.mask_path)):
@@ -262,7 +264,7 @@ def _sources(job: ScanJob) -> tuple[str, str]:
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     settings = asdict(job.settings)
     before = [settings["orientation_unknown"], settings["bias_correction"], settings["mask"]]
-    search, source = (hashlib.sha256(json.dumps([FORMAT, files, each]).encode()).hexdigest()
+    search, source = (hashlib.sha256(json.dumps([FORMAT, METHOD, files, each]).encode()).hexdigest()
                       for each in (before, settings))
     return search, source
 

@@ -212,7 +212,7 @@ def _scan(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> _Scan:
     """Return the brain cropped out of its scan; the brightest 0.5 % (vessels, fat) are clipped.
 
     If more than 0.5 % of it is negative (z-scored, say), it is shifted to start at zero: `_levels` divides by local
-    means. Unshifted, z-scored copies of 12 stripped scans were placed 1.4 to 50 degrees away; shifted, at most 0.05.
+    means. Z-scored copies of 12 stripped scans were turned by 1.4 to 50 degrees without the shift, by 0.05 with it.
     """
     if not mask.any():
         raise RegistrationError("the mask is empty: no brain to register")

@@ -11,6 +11,7 @@ MOST_CLASSES = 12
 FEWEST_NUMBERS = 6
 # Significance level, after Holm's correction over the labels tested.
 ALPHA = 0.05
+FEW = 10  # scans hit, below which only the largest differences would be found
 
 
 def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
@@ -40,20 +41,24 @@ def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
     return table.assign(differs=table["p"] < ALPHA)
 
 
-def warning(name: str, table: pd.DataFrame) -> str:
+def warning(name: str, count: int, table: pd.DataFrame) -> str:
     """Return one line that says which groups a filter hit.
 
     Args:
         name: what was hit, such as "flagged scans".
+        count: how many.
         table: from `selection_bias`.
     """
     if table.empty:
-        return f"{name}: too few, or no labels to compare them by"
+        return f"{count} {name}: too few, or no labels to compare them by"
     if not table["differs"].any():
-        return f"{name} do not differ from the rest in {', '.join(table['label'])}: p = {table['p'].min():.2g} or more"
+        few = "; so few would hardly show one" if count < FEW else ""
+        return (f"{count} {name}: no difference from the rest was found in {', '.join(table['label'])} (smallest p = "
+                f"{table['p'].min():.2g}{few})")
     parts = [f"{row.label} (p = {row.p:.2g}: {row.hit} against {row.rest})"
              for row in table[table["differs"]].itertuples()]
-    return f"WARNING: {name} differ from the rest in {'; '.join(parts)}. Look at them before you study these labels."
+    return (f"WARNING: {count} {name} differ from the rest in {'; '.join(parts)}. Look at them before you study these "
+            "labels.")
 
 
 def _tested(chosen: pd.Series, rest: pd.Series) -> dict[str, object] | None:

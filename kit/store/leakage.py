@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import pandas as pd
 
 from kit.cohort.identity import Aliases, check_datasets_known, known_as, normalised, site_names
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
+from kit.runs import progress
 from kit.store.store import Store, StoreError, scan_path
 
 SLICES = 8  # one or two blocks of the store
@@ -34,26 +36,30 @@ _hashed: dict[tuple[str, int, str], str] = {}  # by file, its modification time 
 
 def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
     """Hash each scan's voxels; unreadable scans are left out, as nothing can be learned from them."""
-    found = {}
     deep, high, wide = store.grid.shape
     middle = (slice(deep // 2 - SLICES // 2, deep // 2 + SLICES // 2), slice(high // 4, high - high // 4),
               slice(wide // 4, wide - wide // 4))
-    for scan in scans:
+
+    def hashed(scan: str) -> str:
         path = scan_path(store.folder, scan)
         known = (str(path), path.stat().st_mtime_ns if path.exists() else 0, salt())
         if known in _hashed:
-            found[scan] = _hashed[known]
-            continue
+            return _hashed[known]
         try:
             values = store.read(scan, middle)[0]
             if values.min() == values.max():  # the centre is empty: use the whole scan
                 values = store.read(scan)[0]
         except StoreError:
-            continue
+            return ""
         values = values + np.float16(0)  # turn -0 (inside the mask) into 0, as outside
-        found[scan] = _hashed[known] = hashlib.blake2b(values.tobytes(), key=salt().encode(),
-                                                       digest_size=8).hexdigest()
-    return found
+        _hashed[known] = hashlib.blake2b(values.tobytes(), key=salt().encode(), digest_size=8).hexdigest()
+        return _hashed[known]
+
+    names = list(scans)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(progress(pool.map(hashed, names), total=len(names), desc="comparing scans", unit="scan",
+                              disable=len(names) < 1000))
+    return {scan: each for scan, each in zip(names, found, strict=True) if each}
 
 
 def seen_by(store: Store, rows: pd.DataFrame, ids: pd.Series, aliases: Aliases | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ FORMAT = 4
 # scan needs no rearranging. A crop reads only the blocks it touches.
 BLOCK_SLICES = 8
 IDENTITY_COLUMNS = ("scan", "participant", "session", "dataset")
-QC_COLUMNS = ("mask_source", "header_note", "flags", "unusable")  # text, if an index has them
+TEXT_COLUMNS = ("mask_source", "header_note", "flags", "unusable")  # read as text, if an index has them
 
 
 class StoreError(KitError, RuntimeError):
@@ -128,7 +128,7 @@ def read_index(path: str | Path) -> pd.DataFrame:
     Raises:
         KeyError: a column of `IDENTITY_COLUMNS` is missing.
     """
-    index = read_table(path, text=(*IDENTITY_COLUMNS, *QC_COLUMNS))
+    index = read_table(path, text=(*IDENTITY_COLUMNS, *TEXT_COLUMNS))
     if missing := [name for name in IDENTITY_COLUMNS if name not in index]:
         raise KeyError(f"no column {missing[0]}")
     return index

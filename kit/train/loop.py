@@ -35,7 +35,7 @@ from kit.train.progress import Progress
 from kit.train.stop import Stopped
 
 Chunks = list[list[int]]  # this process's share of one batch, in chunks
-# maps (epoch, batch in it) to (pass over the scans, batch in it): views depend on the pass, dropout on both
+# (epoch, batch in it) -> (pass over the scans, batch in that pass); views depend on the pass, dropout on both
 Place = Callable[[int, int], tuple[int, int]]
 MAY_CHANGE = {"checkpoint_minutes", "retry_minutes", "loader_workers"}  # may differ when a run is resumed
 
@@ -103,7 +103,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         live: write `live.json` and TensorBoard's files.
         monitor: called by rank 0 after each epoch with the objective and the epoch's number from 1. The numbers
             it returns join the log's row; one named `monitor` is minimised instead of the validation loss.
-        place: maps a batch's epoch and number to the pass over the scans and the number in it, which key its draws.
+        place: which pass over the scans a batch belongs to, and its number in that pass; see `Place`.
 
     Returns:
         one row per epoch: epoch, loss, whatever else the objective reports, learning_rate, validation_loss, what

@@ -31,7 +31,7 @@ class Need(NamedTuple):
 
     parameters: int  # trainable
     operations: float  # multiplications and additions per scan, forward and backward, counted
-    fixed_bytes: float  # weights, gradients and the optimiser's state, float32; with bf16 the weights' copies in it
+    fixed_bytes: float  # float32 weights, average, gradients, optimiser's state; with bf16 also a copy of the weights
     scan_bytes: float  # activations that a scan keeps for the backward pass, counted in the run's precision
 
     def memory(self, scans: int) -> float:
@@ -50,7 +50,7 @@ def need(params: Pretrain, store: Store) -> Need:
     more = _counted(params, store, 4)[2]
     state = {"adam": 2, "adamw": 2, "lars": 1}[params.optimizer] + 2 + bool(params.ema)  # float32 copies
     copies = 2 if params.precision == "bf16" else 0  # bytes per weight
-    # of two sizes the difference, which leaves out what is kept once, as these copies are
+    # the difference between 4 scans and 2 leaves out what is kept once, such as these copies
     return Need(parameters, operations / 2, (4.0 * state + copies) * parameters, (more - kept) / 2)
 
 

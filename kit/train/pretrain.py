@@ -125,15 +125,16 @@ def check_files(params: Pretrain, folder: Path) -> None:
 
 
 def check_workers(params: Pretrain, folder: Path) -> None:
-    """Check that every process gets a share of each batch of the first epoch.
+    """Check that every process gets a share of each batch.
 
     Raises:
         ParameterError: the smallest batch has fewer scans, or pairs of scans, than there are processes.
     """
     if params.processes() == 1:
         return
-    learned = readable_scans(params, Store.open(params.prepared), folder)[0]
-    least = min(map(len, batches_for(params, learned)(0))) // (2 if params.session_pairs else 1)
+    every = batches_for(params, readable_scans(params, Store.open(params.prepared), folder)[0])
+    epochs = range(params.epochs if params.sampling == "balanced" else 1)  # others have the same sizes in each
+    least = min(len(batch) for epoch in epochs for batch in every(epoch)) // (2 if params.session_pairs else 1)
     if least < params.processes():
         raise ParameterError(f"workers: {params.processes()} processes, but {least} "
                              f"{'pairs of scans' if params.session_pairs else 'scans'} in the smallest batch (one per "
@@ -253,7 +254,7 @@ def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Ser
 
 
 def check_start(params: Pretrain) -> None:
-    """Print who is left out of pretraining, and look for people and scans that will be tested among the others.
+    """Print who is left out of pretraining, and check that nobody and no scan to be tested is learned from.
 
     Raises:
         LeakageError: one that will be tested would be learned from, under another name or in another session.
@@ -271,6 +272,8 @@ def check_start(params: Pretrain) -> None:
         why = f"fold {params.fold} of {folds}" if folds else "no column split"
         print(f"{why}: {participant_ids(test).nunique()} of {participant_ids(index).nunique()} participants are left "
               "out, for testing (leave_out_test)")
+        if "split" in index:
+            test = pd.concat([test, index[index["split"] == "out_of_distribution"]])
     else:
         test = index[index["split"].isin(["test", "out_of_distribution"])]
     check_apart({name: (store, rows, participant_ids(rows)) for name, rows in (("pretrain", learned), ("test", test))},
@@ -294,7 +297,7 @@ def build_objective(params: Pretrain, store: Store) -> Pretext:
 def compared_rows(params: Pretrain, validation: pd.DataFrame) -> pd.DataFrame:
     """Validation rows that the loss and the monitor look at: for SimCLR, each participant's first; for an MAE, all.
 
-    Two sessions of a person are no negatives of each other, and no batch of training has both.
+    Two sessions of one person must not be negatives of each other; training batches see to that, too.
     """
     return validation[~participant_ids(validation).duplicated()] if params.objective == "simclr" else validation
 
@@ -377,7 +380,7 @@ def record_of(params: Pretrain, store: Store, objective: Pretext, made: MadeFrom
 
 
 def _pass_of_each_batch(epoch: int, number: int) -> tuple[int, int]:
-    """Key each batch's views by itself: a balanced epoch takes the scans of small datasets several times."""
+    """Count each batch as a pass of its own: a balanced epoch repeats small datasets' scans, which need new views."""
     return (epoch << 16) + number, 0
 
 

@@ -222,6 +222,14 @@ def test_faults_name_the_file_and_a_cure(tmp_path: Path, file: str, text: str, m
         read_cohort(tmp_path)
 
 
+def test_labels_of_a_collection_of_several_datasets_name_the_dataset(tmp_path: Path) -> None:
+    for name in ("PT001_A", "PT002_B"):
+        touch(tmp_path, f"{name}/sub_1/ses_1/t1.nii.gz")
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub_1\t7\n")
+    with pytest.raises(CohortError, match="participants.tsv: needs a column dataset, as the collection has several"):
+        read_cohort(tmp_path)
+
+
 def test_participants_table_without_ids_is_named(tmp_path: Path) -> None:
     (fomo60k(tmp_path) / "participants.tsv").write_text("id\tage\nsub_1\t7\n")
     with pytest.raises(CohortError, match="participants.tsv: needs a column participant_id; found id, age"):

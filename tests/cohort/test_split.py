@@ -140,6 +140,14 @@ def test_folds_that_cannot_be_made_are_refused(people):
         folds(people, 5, 0, ["sex", "diagnosis"])
     with pytest.raises(SplitError, match="folds: 5 folds of only 4 participants"):
         folds(people[people["participant"] < "004"], 5)
+    with pytest.raises(SplitError, match="folds would leave out the scans of 'val'; the names are pretrain, train"):
+        splits(people.assign(split=np.where(people["participant"] < "100", "val", "train")), Splitting(folds=3))
+
+
+def test_a_cell_of_text_among_ages_leaves_folds_balanced_by_age(people):
+    written = people["age"].astype(str).mask(people["participant"] == "007", "NA")  # as R writes it
+    known = people.assign(age=people["age"].mask(people["participant"] == "007"))
+    assert folds(people.assign(age=written), 5).equals(folds(known, 5))
 
 
 def test_label_fractions_are_nested_and_keep_classes(index):

@@ -124,6 +124,13 @@ def test_few_labels_leave_out_what_all_labels_do(store, tmp_path):
     assert said[0] == "volumes on age: without months, which is the label or says the same"
 
 
+def test_a_cell_of_text_does_not_make_ages_categories(store):
+    task = task_of(with_index(store, age=store.index["age"].astype(str).mask(store.index.index == 3, ">90"),
+                              old=(store.index["age"] > 50).astype(int)), "old")
+    found = baseline_predictions("demographics", task, demographics=["age"])
+    assert error_or_auc(task, found) > 0.8
+
+
 def test_age_and_sex_are_found_where_they_say_something(store, elsewhere):
     rng = np.random.default_rng(0)
     man = store.index["sex"] == "M"

@@ -186,6 +186,10 @@ def test_pretraining_refuses_who_will_be_tested_by_a_column_split(tmp_path, caps
         check_start(params)
     check_start(params.model_copy(update={"leave_out_test": False}))
     assert "nobody is left out" in capsys.readouterr().out
+    changed(store, split=np.where(second, "out_of_distribution", "train"))
+    with pytest.raises(LeakageError, match="participants"):
+        check_start(params.model_copy(update={"folds": 4, "split": "train"}))
+    changed(store, split=np.where(second, "out_of_distribution", "pretrain"))
     with pytest.raises(LeakageError, match="in pretrain and in test"):
         check_start(params.model_copy(update={"split": "out_of_distribution"}))
     shutil.copy(scan_path(store.folder, store.index["scan"].iloc[-1]),
@@ -248,6 +252,15 @@ def others(tmp_path_factory):
                  for seed, name in enumerate(("AIBL", "GSP"), 1))
     split = np.where(gsp.index["participant"] < "006", "train", "test")
     return {"AIBL": changed(aibl, age=np.nan, site="far"), "GSP": changed(gsp, split=split)}
+
+
+def test_people_scanned_at_several_sites_are_no_test_set(store, others, tmp_path):
+    away = others["GSP"].index["participant"] < "003"
+    write_table(tmp_path / "GSP/index.csv", others["GSP"].index.assign(split=np.where(away, "travelling", "")))
+    for name in ("scans", "preparation.json"):
+        (tmp_path / "GSP" / name).symlink_to(others["GSP"].folder / name)
+    task, = read_tasks({"prepared": store, "GSP": Store.open(tmp_path / "GSP")}, "age")
+    assert set(task.parts["GSP"].rows["participant"]) == set(others["GSP"].index["participant"][~away])
 
 
 def test_each_test_set_has_its_own_tasks(store, others):

@@ -18,6 +18,7 @@ from kit.evaluate.tasks import read_tasks
 from kit.evaluate.tune import TRIES, Choice, Job, score_validation, standard_error, train, train_here, tune
 from kit.models.encoders import build_encoder
 from kit.params import Finetune
+from kit.reading import ParameterError
 from kit.store.sampler import all_batches
 from kit.train import checkpoint
 from kit.train.loop import TrainingError
@@ -284,6 +285,14 @@ def test_two_processes_stop_as_asked(store, tmp_path):
     with pytest.raises(Stopped):
         tune(task_of(store), ENCODER, params(store, workers=2), 0, tmp_path)
     assert len(pd.read_csv(tmp_path / "unfinished.csv")) == 1
+
+
+def test_more_processes_than_scans_are_no_divergence(store, tmp_path):
+    part = task_of(store).parts["train"]
+    task = replace(task_of(store), parts=task_of(store).parts | {"train": part.only(np.arange(len(part.rows)) < 3)})
+    asked = params(store, workers=4, batch_size=8, learning_rates=[1e-3, 1e-4])
+    with pytest.raises(ParameterError, match="workers: 4 processes, but 3 scans in the smallest batch of lesion"):
+        tune(task, ENCODER, asked, 0, tmp_path)
 
 
 @pytest.mark.slow

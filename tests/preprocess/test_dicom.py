@@ -120,8 +120,10 @@ def test_unusable_series_is_refused(tmp_path: Path, kind: str, reason: str, capf
     assert re.search("[;?]", str(caught.value)), "no way out"
 
 
+@pytest.mark.parametrize("aborted", [False, True])
 @pytest.mark.parametrize("volumes", [2, 3])
-def test_several_volumes_in_one_series_are_counted_with_the_tag_that_differs(tmp_path: Path, volumes: int) -> None:
+def test_several_volumes_in_one_series_are_counted_with_the_tag_that_differs(tmp_path: Path, volumes: int,
+                                                                             aborted: bool) -> None:
     folder = tmp_path / "scan"
     for volume in range(volumes):
         write_series(tmp_path / str(volume), numbers() + volume, np.eye(3))
@@ -131,9 +133,12 @@ def test_several_volumes_in_one_series_are_counted_with_the_tag_that_differs(tmp
             data.EchoTime, data.RepetitionTime = 2.5 + volume, 8
             folder.mkdir(exist_ok=True)
             data.save_as(folder / f"{volume}_{file.name}")
+    if aborted:  # the last volume lacks a slice
+        min(folder.glob(f"{volumes - 1}_*")).unlink()
     times = ", ".join(f"{2.5 + volume}" for volume in range(volumes))
+    as_many = "up to that many" if aborted else "as many"
     with pytest.raises(ScanError, match=re.escape(
-            f"found {volumes} (as many slices at each of 12 positions; they differ in echo time {times}); keep")):
+            f"found {volumes} ({as_many} slices at each of 12 positions; they differ in echo time {times}); keep")):
         read_dicom(folder)
 
 

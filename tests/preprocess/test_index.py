@@ -44,6 +44,13 @@ def test_names_must_differ_in_the_whole_cohort_not_only_in_a_shard(tmp_path: Pat
         shard_of(table, 0, 2)
 
 
+def test_masks_that_nobody_has_are_missed_before_a_shard_begins(tmp_path: Path) -> None:
+    table = cohort(tmp_path, 4)
+    with pytest.raises(PreparationError, match="mask"):
+        shard_of(table.assign(mask_path=""), 0, 2, "given")
+    assert len(shard_of(table.assign(mask_path=["", "m.nii", "", ""]), 0, 2, "given")) == 2
+
+
 def test_merged_shards_are_what_one_run_makes(tmp_path: Path) -> None:
     table = cohort(tmp_path)
     one, one_failed = prepare(table, tmp_path / "one", SETTINGS, workers=0)

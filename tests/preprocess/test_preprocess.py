@@ -124,7 +124,9 @@ def test_similarity_tells_upright_from_upside_down(tmp_path: Path) -> None:
     assert index.template_similarity[1] < 0.5
 
 
-def test_same_scans_are_not_prepared_again(cohort: pd.DataFrame, tmp_path: Path) -> None:
+def test_same_scans_are_not_prepared_again(
+    cohort: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "out"
     first, _ = prepare(cohort, folder, settings(), workers=0)
     dates = {path.name: path.stat().st_mtime_ns for path in (folder / "scans").iterdir()}
@@ -138,6 +140,10 @@ def test_same_scans_are_not_prepared_again(cohort: pd.DataFrame, tmp_path: Path)
     now = {path.name: path.stat().st_mtime_ns for path in (folder / "scans").iterdir()}
     assert [name[5:8] for name in sorted(now) if now[name] != dates.get(name)] == ["001", "002", "003"]
     assert Store.open(folder).read("Test_003_ses-1")[1].any()
+    monkeypatch.setattr(preprocess, "METHOD", preprocess.METHOD + 1)  # a kit that prepares otherwise
+    prepare(cohort, folder, settings(), workers=0)
+    newer = {path.name: path.stat().st_mtime_ns for path in (folder / "scans").iterdir()}
+    assert all(newer[name] > now[name] for name in now)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -26,8 +28,9 @@ def test_a_filter_that_takes_women_is_named_with_sex_and_volume() -> None:
     found = selection_bias(table, hit)
     assert set(found.loc[found["differs"], "label"]) == {"sex", "brain_ml"}
     assert set(found["label"]) == {"sex", "age", "brain_ml", "site", "visit"}  # notes and constants say nothing
-    line = warning("refused scans", found)
-    assert line.startswith("WARNING: refused scans differ from the rest in") and "100% F, 0% M against" in line
+    line = warning("refused scans", hit.sum(), found)
+    assert line.startswith(f"WARNING: {hit.sum()} refused scans differ from the rest in")
+    assert "100% F, 0% M against" in line
 
 
 def test_chance_is_called_chance() -> None:
@@ -37,7 +40,10 @@ def test_chance_is_called_chance() -> None:
         hit = np.random.default_rng([seed, 1]).random(185) < 0.2
         alarms += selection_bias(people(seed=seed)[["sex", "age", "brain_ml"]], hit)["differs"].any()
     assert alarms <= 5
-    assert "do not differ" in warning("flagged scans", selection_bias(people()[["age"]], np.arange(185) % 5 == 0))
+    for every, words in ((5, r"37 flagged scans: no difference .* found in age \(smallest p = [.\d]+\)"),
+                         (50, r"4 flagged scans: no difference .* found in age \(.*; so few would hardly show one\)")):
+        hit = np.arange(185) % every == 0
+        assert re.fullmatch(words, warning("flagged scans", hit.sum(), selection_bias(people()[["age"]], hit)))
 
 
 def test_missing_labels_and_nobody_hit() -> None:
@@ -45,4 +51,4 @@ def test_missing_labels_and_nobody_hit() -> None:
     table.loc[:99, "age"] = np.nan
     assert set(selection_bias(table, np.arange(185) < 90)["label"]) == {"sex", "brain_ml", "site", "visit"}
     nobody = selection_bias(table, np.zeros(185, bool))
-    assert nobody.empty and "too few" in warning("refused scans", nobody)
+    assert nobody.empty and "too few" in warning("refused scans", 0, nobody)
