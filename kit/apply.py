@@ -73,8 +73,9 @@ class Applied(NamedTuple):
     Attributes:
         store: the prepared scans.
         table: one row per scan: scan, participant, session, dataset; warnings (in words), unusable (names of the QC
-            metrics that make it so); as_far (share of validation scans at least as far from the training scans),
-            outside (whether that is at most 5 %; empty if unknown); fingerprint; a fine-tuned model's predictions.
+            metrics that make it so); as_far (share of validation scans at least as far from the training scans,
+            counting the scan itself; nan if unknown), outside ("yes" if that is at most 5 %, else "no"; "" if
+            unknown); fingerprint; a fine-tuned model's predictions.
         features: (scans, features) float32.
         failed: scans that could not be prepared, with reasons.
         seconds: duration of each step.
@@ -101,7 +102,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
 
     Args:
         params: see `kit.params.Apply`.
-        folder: prepared scans are kept in its `prepared/`, and not prepared again.
+        folder: scans are prepared into its `prepared/`, where a later call finds them.
         scans: what `scans_of` found, or another cohort, in place of `params.input`.
 
     Raises:
@@ -125,7 +126,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
         index, failed = prepare(scans, folder / "prepared", settings, params.workers)
         store, coarse = Store.open(folder / "prepared"), coarse_scans(scans, index)
     sides = {"model": Side(shown(model), record["preparation"])} if model else side_of(spec)
-    check_fit(sides | {"scans": Side.of(store)}, allow)
+    allowed = check_fit(sides | {"scans": Side.of(store)}, allow)
     prepared = perf_counter()
     predictor = load_predictor(model, store.record)[0] if model else None
     encoder = predictor.encoder if predictor else load_encoder(spec, store.record, allow=allow)[0]
@@ -136,7 +137,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     what: dict[str, Any] = ({"model": {"from": shown(model), "weights": weights_digest(predictor)}}
                             if model and predictor else {"encoder": noted(spec, encoder, record)})
     made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
-                     settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
+                     allowed=allowed, settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
     reference = None if "format" in record else read_reference(resolve(encoder_parts(spec)[1]))  # published: none
     table = _table(store, own, reference, coarse).assign(fingerprint=made.fingerprint)
     if model and predictor:
@@ -185,8 +186,8 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     if path.is_dir():
         if (path / "dataset_description.json").exists() or is_collection(path):
             return read_cohort(path, contrast)
-        files = sorted(file for file in path.rglob("*")
-                       if file.name.lower().endswith(SCANS) and not file.name.startswith(".")) or [path]  # ._a: macOS's
+        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SCANS) and not file.is_dir()
+                       and not any(part.startswith(".") for part in file.relative_to(path).parts)) or [path]
     paths = pd.Series([str(file) for file in files])
     cohort = pd.DataFrame({"participant": named_by_file(paths), "session": "01", "dataset": "?", "image_path": paths,
                            "mask_path": ""})

@@ -227,8 +227,8 @@ def test_how_raw_scans_are_prepared_follows_from_the_encoders_record(store):
 
 
 def test_scans_are_found_whatever_lies_there(tmp_path):
-    for name in ("a/one.nii.gz", "b/two.nii", "b/notes.txt", "b/._two.nii"):  # the last: macOS's, on other disks
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("a/one.nii.gz", "b/two.nii", "b/notes.txt", "b/._two.nii", ".git/annex/x.nii.gz", "c.nii/info"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = scans_at(tmp_path)
     assert found["participant"].tolist() == ["?one", "?two"] and (found["session"] == "01").all()

@@ -175,7 +175,7 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
         rows = rows[rows["split"] == TRAVELLING]
     ids, seen = participant_ids(rows), set((record or {}).get("participants", ()))
     known = ids.map(lambda each: participant_hash(each) in seen or not seen.isdisjoint(hashed_ids(each, aliases)))
-    raters = site_names(rows) if by == "site" and by in rows else rows[by]
+    raters = site_names(rows) if by == "site" else rows[by]
     if (nowhere := raters.isna() | (raters == "")).any():
         print(f"reliability: {int(nowhere.sum())} scans without {by} are left out")
     rows, ids, known, raters = rows[~nowhere], ids[~nowhere], known[~nowhere], raters[~nowhere]

@@ -13,6 +13,7 @@ from sklearn.mixture import GaussianMixture
 
 from kit.cohort.identity import HEADINGS, headings, normalised, read_id
 from kit.cohort.tabular import TableError, read_foreign
+from kit.preprocess.nifti import ScanError
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.template import template_on
 from kit.runs import shown
@@ -72,17 +73,23 @@ def regions_on(grid: Grid, atlas: Path | None = None) -> np.ndarray:
             cubes, left and right kept apart; a cube with little template brain joins the nearest one with more.
 
     Raises:
-        ScanError: the atlas cannot be read.
+        ScanError: the atlas cannot be read, or none of its labels lies in the template's brain.
     """
-    return _cubes(grid) if atlas is None else _atlas_on(grid, Path(atlas))
+    if atlas is None:
+        return _cubes(grid)
+    written = Path(atlas).stat().st_mtime_ns if Path(atlas).exists() else 0
+    return _atlas_on(grid, Path(atlas), written)
 
 
 @lru_cache(maxsize=4)
-def _atlas_on(grid: Grid, atlas: Path) -> np.ndarray:
+def _atlas_on(grid: Grid, atlas: Path, _written: int) -> np.ndarray:
     labels, affine = read_scan(atlas)
     onto = np.linalg.inv(affine) @ grid.affine  # both (x, y, z)
     labels = ndimage.affine_transform(labels.T, onto, output_shape=grid.shape[::-1], order=0).T
     found = np.unique(labels[labels > 0])
+    if not (labels[template_on(grid)[1]] > 0).any():
+        raise ScanError(f"{shown(atlas)}: none of its labels lies in the template's brain; it must be in "
+                        "millimetres of MNI152")
     return np.where(labels > 0, np.searchsorted(found, labels) + 1, 0)
 
 

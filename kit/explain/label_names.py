@@ -57,7 +57,7 @@ def label_names(source: str | Path) -> pd.DataFrame:
         letter = table[given].str.strip().str.casefold().str[:1].map({"l": "left", "r": "right"}).fillna(BOTH)
         named["side"] = np.where(named["side"] == BOTH, letter, named["side"])
     named.insert(0, "label", labels.to_numpy())
-    return named[named["label"] > 0].reset_index(drop=True)  # 0 is no region, and no map on the grid is below it
+    return named[named["label"] > 0].reset_index(drop=True)  # 0 is no region; maps on the grid hold no negative labels
 
 
 def split_side(name: str) -> tuple[str, str]:

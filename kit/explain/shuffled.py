@@ -26,15 +26,17 @@ def shuffled_model(model: Path, steps: int, seed: int = 0) -> nn.Module:
 
     Args:
         model: that run, with its `params.yaml`; its stores and its encoder must still exist.
-        steps: at most, and no more than the run's own. There is no hyperparameter search and no longer repeat.
+        steps: at most this many, and never more than the run's own; the warm-up is shortened alike. Hyperparameters are
+            the run's.
         seed: of the shuffle.
 
     Raises:
         EncoderError, StoreError, LabelError: see `kit.evaluate.finetune.run_finetune`.
     """
     kept = read_yaml(model / "params.yaml")
-    params = Finetune.model_validate(kept | {"steps": min(steps, kept["steps"]), "check_converged": False, "workers": 1,
-                                             "nodes": 1, "warmup_steps": 0})
+    few = min(steps, kept["steps"])
+    params = Finetune.model_validate(kept | {"steps": few, "check_converged": False, "workers": 1, "nodes": 1,
+                                             "warmup_steps": kept.get("warmup_steps", 0) * few // kept["steps"]})
     stores, aliases = open_stores(params), read_aliases(params.aliases)
     spec = encoder_at(params.encoder, params.fold, params.seed)
     encoder, _ = load_encoder(spec, stores["prepared"].record, params.seed, params.allow_differences)

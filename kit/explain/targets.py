@@ -113,7 +113,7 @@ def target_of(target: str, model: nn.Module, record: dict[str, Any], store: Stor
         record: its `task.json`; for an encoder its record.
         store, rows: the scans; `component` is fitted to their embeddings.
         like: for `similarity`: a scan's name; None: the first of `rows` that is not the scan itself.
-        seed: of the views, which use the encoder's recipe, or else `weak`.
+        seed: of the views, which use the recipe in `record`, or without one (a fine-tuned model has none) `weak`.
 
     Raises:
         TargetError: the model has no such output, the store no scan of that name, or there are too few scans.
@@ -157,7 +157,8 @@ def _similarity(store: Store, rows: pd.DataFrame, like: str | None) -> Target:
     if like is not None and like not in set(store.index["scan"]):
         raise TargetError(f"like: the prepared scans have no {like!r}")
     first = like or rows["scan"].iloc[0]
-    others = [scan for scan in rows["scan"] if scan != first]  # all are compared with the first, which is with these
+    # all are compared with `first`, and `first` itself with the first of these
+    others = [scan for scan in rows["scan"] if scan != first]
     if not others:
         raise TargetError("target: similarity needs a second scan; name another in like, or show two")
 

@@ -115,9 +115,9 @@ def _scores(scores: pd.DataFrame | None) -> list[str]:
                 for low, high in zip(table["low"], table["high"], strict=True)]
     table["value"] = [f"{value:.3f}" for value in table["value"]]
     table.insert(table.columns.get_loc("value") + 1, "95 % interval", interval)
-    return ["From a benchmark that included this encoder: means over `seeds` (if each seed or fold has an own encoder, "
-            "over those), with intervals over participants and seeds. A score means little without its rivals and "
-            "baselines; they are in the benchmark's report.",
+    return ["From a benchmark that included this encoder: means over `seeds` (over encoders, if each seed or "
+            "fold has its own), with intervals over participants and seeds. A score means little without its rivals "
+            "and baselines; they are in the benchmark's report.",
             _table(table.drop(columns=["low", "high"]))]
 
 

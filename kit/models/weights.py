@@ -55,6 +55,8 @@ def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
     if not wanted:
         raise EncoderError(f"{name}: the kit does not know the sha256 of {url}: give it with --sha256 (in Python, "
                            "sha256=...), or download the file by hand and name it")
+    if known and sha256 and sha256.lower() != known:
+        raise EncoderError(f"{name}: its sha256 is {known}, not {sha256}")
     if path.is_file() and sha256_of(path) == wanted.lower():
         return path
     try:

@@ -1,5 +1,6 @@
 """What no encoder is needed for: right where the truth is known, and blind to what is tested."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from kit.evaluate.metrics import score
 from kit.evaluate.probe import fit_probe, predict_probe
 from kit.evaluate.tasks import CORRECTION, Part, Task
 from kit.evaluate.volumes import native_size, regions_on, tissue_volumes
-from kit.preprocess.nifti import write_nifti
+from kit.preprocess.nifti import ScanError, write_nifti
 from kit.preprocess.template import template_on
 from kit.store.grid import Grid
 from kit.store.store import Store
@@ -196,6 +197,12 @@ def test_known_amounts_of_tissue_are_measured(grid, tmp_path):
     assert set(np.unique(regions[mask])) == {1, 2}
     found = tissue_volumes(image, mask, regions, voxel_ml)
     np.testing.assert_allclose(found[4:].reshape(2, 3), truth, rtol=0.05)
+    time.sleep(0.01)  # for another time of modification
+    write_nifti(tmp_path / "atlas.nii.gz", labels[..., ::-1], affine)  # corrected since: the sides changed places
+    assert np.array_equal(regions_on(grid, tmp_path / "atlas.nii.gz") == 1, regions == 2)
+    write_nifti(tmp_path / "native.nii.gz", labels, np.diag([1.0, 1, 1, 1]) + 500 * np.eye(4, k=3))
+    with pytest.raises(ScanError, match="native.nii.gz: none of its labels lies in the template's brain"):
+        regions_on(grid, tmp_path / "native.nii.gz")
 
 
 def test_volumes_of_scans_brought_to_the_templates_size_are_the_heads(store):
