@@ -19,13 +19,15 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
+from kit.errors import KitError
+
 METRICS = {"classification": "auc", "regression": "mean_absolute_error"}  # area under the ROC curve; label's unit
 RESAMPLES = 2000
 DRAWS = 100  # computed at a time; bounds memory
 LEAST_PARTICIPANTS = 10  # needed for an interval, per class (or in all for regression); see `score`
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(KitError, ValueError):
     """Predictions are not finite, so there is no score."""
 
 
