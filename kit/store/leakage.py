@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,7 @@ import pandas as pd
 
 from kit.cohort.identity import Aliases, check_datasets_known, known_as, normalised, site_names
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
-from kit.runs import progress
-from kit.store.store import Store, StoreError, scan_path
+from kit.store.store import Store, StoreError, in_threads, scan_path
 
 SLICES = 8  # one or two blocks of the store
 TRAINING_PARTS = ("pretrain", "train", "validation")  # parts used for training; all others are for testing
@@ -56,9 +54,7 @@ def voxel_hashes(store: Store, scans: Iterable[str]) -> dict[str, str]:
         return _hashed[known]
 
     names = list(scans)
-    with ThreadPoolExecutor(16) as pool:
-        found = list(progress(pool.map(hashed, names), total=len(names), desc="comparing scans", unit="scan",
-                              disable=len(names) < 1000))
+    found = in_threads(hashed, names, "comparing scans", hidden=len(names) < 1000)
     return {scan: each for scan, each in zip(names, found, strict=True) if each}
 
 

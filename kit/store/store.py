@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -243,9 +243,14 @@ def unreadable(store: Store, scans: Sequence[str], verify: bool = False) -> dict
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(16) as pool:
-        found = list(progress(pool.map(fault, scans), total=len(scans), desc="checking scans", unit="scan"))
+    found = in_threads(fault, scans, "checking scans")
     return {scan: words for scan, words in zip(scans, found, strict=True) if words}
+
+
+def in_threads(read: Callable[[str], str], scans: Sequence[str], said: str, hidden: bool = False) -> list[str]:
+    """Return what `read` gives of each scan, several files at a time, with a progress bar called `said`."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(progress(pool.map(read, scans), total=len(scans), desc=said, unit="scan", disable=hidden))
 
 
 def _whole(stored: blosc2.NDArray) -> np.ndarray:
