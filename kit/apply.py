@@ -33,8 +33,10 @@ from kit.evaluate.finetune import VALIDATION, load_predictor
 from kit.evaluate.metrics import join_scans
 from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.predicted import class_columns, number_columns
+from kit.models.encoder import Encoder
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of, weights_digest
 from kit.models.features import FeatureReader
+from kit.models.heads import Predictor
 from kit.models.reference import LEAST, OUTSIDE, Reference, read_reference
 from kit.models.third_party_formats import ANY
 from kit.params import Apply, is_model, is_prepared, is_there
@@ -114,23 +116,27 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     record = model_record(model) if model else read_record(spec)
     coarse, failed, allow = pd.Series(dtype=str), pd.DataFrame(columns=list(FAILED)), list(params.allow_differences)
     scans = scans_of(params) if scans is None else scans
+
+    def load(preparation: dict[str, Any]) -> tuple[Predictor | None, Encoder, FeatureReader, float]:
+        begun = perf_counter()
+        predictor = load_predictor(model, preparation)[0] if model else None
+        encoder = predictor.encoder if predictor else load_encoder(spec, preparation, allow=allow)[0]
+        reader = FeatureReader(encoder, params.pool, params.stages, params.flips)
+        return predictor, encoder, reader, perf_counter() - begun
+
+    ready = None
     if isinstance(scans, Store):
         store = scans
     else:
         settings = settings_for(record["preparation"], params)
         allow += [field for field in ("registration", "mask", "bias_correction")
                   if record["preparation"][field] not in (settings.record()[field], ANY)]
-        network = (load_predictor(model, settings.record())[0].encoder if model
-                   else load_encoder(spec, settings.record(), allow=allow)[0])
-        FeatureReader(network, params.pool, params.stages, params.flips)  # refused now, not after hours of preparation
+        ready = load(settings.record())  # what does not fit is refused now, not after hours of preparation
         index, failed = prepare(scans, folder / "prepared", settings, params.workers)
         store, coarse = Store.open(folder / "prepared"), coarse_scans(scans, index)
     sides = {"model": Side(shown(model), record["preparation"])} if model else side_of(spec)
     allowed = check_fit(sides | {"scans": Side.of(store)}, allow)
-    prepared = perf_counter()
-    predictor = load_predictor(model, store.record)[0] if model else None
-    encoder = predictor.encoder if predictor else load_encoder(spec, store.record, allow=allow)[0]
-    reader = FeatureReader(encoder, params.pool, params.stages, params.flips)
+    predictor, encoder, reader, reading = ready or load(store.record)
     loaded, data = perf_counter(), PreparedScans(store, store.index)
     own = predict(encoder, data)  # the encoder's own output, which the head and the reference take
     features = own if reader.plain else predict(reader, data)
@@ -144,7 +150,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
         with torch.no_grad():
             raw = predictor.cpu().head(torch.from_numpy(own)).numpy()
         table = pd.concat([table, _predictions(in_label_units(predictor, raw), record, model)], axis=1)
-    seconds = {"prepare": prepared - started, "read weights": loaded - prepared, "embed": perf_counter() - loaded}
+    seconds = {"prepare": loaded - started - reading, "read weights": reading, "embed": perf_counter() - loaded}
     return Applied(store, table, features, failed, {name: round(value, 1) for name, value in seconds.items()}, made)
 
 
