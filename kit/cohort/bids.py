@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -25,8 +26,10 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
         name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))
     except (ValueError, AttributeError):  # AttributeError: valid JSON, but not an object
         raise CohortError(f"{shown(description)} is not a JSON object; correct it") from None
-    table = pd.DataFrame([_bids_row(folder, scan, name or UNNAMED + folder.name) for scan in scans],
-                         columns=[*COLUMNS, "others"], dtype=str)
+    masks = [_masks(folder, scan) for scan in scans]
+    table = pd.DataFrame([_bids_row(folder, scan, name or UNNAMED + folder.name, str(mask[0]) if mask else "")
+                          for scan, mask in zip(scans, masks, strict=True)], columns=[*COLUMNS, "others"], dtype=str)
+    _tell_of_pipelines(folder, masks)
     table = _own_masks(folder, _one_a_session(folder, table))
     labels = folder / "participants.tsv"
     if labels.is_file() or labels.is_symlink():  # a broken link must raise an error, not pass as "no labels"
@@ -37,15 +40,29 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     return table
 
 
-def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, ...]:
+def _masks(folder: Path, scan: Path) -> list[Path]:
+    """Return the brain masks of a scan, by their pipelines' names: `derivatives/PIPELINE/sub-01/anat/...`."""
+    stem = scan.name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
+    return sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
+
+
+def _tell_of_pipelines(folder: Path, masks: list[list[Path]]) -> None:
+    """Warn where scans have masks of several pipelines: each scan has the first one, by name."""
+    made = sorted({mask.relative_to(folder).parts[1] for each in masks for mask in each})
+    taken = Counter(each[0].relative_to(folder).parts[1] for each in masks if each)
+    if len(made) > 1:
+        say(f"{shown(folder)}: derivatives/ has brain masks of {', '.join(made)}; taken, the first by name for each "
+            f"scan: {', '.join(f'{name} for {count}' for name, count in sorted(taken.items()))}; move the others away, "
+            "or list image_path and mask_path in a table")
+
+
+def _bids_row(folder: Path, scan: Path, dataset: str, mask: str) -> tuple[str, ...]:
     entities = dict(part.partition("-")[::2] for part in scan.name.split("_")[:-1])
     place = [part for part in scan.relative_to(folder).parts[:-1] if part.startswith(("sub-", "ses-"))]
     if place != [f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities]:
         raise CohortError(f"{shown(scan)}: its name must begin with {'_'.join(place)}_; rename it")
-    stem = scan.name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
-    masks = sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
     others = "_".join(f"{key}-{value}" for key, value in entities.items() if key not in ("sub", "ses"))
-    return (entities["sub"], entities.get("ses", "01"), dataset, str(scan), str(masks[0]) if masks else "", others)
+    return (entities["sub"], entities.get("ses", "01"), dataset, str(scan), mask, others)
 
 
 def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:

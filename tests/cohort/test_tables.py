@@ -72,6 +72,18 @@ def test_a_mask_of_the_t1w_is_not_given_to_another_contrast(tmp_path):
         assert read_cohort(tmp_path)["mask_path"].tolist() == [masks[0]]
 
 
+def test_masks_of_two_pipelines_are_not_mixed_in_silence(tmp_path):
+    (tmp_path / "dataset_description.json").write_text(json.dumps({"Name": "site"}))
+    for file in ("sub-01/anat/sub-01_T1w.nii.gz", "derivatives/synthstrip/sub-01/anat/sub-01_desc-brain_mask.nii.gz",
+                 "sub-02/anat/sub-02_T1w.nii.gz", "derivatives/synthstrip/sub-02/anat/sub-02_desc-brain_mask.nii.gz",
+                 "derivatives/fmriprep/sub-02/anat/sub-02_desc-brain_mask.nii.gz"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.warns(UserWarning, match="has brain masks of fmriprep, synthstrip; .*fmriprep for 1, synthstrip for 1"):
+        pipelines = [path.split("/")[-4] for path in read_cohort(tmp_path)["mask_path"]]
+    assert pipelines == ["synthstrip", "fmriprep"]
+
+
 @pytest.mark.parametrize(("file", "text", "message"), [
     ("participants.tsv", "participant_id\tsession\nsub-01\ta\n", "participants.tsv: its column session .* rename"),
     ("participants.tsv", "participant_id\tage\nsub-01\t6\n01\t7\n", "participant_id 01 is listed twice; keep"),
