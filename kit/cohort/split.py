@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.identity import SPLITS, UNNAMED, Aliases, check_people_known, known_as, participant_ids, site_names
-from kit.cohort.tabular import as_numbers
+from kit.cohort.tabular import ages
 from kit.errors import KitError
 
 SALT = "kit participants v1"
@@ -205,7 +205,7 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
     if ids.nunique() < count:
         raise SplitError(f"folds: {count} folds of only {ids.nunique()} participants; set fewer folds")
     levels = {name: _levels(site_names(index) if name == "site" else
-                            as_numbers(index[name]) if name == "age" else index[name], ids) for name in columns}
+                            ages(index[name]) if name == "age" else index[name], ids) for name in columns}
     counts: dict[tuple[str, str], np.ndarray] = {}
     found = {}
     for person in shuffled(ids, split_seed, "fold order"):

@@ -25,6 +25,7 @@ THOUSANDS = r"[+-]?[1-9]\d{0,2},\d{3}"  # 1,234 may be 1.234 or 1234
 DATE = r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[ T].*)?|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2,4})?|[A-Z][a-z]{2}-\d{2,4}"
 MISSING = ("", "n/a")
 SPREADSHEET_ERRORS = ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!")
+NO_AGES = (777, 888, 999, 7777, 8888, 9999)  # codes for a missing value, as are negative numbers
 COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")  # a cohort's columns, besides labels
 INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # byte-order mark and zero-width characters
 
@@ -42,10 +43,12 @@ def say(words: str, level: int = 5) -> None:
     warnings.warn(words, stacklevel=level)
 
 
-def as_numbers(column: pd.Series) -> pd.Series:
-    """A column of ages as numbers, with nan for cells such as `NA` or `>90`; unchanged if most are text."""
+def ages(column: pd.Series) -> pd.Series:
+    """Ages as numbers; nan for text such as `NA`, negative numbers and `NO_AGES`. Unchanged if most cells are text."""
     numbers = pd.to_numeric(column, errors="coerce")
-    return numbers if numbers.notna().sum() > column.notna().sum() / 2 else column
+    if numbers.notna().sum() <= column.notna().sum() / 2:
+        return column
+    return numbers.mask((numbers < 0) | numbers.isin(NO_AGES))
 
 
 def trimmed(text: str) -> str:

@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError
-from kit.cohort.tabular import as_numbers
+from kit.cohort.tabular import ages
 from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
 from kit.evaluate.tasks import CORRECTION, Part, Task, sexes
@@ -122,7 +122,10 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
     found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
     if words_of(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
         return sexes(found)
-    if pd.api.types.is_numeric_dtype(as_numbers(index[column]) if words_of(column) == {"age"} else index[column]):
+    learned = index[column]
+    if words_of(column) == {"age"}:
+        learned, found = ages(learned), ages(found)
+    if pd.api.types.is_numeric_dtype(learned):
         return pd.to_numeric(found, errors="coerce").astype(np.float64)
     return found.map(normalised, na_action="ignore").astype(object)
 

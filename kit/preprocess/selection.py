@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from kit.cohort.tabular import ages
+
 # Labels with more classes are not tested; numbers with fewer than FEWEST_NUMBERS distinct values count as classes.
 MOST_CLASSES = 12
 FEWEST_NUMBERS = 6
@@ -30,7 +32,7 @@ def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
     """
     rows = []
     for name in labels:
-        values = labels[name]
+        values = ages(labels[name]) if name == "age" else labels[name]
         known = values.notna().to_numpy() & (values.astype(str).str.strip() != "").to_numpy()
         chosen, rest = values[known & hit], values[known & ~hit]
         if len(chosen) and len(rest) and (tested := _tested(chosen, rest)):

@@ -148,6 +148,8 @@ def test_a_cell_of_text_among_ages_leaves_folds_balanced_by_age(people):
     written = people["age"].astype(str).mask(people["participant"] == "007", "NA")  # as R writes it
     known = people.assign(age=people["age"].mask(people["participant"] == "007"))
     assert folds(people.assign(age=written), 5).equals(folds(known, 5))
+    coded = people["age"].mask(people["participant"] == "007", 999)
+    assert folds(people.assign(age=coded), 5).equals(folds(known, 5))
 
 
 def test_label_fractions_are_nested_and_keep_classes(index):

@@ -132,6 +132,14 @@ def test_a_cell_of_text_does_not_make_ages_categories(store):
     assert error_or_auc(task, found) > 0.8
 
 
+def test_a_code_for_a_missing_age_is_not_learned_as_an_age(store):
+    third, old = store.index.index % 3 == 0, (store.index["age"] > 50).astype(int)
+    found = [baseline_predictions("demographics", task_of(with_index(store, age=store.index["age"].mask(third, code),
+                                                                     old=old), "old"), demographics=["age"])["test"]
+             for code in (999, -9, np.nan)]
+    assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[2])
+
+
 def test_age_and_sex_are_found_where_they_say_something(store, elsewhere):
     rng = np.random.default_rng(0)
     man = store.index["sex"] == "M"

@@ -33,6 +33,15 @@ def test_a_filter_that_takes_women_is_named_with_sex_and_volume() -> None:
     assert "100% F, 0% M against" in line
 
 
+def test_ages_with_text_and_codes_are_compared() -> None:
+    table = people()
+    hit = (table["age"] < 40).to_numpy()
+    written = table["age"].round(1).astype(str).mask(table.index < 3, "NA").mask(table.index == 5, "-9")
+    row = selection_bias(table.assign(age=written), hit).set_index("label").loc["age"]
+    known = table["age"].round(1)[(table.index >= 3) & (table.index != 5) & hit]
+    assert row["differs"] and row["hit"] == f"median {known.median():.4g}"
+
+
 def test_chance_is_called_chance() -> None:
     """Holm's correction keeps false alarms near one cohort in twenty, over all labels together."""
     alarms = 0
