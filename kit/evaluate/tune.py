@@ -70,9 +70,9 @@ class Tuned:
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
         standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
         longer_score: the score after up to three times the steps, nan if training diverged there; `validation_score`
-            itself if there was no longer training.
-        converged: whether the two scores differ by no more than the standard error; None if not checked,
-            or if that is nan.
+            itself if training was not repeated.
+        converged: whether the two scores differ by no more than the standard error of their difference (the same
+            participants drawn for both); None if not checked, or if that is nan.
     """
 
     predictor: Predictor
@@ -195,17 +195,19 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
             raise diverged
         _, predictor, log, each, row = best
         score, error = row["validation_score"], standard_error(task, predictor, seed)
-        longer = score
+        longer, change_error = score, 0.0
         if check and not (row["stopped_early"] and params.schedule == "constant"):
             try:
-                longer = score_validation(task, train(job(each, LONGER), params)[0])
+                trained_longer = train(job(each, LONGER), params)[0]
+                longer = score_validation(task, trained_longer)
+                change_error = standard_error(task, trained_longer, seed, predictor)
             except TrainingError as failed:
                 print(f"with {LONGER} times the steps: {failed}")
                 longer = math.nan
     tries = pd.DataFrame(rows)
     if folder:
         write_table(folder / "tries.csv", tries)
-    converged = abs(longer - score) <= error if check and math.isfinite(error) else None
+    converged = abs(longer - score) <= change_error if check and math.isfinite(error) else None
     return Tuned(predictor, log, each, tries, score, error, longer, converged)
 
 
@@ -301,15 +303,24 @@ def score_validation(task: Task, predictor: Predictor) -> float:
                            task.labels.kind)[0])
 
 
-def standard_error(task: Task, predictor: Predictor, seed: int) -> float:
-    """Standard error of the validation score by the bootstrap over participants; nan if too few draws have a score."""
+def standard_error(task: Task, predictor: Predictor, seed: int, other: Predictor | None = None) -> float:
+    """Standard error of the validation score, or of its difference from that of another predictor.
+
+    By the bootstrap over participants, the same draws for both; nan if fewer than two draws have a score.
+    """
+    drawn = _drawn_scores(task, predictor, seed)
+    if other is not None:
+        drawn = drawn - _drawn_scores(task, other, seed)
+    drawn = drawn[np.isfinite(drawn)]
+    return float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
+
+
+def _drawn_scores(task: Task, predictor: Predictor, seed: int) -> np.ndarray:
     joined = _validation(task, predictor)
     true, predicted, weight = joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()
     codes, names = pd.factorize(joined["participant"])
-    drawn = np.concatenate([statistic(true, predicted, counts[:, codes] * weight, task.labels.kind)
-                            for counts in bootstrap(len(names), VALIDATION_DRAWS, seed)])
-    drawn = drawn[np.isfinite(drawn)]
-    return float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
+    return np.concatenate([statistic(true, predicted, counts[:, codes] * weight, task.labels.kind)
+                           for counts in bootstrap(len(names), VALIDATION_DRAWS, seed)])
 
 
 def _validation(task: Task, predictor: Predictor) -> pd.DataFrame:
@@ -336,7 +347,7 @@ def _checks_since_best(log: pd.DataFrame) -> int:
 
 @contextmanager
 def stoppable(home: Path | None) -> Iterator[None]:
-    """Within this context an interrupt asks the training to stop, by the stop file, which is removed at its end."""
+    """Let an interrupt create the stop file; remove it at the end, and an older run's unfinished.csv at the start."""
     if home is None:
         yield
         return

@@ -185,7 +185,7 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
                                    for name, words in METRICS.items()})
     lines += ["", *textwrap.wrap(verdict(differences), PAGE)]
     lines += textwrap.wrap(f"Not trained to the end (three times the steps change the validation score by more than "
-                           f"its standard error): {_unconverged(scores) or 'none'}.", PAGE)
+                           f"the change's standard error): {_unconverged(scores) or 'none'}.", PAGE)
     if scores["low"].isna().any():
         lines += textwrap.wrap(f"[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a "
                                "class), or as every draw gives the same.", PAGE)
