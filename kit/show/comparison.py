@@ -20,6 +20,7 @@ from kit.show.figure import MAX_WIDTH, TEXT, blank, label, shared_legend
 from kit.show.wording import in_units, need, need_one, readable, with_interval
 
 BASELINES = ("guess", "demographics", "site", "volumes", "voxels", "random init")  # an encoder has to beat these
+BLIND = ("guess", "demographics", "site")  # rows that see no scan
 MODES = {"probe": "Linear probe on frozen features", "finetune": "All weights trained",
          "baseline": "Without an encoder"}
 METRICS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
@@ -193,15 +194,21 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
 
 
 def verdict(differences: pd.DataFrame) -> str:
-    """Say in one sentence how often the first encoder is better or worse than its rivals after Holm's correction."""
+    """Say in one sentence how often the first encoder is better or worse than its rivals after Holm's correction.
+
+    Wins over rows that see no scan (`BLIND`) are counted on their own: they are easy.
+    """
     if differences.empty:
         return "What it shows: nothing is compared, as there are no differences."
     encoder = differences["encoder"].iloc[0]
     own = differences[differences["encoder"] == encoder]
-    settled, better = own["p_holm"] < SIGNIFICANT, _towards_better(own)["difference"] > 0
-    return (f"What it shows: of {len(own)} comparisons of {encoder} with its rivals, {encoder} is better in "
-            f"{(settled & better).sum()}, worse in {(settled & ~better).sum()}, and {(~settled).sum()} are not "
-            "decided (p < .05 after Holm's correction).")
+    tested, better = own["p_holm"].notna(), _towards_better(own)["difference"] > 0
+    settled, blind = own["p_holm"] < SIGNIFICANT, own["rival"].isin(BLIND)
+    untested = f"; {(~tested).sum()} more have no interval and are not tested" if not tested.all() else ""
+    return (f"What it shows: of {tested.sum()} comparisons of {encoder} with its rivals, {encoder} is better in "
+            f"{(settled & better).sum()} ({(settled & better & blind).sum()} of these against rows that see no scan), "
+            f"worse in {(settled & ~better).sum()}, and {(tested & ~settled).sum()} are not decided (p < .05 after "
+            f"Holm's correction){untested}.")
 
 
 def _unconverged(scores: pd.DataFrame) -> str:

@@ -211,14 +211,16 @@ Linear probe on frozen features, 100% of the labels
 
 def test_the_sentence_counts_wins_and_losses(differences):
     assert verdict(differences) == (
-        "What it shows: of 12 comparisons of SimCLR with its rivals, SimCLR is better in 6, worse in 2, and 4 are not "
-        "decided (p < .05 after Holm's correction).")
+        "What it shows: of 12 comparisons of SimCLR with its rivals, SimCLR is better in 6 (4 of these against rows "
+        "that see no scan), worse in 2, and 4 are not decided (p < .05 after Holm's correction).")
     others = differences.assign(encoder="MAE", rival="SimCLR", difference=1.0)
     assert verdict(pd.concat([differences, others])) == verdict(differences)
     differences.loc[differences["task"] == "stroke", ["difference", "low", "high"]] *= -1
-    assert "better in 2, worse in 6, and 4 are" in verdict(differences)
-    differences["p_holm"] = np.nan
-    assert "better in 0, worse in 0, and 12 are" in verdict(differences)
+    assert "better in 2 (2 of these against rows that see no scan), worse in 6, and 4 are" in verdict(differences)
+    differences.loc[differences["rival"] == "MAE", "p_holm"] = np.nan
+    said = verdict(differences)
+    assert "of 8 comparisons" in said and "and 0 are not decided" in said
+    assert "; 4 more have no interval and are not tested" in said
     assert "nothing is compared" in verdict(differences[:0])
 
 
