@@ -10,13 +10,10 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.identity import normalised
-from kit.cohort.tabular import DATE, DECIMAL_COMMA, NUMBER, trimmed
+from kit.cohort.tabular import CODES_FOR_MISSING, DATE, DECIMAL_COMMA, NUMBER, looks_missing, trimmed
 from kit.errors import KitError
 
 Kind = Literal["classification", "regression"]
-# -1, and 7, 8, 9 repeated one to four times (7, 77, ... 9999), of either sign
-CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
-                              for times in range(1, 5)) | {-1}
 # Integers from 0 or 1 to n without a gap look like class codes: at most this many, 3 or more rows each on average.
 MOST_CODES = 20
 MOST_CLASSES = 20
@@ -53,17 +50,17 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
     """Read a label column.
 
     With ``auto``, two distinct values or text mean classification, and many numbers mean regression. A few small whole
-    numbers, or numbers next to a likely missing-value code, are ambiguous and raise an error. Classes are sorted; of
-    two, the last is the positive one. If there are more than two, each needs at least two scans. Empty cells and
-    `missing_codes` mean no label.
+    numbers, or numbers or text next to a likely missing-value code, are ambiguous and raise an error. Classes are
+    sorted; of two, the last is the positive one. If there are more than two, each needs at least two scans. Empty
+    cells and `missing_codes` mean no label.
 
     Args:
         classes: the classes of the cohort that a model learns from, if these labels only test it; some may be absent.
 
     Raises:
         LabelError: no such column, no values, text where numbers are needed, one class or more than `MOST_CLASSES`,
-            a class of one scan among several, a class outside `classes`, classes that differ only by case or zeros,
-            or numbers that are ambiguous under ``auto``.
+            a class of one scan among several, a class outside `classes`, classes that differ only by case or zeros, two
+            classes of one sex, or values that are ambiguous under ``auto``.
     """
     if task not in index:
         raise LabelError(f"{task}: no such label column; the index has {', '.join(map(str, index.columns))}")
@@ -73,13 +70,13 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
         raise LabelError(f"{task}: the column is empty")
     numeric = pd.api.types.is_numeric_dtype(present)
     is_number = pd.Series(True, present.index) if numeric else present.str.fullmatch(NUMBER)
-    if kind == "auto":
+    if auto := kind == "auto":
         kind = "regression" if is_number.mean() > 0.5 and present.nunique() > 2 else "classification"
         if is_number.all():
             _ask_about_codes(task, present)
     if kind == "regression":
         return Labels(task, "regression", _numbers(task, column, present, is_number))
-    known = tuple(classes) or _classes(task, present)
+    known = tuple(classes) or _classes(task, present, ask=auto and not is_number.all())
     names = present.map(_name)
     if others := sorted(set(names) - set(known)):
         raise LabelError(f"{task}: the training classes are {', '.join(known)}, but here they are "
@@ -136,7 +133,8 @@ def _numbers(task: str, column: pd.Series, present: pd.Series, is_number: pd.Ser
     return numbers
 
 
-def _classes(task: str, present: pd.Series) -> tuple[str, ...]:
+def _classes(task: str, present: pd.Series, ask: bool) -> tuple[str, ...]:
+    """Return the classes in order; `ask`: refuse text that looks like a code for a missing value."""
     counts = present.value_counts().sort_index()
     listed = ", ".join(f"{_name(value)} ({count})" for value, count in counts.head(8).items())
     if not pd.api.types.is_numeric_dtype(present):
@@ -145,11 +143,36 @@ def _classes(task: str, present: pd.Series) -> tuple[str, ...]:
         if several:
             raise LabelError(f"{task}: {' and '.join(several[0])} differ only by case or zeros: one class or two? "
                              f"Found {listed}. Write each class in one way")
+        if task.casefold() in ("sex", "gender"):
+            same = [list(names.index) for _, names in counts.groupby(sexes(counts.index.to_series()))]
+            if several := [names for names in same if len(names) > 1]:
+                raise LabelError(f"{task}: {' and '.join(several[0])}: one class or two? Found {listed}. Write each "
+                                 "class in one way")
+        if ask:
+            _ask_about_words(task, counts)
     if len(counts) != 2 and not (2 < len(counts) <= MOST_CLASSES and counts.min() > 1):
         raise LabelError(f"{task}: classification needs two classes, or up to {MOST_CLASSES} with at least two scans "
                          f"each; found {len(counts)}: {listed}" + (" ..." * (len(counts) > 8))
                          + "; list codes for missing values in missing_codes")
     return tuple(map(_name, counts.index))
+
+
+def _ask_about_words(task: str, counts: pd.Series) -> None:
+    odd = counts.index.map(looks_missing).to_numpy(bool)
+    if odd.any():
+        codes, others = (", ".join(f"{name} ({count})" for name, count in some.head(8).items())
+                         for some in (counts[odd], counts[~odd]))
+        raise LabelError(f"{task}: {codes} looks like a code for a missing value{f' among {others}' * bool(others)}: "
+                         "list it in missing_codes, or, if it is a class, set task_type: classification")
+
+
+def sexes(column: pd.Series) -> pd.Series:
+    """First letters in upper case, so that male, m and M are one; codes stay text ("1"), as cohorts number differently.
+
+    Missing cells, and those that look so (`NA`, -9), are nan.
+    """
+    return column.map(lambda cell: np.nan if looks_missing(cell) else normalised(cell)[:1].upper() or np.nan,
+                      na_action="ignore").astype(object)
 
 
 def _name(value: object) -> str:

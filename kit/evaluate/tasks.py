@@ -18,7 +18,7 @@ from kit.cohort.identity import (
     normalised,
     participant_ids,
 )
-from kit.cohort.labels import LabelError, Labels, read_labels
+from kit.cohort.labels import LabelError, Labels, read_labels, sexes
 from kit.cohort.split import Splitting, fold_count, label_subset, sites_of, splits
 from kit.evaluate.metrics import score
 from kit.params import Tuning
@@ -287,21 +287,13 @@ def covariates(part: Part) -> pd.DataFrame:
     The columns are age, and sex or else gender, in any case (`Age`, `GENDER`).
 
     Returns:
-        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown), `sex` (see `sexes`,
-        None if unknown).
+        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown), `sex` (see
+        `kit.cohort.labels.sexes`, None if unknown).
     """
     age = pd.to_numeric(_column(part.rows, "age"), errors="coerce").astype(float)
     sex = sexes(_column(part.rows, "sex", "gender"))
     return pd.DataFrame({"scan": part.rows["scan"], "participant": part.participants, "age": age,
                          "sex": sex.where(sex.notna(), None)}).reset_index(drop=True)
-
-
-def sexes(column: pd.Series) -> pd.Series:
-    """First letters in upper case, so that male, m and M are one; codes stay text ("1"), as cohorts number differently.
-
-    Missing cells are nan.
-    """
-    return column.map(lambda cell: normalised(cell)[:1].upper() or np.nan, na_action="ignore").astype(object)
 
 
 def _column(rows: pd.DataFrame, *names: str) -> pd.Series:

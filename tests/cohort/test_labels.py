@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kit.cohort.labels import LabelError, read_labels
+from kit.cohort.labels import LabelError, read_labels, sexes
 
 INDEX = pd.DataFrame({"sex": ["F", "M", None, "M"], "stroke": [1.0, np.nan, 0.0, 1.0], "age": [20.5, 30, np.nan, 50]})
 
@@ -109,8 +109,38 @@ def test_text_is_trimmed_and_case_is_asked_about():
             labels([one, other, "x"])
 
 
-def test_words_that_others_read_as_missing_are_classes():
-    found = labels(["None", "NA", "NA"])
+@pytest.mark.parametrize(("code", "words"), [("-9", "-9"), ("-9.0", "-9.0"), ("NA", "NA"), ("n/a ", "n/a"),
+                                             ("Unknown", "Unknown"), (".", r"\."), ("?", r"\?"), ("999", "999")])
+def test_text_that_looks_like_a_code_for_missing_is_asked_about(code, words):
+    with pytest.raises(LabelError, match=rf"x: {words} \(3\) looks like a code for a missing value among AD \(2\), "
+                                         r"CN \(2\): list it in missing_codes, or, .* set task_type: classification"):
+        labels(["AD", "CN"] * 2 + [code] * 3)
+    assert labels(["AD", "CN", code], missing_codes=[code]).classes == ("AD", "CN")
+    assert set(labels(["AD", "CN", code] * 2, "classification").classes) == {"AD", "CN", code.strip()}
+    with pytest.raises(LabelError, match="x: NA .1., None .2. looks like a code for a missing value: list it"):
+        labels(["None", "NA", "None"])
+    assert labels(["NA1", "-", "NA1"], missing_codes=["x"], kind="classification").classes == ("-", "NA1")
+    assert labels(["009", "010"] * 2).classes == ("009", "010")  # names, not numbers
+
+
+@pytest.mark.parametrize("kind", ["auto", "classification"])
+@pytest.mark.parametrize("task", ["sex", "Gender"])
+def test_a_sex_written_in_two_ways_is_asked_about(task, kind):
+    column = pd.Series(["F", "Male", "M", "Male"])
+    with pytest.raises(LabelError, match=rf"{task}: M and Male: one class or two\? Found F \(1\), M \(1\), Male \(2\). "
+                                         "Write each class in one way"):
+        read_labels(pd.DataFrame({task: column}), task, kind)
+    assert read_labels(pd.DataFrame({"x": ["M", "Male"]}), "x", kind).classes == ("M", "Male")
+    assert read_labels(pd.DataFrame({task: column.replace("M", None)}), task, kind).classes == ("F", "Male")
+
+
+def test_sexes_of_cells_that_look_missing_are_unknown():
+    found = sexes(pd.Series(["male", " f", "NA", "-9", -9.0, "unknown", None, 1.0, "n/a", 9]))
+    assert found.fillna("").tolist() == ["M", "F", "", "", "", "", "", "1", "", ""]
+
+
+def test_words_that_others_read_as_missing_are_classes_if_that_is_said():
+    found = labels(["None", "NA", "NA"], "classification")
     assert found.classes == ("NA", "None") and found.values.tolist() == [1, 0, 0]
 
 
