@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -87,14 +88,23 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
 
 
 def _without(column: pd.Series, codes: Iterable[str | float]) -> pd.Series:
-    """Return the column with missing-value codes as nan; text columns are trimmed and hold only text."""
+    """Return the column with missing-value codes as nan; text columns are trimmed and hold only text.
+
+    A code is found in any case, and a number however it is written: na is also NA, and -9 also -9.0.
+    """
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         column = column.map(lambda cell: trimmed(_name(cell)), na_action="ignore").astype("str")
         column = column.where(column != "")
-        return column.where(~column.isin([trimmed(_name(code)) for code in codes]))
+        return column.where(~column.map(_as_code, na_action="ignore").isin([_as_code(code) for code in codes]))
     numbers = pd.to_numeric(pd.Series(list(codes), dtype=object), errors="coerce")
     column = column.astype(np.float64)
     return column.where(~column.isin(numbers.dropna()))
+
+
+def _as_code(cell: object) -> str:
+    """Return a cell's text in the form in which it is compared with codes."""
+    text = trimmed(_name(cell)).casefold()
+    return _name(float(text)) if re.fullmatch(NUMBER, text) else text
 
 
 def _ask_about_codes(task: str, present: pd.Series) -> None:

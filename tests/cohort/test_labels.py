@@ -54,6 +54,14 @@ def test_codes_for_missing_are_missing():
     assert found.kind == "regression" and np.array_equal(found.values, [63.5, np.nan, 71, 80], equal_nan=True)
 
 
+@pytest.mark.parametrize(("cell", "code"), [("NA", "na"), ("na", "NA"), ("-9.0", -9), ("-9", -9.0), ("-9.00", "-9"),
+                                            ("999", "999.0"), ("Unknown ", " unknown")])
+def test_a_code_for_missing_in_text_is_found_however_it_is_written(cell, code):
+    found = labels(["F", "M", cell], missing_codes=[code])
+    assert found.classes == ("F", "M") and np.array_equal(found.values, [0, 1, np.nan], equal_nan=True)
+    assert labels(["009", "M", "009"], missing_codes=[9]).classes == ("009", "M")  # a name, not the number 9
+
+
 @pytest.mark.parametrize("values", [[0, 1, 2] * 5, [5, 6, 7, 8]])
 def test_a_kind_that_is_said_is_taken(values):
     assert labels(values, "regression").values.tolist() == values
