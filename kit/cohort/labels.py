@@ -18,6 +18,7 @@ Kind = Literal["classification", "regression"]
 # Integers from 0 or 1 to n without a gap look like class codes: at most this many, 3 or more rows each on average.
 MOST_CODES = 20
 MOST_CLASSES = 20
+CONTROLS = ("cn", "nc", "hc", "control", "controls", "con", "healthy", "normal")  # the negative class, in any case
 
 
 class LabelError(KitError, ValueError):
@@ -52,8 +53,8 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
 
     With ``auto``, two distinct values or text mean classification, and many numbers mean regression. A few small whole
     numbers, or numbers or text next to a likely missing-value code, are ambiguous and raise an error. Classes are
-    sorted; of two, the last is the positive one. If there are more than two, each needs at least two scans. Empty
-    cells and `missing_codes` mean no label.
+    sorted; of two, the last is the positive one, and one of `CONTROLS` comes first: CN, AD. If there are more than
+    two, each needs at least two scans. Empty cells and `missing_codes` mean no label.
 
     Args:
         classes: the classes of the cohort that a model learns from, if these labels only test it; some may be absent.
@@ -80,7 +81,7 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
     known = tuple(classes) or _classes(task, present, ask=auto and not is_number.all())
     names = present.map(_name)
     if others := sorted(set(names) - set(known)):
-        raise LabelError(f"{task}: the training classes are {', '.join(known)}, but here they are "
+        raise LabelError(f"{task}: the training classes are {', '.join(sorted(known))}, but here they are "
                          f"{', '.join(sorted(set(names)))}; rename {', '.join(others)}, or empty the cells of scans "
                          "of other classes")
     values = names.map({name: float(number) for number, name in enumerate(known)}).reindex(column.index)
@@ -164,7 +165,9 @@ def _classes(task: str, present: pd.Series, ask: bool) -> tuple[str, ...]:
         raise LabelError(f"{task}: classification needs two classes, or up to {MOST_CLASSES} with at least two scans "
                          f"each; found {len(counts)}: {listed}" + (" ..." * (len(counts) > 8))
                          + "; list codes for missing values in missing_codes")
-    return tuple(map(_name, counts.index))
+    names = tuple(map(_name, counts.index))
+    controls = [name for name in names if name.casefold() in CONTROLS]
+    return names[::-1] if len(names) == 2 and controls == [names[1]] else names
 
 
 def _ask_about_words(task: str, counts: pd.Series) -> None:

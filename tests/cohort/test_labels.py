@@ -81,6 +81,15 @@ def test_several_classes():
             labels(values, kind)
 
 
+@pytest.mark.parametrize(("words", "classes"), [
+    (["AD", "CN"], ("CN", "AD")), (["ASD", "control"], ("control", "ASD")), (["Autism", "HC"], ("HC", "Autism")),
+    (["depr", "Healthy"], ("Healthy", "depr")), (["CN", "MCI"], ("CN", "MCI")), (["F", "M"], ("F", "M")),
+    (["CN", "HC"], ("CN", "HC")), (["AD", "CN", "MCI"], ("AD", "CN", "MCI"))])
+def test_of_two_classes_that_of_controls_is_the_negative_one(words, classes):
+    found = labels(words * 2)
+    assert found.classes == classes and found.values.tolist() == [classes.index(word) for word in words * 2]
+
+
 def test_a_test_cohorts_labels_are_of_the_classes_that_are_learned():
     there = pd.DataFrame({"x": ["MCI", "CN", None, "CN"]})
     found = read_labels(there, "x", "classification", (), ("AD", "CN", "MCI"))
@@ -123,7 +132,7 @@ def test_text_that_looks_like_a_code_for_missing_is_asked_about(code, words):
     with pytest.raises(LabelError, match=rf"x: {words} \(3\) looks like a code for a missing value among AD \(2\), "
                                          r"CN \(2\): list it in missing_codes, or, .* set task_type: classification"):
         labels(["AD", "CN"] * 2 + [code] * 3)
-    assert labels(["AD", "CN", code], missing_codes=[code]).classes == ("AD", "CN")
+    assert labels(["AD", "CN", code], missing_codes=[code]).classes == ("CN", "AD")
     assert set(labels(["AD", "CN", code] * 2, "classification").classes) == {"AD", "CN", code.strip()}
     with pytest.raises(LabelError, match="x: NA .1., None .2. looks like a code for a missing value: list it"):
         labels(["None", "NA", "None"])
