@@ -20,6 +20,7 @@ from kit.cohort.identity import (
 )
 from kit.cohort.labels import LabelError, Labels, read_labels, sexes
 from kit.cohort.split import Splitting, fold_count, label_subset, sites_of, splits
+from kit.cohort.tabular import ages
 from kit.evaluate.metrics import score
 from kit.params import Tuning
 from kit.preprocess.quality import usable
@@ -287,10 +288,10 @@ def covariates(part: Part) -> pd.DataFrame:
     The columns are age, and sex or else gender, in any case (`Age`, `GENDER`).
 
     Returns:
-        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown), `sex` (see
-        `kit.cohort.labels.sexes`, None if unknown).
+        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown, see
+        `kit.cohort.tabular.ages`), `sex` (None if unknown, see `kit.cohort.labels.sexes`).
     """
-    age = pd.to_numeric(_column(part.rows, "age"), errors="coerce").astype(float)
+    age = pd.to_numeric(ages(_column(part.rows, "age")), errors="coerce").astype(float)
     sex = sexes(_column(part.rows, "sex", "gender"))
     return pd.DataFrame({"scan": part.rows["scan"], "participant": part.participants, "age": age,
                          "sex": sex.where(sex.notna(), None)}).reset_index(drop=True)

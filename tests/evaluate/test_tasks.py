@@ -368,3 +368,8 @@ def test_covariates_of_those_tested(store):
     assert others["age"].tolist() == found["age"].tolist() and others["sex"].tolist() == ["M", "M", "F"] * 2
     coded = covariates(dataclasses.replace(part, rows=part.rows.assign(sex=[1.0, 2.0, np.nan] * 2)))
     assert coded["sex"].tolist() == ["1", "2", None] * 2
+    # codes for missing are no age and no sex that two people could share
+    coded = covariates(dataclasses.replace(part, rows=part.rows.assign(
+        age=[60, -9, 999, 61, -9, 62], sex=["M", "NA", "-9", "unknown", "F", "?"])))
+    assert coded["age"].fillna(0).tolist() == [60, 0, 0, 61, 0, 62]
+    assert coded["sex"].tolist() == ["M", None, None, None, "F", None]
