@@ -18,6 +18,7 @@ Kind = Literal["classification", "regression"]
 # Integers from 0 or 1 to n without a gap look like class codes: at most this many, 3 or more rows each on average.
 MOST_CODES = 20
 MOST_CLASSES = 20
+OLDEST = 120  # years
 CONTROLS = ("cn", "nc", "hc", "control", "controls", "con", "healthy", "normal")  # the negative class, in any case
 
 
@@ -109,6 +110,7 @@ def _as_code(cell: object) -> str:
 
 
 def _ask_about_codes(task: str, present: pd.Series) -> None:
+    """Refuse a column of numbers that may be class codes, or hold codes for a missing value."""
     numbers = pd.to_numeric(present)
     values = numbers.unique()
     rest = [value for value in values if value not in CODES_FOR_MISSING]
@@ -122,13 +124,24 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
     if whole and (counted or all(abs(value) < 10 for value in rest)):
         raise LabelError(f"{task}: are these class codes or numbers? Found {counts}. Set task_type: regression or "
                          "classification, and list codes for missing values in missing_codes")
-    strange = [value for value in values if value in CODES_FOR_MISSING and rest
-               and (value < 0 <= min(rest) or abs(value) > 2 * max(map(abs, rest)))]
+    odd = _unlikely(task, rest)
+    rest = [value for value in rest if value not in odd]
+    strange = [value for value in values if rest and (value in odd or value in CODES_FOR_MISSING
+               and (value < 0 <= min(rest) or abs(value) > 2 * max(map(abs, rest))))]
     if strange:
         raise LabelError(f"{task}: {', '.join(f'{value:g}' for value in sorted(strange))} in "
                          f"{int(numbers.isin(strange).sum())} rows looks like a code for a missing value among numbers "
                          f"from {min(rest):g} to {max(rest):g}: list it in missing_codes, or, if it is a real value, "
                          "set task_type: regression")
+
+
+def _unlikely(task: str, values: list[float]) -> list[float]:
+    """Return ages below 0 or above `OLDEST`; of other labels the negative number, if there is one only, and whole."""
+    finite = [value for value in values if np.isfinite(value)]
+    if task.casefold() == "age":
+        return [value for value in finite if not 0 <= value <= OLDEST]
+    below = [value for value in finite if value < 0]
+    return below if len(below) == 1 and below[0] == round(below[0]) else []
 
 
 def _numbers(task: str, column: pd.Series, present: pd.Series, is_number: pd.Series) -> np.ndarray:

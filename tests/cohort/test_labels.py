@@ -111,6 +111,29 @@ def test_a_code_for_missing_among_numbers_is_asked_about(values, code):
     assert labels(values, "regression").values.tolist() == values
 
 
+@pytest.mark.parametrize(("task", "values", "codes"), [
+    ("age", [60, -4, 71.5, -2, 80], [-4, -2]), ("Age", [60, 71.5, 80, 635], [635]),
+    ("age", [60, 999, -4, 70, 81], [-4, 999]), ("mmse", [28, -4, 30, 12, -4], [-4]),
+    ("mmse", [28, -4, 30, -9, 12], [-9, -4])])
+def test_ages_that_cannot_be_and_a_lone_negative_number_are_asked_about(task, values, codes):
+    def read(kind="auto", missing_codes=()):
+        return read_labels(pd.DataFrame({task: values}), task, kind, missing_codes)
+
+    rest = [value for value in values if value not in codes]
+    listed, rows = ", ".join(map(str, codes)), len(values) - len(rest)
+    with pytest.raises(LabelError, match=f"{task}: {listed} in {rows} rows looks like a code for a missing value among "
+                                         f"numbers from {min(rest)} to {max(rest)}: list it in missing_codes"):
+        read()
+    assert read(missing_codes=codes).kind == "regression" and read("regression").values.tolist() == values
+
+
+@pytest.mark.parametrize(("task", "values"), [
+    ("age", [0.5, 3.25, 119.5]), ("age", [280, 300, 310]), ("months", [20, 300, 310]), ("change", [-20, 12, -4, 30]),
+    ("change", [-4.5, 12, 30])])
+def test_numbers_that_can_be_are_not_asked_about(task, values):
+    assert read_labels(pd.DataFrame({task: values}), task).values.tolist() == values
+
+
 @pytest.mark.parametrize("values", [[35, 34, 29, 33, 31, 30], [15, 20, 20, 22, 29, 29, 30] * 4, [1, -1, 1], [8, 9, 8],
                                     [77.5, 88, 99, 60], [0, 1, 1], list(range(20, 90)), [-1.5, 0.3, 2.1, -1],
                                     [-60.5, 12, -99, 40]])
