@@ -56,6 +56,11 @@ def ages(column: pd.Series) -> pd.Series:
     return numbers.mask((numbers < 0) | numbers.isin(NO_AGES))
 
 
+def spelled(table: pd.DataFrame, name: str) -> str | None:
+    """Return the column of this name in lower case or, if there is none, in any other; None if there is none."""
+    return next((each for each in [name, *table] if each in table and str(each).casefold() == name), None)
+
+
 def looks_missing(cell: object) -> bool:
     """Return whether a cell looks like a code for a missing value: `WORDS_FOR_MISSING` or `CODES_FOR_MISSING`."""
     text = trimmed(str(cell)).casefold()

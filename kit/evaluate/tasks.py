@@ -20,7 +20,7 @@ from kit.cohort.identity import (
 )
 from kit.cohort.labels import LabelError, Labels, read_labels, sexes
 from kit.cohort.split import Splitting, fold_count, label_subset, sites_of, splits
-from kit.cohort.tabular import ages
+from kit.cohort.tabular import ages, spelled
 from kit.evaluate.metrics import score
 from kit.params import Tuning
 from kit.preprocess.quality import usable
@@ -299,5 +299,5 @@ def covariates(part: Part) -> pd.DataFrame:
 
 def _column(rows: pd.DataFrame, *names: str) -> pd.Series:
     """The first of these columns there is, whatever its case; nan everywhere if there is none."""
-    spelled = [each for name in names for each in [name, *rows] if str(each).casefold() == name and each in rows]
-    return rows[spelled[0]] if spelled else pd.Series(np.nan, rows.index, dtype=object)
+    found = [each for name in names if (each := spelled(rows, name)) is not None]
+    return rows[found[0]] if found else pd.Series(np.nan, rows.index, dtype=object)

@@ -152,6 +152,16 @@ def test_a_cell_of_text_among_ages_leaves_folds_balanced_by_age(people):
     assert folds(people.assign(age=coded), 5).equals(folds(known, 5))
 
 
+def test_columns_balance_folds_whatever_their_case(people):
+    people = people.assign(site=people["site"].map({"A": "1", "B": "2", "C": "1", "D": "2"}),
+                           dataset=people["site"].map({"A": "a", "B": "a", "C": "b", "D": "b"}),
+                           age=people["age"].mask(people["participant"] == "007", -9))  # two site 1; a code for missing
+    named = people.rename(columns={"age": "Age", "sex": "SEX", "site": "Site"})
+    assert folds(named, 5).equals(folds(people, 5))
+    assert folds(named, 5, 0, ["Age", "Site"]).equals(folds(people, 5, 0, ["age", "site"]))
+    assert folds(people.assign(Age=0, SEX="x"), 5).equals(folds(people, 5))  # the plain name first
+
+
 def test_label_fractions_are_nested_and_keep_classes(index):
     labels = np.repeat(np.arange(100) < 30, 2).astype(float)
     ids = participant_ids(index)
