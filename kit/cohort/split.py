@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.identity import SPLITS, UNNAMED, Aliases, check_people_known, known_as, participant_ids, site_names
-from kit.cohort.tabular import ages, spelled
+from kit.cohort.tabular import ages, looks_missing, spelled
 from kit.errors import KitError
 
 SALT = "kit participants v1"
@@ -169,13 +169,19 @@ def site_folds(index: pd.DataFrame) -> pd.Series:
     """Return each row's site as a number, in the order of the site names; see `kit.cohort.identity.site_names`.
 
     Raises:
-        SplitError: there is no column `site`, it has empty cells, or it names only one site.
+        SplitError: there is no column `site`, it has empty cells or codes for missing values, or it names only one
+            site.
     """
     if "site" not in index:
         raise SplitError("leave_one_site_out: the index has no column site")
     sites = site_names(index)
     if empty := int(sites.isna().sum()):
         raise SplitError(f"leave_one_site_out: {empty} of {len(index)} scans have no site; name it, or leave them out")
+    odd = index["site"].map(lambda cell: looks_missing(cell) and not str(cell)[0].isdigit())  # 7, 99 number real sites
+    if odd.any():
+        codes = ", ".join(sorted(set(index["site"][odd].map(str))))
+        raise SplitError(f"leave_one_site_out: {int(odd.sum())} of {len(index)} scans have site {codes}, which looks "
+                         "like a code for a missing value; name the site, or leave them out")
     numbers, names = pd.factorize(sites, sort=True)
     if len(names) < 2:
         raise SplitError(f"leave_one_site_out: all scans are of one site, {', '.join(names)}")

@@ -1,5 +1,7 @@
 """Splits are by participant, stay when the cohort grows, and find leakage."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -120,6 +122,16 @@ def test_leave_one_site_out_tests_each_site_and_never_learns_from_its_travellers
                          (people.assign(site=people["site"].where(people.index > 2)), "3 of 3.. scans have no site")):
         with pytest.raises(SplitError, match=words):
             splits(table, way)
+
+
+@pytest.mark.parametrize("code", ["NA", "-9", "unknown", "?", -9, -1])
+def test_a_code_for_a_missing_site_is_no_site(people, code):
+    sites = people["site"].map({"A": 7, "B": 9, "C": 99, "D": 999}) if isinstance(code, int) else people["site"]
+    way = Splitting(leave_one_site_out=True)
+    assert fold_count(people.assign(site=sites), way) == 4  # positive numbers are sites
+    with pytest.raises(SplitError, match=rf"leave_one_site_out: 3 of {len(people)} scans have site "
+                                         rf"{re.escape(str(code))}, which looks like a code for a missing value; name"):
+        fold_count(people.assign(site=sites.where(people.index > 2, code)), way)
 
 
 def test_site_1_of_two_datasets_is_two_sites(people):
