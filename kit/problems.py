@@ -151,8 +151,10 @@ def label_problems(name: str, prepared: Path, task: str, task_type: str, missing
     from kit.cohort.labels import LabelError, read_labels
     from kit.cohort.tabular import read_table
 
+    index = read_table(prepared / "index.csv")
     try:
-        read_labels(read_table(prepared / "index.csv"), task, task_type, missing_codes)
+        read_labels(index, task, task_type, missing_codes)
     except LabelError as error:
-        return [f"{name}: {error}"]
+        cure = ". Correct cells in the cohort's table, then run 1_preprocess again (finished scans are kept)"
+        return [f"{name}: {error}{cure if task in index else ''}"]
     return []

@@ -110,8 +110,10 @@ def _label_file(path: Path, key: str, name: str) -> pd.DataFrame:
                           "rename or remove it (labels of sessions belong in sub-*/sub-*_sessions.tsv)")
     labels[name] = [read_id(each, "ses" if name == "session" else "sub") for each in labels.pop(key)]
     if (doubled := labels[name].duplicated()).any():
+        sessions = ("; rows of its sessions belong in sub-*/sub-*_sessions.tsv, or in a table of scans with a column "
+                    "session" if name == "participant" else "")
         raise CohortError(f"{shown(path)}: {key} {labels[name][doubled].iloc[0]} is listed twice; "
-                          f"keep one row a {name}")
+                          f"keep one row a {name}{sessions}")
     return labels
 
 
@@ -152,6 +154,12 @@ def _with_session_labels(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
         _check_match(file, sessions, labels["session"], "ses")
         unlisted += len(set(sessions) - set(labels["session"]))
         parts.append(labels.assign(participant=participant, listed=True))
+    without_file = table[~table["participant"].isin({who for part in parts for who in part["participant"]})]
+    several = int((without_file.groupby("participant")["session"].nunique() > 1).sum())
+    if several and (names := [name for name in table if name not in (*COLUMNS, "split")]):
+        say(f"{shown(folder)}: {several} participants have several sessions and no sessions.tsv: all their sessions "
+            f"have the labels of participants.tsv ({', '.join(names)}); give those that change in "
+            "sub-*/sub-*_sessions.tsv")
     if not parts:
         return table
     if unlisted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,16 +11,15 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.identity import normalised
-from kit.cohort.tabular import DATE, DECIMAL_COMMA, NUMBER, trimmed
+from kit.cohort.tabular import CODES_FOR_MISSING, DATE, DECIMAL_COMMA, NUMBER, looks_missing, trimmed
 from kit.errors import KitError
 
 Kind = Literal["classification", "regression"]
-# -1, and 7, 8, 9 repeated one to four times (7, 77, ... 9999), of either sign
-CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
-                              for times in range(1, 5)) | {-1}
 # Integers from 0 or 1 to n without a gap look like class codes: at most this many, 3 or more rows each on average.
 MOST_CODES = 20
 MOST_CLASSES = 20
+OLDEST = 120  # years
+CONTROLS = ("cn", "nc", "hc", "control", "controls", "con", "healthy", "normal")  # the negative class, in any case
 
 
 class LabelError(KitError, ValueError):
@@ -53,17 +53,17 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
     """Read a label column.
 
     With ``auto``, two distinct values or text mean classification, and many numbers mean regression. A few small whole
-    numbers, or numbers next to a likely missing-value code, are ambiguous and raise an error. Classes are sorted; of
-    two, the last is the positive one. If there are more than two, each needs at least two scans. Empty cells and
-    `missing_codes` mean no label.
+    numbers, or numbers or text next to a likely missing-value code, are ambiguous and raise an error. Classes are
+    sorted; of two, the last is the positive one, and one of `CONTROLS` comes first: CN, AD. If there are more than
+    two, each needs at least two scans. Empty cells and `missing_codes` mean no label.
 
     Args:
         classes: the classes of the cohort that a model learns from, if these labels only test it; some may be absent.
 
     Raises:
         LabelError: no such column, no values, text where numbers are needed, one class or more than `MOST_CLASSES`,
-            a class of one scan among several, a class outside `classes`, classes that differ only by case or zeros,
-            or numbers that are ambiguous under ``auto``.
+            a class of one scan among several, a class outside `classes`, classes that differ only by case or zeros, two
+            classes of one sex, or values that are ambiguous under ``auto``.
     """
     if task not in index:
         raise LabelError(f"{task}: no such label column; the index has {', '.join(map(str, index.columns))}")
@@ -73,16 +73,16 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
         raise LabelError(f"{task}: the column is empty")
     numeric = pd.api.types.is_numeric_dtype(present)
     is_number = pd.Series(True, present.index) if numeric else present.str.fullmatch(NUMBER)
-    if kind == "auto":
+    if auto := kind == "auto":
         kind = "regression" if is_number.mean() > 0.5 and present.nunique() > 2 else "classification"
         if is_number.all():
             _ask_about_codes(task, present)
     if kind == "regression":
         return Labels(task, "regression", _numbers(task, column, present, is_number))
-    known = tuple(classes) or _classes(task, present)
+    known = tuple(classes) or _classes(task, present, ask=auto and not is_number.all())
     names = present.map(_name)
     if others := sorted(set(names) - set(known)):
-        raise LabelError(f"{task}: the training classes are {', '.join(known)}, but here they are "
+        raise LabelError(f"{task}: the training classes are {', '.join(sorted(known))}, but here they are "
                          f"{', '.join(sorted(set(names)))}; rename {', '.join(others)}, or empty the cells of scans "
                          "of other classes")
     values = names.map({name: float(number) for number, name in enumerate(known)}).reindex(column.index)
@@ -90,17 +90,27 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
 
 
 def _without(column: pd.Series, codes: Iterable[str | float]) -> pd.Series:
-    """Return the column with missing-value codes as nan; text columns are trimmed and hold only text."""
+    """Return the column with missing-value codes as nan; text columns are trimmed and hold only text.
+
+    A code is found in any case, and a number however it is written: na is also NA, and -9 also -9.0.
+    """
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         column = column.map(lambda cell: trimmed(_name(cell)), na_action="ignore").astype("str")
         column = column.where(column != "")
-        return column.where(~column.isin([trimmed(_name(code)) for code in codes]))
+        return column.where(~column.map(_as_code, na_action="ignore").isin([_as_code(code) for code in codes]))
     numbers = pd.to_numeric(pd.Series(list(codes), dtype=object), errors="coerce")
     column = column.astype(np.float64)
     return column.where(~column.isin(numbers.dropna()))
 
 
+def _as_code(cell: object) -> str:
+    """Return a cell's text in the form in which it is compared with codes."""
+    text = trimmed(_name(cell)).casefold()
+    return _name(float(text)) if re.fullmatch(NUMBER, text) else text
+
+
 def _ask_about_codes(task: str, present: pd.Series) -> None:
+    """Refuse a column of numbers that may be class codes, or hold codes for a missing value."""
     numbers = pd.to_numeric(present)
     values = numbers.unique()
     rest = [value for value in values if value not in CODES_FOR_MISSING]
@@ -114,13 +124,24 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
     if whole and (counted or all(abs(value) < 10 for value in rest)):
         raise LabelError(f"{task}: are these class codes or numbers? Found {counts}. Set task_type: regression or "
                          "classification, and list codes for missing values in missing_codes")
-    strange = [value for value in values if value in CODES_FOR_MISSING and rest
-               and (value < 0 <= min(rest) or abs(value) > 2 * max(map(abs, rest)))]
+    odd = _unlikely(task, rest)
+    rest = [value for value in rest if value not in odd]
+    strange = [value for value in values if rest and (value in odd or value in CODES_FOR_MISSING
+               and (value < 0 <= min(rest) or abs(value) > 2 * max(map(abs, rest))))]
     if strange:
         raise LabelError(f"{task}: {', '.join(f'{value:g}' for value in sorted(strange))} in "
                          f"{int(numbers.isin(strange).sum())} rows looks like a code for a missing value among numbers "
                          f"from {min(rest):g} to {max(rest):g}: list it in missing_codes, or, if it is a real value, "
                          "set task_type: regression")
+
+
+def _unlikely(task: str, values: list[float]) -> list[float]:
+    """Return ages below 0 or above `OLDEST`; of other labels the negative number, if there is one only, and whole."""
+    finite = [value for value in values if np.isfinite(value)]
+    if task.casefold() == "age":
+        return [value for value in finite if not 0 <= value <= OLDEST]
+    below = [value for value in finite if value < 0]
+    return below if len(below) == 1 and below[0] == round(below[0]) else []
 
 
 def _numbers(task: str, column: pd.Series, present: pd.Series, is_number: pd.Series) -> np.ndarray:
@@ -136,7 +157,8 @@ def _numbers(task: str, column: pd.Series, present: pd.Series, is_number: pd.Ser
     return numbers
 
 
-def _classes(task: str, present: pd.Series) -> tuple[str, ...]:
+def _classes(task: str, present: pd.Series, ask: bool) -> tuple[str, ...]:
+    """Return the classes in order; `ask`: refuse text that looks like a code for a missing value."""
     counts = present.value_counts().sort_index()
     listed = ", ".join(f"{_name(value)} ({count})" for value, count in counts.head(8).items())
     if not pd.api.types.is_numeric_dtype(present):
@@ -145,11 +167,38 @@ def _classes(task: str, present: pd.Series) -> tuple[str, ...]:
         if several:
             raise LabelError(f"{task}: {' and '.join(several[0])} differ only by case or zeros: one class or two? "
                              f"Found {listed}. Write each class in one way")
+        if task.casefold() in ("sex", "gender"):
+            same = [list(names.index) for _, names in counts.groupby(sexes(counts.index.to_series()))]
+            if several := [names for names in same if len(names) > 1]:
+                raise LabelError(f"{task}: {' and '.join(several[0])}: one class or two? Found {listed}. Write each "
+                                 "class in one way")
+        if ask:
+            _ask_about_words(task, counts)
     if len(counts) != 2 and not (2 < len(counts) <= MOST_CLASSES and counts.min() > 1):
         raise LabelError(f"{task}: classification needs two classes, or up to {MOST_CLASSES} with at least two scans "
                          f"each; found {len(counts)}: {listed}" + (" ..." * (len(counts) > 8))
                          + "; list codes for missing values in missing_codes")
-    return tuple(map(_name, counts.index))
+    names = tuple(map(_name, counts.index))
+    controls = [name for name in names if name.casefold() in CONTROLS]
+    return names[::-1] if len(names) == 2 and controls == [names[1]] else names
+
+
+def _ask_about_words(task: str, counts: pd.Series) -> None:
+    odd = counts.index.map(looks_missing).to_numpy(bool)
+    if odd.any():
+        codes, others = (", ".join(f"{name} ({count})" for name, count in some.head(8).items())
+                         for some in (counts[odd], counts[~odd]))
+        raise LabelError(f"{task}: {codes} looks like a code for a missing value{f' among {others}' * bool(others)}: "
+                         "list it in missing_codes, or, if it is a class, set task_type: classification")
+
+
+def sexes(column: pd.Series) -> pd.Series:
+    """First letters in upper case, so that male, m and M are one; codes stay text ("1"), as cohorts number differently.
+
+    Missing cells, and those that look so (`NA`, -9), are nan.
+    """
+    return column.map(lambda cell: np.nan if looks_missing(cell) else normalised(cell)[:1].upper() or np.nan,
+                      na_action="ignore").astype(object)
 
 
 def _name(value: object) -> str:

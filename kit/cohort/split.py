@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.identity import SPLITS, UNNAMED, Aliases, check_people_known, known_as, participant_ids, site_names
-from kit.cohort.tabular import ages
+from kit.cohort.tabular import ages, looks_missing, spelled
 from kit.errors import KitError
 
 SALT = "kit participants v1"
 DIVIDED = ("train", "validation", "test")  # rows with these names in a column `split` are divided anew by folds
 TEST_FRACTION = 0.2  # of the participants, if neither folds nor a column `split` choose the test set
-STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns that folds are balanced by, where present
+STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns, in any case, that folds are balanced by
 MOST_LEVELS, BANDS = 10, 5  # a numeric column of more than 10 distinct values is cut into 5 quantile bands
 
 
@@ -65,7 +65,7 @@ class Splitting:
         folds: number of cross-validation folds; 0 means a single split.
         leave_one_site_out: each fold tests one site.
         split_seed: seed of the choice of test and validation participants.
-        stratify: columns that folds are balanced by; None means those of `STRATIFY` that the index has.
+        stratify: columns that folds are balanced by; None means those of `STRATIFY` that the index has, in any case.
         validation_fraction: fraction of the participants who are not tested.
     """
 
@@ -169,13 +169,19 @@ def site_folds(index: pd.DataFrame) -> pd.Series:
     """Return each row's site as a number, in the order of the site names; see `kit.cohort.identity.site_names`.
 
     Raises:
-        SplitError: there is no column `site`, it has empty cells, or it names only one site.
+        SplitError: there is no column `site`, it has empty cells or codes for missing values, or it names only one
+            site.
     """
     if "site" not in index:
         raise SplitError("leave_one_site_out: the index has no column site")
     sites = site_names(index)
     if empty := int(sites.isna().sum()):
         raise SplitError(f"leave_one_site_out: {empty} of {len(index)} scans have no site; name it, or leave them out")
+    odd = index["site"].map(lambda cell: looks_missing(cell) and not str(cell)[0].isdigit())  # 7, 99 number real sites
+    if odd.any():
+        codes = ", ".join(sorted(set(index["site"][odd].map(str))))
+        raise SplitError(f"leave_one_site_out: {int(odd.sum())} of {len(index)} scans have site {codes}, which looks "
+                         "like a code for a missing value; name the site, or leave them out")
     numbers, names = pd.factorize(sites, sort=True)
     if len(names) < 2:
         raise SplitError(f"leave_one_site_out: all scans are of one site, {', '.join(names)}")
@@ -199,13 +205,14 @@ def folds(index: pd.DataFrame, count: int, split_seed: int = 0, stratify: Sequen
         SplitError: such a column is missing, or there are fewer participants than folds.
     """
     ids = participant_ids(index)
-    columns = [name for name in STRATIFY if name in index] if stratify is None else list(stratify)
+    usual = [each for name in STRATIFY if (each := spelled(index, name)) is not None]
+    columns = usual if stratify is None else list(stratify)
     if missing := [name for name in columns if name not in index]:
         raise SplitError(f"stratify: the index has no column {', '.join(missing)}; it has {', '.join(map(str, index))}")
     if ids.nunique() < count:
         raise SplitError(f"folds: {count} folds of only {ids.nunique()} participants; set fewer folds")
-    levels = {name: _levels(site_names(index) if name == "site" else
-                            ages(index[name]) if name == "age" else index[name], ids) for name in columns}
+    levels = {name: _levels(site_names(index.assign(site=index[name])) if name.casefold() == "site" else
+                            ages(index[name]) if name.casefold() == "age" else index[name], ids) for name in columns}
     counts: dict[tuple[str, str], np.ndarray] = {}
     found = {}
     for person in shuffled(ids, split_seed, "fold order"):

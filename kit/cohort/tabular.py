@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -25,6 +26,10 @@ THOUSANDS = r"[+-]?[1-9]\d{0,2},\d{3}"  # 1,234 may be 1.234 or 1234
 DATE = r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[ T].*)?|\d{1,2}-[A-Z][a-z]{2}(?:-\d{2,4})?|[A-Z][a-z]{2}-\d{2,4}"
 MISSING = ("", "n/a")
 SPREADSHEET_ERRORS = ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!")
+# -1, and 7, 8, 9 repeated one to four times (7, 77, ... 9999), of either sign
+CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
+                              for times in range(1, 5)) | {-1}
+WORDS_FOR_MISSING = ("na", "n/a", "nan", "none", "null", "unknown", "missing", ".", "-", "?")  # in any case
 NO_AGES = (777, 888, 999, 7777, 8888, 9999)  # codes for a missing value, as are negative numbers
 COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")  # a cohort's columns, besides labels
 INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # byte-order mark and zero-width characters
@@ -49,6 +54,17 @@ def ages(column: pd.Series) -> pd.Series:
     if numbers.notna().sum() <= column.notna().sum() / 2:
         return column
     return numbers.mask((numbers < 0) | numbers.isin(NO_AGES))
+
+
+def spelled(table: pd.DataFrame, name: str) -> str | None:
+    """Return the column of this name in lower case or, if there is none, in any other; None if there is none."""
+    return next((each for each in [name, *table] if each in table and str(each).casefold() == name), None)
+
+
+def looks_missing(cell: object) -> bool:
+    """Return whether a cell looks like a code for a missing value: `WORDS_FOR_MISSING` or `CODES_FOR_MISSING`."""
+    text = trimmed(str(cell)).casefold()
+    return text in WORDS_FOR_MISSING or bool(re.fullmatch(NUMBER, text)) and float(text) in CODES_FOR_MISSING
 
 
 def trimmed(text: str) -> str:

@@ -18,8 +18,9 @@ from kit.cohort.identity import (
     normalised,
     participant_ids,
 )
-from kit.cohort.labels import LabelError, Labels, read_labels
+from kit.cohort.labels import LabelError, Labels, read_labels, sexes
 from kit.cohort.split import Splitting, fold_count, label_subset, sites_of, splits
+from kit.cohort.tabular import ages, spelled
 from kit.evaluate.metrics import score
 from kit.params import Tuning
 from kit.preprocess.quality import usable
@@ -287,24 +288,16 @@ def covariates(part: Part) -> pd.DataFrame:
     The columns are age, and sex or else gender, in any case (`Age`, `GENDER`).
 
     Returns:
-        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown), `sex` (see `sexes`,
-        None if unknown).
+        One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown, see
+        `kit.cohort.tabular.ages`), `sex` (None if unknown, see `kit.cohort.labels.sexes`).
     """
-    age = pd.to_numeric(_column(part.rows, "age"), errors="coerce").astype(float)
+    age = pd.to_numeric(ages(_column(part.rows, "age")), errors="coerce").astype(float)
     sex = sexes(_column(part.rows, "sex", "gender"))
     return pd.DataFrame({"scan": part.rows["scan"], "participant": part.participants, "age": age,
                          "sex": sex.where(sex.notna(), None)}).reset_index(drop=True)
 
 
-def sexes(column: pd.Series) -> pd.Series:
-    """First letters in upper case, so that male, m and M are one; codes stay text ("1"), as cohorts number differently.
-
-    Missing cells are nan.
-    """
-    return column.map(lambda cell: normalised(cell)[:1].upper() or np.nan, na_action="ignore").astype(object)
-
-
 def _column(rows: pd.DataFrame, *names: str) -> pd.Series:
     """The first of these columns there is, whatever its case; nan everywhere if there is none."""
-    spelled = [each for name in names for each in [name, *rows] if str(each).casefold() == name and each in rows]
-    return rows[spelled[0]] if spelled else pd.Series(np.nan, rows.index, dtype=object)
+    found = [each for name in names if (each := spelled(rows, name)) is not None]
+    return rows[found[0]] if found else pd.Series(np.nan, rows.index, dtype=object)

@@ -32,7 +32,7 @@ def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
     """
     rows = []
     for name in labels:
-        values = ages(labels[name]) if name == "age" else labels[name]
+        values = ages(labels[name]) if str(name).casefold() == "age" else labels[name]
         known = values.notna().to_numpy() & (values.astype(str).str.strip() != "").to_numpy()
         chosen, rest = values[known & hit], values[known & ~hit]
         if len(chosen) and len(rest) and (tested := _tested(chosen, rest)):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kit.cohort.labels import LabelError, read_labels
+from kit.cohort.labels import LabelError, read_labels, sexes
 
 INDEX = pd.DataFrame({"sex": ["F", "M", None, "M"], "stroke": [1.0, np.nan, 0.0, 1.0], "age": [20.5, 30, np.nan, 50]})
 
@@ -54,6 +54,14 @@ def test_codes_for_missing_are_missing():
     assert found.kind == "regression" and np.array_equal(found.values, [63.5, np.nan, 71, 80], equal_nan=True)
 
 
+@pytest.mark.parametrize(("cell", "code"), [("NA", "na"), ("na", "NA"), ("-9.0", -9), ("-9", -9.0), ("-9.00", "-9"),
+                                            ("999", "999.0"), ("Unknown ", " unknown")])
+def test_a_code_for_missing_in_text_is_found_however_it_is_written(cell, code):
+    found = labels(["F", "M", cell], missing_codes=[code])
+    assert found.classes == ("F", "M") and np.array_equal(found.values, [0, 1, np.nan], equal_nan=True)
+    assert labels(["009", "M", "009"], missing_codes=[9]).classes == ("009", "M")  # a name, not the number 9
+
+
 @pytest.mark.parametrize("values", [[0, 1, 2] * 5, [5, 6, 7, 8]])
 def test_a_kind_that_is_said_is_taken(values):
     assert labels(values, "regression").values.tolist() == values
@@ -71,6 +79,15 @@ def test_several_classes():
                          ([f"name {number}" for number in range(21)] * 2, "auto")):
         with pytest.raises(LabelError, match=r"two classes, or up to 20 with at least two scans each; found \d+: "):
             labels(values, kind)
+
+
+@pytest.mark.parametrize(("words", "classes"), [
+    (["AD", "CN"], ("CN", "AD")), (["ASD", "control"], ("control", "ASD")), (["Autism", "HC"], ("HC", "Autism")),
+    (["depr", "Healthy"], ("Healthy", "depr")), (["CN", "MCI"], ("CN", "MCI")), (["F", "M"], ("F", "M")),
+    (["CN", "HC"], ("CN", "HC")), (["AD", "CN", "MCI"], ("AD", "CN", "MCI"))])
+def test_of_two_classes_that_of_controls_is_the_negative_one(words, classes):
+    found = labels(words * 2)
+    assert found.classes == classes and found.values.tolist() == [classes.index(word) for word in words * 2]
 
 
 def test_a_test_cohorts_labels_are_of_the_classes_that_are_learned():
@@ -94,6 +111,29 @@ def test_a_code_for_missing_among_numbers_is_asked_about(values, code):
     assert labels(values, "regression").values.tolist() == values
 
 
+@pytest.mark.parametrize(("task", "values", "codes"), [
+    ("age", [60, -4, 71.5, -2, 80], [-4, -2]), ("Age", [60, 71.5, 80, 635], [635]),
+    ("age", [60, 999, -4, 70, 81], [-4, 999]), ("mmse", [28, -4, 30, 12, -4], [-4]),
+    ("mmse", [28, -4, 30, -9, 12], [-9, -4])])
+def test_ages_that_cannot_be_and_a_lone_negative_number_are_asked_about(task, values, codes):
+    def read(kind="auto", missing_codes=()):
+        return read_labels(pd.DataFrame({task: values}), task, kind, missing_codes)
+
+    rest = [value for value in values if value not in codes]
+    listed, rows = ", ".join(map(str, codes)), len(values) - len(rest)
+    with pytest.raises(LabelError, match=f"{task}: {listed} in {rows} rows looks like a code for a missing value among "
+                                         f"numbers from {min(rest)} to {max(rest)}: list it in missing_codes"):
+        read()
+    assert read(missing_codes=codes).kind == "regression" and read("regression").values.tolist() == values
+
+
+@pytest.mark.parametrize(("task", "values"), [
+    ("age", [0.5, 3.25, 119.5]), ("age", [280, 300, 310]), ("months", [20, 300, 310]), ("change", [-20, 12, -4, 30]),
+    ("change", [-4.5, 12, 30])])
+def test_numbers_that_can_be_are_not_asked_about(task, values):
+    assert read_labels(pd.DataFrame({task: values}), task).values.tolist() == values
+
+
 @pytest.mark.parametrize("values", [[35, 34, 29, 33, 31, 30], [15, 20, 20, 22, 29, 29, 30] * 4, [1, -1, 1], [8, 9, 8],
                                     [77.5, 88, 99, 60], [0, 1, 1], list(range(20, 90)), [-1.5, 0.3, 2.1, -1],
                                     [-60.5, 12, -99, 40]])
@@ -109,8 +149,38 @@ def test_text_is_trimmed_and_case_is_asked_about():
             labels([one, other, "x"])
 
 
-def test_words_that_others_read_as_missing_are_classes():
-    found = labels(["None", "NA", "NA"])
+@pytest.mark.parametrize(("code", "words"), [("-9", "-9"), ("-9.0", "-9.0"), ("NA", "NA"), ("n/a ", "n/a"),
+                                             ("Unknown", "Unknown"), (".", r"\."), ("?", r"\?"), ("999", "999")])
+def test_text_that_looks_like_a_code_for_missing_is_asked_about(code, words):
+    with pytest.raises(LabelError, match=rf"x: {words} \(3\) looks like a code for a missing value among AD \(2\), "
+                                         r"CN \(2\): list it in missing_codes, or, .* set task_type: classification"):
+        labels(["AD", "CN"] * 2 + [code] * 3)
+    assert labels(["AD", "CN", code], missing_codes=[code]).classes == ("CN", "AD")
+    assert set(labels(["AD", "CN", code] * 2, "classification").classes) == {"AD", "CN", code.strip()}
+    with pytest.raises(LabelError, match="x: NA .1., None .2. looks like a code for a missing value: list it"):
+        labels(["None", "NA", "None"])
+    assert labels(["NA1", "-", "NA1"], missing_codes=["x"], kind="classification").classes == ("-", "NA1")
+    assert labels(["009", "010"] * 2).classes == ("009", "010")  # names, not numbers
+
+
+@pytest.mark.parametrize("kind", ["auto", "classification"])
+@pytest.mark.parametrize("task", ["sex", "Gender"])
+def test_a_sex_written_in_two_ways_is_asked_about(task, kind):
+    column = pd.Series(["F", "Male", "M", "Male"])
+    with pytest.raises(LabelError, match=rf"{task}: M and Male: one class or two\? Found F \(1\), M \(1\), Male \(2\). "
+                                         "Write each class in one way"):
+        read_labels(pd.DataFrame({task: column}), task, kind)
+    assert read_labels(pd.DataFrame({"x": ["M", "Male"]}), "x", kind).classes == ("M", "Male")
+    assert read_labels(pd.DataFrame({task: column.replace("M", None)}), task, kind).classes == ("F", "Male")
+
+
+def test_sexes_of_cells_that_look_missing_are_unknown():
+    found = sexes(pd.Series(["male", " f", "NA", "-9", -9.0, "unknown", None, 1.0, "n/a", 9]))
+    assert found.fillna("").tolist() == ["M", "F", "", "", "", "", "", "1", "", ""]
+
+
+def test_words_that_others_read_as_missing_are_classes_if_that_is_said():
+    found = labels(["None", "NA", "NA"], "classification")
     assert found.classes == ("NA", "None") and found.values.tolist() == [1, 0, 0]
 
 

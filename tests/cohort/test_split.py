@@ -1,5 +1,7 @@
 """Splits are by participant, stay when the cohort grows, and find leakage."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -122,6 +124,16 @@ def test_leave_one_site_out_tests_each_site_and_never_learns_from_its_travellers
             splits(table, way)
 
 
+@pytest.mark.parametrize("code", ["NA", "-9", "unknown", "?", -9, -1])
+def test_a_code_for_a_missing_site_is_no_site(people, code):
+    sites = people["site"].map({"A": 7, "B": 9, "C": 99, "D": 999}) if isinstance(code, int) else people["site"]
+    way = Splitting(leave_one_site_out=True)
+    assert fold_count(people.assign(site=sites), way) == 4  # positive numbers are sites
+    with pytest.raises(SplitError, match=rf"leave_one_site_out: 3 of {len(people)} scans have site "
+                                         rf"{re.escape(str(code))}, which looks like a code for a missing value; name"):
+        fold_count(people.assign(site=sites.where(people.index > 2, code)), way)
+
+
 def test_site_1_of_two_datasets_is_two_sites(people):
     two = people.assign(dataset=np.where(people["site"] == "A", "a", "b"),
                         site=people["site"].map({"A": "1", "B": "1", "C": "2", "D": "2"}))
@@ -150,6 +162,16 @@ def test_a_cell_of_text_among_ages_leaves_folds_balanced_by_age(people):
     assert folds(people.assign(age=written), 5).equals(folds(known, 5))
     coded = people["age"].mask(people["participant"] == "007", 999)
     assert folds(people.assign(age=coded), 5).equals(folds(known, 5))
+
+
+def test_columns_balance_folds_whatever_their_case(people):
+    people = people.assign(site=people["site"].map({"A": "1", "B": "2", "C": "1", "D": "2"}),
+                           dataset=people["site"].map({"A": "a", "B": "a", "C": "b", "D": "b"}),
+                           age=people["age"].mask(people["participant"] == "007", -9))  # two site 1; a code for missing
+    named = people.rename(columns={"age": "Age", "sex": "SEX", "site": "Site"})
+    assert folds(named, 5).equals(folds(people, 5))
+    assert folds(named, 5, 0, ["Age", "Site"]).equals(folds(people, 5, 0, ["age", "site"]))
+    assert folds(people.assign(Age=0, SEX="x"), 5).equals(folds(people, 5))  # the plain name first
 
 
 def test_label_fractions_are_nested_and_keep_classes(index):

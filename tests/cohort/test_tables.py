@@ -86,12 +86,14 @@ def test_masks_of_two_pipelines_are_not_mixed_in_silence(tmp_path):
 
 @pytest.mark.parametrize(("file", "text", "message"), [
     ("participants.tsv", "participant_id\tsession\nsub-01\ta\n", "participants.tsv: its column session .* rename"),
-    ("participants.tsv", "participant_id\tage\nsub-01\t6\n01\t7\n", "participant_id 01 is listed twice; keep"),
+    ("participants.tsv", "participant_id\tage\nsub-01\t6\n01\t7\n", "participant_id 01 is listed twice; keep one row a "
+     "participant; rows of its sessions belong in sub-.*/sub-.*_sessions.tsv, or in a table of scans with a column"),
     ("participants.tsv", "id\tage\nsub-01\t6\n", "participants.tsv: needs a column participant_id; found id, age"),
     ("participants.tsv", "", "participants.tsv is not a table"),
     ("sub-01/sub-01_sessions.tsv", "session\tage\nses-a\t6\n",
      "sub-01_sessions.tsv: needs a column session_id; found session, age"),
-    ("sub-01/sub-01_sessions.tsv", "session_id\tage\nses-a\t6\nses-a\t7\n", "session_id a is listed twice"),
+    ("sub-01/sub-01_sessions.tsv", "session_id\tage\nses-a\t6\nses-a\t7\n",
+     "session_id a is listed twice; keep one row a session$"),
     ("dataset_description.json", "{", "dataset_description.json is not a JSON object"),
     ("sub-01/ses-a/anat/scan_T1w.nii.gz", "", "scan_T1w.nii.gz: its name must begin with sub-01_"),
     ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii", "", "1 scans have the dataset, participant and session of another"),
@@ -322,6 +324,24 @@ def test_a_session_that_says_nothing_is_known_has_no_label(tmp_path):
         "sub-01/sub-01_sessions.tsv": "session_id diagnosis\nses-1 CN\nses-2 n/a\n"})
     assert cohort["diagnosis"].fillna("-").tolist() == ["CN", "-", "CN", "AD"]
     assert "1 sessions are not listed" in said and cohort["site"].tolist() == ["01", "01", "01", "1"]
+
+
+def test_later_sessions_that_get_the_labels_of_the_first_are_counted(tmp_path):
+    scans = ["sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1", "sub-02_ses-2", "sub-03_ses-1"]
+    participants = "participant_id age diagnosis split\nsub-01 60 CN test\nsub-02 70 AD test\nsub-03 80 AD test\n"
+    words = "{} participants have several sessions and no sessions.tsv: all their sessions have the labels of " \
+            "participants.tsv (age, diagnosis); give those that change in sub-*/sub-*_sessions.tsv"
+    cohort, said = bids(tmp_path, scans, {"participants.tsv": participants})
+    assert said.endswith(f": {words.format(2)}") and cohort["age"].tolist() == [60, 60, 70, 70, 80]
+    sessions = "session_id age\nses-1 60\nses-2 62\n"
+    cohort, said = bids(tmp_path, scans, {"participants.tsv": participants, "sub-01/sub-01_sessions.tsv": sessions})
+    assert said.endswith(f": {words.format(1)}") and cohort["age"].tolist() == [60, 62, 70, 70, 80]
+    _, said = bids(tmp_path, scans, {"participants.tsv": participants, "sub-01/sub-01_sessions.tsv": sessions,
+                                     "sub-02/sub-02_sessions.tsv": sessions})
+    assert not said
+    (tmp_path / "bare").mkdir()
+    names = "".join(f"sub-0{number} test\n" for number in (1, 2, 3))
+    assert not bids(tmp_path / "bare", scans, {"participants.tsv": f"participant_id split\n{names}"})[1]  # no labels
 
 
 def test_types_are_those_of_all_files_together(tmp_path):

@@ -224,6 +224,17 @@ def test_folds_that_cannot_be_are_refused_before_work(store, values, words):
             check(model, {"prepared": str(store.folder), "output_dir": "outputs/x", **more, **values})
 
 
+def test_a_refused_label_says_where_cells_are_corrected(tmp_path):
+    store = make_store(tmp_path / "store")
+    changed(store, sex=np.where(store.index["participant"] < "003", "Male", np.where(store.index["lesion"], "M", "F")))
+    for task, words in (("sex", "M and Male: one class or two.* Write each class in one way. Correct cells in the "
+                                "cohort's table, then run 1_preprocess again .finished scans are kept.$"),
+                        ("gender", "task: gender: no such label column; the index has [a-z, ]*sex[a-z, ]*$")):
+        with pytest.raises(ParameterError, match=words):
+            check(Finetune, {"prepared": str(store.folder), "output_dir": "outputs/x", "encoder": "random",
+                             "task": task})
+
+
 def test_an_encoder_of_each_fold_and_seed_must_be_there(store, tmp_path):
     assert encoder_at("a/fold{fold}-seed{seed}/{other}", 3, 14) == "a/fold3-seed14/{other}"
     spec = str(tmp_path / "fold{fold}-seed{seed}")
@@ -368,3 +379,8 @@ def test_covariates_of_those_tested(store):
     assert others["age"].tolist() == found["age"].tolist() and others["sex"].tolist() == ["M", "M", "F"] * 2
     coded = covariates(dataclasses.replace(part, rows=part.rows.assign(sex=[1.0, 2.0, np.nan] * 2)))
     assert coded["sex"].tolist() == ["1", "2", None] * 2
+    # codes for missing are no age and no sex that two people could share
+    coded = covariates(dataclasses.replace(part, rows=part.rows.assign(
+        age=[60, -9, 999, 61, -9, 62], sex=["M", "NA", "-9", "unknown", "F", "?"])))
+    assert coded["age"].fillna(0).tolist() == [60, 0, 0, 61, 0, 62]
+    assert coded["sex"].tolist() == ["M", None, None, None, "F", None]

@@ -40,6 +40,8 @@ def test_ages_with_text_and_codes_are_compared() -> None:
     row = selection_bias(table.assign(age=written), hit).set_index("label").loc["age"]
     known = table["age"].round(1)[(table.index >= 3) & (table.index != 5) & hit]
     assert row["differs"] and row["hit"] == f"median {known.median():.4g}"
+    capital = selection_bias(table.drop(columns="age").assign(Age=written), hit).set_index("label").loc["Age"]
+    assert capital["hit"] == row["hit"]
 
 
 def test_chance_is_called_chance() -> None:
