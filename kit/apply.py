@@ -3,8 +3,9 @@
     python -m kit.apply --input scan.nii.gz --encoder outputs/demo/2_pretrain/seed0 --output embedding.npy
     python -m kit.apply --input bids/ --encoder outputs/demo/3_finetune --output predictions.csv
 
-The encoder's own record says how to prepare the scans. `.npy` holds one scan's features (features,) float32; `.csv` and
-`.parquet` hold one row per scan. Without `--encoder`, `$KIT_ENCODER` is used, as in a container.
+The encoder's own record says how to prepare the scans. `.npy` holds one scan's features (features,) float32, and
+`NAME_scans.csv` beside it the warnings; `.csv` and `.parquet` hold one row per scan, warnings included. Scans that
+could not be prepared are listed in `NAME_failed.csv`. Without `--encoder`, `$KIT_ENCODER` is used, as in a container.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from nibabel.affines import voxel_sizes
 
 from kit.cohort.collections import is_collection
-from kit.cohort.identity import participant_ids
+from kit.cohort.identity import UNNAMED, key, participant_ids
 from kit.cohort.tables import named_by_file, read_cohort
 from kit.cohort.tabular import COLUMNS, CohortError, read_table
 from kit.errors import KitError
@@ -46,11 +47,12 @@ from kit.preprocess.quality import QC_METRICS
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.settings import Preparation
 from kit.problems import encoder_parts
-from kit.provenance import MadeFrom, Side, Used, check_fit, made_from
+from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, read_made_from
 from kit.reading import ParameterError, check, read_options
 from kit.runs import resolve, shown, write_table, write_whole
 from kit.store.dataset import PreparedScans
 from kit.store.grid import PAPER_GRID, Grid
+from kit.store.leakage import TRAINING_PARTS, check_encoder
 from kit.store.store import Store
 
 SCANS = (".nii", ".nii.gz", ".mgh", ".mgz", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -59,7 +61,7 @@ SAID = {  # QC flags in plain words
     "contrast low": "grey matter is not darker than white: not T1-weighted, or no brain",
     "template_similarity low": "unlike the template: not registered well, not T1-weighted, or no brain",
     "outside_share high": "part of the brain lies outside the scan",
-    "brain_ml low": "the brain is smaller than nearly all adults': cut off, a child's, or badly stripped",
+    "brain_ml low": "the brain is smaller than 700 ml: cut off, an infant's, or badly stripped",
     "brain_ml high": "the brain is larger than nearly all adults': perhaps badly stripped",
     "grey_levels low": "hardly any grey levels: a label map, or badly scaled",
     "mask_overlap low": "the brain mask is unlike a brain",
@@ -68,16 +70,19 @@ SAID = {  # QC flags in plain words
     "orientation_deg high": "its header's orientation was wrong; it was turned upright",
 }
 
+FOUND = ("warnings", "unusable", "as_far", "outside")  # columns on whether a scan's numbers can be relied on
+LEARNED_FROM = "the model learned from this person: its prediction says nothing about new people"
+
 
 class Applied(NamedTuple):
     """Result of `apply`.
 
     Attributes:
         store: the prepared scans.
-        table: one row per scan: scan, participant, session, dataset; warnings (in words), unusable (names of the QC
-            metrics that make it so); as_far (share of validation scans at least as far from the training scans,
-            counting the scan itself; nan if unknown), outside ("yes" if that is at most 5 %, else "no"; "" if
-            unknown); fingerprint; a fine-tuned model's predictions.
+        table: one row per scan: scan, participant, session, dataset; warnings (in words; also that a fine-tuned model
+            was trained on the person), unusable (names of the QC metrics that make it so); as_far (share of validation
+            scans at least as far from the training scans, counting the scan itself; nan if unknown), outside ("yes" if
+            that is at most 5 %, else "no"; "" if unknown); fingerprint; a fine-tuned model's predictions.
         features: (scans, features) float32.
         failed: scans that could not be prepared, with reasons.
         seconds: duration of each step.
@@ -93,9 +98,9 @@ class Applied(NamedTuple):
 
     @property
     def embeddings(self) -> pd.DataFrame:
-        """participant, session, fingerprint, scan, and one column per feature, f0 …"""
+        """participant, session, fingerprint, scan, `FOUND` (warnings and their numbers), a column per feature, f0 …"""
         names = [f"f{number}" for number in range(self.features.shape[1])]
-        rows = self.table[["participant", "session", "fingerprint", "scan"]]
+        rows = self.table[["participant", "session", "fingerprint", "scan", *FOUND]]
         return pd.concat([rows, pd.DataFrame(self.features, rows.index, names)], axis=1)
 
 
@@ -145,7 +150,10 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
                      allowed=allowed, settings={"pool": params.pool, "stages": params.stages, "flips": params.flips})
     reference = None if "format" in record else read_reference(resolve(encoder_parts(spec)[1]))  # published: none
-    table = _table(store, own, reference, coarse).assign(fingerprint=made.fingerprint)
+    learned = _learned_from(model, made) if model else set()
+    if not model:
+        check_encoder(record, store, store.index, participant_ids(store.index), allow=True)  # prints whom it has seen
+    table = _table(store, own, reference, coarse, learned).assign(fingerprint=made.fingerprint)
     if model and predictor:
         with torch.no_grad():
             raw = predictor.cpu().head(torch.from_numpy(own)).numpy()
@@ -232,9 +240,25 @@ def coarse_scans(cohort: pd.DataFrame, index: pd.DataFrame) -> pd.Series:
     return pd.Series(found, dtype=str)
 
 
-def _table(store: Store, features: np.ndarray, reference: Reference | None, coarse: pd.Series) -> pd.DataFrame:
+def _learned_from(model: Path, made: MadeFrom) -> set[str]:
+    """Names of the scans whose person a fine-tuned model was trained or stopped on, by name or by voxels."""
+    known = read_made_from(model)
+    if known is None or known.rows is None or made.rows is None:
+        return set()
+    seen = known.rows[known.rows["part"].isin(TRAINING_PARTS)]
+    people, voxels = set(map(_person, seen["participant"])), set(seen["checksum"]) - {"unreadable"}
+    return {row.scan for row in made.rows.itertuples() if _person(row.participant) in people or row.checksum in voxels}
+
+
+def _person(participant_id: str) -> str:
+    """`key`, but a dataset without a name is told apart by its file: two such cohorts may both have a participant 1."""
+    return participant_id if participant_id.startswith(UNNAMED) else key(participant_id)
+
+
+def _table(store: Store, features: np.ndarray, reference: Reference | None, coarse: pd.Series,
+           learned: set[str]) -> pd.DataFrame:
     table = store.index[["scan", "participant", "session", "dataset"]].reset_index(drop=True)
-    words = [[coarse[scan]] if scan in coarse else [] for scan in table["scan"]]
+    words = [[LEARNED_FROM] * (scan in learned) + ([coarse[scan]] if scan in coarse else []) for scan in table["scan"]]
     for column in ("flags", "unusable"):
         table[column] = store.index[column].fillna("").to_numpy() if column in store.index else ""
     for row, flags in enumerate(table.pop("flags")):
@@ -264,19 +288,28 @@ def _predictions(values: np.ndarray, record: Mapping[str, Any], model: Path) -> 
 
 
 def write_output(applied: Applied, path: Path) -> None:
-    """Write one scan's features (`.npy`), or a table of predictions or else features (`.csv`, `.parquet`)."""
+    """Write a table of predictions or else features (`.csv`, `.parquet`), or one scan's features (`.npy`).
+
+    Beside a `.npy`, `NAME_scans.csv` holds the scan's row with its warnings.
+    """
     if path.suffix == ".npy":
         def save(aside: Path) -> None:
             with aside.open("wb") as file:
                 np.save(file, applied.features[0].astype(np.float32))
 
         write_whole(path, save)
+        write_table(beside(path, "scans"), applied.table)
         return
     table = applied.table if "predicted" in applied.table else applied.embeddings
     if path.suffix == ".parquet":
         write_whole(path, lambda aside: table.to_parquet(aside, index=False))
     else:
         write_table(path, table)
+
+
+def beside(path: Path, what: str) -> Path:
+    """Path of a table beside an output: `NAME_<what>.csv`."""
+    return path.with_name(f"{path.stem}_{what}.csv")
 
 
 def _from_here(path: str) -> str:
@@ -332,6 +365,10 @@ def main() -> int:
                                      f"{count}; name a .csv or .parquet")
             applied = apply(params, Path(folder), scans)
             write_output(applied, arguments.output)
+            if len(applied.failed):
+                write_table(beside(arguments.output, "failed"), applied.failed)
+            else:  # of an earlier call
+                beside(arguments.output, "failed").unlink(missing_ok=True)
         except KitError as error:
             print(f"kit.apply: {error}", file=sys.stderr)
             return 2

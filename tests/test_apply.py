@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from kit.apply import (
+    SAID,
     _encoder_from_here,
     _from_here,
     apply,
@@ -20,6 +21,7 @@ from kit.apply import (
     settings_for,
     write_output,
 )
+from kit.cohort.identity import participant_ids
 from kit.cohort.tabular import CohortError
 from kit.evaluate.finetune import run_finetune
 from kit.evaluate.predict import predict
@@ -28,7 +30,8 @@ from kit.models.encoder_file import EncoderError, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.features import FeatureError, FeatureReader
 from kit.models.reference import fit_reference, read_reference, save_reference
-from kit.params import Apply, Finetune
+from kit.params import Apply, Finetune, Preprocess
+from kit.preprocess.index import FAILED
 from kit.preprocess.nifti import write_nifti
 from kit.preprocess.quality import QC_METRICS
 from kit.preprocess.settings import Preparation
@@ -37,7 +40,9 @@ from kit.reading import check
 from kit.runs import ROOT, Run
 from kit.store.dataset import PreparedScans
 from kit.store.grid import PAPER_GRID, Grid
-from tests.conftest import GRID, SHAPE
+from kit.store.leakage import seen_by
+from kit.store.store import Store
+from tests.conftest import GRID, SHAPE, make_store
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,34 @@ def test_what_is_written_reads_back_the_same(applied, tmp_path):
         write_output(applied, tmp_path / f"e.{ending}")
     table = pd.read_parquet(tmp_path / "e.parquet")
     assert table.columns[:4].tolist() == ["participant", "session", "fingerprint", "scan"]
+    pd.testing.assert_frame_equal(table[["warnings", "unusable", "as_far", "outside"]],
+                                  applied.table[["warnings", "unusable", "as_far", "outside"]])
     assert np.array_equal(table.filter(regex=r"^f\d+$").to_numpy(np.float32), applied.features)
     text = pd.read_csv(tmp_path / "e.csv", dtype={"participant": str})
     assert np.allclose(text.filter(regex=r"^f\d+$"), applied.features, rtol=1e-6)
     write_output(applied._replace(features=applied.features[:1]), tmp_path / "e.npy")
     alone = np.load(tmp_path / "e.npy")
     assert alone.dtype == np.float32 and np.array_equal(alone, applied.features[0])
+    assert pd.read_csv(tmp_path / "e_scans.csv")["scan"].tolist() == applied.table["scan"].tolist()
+
+
+def test_whom_the_encoder_was_pretrained_on_is_said(store, encoder, tmp_path, capsys):
+    ids = participant_ids(store.index)
+    save_encoder(tmp_path / "encoder.safetensors", build_encoder("resnet18_narrow", GRID), {
+        "architecture": "resnet18_narrow", "objective": "simclr", "preparation": store.record, "made_from": {},
+        **seen_by(store, store.index.head(1), ids.head(1))})
+    apply(Apply(input=str(store.folder), encoder=str(tmp_path), output_dir="outputs/x"), tmp_path / "run")
+    assert "SEEN IN PRETRAINING: 1 of 24 participants, 1 of 32 scans" in capsys.readouterr().out
+
+
+def test_the_command_lists_what_failed_in_a_file(store, encoder, tmp_path, monkeypatch, applied):
+    monkeypatch.setattr(sys, "argv", ["kit.apply", "--input", str(store.folder), "--encoder", str(encoder), "--output",
+                                      str(tmp_path / "x.csv")])
+    failed = pd.DataFrame([["made_9", "9", "01", "made", "9.nii", "no brain"]], columns=list(FAILED))
+    monkeypatch.setattr("kit.apply.apply", lambda *_: applied._replace(failed=failed))
+    assert main() == 1 and pd.read_csv(tmp_path / "x_failed.csv")["reason"].tolist() == ["no brain"]
+    monkeypatch.setattr("kit.apply.apply", lambda *_: applied)
+    assert main() == 0 and not (tmp_path / "x_failed.csv").exists()
 
 
 def test_a_scan_unlike_those_seen_is_called_so(store, encoder, tmp_path):
@@ -195,6 +222,18 @@ def test_a_fine_tuned_model_predicts_what_its_own_run_wrote(store, tmp_path, mon
     same = found.loc[predictions["scan"]]
     assert np.allclose(same["predicted"], predictions["predicted"], atol=1e-4)
     assert (same["low"] < same["predicted"]).all() and same["as_far"].between(0, 1).all()
+    part = pd.read_csv(tmp_path / "model/made_from.csv", dtype=str).set_index("scan")["part"]
+    learned = part[found.index].isin(["train", "validation"])
+    assert 0 < learned.sum() < len(found)
+    assert (found["warnings"].str.contains("the model learned from this person") == learned).all()
+    # the same files without names, and other people of the same names
+    files = store.index.assign(dataset="?", participant="?" + store.index["scan"])
+    params = Apply(input=str(store.folder), encoder=str(tmp_path / "model"), output_dir="outputs/x")
+    unnamed = apply(params, tmp_path / "applied", Store(store.folder, files, store.record)).table.set_index("scan")
+    assert (unnamed["warnings"].str.contains("learned from this person") == learned).all()
+    others = make_store(tmp_path / "others", participants=4, seed=1, dataset="other")
+    table = apply(params.model_copy(update={"input": str(others.folder)}), tmp_path / "applied").table
+    assert not table["warnings"].str.contains("learned from").any()
     monkeypatch.setattr(sys, "argv", ["kit.apply", "--input", str(store.folder), "--encoder", str(tmp_path / "model"),
                                       "--output", str(tmp_path / "x.csv"), "-p", "flips", "true"])
     assert main() == 2 and "flips change embeddings only" in capsys.readouterr().err
@@ -285,6 +324,8 @@ def test_every_flag_is_said_in_words():
     for name in QC_METRICS:
         assert "(" in said_of(f"{name} low") and QC_METRICS[name].what in said_of(f"{name} low")
     assert said_of("a note of the header") == "a note of the header"
+    least = Preprocess.model_fields["brain_ml"].default[0]
+    assert f"smaller than {least} ml: cut off, an infant's" in SAID["brain_ml low"]
 
 
 def command(*arguments, **environment):

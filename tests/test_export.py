@@ -20,11 +20,12 @@ from monai.networks.nets import resnet18
 
 from kit.evaluate.benchmark import run_benchmark
 from kit.export import ExportError, export, main
-from kit.models.card import description
+from kit.models.card import _ages_and_sexes, description
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.params import Benchmark, Pretrain
 from kit.preprocess.nifti import write_nifti
+from kit.provenance import MadeFrom
 from kit.reading import check
 from kit.runs import ROOT, Run
 from kit.store.grid import Grid
@@ -200,6 +201,11 @@ def test_the_card_says_whose_data_and_no_name(runs, tmp_path):
     for path in out.rglob("*"):  # the copy of encoder.safetensors, too
         content = path.read_bytes() if path.is_file() else b""
         assert b"Meier" not in content and b"made_0" not in content
+    index, learned = Store.open(folder / "prepared").index, made.loc[made["part"] == "learned from", "scan"]
+    index = index[index["scan"].isin(learned)]
+    people = index["participant"].nunique()
+    assert (f"Age {index['age'].min():.0f} to {index['age'].max():.0f} in {people} of {people} participants learned "
+            "from. Not known here: sex of the participants; whoever publishes this has to add it.") in text
     loss = pd.read_csv(folder / "pre1/log.csv")["loss"].iloc[-1]
     assert f"| measure | last value |\n| --- | --- |\n| loss | {loss:.4g} |" in text and "| temperature | 0.1 |" in text
     ours = scores[scores["encoder"] == "Ours"].iloc[0]
@@ -211,6 +217,17 @@ def test_a_dataset_of_people_is_not_called_procedural_for_its_name():
     config = {"shape": [1, 2, 3], "spacing_mm": 4.0, "features": 8, "kit": "1", "fingerprint": "f", "weights": "w"}
     for name, said in (("procedural_pain", False), ("procedural", False), ("procedural-A", True)):
         assert ("Procedural data: all" in description({"seen": {"dataset": {name: 3}}}, config)) == said
+
+
+def test_the_card_counts_people_by_sex_and_takes_no_code_for_an_age(tmp_path):
+    make_store(tmp_path / "prepared", 3)  # the third has two sessions
+    index = pd.read_csv(tmp_path / "prepared/index.csv", dtype={"participant": str, "session": str})
+    index.assign(sex=["F", "M", "F", "F"], age=[31.2, 999, 64, 66]).to_csv(tmp_path / "prepared/index.csv", index=False)
+    rows = index[["scan", "participant"]].assign(part="learned from")
+    said = _ages_and_sexes(MadeFrom({"prepared": {"from": str(tmp_path / "prepared")}}, rows))
+    assert said == "Age 31 to 66 in 2 of 3 participants learned from. Sex: F 2, M 1."
+    gone = _ages_and_sexes(MadeFrom({"prepared": {"from": str(tmp_path / "gone")}}, rows))
+    assert gone == "Not known here: age and sex of the participants; whoever publishes this has to add it."
 
 
 def test_a_card_without_a_run_says_what_is_not_known(runs, tmp_path):

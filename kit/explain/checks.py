@@ -407,6 +407,8 @@ def _faults(row: pd.Series, limits: Thresholds) -> list[str]:
 
 
 def caption(method: str, table: pd.DataFrame) -> str:
-    """Caption of a method's map: its name, with "not supported" if `verdicts` says so."""
+    """Caption of a method's map: its name, with "not supported" if `verdicts` says so, or "not checked"."""
     found = table.loc[table["method"] == method, "supported"]
+    if not len(found):
+        return f"{method}: not checked"
     return method if found.all() else f"{method}: not supported"

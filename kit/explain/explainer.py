@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from kit.explain.saliency import DEFAULTS, Options, attribution
+from kit.explain.saliency import CAMS, CONTRIBUTIONS, DEFAULTS, Options, attribution
 from kit.store.store import Store
 
 
@@ -28,6 +28,16 @@ class Explainer(NamedTuple):
     words: str
     store: Store
     options: Options = DEFAULTS
+
+    def unit(self, method: str) -> str:
+        """Unit of a method's map, which says what output it explains, for pictures."""
+        if method == "attention_rollout":
+            return "attention, whatever the output"
+        if method in CAMS:
+            return f"relative, of {self.words}"
+        if method in CONTRIBUTIONS:
+            return f"{self.words}, a voxel"
+        return f"{self.words}, per {'SD of the brain' if self.store.zscored else 'white matter'}'s intensity"
 
     def read(self, scan: str) -> tuple[np.ndarray, np.ndarray]:
         """Read a scan, float32, and its mask, both (depth, height, width)."""

@@ -21,9 +21,10 @@ from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import read_table
 from kit.device import on_device
 from kit.evaluate.finetune import load_predictor
+from kit.evaluate.metrics import bootstrap
 from kit.explain.atlas import Atlas
 from kit.explain.explainer import Explainer
-from kit.explain.native import write_native
+from kit.explain.native import changed_since, write_native
 from kit.explain.regions import region_intervals
 from kit.explain.saliency import Maps, Options, check_methods, passes_of
 from kit.explain.targets import encoder_of, target_of
@@ -269,6 +270,9 @@ def _drawn(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 def no_better_than_chance(model: Path) -> str:
     """Reason not to trust a model's maps, from its predictions for tested participants; "" if it beats chance.
 
+    It beats chance if the 95 % interval over participants does: an AUC's lies above 0.5, or that of the paired gain in
+    absolute error over the tested participants' own median lies above 0.
+
     A map can be faithful to a model that has learned nothing, and still mean nothing.
     """
     metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
@@ -281,11 +285,16 @@ def no_better_than_chance(model: Path) -> str:
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")
     known = _predicted(model, record)
-    true, error = known["true"].to_numpy(), (known["predicted"] - known["true"]).abs().to_numpy()
-    guess = np.abs(true - np.median(true)).mean()
-    return "" if error.mean() < guess else (
-        f"the model itself predicts no better than the median does (mean absolute error {error.mean():.1f}, "
-        f"median's {guess:.1f})")
+    errors = pd.DataFrame({"model": (known["predicted"] - known["true"]).abs(),
+                           "median": (known["true"] - known["true"].median()).abs()})
+    people = participant_ids(known) if "dataset" in known else known["participant"]
+    errors = errors.groupby(people.to_numpy()).mean()  # each participant counts once
+    gain = (errors["median"] - errors["model"]).to_numpy()
+    drawn = np.concatenate([counts @ gain / len(gain) for counts in bootstrap(len(gain))])
+    low, high = np.quantile(drawn, [0.025, 0.975]) if len(gain) > 1 else (np.nan, np.nan)
+    return "" if low > 0 else (
+        f"the model itself predicts no better than the median does (mean absolute error {errors['model'].mean():.1f}, "
+        f"median's {errors['median'].mean():.1f}; gain {gain.mean():.1f} [{low:.1f}, {high:.1f}])")
 
 
 def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[str], run: Run) -> Maps:
@@ -408,6 +417,10 @@ def native_maps(maps: Maps, store: Store, cohort: str | None, contrast: str, run
     paths = dict(zip(scan_names(table), table["image_path"], strict=True))
     if lacking := sorted({scan for scan, _ in maps} - set(paths)):
         print(f"{cohort} lacks {len(lacking)} of the scans shown: {', '.join(lacking[:3])}; they get no native map")
+    if changed := [scan for scan in sorted({scan for scan, _ in maps} & set(paths))
+                   if changed_since(store, scan, paths[scan])]:
+        print(f"{cohort}: the files of {len(changed)} of the scans shown have changed since they were prepared, and "
+              f"their native maps may lie elsewhere: {', '.join(changed[:3])}; run 1_preprocess again")
     return [write_native(run / "native" / f"{scan}_{method}.nii.gz", store, scan, values, paths[scan])
             for (scan, method), values in maps.items() if scan in paths]
 

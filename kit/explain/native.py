@@ -11,9 +11,9 @@ import numpy as np
 from kit.preprocess.header import affine_of
 from kit.preprocess.nifti import ScanError, file_bytes
 from kit.preprocess.resample import resample
-from kit.preprocess.scan_file import read_scan
+from kit.preprocess.scan_file import read_scan, scan_files
 from kit.runs import shown, write_whole
-from kit.store.store import Store, read_transform
+from kit.store.store import Store, read_transform, scan_path
 
 
 def native_map(store: Store, scan: str, saliency_map: np.ndarray, image_path: str | Path) -> nib.Nifti1Image:
@@ -57,6 +57,15 @@ def native_map(store: Store, scan: str, saliency_map: np.ndarray, image_path: st
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
     return nib.Nifti1Image(values.T, None, header)
+
+
+def changed_since(store: Store, scan: str, image_path: str | Path) -> bool:
+    """Whether a scan's file was written after the scan was prepared, so that the stored transform may not fit it.
+
+    Told by modification times: a copy that keeps an older time is not noticed.
+    """
+    prepared = scan_path(store.folder, scan).stat().st_mtime_ns
+    return any(file.stat().st_mtime_ns > prepared for file in scan_files(image_path) if file.exists())
 
 
 def write_native(path: str | Path, store: Store, scan: str, saliency_map: np.ndarray, image_path: str | Path) -> Path:

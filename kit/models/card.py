@@ -10,7 +10,11 @@ import pandas as pd
 import yaml
 
 from kit.cohort.tables import PROCEDURAL
-from kit.provenance import read_made_from
+from kit.cohort.tabular import ages
+from kit.errors import KitError
+from kit.provenance import MadeFrom, read_made_from
+from kit.runs import resolve
+from kit.store.store import read_index
 
 # training settings that the card lists; OBJECTIVE_SETTINGS has those of one objective
 SETTINGS = ("epochs", "batch_size", "optimizer", "learning_rate", "schedule", "warmup_fraction", "weight_decay", "ema",
@@ -70,7 +74,7 @@ def _procedural(record: Mapping[str, Any]) -> str:
 
 
 def _data(record: Mapping[str, Any], run: Path) -> list[str]:
-    """Count the scans of each dataset, and its participants if the run's own table is present."""
+    """Count the scans of each dataset, and its participants if the run's own table is there; ages and sexes."""
     made, known = read_made_from(run), record.get("made_from", {})
     head = ["## Data"]
     if made and made.rows is not None and made.fingerprint == known.get("fingerprint"):
@@ -78,12 +82,36 @@ def _data(record: Mapping[str, Any], run: Path) -> list[str]:
         counts = rows.groupby(["dataset", "part"], sort=True).agg(participants=("participant", "nunique"),
                                                                   scans=("scan", "size")).reset_index()
         return [*head, _table(counts), f"Together {rows['participant'].nunique()} participants, {len(rows)} scans. "
-                "Only \"learned from\" moved the weights."]
+                "Only \"learned from\" moved the weights.", _ages_and_sexes(made)]
     if seen := record.get("seen", {}).get("dataset"):
         people = known.get("prepared", {}).get("participants", "an unknown number of")
         return [*head, _table(pd.DataFrame({"dataset": list(seen), "scans": list(seen.values())})),
-                f"Together {people} participants."]
-    return [*head, "The encoder's file does not say."]
+                f"Together {people} participants.", _ages_and_sexes(None)]
+    return [*head, "The encoder's file does not say.", _ages_and_sexes(None)]
+
+
+def _ages_and_sexes(made: MadeFrom | None) -> str:
+    """Range of age and counts of sex of those learned from, if the store that the run names still has them."""
+    table = pd.DataFrame()
+    if made is not None and made.rows is not None:
+        try:
+            index = read_index(resolve(made.record["prepared"]["from"]) / "index.csv")
+        except (OSError, KitError, KeyError):  # moved, or gone
+            index = pd.DataFrame(columns=["scan"])
+        learned = made.rows.loc[made.rows["part"] == "learned from", ["scan", "participant"]]
+        table = learned.merge(index.drop(columns="participant", errors="ignore"), on="scan")
+    said = []
+    if "age" in table and pd.api.types.is_numeric_dtype(years := ages(table["age"])) and years.notna().any():
+        known = table["participant"][years.notna()].nunique()
+        said.append(f"Age {years.min():.0f} to {years.max():.0f} in {known} of {table['participant'].nunique()} "
+                    "participants learned from.")
+    if "sex" in table and table["sex"].notna().any():
+        counts = table.drop_duplicates("participant")["sex"].fillna("not known").astype(str).value_counts()
+        said.append(f"Sex: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
+    if missing := [name for name in ("age", "sex") if not any(each.lower().startswith(name) for each in said)]:
+        said.append(f"Not known here: {' and '.join(missing)} of the participants; whoever publishes this has to "
+                    "add it.")
+    return " ".join(said)
 
 
 def _preparation(config: Mapping[str, Any]) -> list[str]:

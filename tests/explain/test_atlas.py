@@ -13,9 +13,10 @@ import pytest
 
 from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import TableError
-from kit.explain.atlas import load_atlas, own_atlas, own_atlases, placement
+from kit.explain.atlas import atlas_for, load_atlas, own_atlas, own_atlases, placement
 from kit.explain.atlas_files import LICENCES, AtlasError, atlas_names
 from kit.explain.label_names import label_names
+from kit.params import Saliency
 from kit.preprocess.nifti import read_nifti, write_nifti
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.settings import Preparation
@@ -245,6 +246,52 @@ def test_own_label_maps_follow_the_stored_transform(tmp_path):
         own_atlases(store, ["made_000_01", "made_001_01"], tmp_path / "cohort.csv", "labels_path")
     with pytest.raises(AtlasError, match="no column dlmuse_path; its columns are participant"):
         own_atlases(store, ["made_000_01"], tmp_path / "cohort.csv", "dlmuse_path")
+
+
+def box_labels(path: Path, shift_mm: float = 0) -> Path:
+    """A scan's own label map, 4 left and 9 right, in the store's own millimetres or beside them."""
+    labels = np.zeros(SMALL.shape, np.float32)
+    labels[4:8, 6:12, 6:10], labels[4:8, 6:12, 14:18] = 4, 9
+    write_nifti(path, labels, SMALL.affine + shift_mm * np.outer([1, 0, 0, 0], [0, 0, 0, 1]))
+    return path
+
+
+def unmoved_store(folder: Path) -> Store:
+    store = make_store(folder, participants=1)
+    mask = store.read("made_000_01")[1]
+    write_scan(scan_path(folder, "made_000_01"), np.where(mask, 1.0, 0), mask, "made_000_01", SMALL.affine,
+               {"transform": np.eye(4).tolist()})
+    return store
+
+
+def test_own_label_maps_of_swapped_names_or_another_place_are_refused(tmp_path, capsys):
+    store, path = unmoved_store(tmp_path / "store"), tmp_path / "own.nii.gz"
+    (tmp_path / "names.csv").write_text("id,name\n4,Left box\n9,Right box\n", encoding="utf-8")
+    (tmp_path / "swapped.csv").write_text("id,name\n4,Right box\n9,Left box\n", encoding="utf-8")
+    own_atlas(store, "made_000_01", box_labels(path), tmp_path / "names.csv")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(AtlasError, match="own.nii.gz: its regions called left lie right of the midline of made_000_01"):
+        own_atlas(store, "made_000_01", path, tmp_path / "swapped.csv")
+    own_atlas(store, "made_000_01", box_labels(path, shift_mm=28))
+    assert "own.nii.gz: 33% of its labels' volume lies outside the brain of made_000_01" in capsys.readouterr().out
+    with pytest.raises(AtlasError, match=r"own.nii.gz: only \d+% of its labels' volume lies in the brain of made_000"):
+        own_atlas(store, "made_000_01", box_labels(path, shift_mm=60))  # half of it beyond the grid
+
+
+@pytest.mark.parametrize(("registration", "dataset", "atlas", "warned"), [
+    ("rigid", "made", None, True), ("affine", "made", None, False), ("none", "made", None, False),
+    ("rigid", "procedural-A", None, False), ("rigid", "made", "column:labels_path", False)])
+def test_a_templates_atlas_over_heads_of_their_own_size_is_warned_of(tmp_path, capsys, registration, dataset, atlas,
+                                                                      warned):
+    store = unmoved_store(tmp_path / "store")
+    store.record["registration"] = registration
+    store.index["dataset"] = dataset
+    box_labels(tmp_path / "own.nii.gz")
+    pd.DataFrame({"participant": ["000"], "session": "01", "dataset": "made", "image_path": ["a.nii"],
+                  "labels_path": ["own.nii.gz"]}).to_csv(tmp_path / "cohort.csv", index=False)
+    atlas_for(Saliency(prepared=store.folder, model="m", output_dir="outputs/x", atlas=atlas or "tissues",
+                       cohort=str(tmp_path / "cohort.csv")), store, ["made_000_01"])
+    assert ("registered rigidly, so heads keep their own size" in capsys.readouterr().out) == warned
 
 
 def test_harvard_oxford_says_how_to_get_it(monkeypatch, tmp_path):

@@ -205,6 +205,7 @@ def test_each_check_can_fail_a_map(changed, words):
     assert good["supported"].all() and good["verdict"][0].startswith("passes: ")
     assert not bad["supported"].any() and words in bad["verdict"][0]
     assert caption("gradient", good) == "gradient" and caption("gradient", bad) == "gradient: not supported"
+    assert caption("occlusion", good) == caption("occlusion", good[:0]) == "occlusion: not checked"
     without = verdicts(pd.DataFrame([GOOD | {"shuffled": np.nan, "incomplete": np.nan}]))
     assert without["supported"].all()  # what was not looked at is no fault
 

@@ -1,16 +1,27 @@
 """Whom to look at, what is known of a scan, and the means of maps."""
 
+import os
+import re
 from functools import partial
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from tqdm import tqdm
 
 from kit.device import on_device
 from kit.explain.explainer import Explainer
-from kit.explain.maps import class_means, explainer_of, known_place, no_better_than_chance, open_model, saliency_maps
+from kit.explain.maps import (
+    class_means,
+    explainer_of,
+    known_place,
+    native_maps,
+    no_better_than_chance,
+    open_model,
+    saliency_maps,
+)
 from kit.explain.maps import scans_to_explain as to_explain
 from kit.explain.saliency import MethodError, Options
 from kit.explain.targets import target_of
@@ -21,7 +32,7 @@ from kit.params import Saliency
 from kit.preprocess.nifti import ScanError, write_nifti
 from kit.reading import ParameterError, check
 from kit.runs import Run, write_json, write_table
-from kit.store.store import Store
+from kit.store.store import Store, scan_path, write_scan
 from tests.conftest import GRID, make_store
 
 
@@ -148,6 +159,37 @@ def test_a_number_is_doubted_where_the_median_does_as_well(six, tmp_path):
     assert no_better_than_chance(tmp_path) == ""
     predicted(tmp_path, six, true, [50.0, 80, 20, 50, 10, 52, 49], kind="regression", classes=[])
     assert "no better than the median does" in no_better_than_chance(tmp_path)
+
+
+def test_a_gain_over_the_median_by_luck_is_doubted(six, tmp_path):
+    write_json(tmp_path / "metrics.json", {})
+    true = np.array([20.0, 30, 40, 50, 60, 70, 80])
+    predicted(tmp_path, six, true, [49.0, 50, 51, 52, 49, 51, 62], kind="regression", classes=[])  # one is much better
+    words = no_better_than_chance(tmp_path)
+    assert re.search(r"mean absolute error 14\.2, median's 15\.8; gain 1\.6 \[-1\.2, 5\.8\]", words), words
+
+
+def test_a_file_that_was_replaced_since_its_preparation_is_named(tmp_path, capsys):
+    store = make_store(tmp_path / "store", participants=1)
+    mask = store.read("made_000_01")[1]
+    write_scan(scan_path(store.folder, "made_000_01"), np.where(mask, 1.0, 0), mask, "made_000_01", GRID.affine,
+               {"transform": np.eye(4).tolist()})
+    write_nifti(tmp_path / "a.nii.gz", np.where(mask, 1.0, 0).astype(np.float32), GRID.affine)
+    pd.DataFrame({"participant": ["000"], "session": "01", "dataset": "made", "image_path": ["a.nii.gz"]}).to_csv(
+        tmp_path / "cohort.csv", index=False)
+    prepared = scan_path(store.folder, "made_000_01").stat().st_mtime
+    for later, said in ((-60, False), (60, True)):
+        os.utime(tmp_path / "a.nii.gz", (prepared + later, prepared + later))
+        maps = {("made_000_01", "gradient"): mask.astype(np.float32)}
+        written = native_maps(maps, store, str(tmp_path / "cohort.csv"), "T1w", Run.open(tmp_path / f"run{said}", {}))
+        assert len(written) == 1 and ("changed since they were prepared" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(("method", "unit"), [
+    ("occlusion", "log-odds, a voxel"), ("gradient", "log-odds, per SD of the brain's intensity"),
+    ("grad_cam", "relative, of log-odds"), ("attention_rollout", "attention, whatever the output")])
+def test_a_maps_unit_names_the_output(store, method, unit):
+    assert Explainer(torch.nn.Identity(), lambda model, _: model, "log-odds", store).unit(method) == unit
 
 
 def test_means_are_of_classes_and_in_mni(tmp_path):
