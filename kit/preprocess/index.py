@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -104,16 +105,32 @@ def _lists_scans(path: Path) -> bool:
 
 
 def shard_of(cohort: pd.DataFrame, shard: int, shards: int, mask: str = "auto") -> pd.DataFrame:
-    """Return one shard of a cohort: every `shards`-th row from row `shard` on, so that each shard mixes the sites.
+    """Return one shard of a cohort: the scans whose names' hashes fall to it.
+
+    So each shard mixes the sites, and adding, deleting or sorting rows leaves every other scan in its shard. The sizes
+    of 100 shards of 60,000 scans have a standard deviation of 4 %.
 
     Raises:
-        PreparationError: the cohort has fewer scans than shards, two of its scans would have one name, or none has the
-            mask that `mask: given` asks for.
+        PreparationError: a shard would be empty, two scans would have one name, or none has the mask that
+            `mask: given` asks for.
     """
-    if len(cohort) < shards:
-        raise PreparationError(f"shards: {len(cohort)} scans cannot fill {shards} shards")
-    check_cohort(cohort, scan_names(cohort), mask)  # `prepare` sees one shard only
-    return cohort.iloc[shard::shards].reset_index(drop=True)
+    names = scan_names(cohort)
+    check_cohort(cohort, names, mask)  # `prepare` sees one shard only
+    home = _shards(names, shards)
+    if empty := sorted(set(range(shards)) - set(home)):
+        raise PreparationError(f"shards: {len(cohort)} scans cannot fill {shards} shards, as scans are assigned by "
+                               f"their names' hash (none falls to {_some(empty)}); use fewer shards")
+    return cohort[[each == shard for each in home]].reset_index(drop=True)
+
+
+def _shards(names: list[str], shards: int) -> list[int]:
+    """Return each scan's shard."""
+    return [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % shards for name in names]
+
+
+def _some(numbers: list[int]) -> str:
+    """Write at most ten numbers."""
+    return ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
 
 
 def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
@@ -154,8 +171,11 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
             print(f"shards of different preparations ({', '.join(differ)}) are not merged: prepare all of them again")
             return None
         names, outcomes = scan_names(cohort), [_outcomes(part) for part in parts]
-        if others := [part.name for shard, part in enumerate(parts)
-                      if set(outcomes[shard]) != set(names[shard::shards])]:
+        wanted: list[set[str]] = [set() for _ in parts]
+        for name, shard in zip(names, _shards(names, shards), strict=True):
+            wanted[shard].add(name)
+        if others := [part.name for part, outcome, own in zip(parts, outcomes, wanted, strict=True)
+                      if set(outcome) != own]:
             print(f"shards of another cohort ({', '.join(others)}) are not merged: prepare them again")
             return None
         claim(folder, records[0])

@@ -39,7 +39,7 @@ from kit.preprocess.resample import resample
 from kit.preprocess.scan_file import read_scan, scan_files
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import tissue_on
-from kit.runs import progress
+from kit.runs import link_whole, progress
 from kit.store.store import FORMAT, StoreError, claim, read_facts, remove_leftovers, scan_path, write_scan
 
 KINDS = Transforms._fields
@@ -72,8 +72,9 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         settings: how to prepare them.
         workers: number of processes, one scan each; 0 works in this process, for debugging.
         brain_ml: brain volumes (ml) between which a scan is not flagged; None means the limits for adults.
-        part: whether the cohort is a shard of a larger one, so that it may have no good scan; see
-            `kit.preprocess.index.merge_shards`.
+        part: whether the cohort is a shard of a larger one, so that it may have no good scan. The folder is then
+            `<merged>/shards/<shard>`, and scans are also taken from `<merged>/scans`, where another number of shards
+            may have left them; see `kit.preprocess.index.merge_shards`.
 
     Returns:
         The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
@@ -97,6 +98,8 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         ScanJob(name, str(image), str(mask), scan_path(folder, name), settings)
         for name, image, mask in zip(names, cohort["image_path"], masks, strict=True)
     ]
+    if part:
+        _take_merged(jobs, folder.parent.parent)
     outcomes: dict[str, dict[str, Any] | str] = {job.scan: found for job in jobs if (found := _found(job))}
     with progress(total=len(jobs), initial=len(outcomes), desc="prepare", unit="scan") as bar:
         todo = [job for job in jobs if job.scan not in outcomes]
@@ -108,6 +111,13 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         some = [f"{row.scan} ({row.header_note})" for row in noted.head(3).itertuples()]
         print(f"{len(noted)} scans whose sform and qform disagree: {', '.join(some)}{', ...' * (len(noted) > 3)}")
     return index, failed
+
+
+def _take_merged(jobs: list[ScanJob], merged: Path) -> None:
+    """Link scans that this shard lacks from the merged folder; `_found` and `_known` check if they are good."""
+    for job in jobs:
+        if not job.output.exists() and (source := scan_path(merged, job.scan)).is_file():
+            link_whole(source, job.output)
 
 
 def prepare_scan(job: ScanJob) -> dict[str, Any] | str:

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kit.cohort.tables import read_cohort
+from kit.preprocess.index import scan_names, shard_of
 from kit.preprocess.nifti import write_nifti
 from kit.runs import ROOT
 from kit.store.store import Store
@@ -44,7 +46,11 @@ def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(jobs, tmp_path: Path
     assert store.index["participant"].tolist() == [str(row) for row in range(10) if row != 3]
     assert pd.read_csv(tmp_path / "out" / "failed.csv")["reason"].str.startswith("not a NIfTI file").tolist() == [True]
     assert store.read(store.index["scan"].iloc[-1])[1].any()
+    whole = read_cohort(tmp_path / "cohort.csv")
+    own_scans = [[name for name in scan_names(shard_of(whole, shard, 2)) if name in set(store.index["scan"])]
+                 for shard in (0, 1)]
+    assert sum(map(len, own_scans)) == 9
     for shard in (0, 1):
         own = tmp_path / "out" / "shards" / f"{shard}-of-2"
-        assert len(Store.open(own).index) == 5 - shard
+        assert Store.open(own).index["scan"].tolist() == own_scans[shard]
         assert (own / "report.html").is_file()
