@@ -6,7 +6,8 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,35 @@ def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
 
 
+def set_aside_merged(cohort: pd.DataFrame, folder: str | Path, record: dict[str, Any]) -> None:
+    """Rename a merged `index.csv` of other scans or settings to `index.old.csv` before a shard starts, and say so.
+
+    So nobody trains on the old index if a shard never ends. Several shards may do this at once.
+
+    Args:
+        cohort: the whole cohort.
+        folder: the folder of the merged preparation.
+        record: from `kit.preprocess.settings.Preparation.record`.
+    """
+    folder, path = Path(folder), Path(folder) / "index.csv"
+    if not path.is_file():
+        return
+    with _locked(folder):
+        try:
+            before = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
+            there, wanted = set(_outcomes(folder)), set(scan_names(cohort))
+            differ = [f"{name}: {before.get(name)} there, {record[name]} asked" for name in record
+                      if name != "versions" and before.get(name) != record[name]]
+            if there != wanted:
+                differ.append(f"{len(wanted - there)} scans are new, {len(there - wanted)} no longer in the cohort")
+            if differ:
+                path.replace(folder / "index.old.csv")
+                print(f"{shown(path)} is of another preparation ({'; '.join(differ)}): renamed to index.old.csv until "
+                      "all shards are merged")
+        except FileNotFoundError:  # without locks: another shard has just renamed it
+            pass
+
+
 def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
                  brain_ml: tuple[float, float] | None = None) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     """Merge the shards in `<folder>/shards` into the folder once all are done; the last to finish does it.
@@ -148,23 +178,20 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
         brain_ml: see `kit.preprocess.quality.flagged`.
 
     Returns:
-        The index and the failed scans, in the cohort's order; None while a shard is missing or holds the scans of
-        another cohort (an older one, say), or if shards were prepared with different settings.
+        The index and the failed scans, in the cohort's order; None, after printing why, while a shard is missing or
+        holds the scans of another cohort (an older one, say), or if shards were prepared with different settings.
 
     Raises:
         PreparationError: no scan of any shard was prepared.
     """
     folder = Path(folder)
     parts = [folder / "shards" / f"{shard}-of-{shards}" for shard in range(shards)]
-    if not all((part / "index.csv").is_file() for part in parts):
+    if missing := [shard for shard, part in enumerate(parts) if not (part / "index.csv").is_file()]:
+        print(f"not merged yet: waiting for {len(missing)} of {shards} shards ({_some(missing)}); the last to finish "
+              "merges all. Run those that failed again")
         return None
     (folder / "scans").mkdir(parents=True, exist_ok=True)
-    with open(folder / ".merge", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:  # without locks, shards that end together merge twice, which is harmless
-                raise
+    with _locked(folder):
         records = [json.loads((part / "preparation.json").read_text(encoding="utf-8")) for part in parts]
         if differ := sorted({name for record in records for name in record
                              if name != "versions" and record[name] != records[0].get(name)}):
@@ -185,6 +212,18 @@ def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
                     link_whole(scan_path(part, scan), scan_path(folder, scan))
         return write_tables(cohort, names, {scan: found for each in outcomes for scan, found in each.items()}, folder,
                             brain_ml)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of the merged folder; without locks, shards that end together merge twice, which is harmless."""
+    with open(folder / ".merge", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
 
 
 def _outcomes(part: Path) -> dict[str, dict[str, Any] | str]:

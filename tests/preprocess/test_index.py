@@ -10,14 +10,15 @@ import pandas as pd
 import pytest
 
 from kit.params import Preprocess
+from kit.preprocess import index as index_module
 from kit.preprocess import preprocess
-from kit.preprocess.index import PreparationError, merge_shards, shard_of
+from kit.preprocess.index import PreparationError, merge_shards, set_aside_merged, shard_of
 from kit.preprocess.nifti import write_nifti
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.settings import Preparation
 from kit.reading import ParameterError, check
 from kit.store.grid import Grid
-from kit.store.store import Store
+from kit.store.store import Store, StoreError
 
 SETTINGS = Preparation(Grid((12, 16, 14), 12.0), "none", "nonzero")
 
@@ -53,11 +54,12 @@ def test_masks_that_nobody_has_are_missed_before_a_shard_begins(tmp_path: Path) 
     assert sum(map(len, parts)) == 4
 
 
-def test_merged_shards_are_what_one_run_makes(tmp_path: Path) -> None:
+def test_merged_shards_are_what_one_run_makes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     table = cohort(tmp_path)
     one, one_failed = prepare(table, tmp_path / "one", SETTINGS, workers=0)
-    for shard in (2, 0, 1):
+    for shard, waits in ((2, "3 of 3 shards (0, 1, 2)"), (0, "2 of 3 shards (0, 1)"), (1, "1 of 3 shards (1)")):
         assert merge_shards(table, tmp_path / "merged", 3) is None
+        assert f"not merged yet: waiting for {waits}; the last to finish merges all" in capsys.readouterr().out
         prepare(shard_of(table, shard, 3), shard_folder(tmp_path / "merged", shard), SETTINGS, workers=0)
     for _ in range(2):  # merging again changes nothing
         index, failed = merge_shards(table, tmp_path / "merged", 3)
@@ -103,6 +105,41 @@ def test_shards_of_other_settings_are_not_merged(tmp_path: Path, capsys: pytest.
         said = "shards of different preparations (intensity) are not merged" in capsys.readouterr().out
         assert (found is None) == said == (shard < 2)
     assert Store.open(merged).record["intensity"] == "whitematter"
+
+
+def test_a_merged_index_of_other_scans_or_settings_is_set_aside_before_a_shard_starts(
+        tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table, merged, record = cohort(tmp_path), tmp_path / "merged", SETTINGS.record()
+    set_aside_merged(table, merged, record)  # nothing is there
+    for shard in range(3):
+        prepare(shard_of(table, shard, 3), shard_folder(merged, shard), SETTINGS, workers=0)
+    merge_shards(table, merged, 3)
+    index = (merged / "index.csv").read_bytes()
+    set_aside_merged(table[::-1].assign(age=50), merged, record | {"versions": {}})  # the same scans and settings
+    assert (merged / "index.csv").read_bytes() == index and capsys.readouterr().out == ""
+    for rows, settings, why in ((table.iloc[:9], record, "0 scans are new, 2 no longer in the cohort"),
+                                (table, record | {"intensity": "whitematter"},
+                                 "intensity: zscore there, whitematter asked")):
+        for said in (f"merged/index.csv is of another preparation ({why}): renamed to index.old.csv until all", ""):
+            set_aside_merged(rows, merged, settings)  # the second shard finds nothing to do
+            out = capsys.readouterr().out
+            assert said in out and bool(said) == bool(out)
+        assert (merged / "index.old.csv").read_bytes() == index
+        with pytest.raises(StoreError, match=r"no index\.csv"):
+            Store.open(merged)
+        merge_shards(table, merged, 3)
+        assert (merged / "index.csv").read_bytes() == index
+
+
+def test_shards_that_set_the_merged_index_aside_at_once_do_not_crash(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, merged = cohort(tmp_path), tmp_path / "merged"
+    prepare(table, merged, SETTINGS, workers=0)
+    outcomes = index_module._outcomes
+    monkeypatch.setattr(index_module, "_outcomes", lambda folder: (
+        outcomes(folder), (folder / "index.csv").rename(folder / "index.old.csv"))[0])  # on a disk without locks
+    set_aside_merged(table.iloc[:9], merged, SETTINGS.record())
+    assert (merged / "index.old.csv").is_file()
 
 
 def test_every_scan_is_in_one_shard(tmp_path: Path) -> None:
