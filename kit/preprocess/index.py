@@ -26,6 +26,9 @@ QUALITY_COLUMNS = ("mask_source", *QC_METRICS, "seconds")
 FAILED = ("scan", "participant", "session", "dataset", "image_path", "reason")  # columns of failed.csv
 ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")
 
+MISSING = "no such file"  # the reason of a scan, or with `mask: ` before it of its mask
+FEW = 5  # so many missing files of a shard may be chance
+
 
 class PreparationError(KitError, ValueError):
     """A preparation cannot start or prepared nothing; the message lists every problem."""
@@ -73,7 +76,8 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
 
     Raises:
         PreparationError: no scan was prepared. The tables are still written, unless the folder already has an index
-            of prepared scans: that is kept, as the scans' files may only be out of reach.
+            of prepared scans: that is kept, as the scans' files may only be out of reach. Nor are they written for a
+            shard whose files are all missing, which would be merged without its scans.
     """
     table = cohort.reset_index(drop=True)
     table.insert(0, "scan", names)
@@ -93,6 +97,10 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
             raise PreparationError(f"{none}. {shown(folder / 'index.csv')} lists scans prepared earlier and is kept: "
                                    "is the disk with the scans' files mounted? To give up those scans, delete this "
                                    "index.csv")
+        if part and len(failed) > FEW and failed["reason"].nunique() == 1 and failed["reason"][0].endswith(MISSING):
+            raise PreparationError(f"{none}. All have this reason: is the disk with the scans' files mounted on this "
+                                   "node? The shard is not merged. Run it again where they are, or correct the "
+                                   "cohort's paths")
     write_table(folder / "failed.csv", failed)
     write_table(folder / "index.csv", index)
     if index.empty and not part:

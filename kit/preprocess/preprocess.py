@@ -21,7 +21,7 @@ import pandas as pd
 from nibabel.affines import from_matvec
 
 from kit.preprocess import intensity, quality, skullstrip
-from kit.preprocess.index import check_cohort, scan_names, write_tables
+from kit.preprocess.index import MISSING, PreparationError, check_cohort, scan_names, write_tables
 from kit.preprocess.nifti import ScanError, other_form, upright
 from kit.preprocess.pool import DIED_TWICE, run_all
 from kit.preprocess.register import (
@@ -50,6 +50,11 @@ METHOD = 2
 LEVEL_DEG = 20.0
 # The levelled field of view around the brain's centre, (x, y, z): lower left posterior, upper right anterior corner.
 LEVEL_BOX_MM = ((-95, -115, -110), (95, 115, 95))
+
+# A full or read-only disk, or a file server that is away, fails every scan. EIO is not among these: it may be one
+# damaged file.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN,
+               errno.EHOSTDOWN, errno.ESHUTDOWN}
 
 
 class ScanJob(NamedTuple):
@@ -83,8 +88,8 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         also printed), flags and unusable (see `kit.preprocess.quality.flagged`).
 
     Raises:
-        PreparationError: the cohort cannot be prepared with these settings, or every scan failed; see
-            `kit.preprocess.index.write_tables`.
+        PreparationError: the cohort cannot be prepared with these settings, every scan failed (see
+            `kit.preprocess.index.write_tables`), or the disk did (see `DISK_ERRORS`).
     """
     folder = Path(output_dir)
     names = scan_names(cohort)
@@ -121,7 +126,11 @@ def _take_merged(jobs: list[ScanJob], merged: Path) -> None:
 
 
 def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
-    """Prepare one scan; return its quality columns of the index, or the reason why it failed."""
+    """Prepare one scan; return its quality columns of the index, or the reason why it failed.
+
+    Raises:
+        PreparationError: the disk or its server fails, see `DISK_ERRORS`.
+    """
     start = perf_counter()
     try:
         search, source = _sources(job)
@@ -131,11 +140,22 @@ def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
         write_scan(job.output, image, mask, job.scan, job.settings.grid.affine, notes)
         return notes["quality"]
     except Exception as error:  # one bad scan must not stop the others
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise  # a full disk affects them all
+        if disk := _disk_error(error):
+            raise PreparationError(f"{job.scan}: {disk.strerror} ({disk.filename or job.image_path}); this affects all "
+                                   "scans. Run it again when the disk or its server works; finished scans are kept"
+                                   ) from error
         if isinstance(error, ScanError | RegistrationError):
             return str(error)
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """Return the error of `DISK_ERRORS` that this one is or was raised from."""
+    while error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _to_template_space(job: ScanJob, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -269,7 +289,7 @@ def _sources(job: ScanJob) -> tuple[str, str]:
             stats = [(file.name, file.stat()) for file in scan_files(path)]
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-            reason = "no such file" if missing else f"cannot be read: {error.strerror}"
+            reason = MISSING if missing else f"cannot be read: {error.strerror}"
             raise ScanError(reason if path == job.image_path else f"mask: {reason}") from error
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     settings = asdict(job.settings)

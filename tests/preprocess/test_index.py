@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -238,6 +239,25 @@ def test_a_shard_without_good_scans_is_merged_and_a_cohort_without_them_refused(
     (merged / "index.csv").unlink()
     with pytest.raises(PreparationError, match="none of 11 scans could be prepared; the first, d_0000_NA: "):
         merge_shards(table, merged, 3)
+
+
+@pytest.mark.parametrize("mask", ["", "mask.nii"])
+def test_a_shard_on_a_node_without_the_data_is_not_merged(tmp_path: Path, mask: str) -> None:
+    table = cohort(tmp_path, 8).drop(index=3).assign(mask_path=mask and str(tmp_path / "disk" / mask))
+    if not mask:
+        table["image_path"] = str(tmp_path / "disk" / "scan.nii.gz")
+    settings, own = replace(SETTINGS, mask="auto"), shard_folder(tmp_path, 0)
+    reason = "mask: no such file" if mask else "no such file"
+    with pytest.raises(PreparationError, match=f"none of 6 scans .*, d_0000_NA: {reason} .* mounted on this node"):
+        prepare(table[:6], own, settings, workers=0, part=True)
+    assert not (own / "index.csv").exists()
+    index, failed = prepare(table[:5], own, settings, workers=0, part=True)  # so few may be chance
+    assert index.empty and len(failed) == 5
+    (own / "index.csv").unlink()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / (mask or "scan.nii.gz")).write_text("no scan", encoding="utf-8")  # the disk is there
+    index, failed = prepare(table[:7], own, settings, workers=0, part=True)
+    assert index.empty and len(failed) == 7 and (own / "index.csv").is_file()
 
 
 @pytest.mark.parametrize("part", [False, True])
