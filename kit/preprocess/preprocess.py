@@ -21,7 +21,7 @@ import pandas as pd
 from nibabel.affines import from_matvec
 
 from kit.preprocess import intensity, quality, skullstrip
-from kit.preprocess.index import check_cohort, scan_names, write_tables
+from kit.preprocess.index import MISSING, PreparationError, check_cohort, scan_names, write_tables
 from kit.preprocess.nifti import ScanError, other_form, upright
 from kit.preprocess.pool import DIED_TWICE, run_all
 from kit.preprocess.register import (
@@ -39,7 +39,7 @@ from kit.preprocess.resample import resample
 from kit.preprocess.scan_file import read_scan, scan_files
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import tissue_on
-from kit.runs import progress
+from kit.runs import link_whole, progress
 from kit.store.store import FORMAT, StoreError, claim, read_facts, remove_leftovers, scan_path, write_scan
 
 KINDS = Transforms._fields
@@ -50,6 +50,11 @@ METHOD = 2
 LEVEL_DEG = 20.0
 # The levelled field of view around the brain's centre, (x, y, z): lower left posterior, upper right anterior corner.
 LEVEL_BOX_MM = ((-95, -115, -110), (95, 115, 95))
+
+# A full or read-only disk, or a file server that is away, fails every scan. EIO is not among these: it may be one
+# damaged file.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN,
+               errno.EHOSTDOWN, errno.ESHUTDOWN}
 
 
 class ScanJob(NamedTuple):
@@ -72,8 +77,9 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         settings: how to prepare them.
         workers: number of processes, one scan each; 0 works in this process, for debugging.
         brain_ml: brain volumes (ml) between which a scan is not flagged; None means the limits for adults.
-        part: whether the cohort is a shard of a larger one, so that it may have no good scan; see
-            `kit.preprocess.index.merge_shards`.
+        part: whether the cohort is a shard of a larger one, so that it may have no good scan. The folder is then
+            `<merged>/shards/<shard>`, and scans are also taken from `<merged>/scans`, where another number of shards
+            may have left them; see `kit.preprocess.index.merge_shards`.
 
     Returns:
         The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
@@ -82,8 +88,8 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         also printed), flags and unusable (see `kit.preprocess.quality.flagged`).
 
     Raises:
-        PreparationError: the cohort cannot be prepared with these settings, or every scan failed; see
-            `kit.preprocess.index.write_tables`.
+        PreparationError: the cohort cannot be prepared with these settings, every scan failed (see
+            `kit.preprocess.index.write_tables`), or the disk did (see `DISK_ERRORS`).
     """
     folder = Path(output_dir)
     names = scan_names(cohort)
@@ -97,6 +103,8 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         ScanJob(name, str(image), str(mask), scan_path(folder, name), settings)
         for name, image, mask in zip(names, cohort["image_path"], masks, strict=True)
     ]
+    if part:
+        _take_merged(jobs, folder.parent.parent)
     outcomes: dict[str, dict[str, Any] | str] = {job.scan: found for job in jobs if (found := _found(job))}
     with progress(total=len(jobs), initial=len(outcomes), desc="prepare", unit="scan") as bar:
         todo = [job for job in jobs if job.scan not in outcomes]
@@ -110,8 +118,19 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     return index, failed
 
 
+def _take_merged(jobs: list[ScanJob], merged: Path) -> None:
+    """Link scans that this shard lacks from the merged folder; `_found` and `_known` check if they are good."""
+    for job in jobs:
+        if not job.output.exists() and (source := scan_path(merged, job.scan)).is_file():
+            link_whole(source, job.output)
+
+
 def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
-    """Prepare one scan; return its quality columns of the index, or the reason why it failed."""
+    """Prepare one scan; return its quality columns of the index, or the reason why it failed.
+
+    Raises:
+        PreparationError: the disk or its server fails, see `DISK_ERRORS`.
+    """
     start = perf_counter()
     try:
         search, source = _sources(job)
@@ -121,11 +140,22 @@ def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
         write_scan(job.output, image, mask, job.scan, job.settings.grid.affine, notes)
         return notes["quality"]
     except Exception as error:  # one bad scan must not stop the others
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise  # a full disk affects them all
+        if disk := _disk_error(error):
+            raise PreparationError(f"{job.scan}: {disk.strerror} ({disk.filename or job.image_path}); this affects all "
+                                   "scans. Run it again when the disk or its server works; finished scans are kept"
+                                   ) from error
         if isinstance(error, ScanError | RegistrationError):
             return str(error)
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """Return the error of `DISK_ERRORS` that this one is or was raised from."""
+    while error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _to_template_space(job: ScanJob, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -259,7 +289,7 @@ def _sources(job: ScanJob) -> tuple[str, str]:
             stats = [(file.name, file.stat()) for file in scan_files(path)]
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-            reason = "no such file" if missing else f"cannot be read: {error.strerror}"
+            reason = MISSING if missing else f"cannot be read: {error.strerror}"
             raise ScanError(reason if path == job.image_path else f"mask: {reason}") from error
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     settings = asdict(job.settings)

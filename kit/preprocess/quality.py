@@ -57,6 +57,14 @@ QC_METRICS = {
     "pose_deg": Metric("rotation between the rigid and the affine transform, degrees", "", high=4.0),
     "pose_mm": Metric("shift between the rigid and the affine transform at the brain's centre, mm", "", high=6.0),
 }
+# What to do about scans that are unusable by these metrics.
+CURES = {
+    "template_similarity": "no brain like the template's was found; look at the worst scans and at their masks",
+    "contrast": "grey matter is not darker than white; are the scans T1-weighted? For other contrasts, the later "
+                "notebooks have accept_flags",
+    "grey_levels": "fewer than 32 intensities in the brain; are these the original scans, not label maps or converted "
+                   "copies?",
+}
 # A scan is flagged beyond this many robust standard deviations (1.4826 times the median absolute deviation).
 DEVIATIONS = 5.0
 # Smaller sites are compared with the whole cohort; a smaller cohort is not compared at all.
@@ -258,6 +266,28 @@ def worst_first(index: pd.DataFrame) -> pd.DataFrame:
         "worst": -distances(index).abs().max(axis=1), "similarity": index["template_similarity"],
     }, index=index.index)
     return index.loc[order.sort_values(list(order), kind="stable").index]
+
+
+def unusable_warning(index: pd.DataFrame, most: float, registration: str) -> str:
+    """Return a warning if more than this share of an index is unusable, with the commonest reason and its cure, or "".
+
+    Args:
+        index: with the column `unusable` of `flagged`.
+        most: share accepted, 0 to 1.
+        registration: the preparation's.
+    """
+    reasons = index["unusable"].fillna("")
+    reasons = reasons[reasons != ""]
+    if len(reasons) <= most * len(index):
+        return ""
+    counts = reasons.str.split("; ").explode().value_counts()
+    reason = str(counts.index[0])
+    cure = CURES[reason]
+    if reason == "template_similarity" and registration == "none":
+        cure = ("registration: none is for scans that already lie in MNI152 space; set registration: rigid or affine "
+                "for all others")
+    return (f"WARNING: {len(reasons)} of {len(index)} scans are unusable and will not be used for training, most often "
+            f"because of {reason} ({counts.iloc[0]}): {cure}")
 
 
 def usable(index: pd.DataFrame, accept: Sequence[str] = ()) -> np.ndarray:

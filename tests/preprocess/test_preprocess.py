@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -362,6 +363,42 @@ def test_a_file_that_cannot_be_looked_at_is_not_called_missing(cohort: pd.DataFr
     table = cohort.assign(image_path=[str(tmp_path / "gone.nii.gz"), str(name), *cohort["image_path"][2:]])
     _, failed = prepare(table, tmp_path / "out", settings(), workers=0)
     assert failed["reason"].tolist() == ["no such file", "cannot be read: File name too long"]
+
+
+@pytest.mark.parametrize(("place", "number"), [("stat", errno.ESTALE), ("read_bytes", errno.ETIMEDOUT)])
+def test_a_disk_that_fails_ends_the_preparation_and_is_no_scans_fault(
+    cohort: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int
+) -> None:
+    """`stat` is called for the digest of a scan's files, `read_bytes` for its voxels."""
+    assert {errno.ENOSPC, errno.ENOTCONN, errno.EHOSTDOWN, errno.ESHUTDOWN} < preprocess.DISK_ERRORS
+    third, real = cohort["image_path"][2], getattr(Path, place)
+
+    def fails(path: Path, **options: bool) -> object:
+        if str(path) == third:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, place, fails)
+    with pytest.raises(PreparationError, match=f"Test_002_ses-1: {os.strerror(number)} .*/2.nii.gz.*Run it again"):
+        prepare(cohort, tmp_path / "out", settings(), workers=0)
+    assert not (tmp_path / "out" / "index.csv").exists()
+    monkeypatch.undo()
+    assert len(prepare(cohort, tmp_path / "out", settings(), workers=0)[0]) == 3
+
+
+def test_a_file_that_cannot_be_read_is_its_own_fault(
+    cohort: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    third, real = cohort["image_path"][2], Path.read_bytes
+
+    def fails(path: Path) -> bytes:
+        if str(path) == third:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), third)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    index, failed = prepare(cohort, tmp_path / "out", settings(), workers=0)
+    assert failed["reason"][1] == "cannot be read: Input/output error; check its permissions and the disk"
 
 
 def test_a_script_without_a_guard_is_told_so(cohort: pd.DataFrame, tmp_path: Path) -> None:

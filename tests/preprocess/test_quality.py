@@ -8,6 +8,7 @@ import pytest
 from scipy import ndimage
 
 from kit.preprocess.quality import (
+    CURES,
     QC_GRID,
     QC_METRICS,
     bright_edge,
@@ -17,6 +18,7 @@ from kit.preprocess.quality import (
     outside_share,
     signal_to_noise,
     t1_contrast,
+    unusable_warning,
     usable,
     worst_first,
 )
@@ -112,6 +114,23 @@ def test_what_is_usual_or_better_is_not_flagged() -> None:
 
 def test_two_reasons_are_both_named() -> None:
     assert flagged(cohort(snr=1, brain_ml=100))["flags"].iloc[-1] == "brain_ml low; snr low"
+
+
+def test_many_unusable_scans_are_a_warning_with_reason_and_cure() -> None:
+    assert set(CURES) == set(UNUSABLE)
+    far, dark = [0.1] * 3 + [0.55] * 17, [0.9] * 2 + [0.0] * 2 + [0.9] * 16
+    table = flagged(cohort(20).assign(template_similarity=far, contrast=dark))
+    assert table["unusable"].tolist()[1:5] == ["template_similarity", "template_similarity; contrast", "contrast", ""]
+    assert unusable_warning(table, 0.2, "none") == ""  # 4 of 20 are not more than a fifth
+    warns = ("WARNING: 4 of 20 scans are unusable and will not be used for training, most often because of "
+             "template_similarity (3): ")
+    assert unusable_warning(table, 0.19, "none") == (
+        f"{warns}registration: none is for scans that already lie in MNI152 space; set registration: rigid or affine "
+        "for all others")
+    assert unusable_warning(table, 0.19, "rigid") == warns + CURES["template_similarity"]
+    table["unusable"] = ["contrast"] * 15 + [None] * 5  # as read from a file
+    assert unusable_warning(table, 0.5, "none").endswith(f"because of contrast (15): {CURES['contrast']}")
+    assert unusable_warning(table[:0], 0.1, "none") == ""
 
 
 def test_what_a_header_says_twice_is_a_flag() -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kit.cohort.tables import read_cohort
+from kit.preprocess.index import scan_names, shard_of
 from kit.preprocess.nifti import write_nifti
 from kit.runs import ROOT
 from kit.store.store import Store
@@ -22,7 +24,7 @@ export PYTHONPATH={root} KIT_PROGRESS=off OMP_NUM_THREADS=1
 cd {root}
 {python} -m kit.execute 1_preprocess -p cohort {folder}/cohort.csv -p mask nonzero \\
     -p spacing_mm 12 -p shape '[12, 16, 14]' -p workers 1 -p output_dir {folder}/out \\
-    -p max_failed_fraction 0.2 -p shards 2 -p shard $SLURM_ARRAY_TASK_ID
+    -p max_failed_fraction 0.1 -p shards 2 -p shard $SLURM_ARRAY_TASK_ID
 """
 
 
@@ -44,7 +46,11 @@ def test_an_array_of_two_tasks_prepares_and_merges_a_cohort(jobs, tmp_path: Path
     assert store.index["participant"].tolist() == [str(row) for row in range(10) if row != 3]
     assert pd.read_csv(tmp_path / "out" / "failed.csv")["reason"].str.startswith("not a NIfTI file").tolist() == [True]
     assert store.read(store.index["scan"].iloc[-1])[1].any()
+    whole = read_cohort(tmp_path / "cohort.csv")
+    own_scans = [[name for name in scan_names(shard_of(whole, shard, 2)) if name in set(store.index["scan"])]
+                 for shard in (0, 1)]
+    assert list(map(len, own_scans)) == [6, 3]  # of 7 and 3: a shard alone would have failed more than a tenth
     for shard in (0, 1):
         own = tmp_path / "out" / "shards" / f"{shard}-of-2"
-        assert len(Store.open(own).index) == 5 - shard
+        assert Store.open(own).index["scan"].tolist() == own_scans[shard]
         assert (own / "report.html").is_file()
