@@ -22,11 +22,11 @@ from sklearn.preprocessing import OneHotEncoder
 from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
-from kit.cohort.labels import LabelError
+from kit.cohort.labels import LabelError, sexes
 from kit.cohort.tabular import ages
 from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
-from kit.evaluate.tasks import CORRECTION, Part, Task, sexes
+from kit.evaluate.tasks import CORRECTION, Part, Task
 from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
 from kit.runs import progress
 from kit.store.store import Store

@@ -164,7 +164,7 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
     lines = [f"{len(gone)} of {len(tested)} tested scans are gone: {', '.join(gone[:3])}"] * bool(gone)
     then, there = made.rows[made.rows["part"] == "test"].set_index("scan"), sorted(set(tested) - set(gone))
     codes = read_yaml(folder / "params.yaml").get("missing_codes", ())
-    labels = read_labels(store.index, record["task"], record["kind"], codes).values
+    labels = read_labels(store.index, record["task"], record["kind"], codes, record["classes"]).values
     labels = pd.Series(labels, store.index["scan"]).map(repr)
     changed = {"labels": [scan for scan in there if then["label"].get(scan) != labels[scan]]}
     if not allowed:  # scans deliberately prepared differently have other voxels
