@@ -90,7 +90,8 @@ class Preprocess(Parameters):
     sample_participants: Annotated[int, Field(ge=40)] = 160  # size of the sample cohort
     seed: Seed = 0  # of all that is random
     bias_correction: BiasCorrection = "none"  # none or n4 (SimpleITK)
-    registration: Registration = "none"  # to the ICBM152 template: none, rigid or affine
+    # to the ICBM152 template: none (only of scans that lie there already), rigid or affine
+    registration: Registration = "none"
     mask: Mask = "auto"  # brain mask: auto, given, nonzero, deepbet, hd-bet, mri_synthstrip
     intensity: Intensity = "zscore"  # normalisation inside the mask: zscore or whitematter
     orientation_unknown: OrientationUnknown = "refuse"  # for scans whose header does not say where they lie
@@ -175,7 +176,7 @@ class Pretrain(Training):
     leave_one_site_out: bool = False  # folds are sites
     fold: Annotated[int, Field(ge=0)] = 0  # whose test participants are left out, from 0
     split_seed: Seed = 0  # decides who is tested
-    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group if present
+    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group
     aliases: ProjectPath | None = None  # a table of people with several names: dataset, participant, person
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # also use scans unusable for these
     objective: Literal["simclr", "mae"] = "simclr"  # contrastive views, or masked autoencoder
@@ -247,7 +248,7 @@ class Tuning(Training):
     folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation; 0: one split
     leave_one_site_out: bool = False  # cross-validation whose folds are sites
     split_seed: Seed = 0  # decides who is tested and who is for validation
-    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group if present
+    stratify: list[str] | None = None  # columns to balance folds by; null: age, sex, site, diagnosis, group
     # of the participants who are not tested; without folds, a column `split` takes precedence
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # also use scans unusable for these
@@ -334,7 +335,7 @@ class Saliency(Parameters):
                                                              "grad_cam"]
     target: str = "prediction"  # or a class; for an encoder: similarity, views, component
     like: str | None = None  # for target similarity: the scan to be similar to; null: the first shown
-    # test participants to show: the surest hits, the worst errors, random ones, controls
+    # test participants to show: surest (the highest scores), worst errors, random ones, controls (the first class)
     whom: Annotated[list[Literal["surest", "worst", "random", "controls"]], Field(min_length=1)] = ["surest",
                                                                                                     "controls"]
     participants: Positive = 2  # test participants for each of these
