@@ -136,8 +136,12 @@ def link_whole(source: Path, target: Path) -> None:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run's folder holds results; until it does, its parameters may change. Figures are drawn again."""
-    before = {"params.yaml", "environment.txt", "figures", "plan"}
+    """Whether a run's folder holds results or a checkpoint; until it does, its parameters may change.
+
+    What a run writes before that (figures, what it reads, its curve so far) is written again.
+    """
+    before = {"params.yaml", "environment.txt", "figures", "plan", MADE_FROM, "made_from.csv", "damaged.csv",
+              "tensorboard", "live.json"}
     return any(path.name not in before and not path.name.startswith(".")  # .lock, .ipynb_checkpoints
                and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
 

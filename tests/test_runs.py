@@ -86,6 +86,22 @@ def test_a_figure_alone_does_not_fix_the_parameters(tmp_path):
     assert "seed: 0" in (tmp_path / "run/params.yaml").read_text() and (tmp_path / "run/figures/cohort.png").exists()
 
 
+@pytest.mark.parametrize("result", ["checkpoints/last.pt", "log.csv", "index.csv", "encoder.safetensors"])
+def test_what_is_written_before_the_first_checkpoint_does_not_fix_the_parameters(tmp_path, result):
+    """A run that needed too much memory in its first step is started again with a smaller `chunk`."""
+    run = tmp_path / "run"
+    Run.open(run, {"chunk": 0}).close()
+    for name in ("damaged.csv", "made_from.json", "made_from.csv", "tensorboard/events.out", "live.json", "index.html",
+                 "2_pretrain.ipynb"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    Run.open(run, {"chunk": 3}).close()
+    (run / result).parent.mkdir(exist_ok=True)
+    (run / result).touch()
+    with pytest.raises(RunError, match="chunk: the folder has 3, asked for 2"):
+        Run.open(run, {"chunk": 2})
+
+
 def test_a_run_of_an_older_kit_is_refused(tmp_path):
     """A parameter that is new since is a difference like any other."""
     Run.open(tmp_path / "run", {"seed": 0}).close()

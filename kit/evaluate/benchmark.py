@@ -140,8 +140,8 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
         Stopped: also between two cells; `unfinished.csv` then lists the cells that are not done.
         see `run_benchmark` for the others.
     """
+    bench = _Bench(params)  # refuses inputs that do not fit: the run has not begun until then
     keep_parameters(params, run)
-    bench = _Bench(params)
     remove_stale_cells(bench)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]

@@ -40,7 +40,7 @@ class Progress:
         if self.folder:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done or None)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)  # hides later steps of a killed run
 
     def note(self, epoch: int, report: dict[str, float], rate: float, scans: int, waited: float) -> None:
         """Report one step.
