@@ -28,6 +28,7 @@ import pandas as pd
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
+from kit.device import check_gpu
 from kit.errors import KitError
 from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions, words_of
 from kit.evaluate.compare import differences, scores
@@ -118,6 +119,7 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
         MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError, TableError: before any
             training; each says what does not fit.
         RunError: another process fills this table with other parameters or inputs.
+        DeviceError: torch does not see the GPUs of this Slurm job.
         TrainingError: the training of some cells diverged. It names each with its reason, once all other cells are
             done; no tables are made.
         BenchmarkError: no cell has predictions yet.
@@ -140,6 +142,7 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
         Stopped: also between two cells; `unfinished.csv` then lists the cells that are not done.
         see `run_benchmark` for the others.
     """
+    check_gpu()  # baselines come first, and need none
     bench = _Bench(params)  # refuses inputs that do not fit: the run has not begun until then
     keep_parameters(params, run)
     remove_stale_cells(bench)
