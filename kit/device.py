@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kit.errors import KitError
 from kit.machine import cores, keep_freed_memory
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -25,9 +27,36 @@ Module = TypeVar("Module", bound=nn.Module)
 VOXELS = 2**24  # run at a time without gradients; resnet18 then takes about 8 GB
 
 
+class DeviceError(KitError, RuntimeError):
+    """The job has a GPU that torch cannot use; the message says what to check."""
+
+
 def device() -> torch.device:
-    """The CUDA device of this process, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The CUDA device of this process, or the CPU.
+
+    Raises:
+        DeviceError: see `check_gpu`.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    check_gpu()
+    return torch.device("cpu")
+
+
+def check_gpu() -> None:
+    """Check that torch sees the GPUs of this Slurm job, if it has some, without starting CUDA.
+
+    Raises:
+        DeviceError: it sees none; on the CPU the job would take too long, and be requeued again and again.
+    """
+    ids, count = (os.environ.get(name, "") for name in ("SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"))
+    given = [f"SLURM_JOB_GPUS={ids}"] * bool(ids) + [f"SLURM_GPUS_ON_NODE={count}"] * (count not in ("", "0"))
+    if not given or os.environ.get("CUDA_VISIBLE_DEVICES") == "" or torch.cuda.is_available():
+        return
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for CPUs alone"
+    raise DeviceError(f"{platform.node()}: Slurm gave this job GPUs ({', '.join(given)}), but torch sees none; torch "
+                      f"{torch.__version__} {built}. Install torch for CUDA (docs/cluster.md), look with nvidia-smi "
+                      "whether the node's driver is new enough for it, or export CUDA_VISIBLE_DEVICES= to use the CPU")
 
 
 def on_device(module: Module) -> Module:

@@ -4,7 +4,8 @@
     python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml --check   # only say where it would write
     python -m kit.execute params/demo        # every file of a folder that its budget.yaml names, in that order
 
-With `--output FILE.ipynb` the executed notebook and its report, `FILE.html`, go there; else into the run's folder.
+With `--output FILE.ipynb` the executed notebook and its report, `FILE.html`, go there; else into the run's folder. A
+path starts at the project's root, and `outputs/` follows $KIT_OUTPUTS.
 Plain `papermill notebooks/2_pretrain.ipynb OUTPUT.ipynb -f FILE.yaml` does the same without the report.
 """
 
@@ -70,7 +71,7 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
     Args:
         notebook: its name, one of `kit.params.NOTEBOOKS`.
         values: of its parameters.
-        output: the executed notebook; else it lies in the run's folder.
+        output: the executed notebook, see `kit.runs.resolve`; None: it lies in the run's folder.
         log: print what its cells print, for the log of a job, instead of a bar.
         bar: tqdm's options for the bar.
 
@@ -79,13 +80,14 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
 
     Raises:
         ParameterError, RunError: before the notebook starts.
-        papermill.exceptions.PapermillExecutionError: a cell failed; the notebook so far is written.
+        papermill.exceptions.PapermillExecutionError: a cell failed; the notebook so far is written, and the report, if
+            it can be.
     """
     import papermill
 
     params = parameters(notebook, values)
     Run.of(params).close()  # another run's folder is refused here, not after the kernel has started
-    executed = output or params.run_dir / f"{notebook}.ipynb"
+    executed = resolve(output) if output else params.run_dir / f"{notebook}.ipynb"
     page = executed.with_suffix(".html") if output else params.run_dir / "report.html"
     executed.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("papermill").addFilter(_is_not_unknown_parameter)
@@ -94,12 +96,23 @@ def run(notebook: str, values: dict[str, Any], output: Path | None = None, log: 
     try:
         papermill.execute_notebook(FOLDER / f"{notebook}.ipynb", executed, values, cwd=ROOT, kernel_name="python3",
                                    progress_bar=not log and (bar or True), log_output=log,
+                                   autosave_cell_every=0,  # else a full disk ends the task that reads outputs
                                    extra_arguments=["--log-level=ERROR"])  # of the kernel, not its cells
-    finally:
-        if executed.exists():
-            write_report(executed, page)
-            write_index(params.run_dir, page)
+    except BaseException:
+        try:
+            _write_pages(executed, page, params.run_dir)
+        except Exception as error:  # such as a full disk; why the notebook failed counts more
+            print(f"kit.execute: no report is written: {error}", file=sys.stderr)
+        raise
+    _write_pages(executed, page, params.run_dir)
     return page
+
+
+def _write_pages(executed: Path, page: Path, folder: Path) -> None:
+    """Write the report of an executed notebook, if it was begun, and its run's index."""
+    if executed.exists():
+        write_report(executed, page)
+        write_index(folder, page)
 
 
 def _is_not_unknown_parameter(record: logging.LogRecord) -> bool:

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCK_SECONDS = 600  # how long a requeued job waits for the lock that its dead node held: file servers notice in minutes
 UMASK = os.umask(0o022)  # the mode bits that this process keeps from new files; reading it means setting it
 os.umask(UMASK)
 MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.provenance`
@@ -136,10 +138,36 @@ def link_whole(source: Path, target: Path) -> None:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run's folder holds results; until it does, its parameters may change. Figures are drawn again."""
-    before = {"params.yaml", "environment.txt", "figures", "plan"}
+    """Whether a run's folder holds results or a checkpoint; until it does, its parameters may change.
+
+    What a run writes before that (figures, what it reads, its curve so far) is written again.
+    """
+    before = {"params.yaml", "environment.txt", "figures", "plan", MADE_FROM, "made_from.csv", "damaged.csv",
+              "tensorboard", "live.json"}
     return any(path.name not in before and not path.name.startswith(".")  # .lock, .ipynb_checkpoints
                and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
+
+
+def _take(folder: Path) -> Lock:
+    """Lock a run's folder; a job that Slurm has requeued waits for it, because its node may have died with the lock.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    waits = LOCK_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0
+    begun, said = time.monotonic(), False
+    while True:
+        try:
+            return Lock.take(folder / ".lock")
+        except BlockingIOError:
+            if time.monotonic() - begun >= waits:
+                raise RunError(f"{shown(folder)}: another process is writing this run; "
+                               "wait for it, or give another output_dir") from None
+        if not said:
+            print(f"{shown(folder)}: another process holds this run, perhaps on the node that this requeued job had "
+                  f"before; waiting for at most {waits / 60:g} minutes", flush=True)
+            said = True
+        time.sleep(min(5.0, waits))
 
 
 class Run:
@@ -164,11 +192,7 @@ class Run:
         """
         folder = resolve(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = Lock.take(folder / ".lock")
-        except BlockingIOError:
-            raise RunError(f"{shown(folder)}: another process is writing this run; "
-                           "wait for it, or give another output_dir") from None
+        lock = _take(folder)
         stored = folder / "params.yaml"
         if stored.exists() and _has_begun(folder):
             fixed = {name: value for name, value in params.items() if name not in may_change}

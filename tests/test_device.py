@@ -1,5 +1,6 @@
 """bfloat16 reaches the network's products while it trains, and nothing that is a number of its own."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from kit.augment.recipe import Recipe, read_recipe
-from kit.device import autocast, evaluation
+from kit.device import DeviceError, autocast, check_gpu, device, evaluation
 from kit.evaluate.predict import predict
 from kit.models.convolution import Conv3d, with_right_gradients
 from kit.models.encoders import build_encoder
@@ -24,6 +25,7 @@ from kit.train.objectives import MaskedReconstruction, SimCLR, Supervised
 from kit.train.pretrain import pretrain
 from tests.conftest import GRID, SHAPE
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
 BF16 = torch.autocast("cpu", torch.bfloat16)
 ARCHITECTURES = ("resnet18_narrow", "vit_narrow")
 
@@ -174,3 +176,36 @@ def test_the_precision_is_a_parameter_of_what_trains():
         assert NOTEBOOKS[name].model_fields["precision"].default == "fp32"  # as in the paper
     with autocast("bf16", torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@no_gpu
+@pytest.mark.parametrize(("name", "value"), [("SLURM_GPUS_ON_NODE", "1"), ("SLURM_JOB_GPUS", "0")])
+def test_a_gpu_of_the_job_that_torch_does_not_see_is_refused(monkeypatch, name, value):
+    for known in ("SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(known, raising=False)
+    assert device() == torch.device("cpu")
+    monkeypatch.setenv(name, value)
+    for refused in (device, check_gpu):
+        with pytest.raises(DeviceError, match=rf"Slurm gave this job GPUs \({name}={value}\), but torch sees none; "
+                                              rf"torch {re.escape(torch.__version__)} is built for"):
+            refused()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU was asked for
+    assert device() == torch.device("cpu")
+
+
+@no_gpu
+@pytest.mark.parametrize(("name", "value"), [("SLURM_GPUS_ON_NODE", "0"), ("SLURM_JOB_GPUS", "")])
+def test_a_job_without_gpus_runs_on_the_cpu(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert device() == torch.device("cpu")
+
+
+@no_gpu
+def test_pretraining_without_the_jobs_gpu_is_refused_before_it_reads_scans(store, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    params = NOTEBOOKS["2_pretrain"].model_validate({"prepared": store.folder, "output_dir": tmp_path / "run"})
+    run = Run.of(params)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    with pytest.raises(DeviceError, match="SLURM_GPUS_ON_NODE=4"):
+        pretrain(params, run)
+    assert not (run / "damaged.csv").exists()

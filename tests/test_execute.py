@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import papermill
@@ -105,6 +106,37 @@ def test_a_parameter_that_the_cell_leaves_out_brings_no_warning(quick_pretrainin
     assert "unknown parameter" not in caplog.text
     logging.getLogger("papermill").warning("another warning")
     assert "another warning" in caplog.text
+
+
+def only(cell, folder, monkeypatch):
+    """A notebook of the parameters and this one cell, in place of 2_pretrain."""
+    notebook = nbformat.read(FOLDER / "2_pretrain.ipynb", as_version=4)
+    kept = [each for each in notebook.cells if "parameters" in each.metadata.get("tags", [])]
+    notebook.cells = [*kept, nbformat.v4.new_code_cell(cell)]
+    nbformat.write(notebook, folder / "2_pretrain.ipynb")
+    monkeypatch.setattr("kit.execute.FOLDER", folder)
+
+
+def test_the_output_lies_where_paths_of_parameters_lie(quick_pretraining, tmp_path, monkeypatch):
+    only("1 + 1", tmp_path, monkeypatch)
+    page = run("2_pretrain", quick_pretraining | {"output_dir": "outputs/rare"}, Path("outputs/own/seed-0.ipynb"))
+    assert page == tmp_path / "outputs/own/seed-0.html" and page.with_suffix(".ipynb").exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_why_the_notebook_failed(quick_pretraining, tmp_path, monkeypatch,
+                                                                              capsys):
+    only("raise ValueError('the first')", tmp_path, monkeypatch)
+    asked = []
+    monkeypatch.setattr("kit.execute.write_report", lambda *paths: asked.append(paths) or {}["no space left"])
+    with pytest.raises(PapermillExecutionError, match="the first"):
+        run("2_pretrain", quick_pretraining | {"output_dir": "outputs/rare"})
+    assert len(asked) == 1 and "no report is written: 'no space left'" in capsys.readouterr().err
+
+
+def test_the_notebook_is_not_written_within_a_cell(quick_pretraining, tmp_path, monkeypatch):
+    """papermill would, every 30 s; on a full disk that ends its task that reads the cell's outputs."""
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **options: options["autosave_cell_every"] and {}["on"])
+    run("2_pretrain", quick_pretraining | {"output_dir": "outputs/rare"})
 
 
 @pytest.mark.slow

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from matplotlib.figure import Figure
 
+from kit import runs
 from kit.runs import ROOT, Run, RunError, write_whole
 from tests.faults import without
 
@@ -86,6 +88,22 @@ def test_a_figure_alone_does_not_fix_the_parameters(tmp_path):
     assert "seed: 0" in (tmp_path / "run/params.yaml").read_text() and (tmp_path / "run/figures/cohort.png").exists()
 
 
+@pytest.mark.parametrize("result", ["checkpoints/last.pt", "log.csv", "index.csv", "encoder.safetensors"])
+def test_what_is_written_before_the_first_checkpoint_does_not_fix_the_parameters(tmp_path, result):
+    """A run that needed too much memory in its first step is started again with a smaller `chunk`."""
+    run = tmp_path / "run"
+    Run.open(run, {"chunk": 0}).close()
+    for name in ("damaged.csv", "made_from.json", "made_from.csv", "tensorboard/events.out", "live.json", "index.html",
+                 "2_pretrain.ipynb"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    Run.open(run, {"chunk": 3}).close()
+    (run / result).parent.mkdir(exist_ok=True)
+    (run / result).touch()
+    with pytest.raises(RunError, match="chunk: the folder has 3, asked for 2"):
+        Run.open(run, {"chunk": 2})
+
+
 def test_a_run_of_an_older_kit_is_refused(tmp_path):
     """A parameter that is new since is a difference like any other."""
     Run.open(tmp_path / "run", {"seed": 0}).close()
@@ -117,6 +135,23 @@ def test_one_writer_at_a_time(tmp_path):
     assert "another process is writing this run" in refused.stderr
     run.close()
     assert subprocess.run(asked, cwd=ROOT, text=True, capture_output=True, stdin=subprocess.DEVNULL).stdout == "held\n"
+
+
+def test_a_requeued_job_waits_for_the_lock_of_its_dead_node(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.5)
+    with subprocess.Popen([sys.executable, "-c", HOLDS, folder], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "held\n"
+        begun = time.monotonic()
+        with pytest.raises(RunError, match="another process is writing this run"):
+            Run.open(folder, {"seed": 0})
+        assert time.monotonic() - begun >= 0.5
+        monkeypatch.setattr(runs, "LOCK_SECONDS", 60)
+        monkeypatch.setattr(runs.time, "sleep", lambda _: other.kill() or other.wait())
+        Run.open(folder, {"seed": 0}).close()
+    assert capsys.readouterr().out.count("perhaps on the node that this requeued job had before; waiting") == 2
 
 
 def test_the_lock_belongs_to_the_process(tmp_path):

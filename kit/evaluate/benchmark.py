@@ -3,7 +3,8 @@
 A cell is one row of the table (an encoder in one mode, on one task, with one label fraction) on one fold. Its folder,
 `cells/TASK/ENCODER/…`, holds each seed's predictions, and all tables are made from these. A finished cell with the same
 inputs and settings is not computed again, so a killed run resumes and the jobs of a Slurm array share the cells; each
-embeds, with the encoders of its own cells, all scans that a task uses.
+embeds, with the encoders of its own cells, all scans that a task uses. A cell has one writer, which locks a file beside
+its folder; all writers of a table have the parameters in `cells/params.json`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +28,7 @@ import pandas as pd
 import kit
 from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
+from kit.device import check_gpu
 from kit.errors import KitError
 from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions, words_of
 from kit.evaluate.compare import differences, scores
@@ -38,11 +41,13 @@ from kit.evaluate.reliability import ReliabilityError, reliability_of
 from kit.evaluate.tasks import CORRECTION, Task, check_tested, covariates, overlap, tasks_of
 from kit.evaluate.tune import Choice, stoppable, tune
 from kit.evaluate.volumes import read_volumes
+from kit.machine import Lock
 from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
-from kit.runs import MADE_FROM, Run, progress, shown, write_json, write_table
+from kit.runs import MADE_FROM, Run, RunError, progress, shown, write_json, write_table
+from kit.runs import differences as differing
 from kit.store.dataset import PreparedScans
 from kit.store.leakage import ORIGIN_COLUMNS
 from kit.store.store import Store
@@ -63,6 +68,10 @@ RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further
 
 class BenchmarkError(KitError, RuntimeError):
     """There is nothing to make tables from; the message says which cells are awaited."""
+
+
+class _Busy(Exception):
+    """Another process computes this cell."""
 
 
 class Cell(NamedTuple):
@@ -109,6 +118,8 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
     Raises:
         MisfitError, LabelError, EncoderError, IdentityError, LeakageError, SplitError, TableError: before any
             training; each says what does not fit.
+        RunError: another process fills this table with other parameters or inputs.
+        DeviceError: torch does not see the GPUs of this Slurm job.
         TrainingError: the training of some cells diverged. It names each with its reason, once all other cells are
             done; no tables are made.
         BenchmarkError: no cell has predictions yet.
@@ -122,6 +133,8 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
 def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None) -> _Bench:
     """Compute this shard's cells, and no tables; return what they were computed from.
 
+    Cells that another process computes at this moment are left to it.
+
     Args:
         bar: options of tqdm for the progress bar.
 
@@ -129,11 +142,13 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
         Stopped: also between two cells; `unfinished.csv` then lists the cells that are not done.
         see `run_benchmark` for the others.
     """
-    bench = _Bench(params)
+    check_gpu()  # baselines come first, and need none
+    bench = _Bench(params)  # refuses inputs that do not fit: the run has not begun until then
+    keep_parameters(params, run)
     remove_stale_cells(bench)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]
-    failed = []
+    failed, busy = [], []
     with stoppable(run.folder):
         for number, cell in enumerate(progress(todo, **{"desc": "cells", **(bar or {})})):
             if (run / STOP).exists():
@@ -144,6 +159,11 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
                 bench.fill(cell, run.folder)
             except TrainingError as error:
                 failed.append(f"\n  {error}")
+            except _Busy:
+                busy.append(cell)
+    if busy := [cell for cell in busy if not bench.is_done(cell)]:
+        print(f"{len(busy)} of {len(mine)} cells are left to other processes, which compute them now; start this again "
+              "when they have ended, in case one of them was stopped")
     if failed:
         raise TrainingError(f"{shown(run.folder)}: {len(failed)} of {len(mine)} cells could not be trained, all others "
                             f"are done; no tables are made before these are, too:{''.join(failed)}")
@@ -231,7 +251,37 @@ class _Bench:
         return self.made[cell.encoder, cell.mode, cell.task, cell.fold]
 
     def fill(self, cell: Cell, home: Path) -> None:
-        """Compute a cell seed by seed, skipping seeds already on disk; `home` is watched for a stop file."""
+        """Compute a cell seed by seed, skipping seeds already on disk; `home` is watched for a stop file.
+
+        Raises:
+            _Busy: another process computes it.
+            RunError: another process has begun it with other inputs or settings since this one started.
+        """
+        with self.locked(cell):
+            before, now = read_made_from(self.folder(cell)), self.made_from(cell)
+            if before and (lines := changes(before, now)):
+                raise RunError(_of_another(self.folder(cell), lines))
+            self._fill(cell, home)
+
+    @contextmanager
+    def locked(self, cell: Cell) -> Iterator[None]:
+        """Hold a cell's lock, a file beside its folder, so that it stays when the folder is removed.
+
+        Raises:
+            _Busy: another process holds it.
+        """
+        folder = self.folder(cell)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = Lock.take(folder.with_name(f".{folder.name}.lock"))
+        except BlockingIOError:
+            raise _Busy from None
+        try:
+            yield
+        finally:
+            del lock  # a traceback may keep this frame
+
+    def _fill(self, cell: Cell, home: Path) -> None:
         folder = self.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder, self.made_from(cell)._replace(rows=None))
@@ -404,17 +454,61 @@ class _Bench:
                             fingerprint=self.made_from(cell).fingerprint)
 
 
+def keep_parameters(params: Benchmark, run: Run) -> None:
+    """Write the table's parameters to `cells/params.json`, except those that may change.
+
+    Raises:
+        RunError: they are others, and another process fills the table with those that are there.
+    """
+    home, file = params.output_dir, params.output_dir / "cells" / "params.json"
+    now = {name: value for name, value in params.plain().items() if name not in params.may_change}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if before == now:
+        return
+    if before is not None:
+        for folder in (home, *home.glob("shards/*")):
+            if folder != run.folder and (folder / ".lock").exists() and _is_locked(folder / ".lock"):
+                raise RunError(f"{shown(file)}: {shown(folder)} fills this table with other parameters now:\n  "
+                               f"{differing(before, now, 'the table')}\n"
+                               "wait until it has ended, or give another output_dir")
+    write_json(file, now)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process holds a lock."""
+    try:
+        Lock.take(path)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _of_another(folder: Path, lines: Sequence[str]) -> str:
+    return (f"{shown(folder)}: another process computes this cell from other inputs or settings:\n  "
+            + "\n  ".join(lines) + "\nwait until it has ended, or give another output_dir")
+
+
 def remove_stale_cells(bench: _Bench) -> None:
-    """Remove cells made from other inputs or settings, and all shards' tables of them; print what changed."""
+    """Remove cells made from other inputs or settings, and all shards' tables of them; print what changed.
+
+    Raises:
+        RunError: another process computes such a cell now.
+    """
     reasons: dict[str, list[str]] = {}
     for cell in bench.cells:
         folder = bench.folder(cell)
         before, now = read_made_from(folder), bench.made_from(cell)
         if before is None and not any(folder.glob("*.csv")):  # another shard may have begun it just now
             continue
-        for line in (changes(before, now) if before else ["no record of what it was made from"]):
+        lines = changes(before, now) if before else ["no record of what it was made from"]
+        for line in lines:
             reasons.setdefault(line, []).append(f"{cell.encoder} on {cell.task}")
-            shutil.rmtree(folder, ignore_errors=True)
+        if lines:
+            try:
+                with bench.locked(cell):
+                    shutil.rmtree(folder, ignore_errors=True)
+            except _Busy:
+                raise RunError(_of_another(folder, lines)) from None
     if reasons:
         print("computed again, because the inputs or settings have changed:")
         for line, cells in reasons.items():

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_gather, all_reduce
 
-from kit.device import device, set_threads
+from kit.device import check_gpu, device, set_threads
 from kit.errors import KitError
 from kit.train.stop import NAME as STOP
 from kit.train.stop import PREEMPTED
@@ -55,11 +55,13 @@ def process_group() -> Iterator[None]:
     """Join the processes that the launcher started, by NCCL if there is CUDA, else by gloo.
 
     Interrupts are ignored here (JupyterLab's Stop button reaches the kernel's whole process group) and left to the
-    launching process; see `kit.train.stop`. No DistributedDataParallel module may outlive this context: freed later, it
-    shuts down gloo's threads while holding the GIL that they wait for, and the process hangs (seen with torch 2.13).
+    launching process; see `kit.train.stop`. A process that should have a GPU and sees none is refused: by gloo it would
+    wait for others that wait by NCCL. No DistributedDataParallel module may outlive this context: freed later, it shuts
+    down gloo's threads while holding the GIL that they wait for, and the process hangs (seen with torch 2.13).
     """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    check_gpu()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # Slurm may show only one

@@ -17,6 +17,7 @@ from kit.augment.recipe import read_recipe
 from kit.cohort.identity import joined, participant_ids, read_aliases
 from kit.cohort.split import Splitting, fold_count, left_out, shuffled
 from kit.cohort.tabular import read_table
+from kit.device import check_gpu, device
 from kit.machine import why_alone
 from kit.models.encoder import Encoder
 from kit.models.encoder_file import load_encoder, read_record, save_encoder
@@ -69,6 +70,7 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
         CheckpointError: the run has other parameters or only damaged checkpoints, or its recipe's file, the scans that
             it learned from or their participants have changed since.
         LeakageError: a scan that will be tested would be learned from under another name.
+        DeviceError: torch does not see the GPUs of this Slurm job.
     """
     if (run / "encoder.safetensors").exists():
         if "views" in (record := read_record(run.folder)):
@@ -78,6 +80,7 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
         return pd.read_csv(run / "log.csv")
     if params.epochs == 0:
         return pd.DataFrame()
+    check_gpu()
     if not params.nodes and (words := why_alone()):
         print(words)
     check_start(params)
@@ -386,6 +389,8 @@ def _pass_of_each_batch(epoch: int, number: int) -> tuple[int, int]:
 
 def train(params: Pretrain, folder: Path) -> None:
     """Train in this process, alone or as one of several that `pretrain` started."""
+    if rank() == 0 and (where := device()).type == "cuda":
+        print(f"training on {world_size()} x {torch.cuda.get_device_name(where)}", flush=True)
     store = Store.open(params.prepared)
     learned, validation = readable_scans(params, store, folder)
     objective = build_objective(params, store)

@@ -40,7 +40,8 @@ class Progress:
         if self.folder:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done or None)
+            # TensorBoard hides the steps after `done` that a killed run has written
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
 
     def note(self, epoch: int, report: dict[str, float], rate: float, scans: int, waited: float) -> None:
         """Report one step.

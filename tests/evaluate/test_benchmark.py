@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from kit.models.encoders import build_encoder
 from kit.params import BASELINES, Benchmark
 from kit.preprocess.nifti import write_nifti
 from kit.reading import ParameterError, check
-from kit.runs import Run
+from kit.runs import Run, RunError
 from kit.show.comparison import scores_table, summary
 from kit.store.leakage import voxel_hashes
 from kit.store.store import Store
@@ -247,6 +248,85 @@ def test_a_stop_after_a_cells_last_step_ends_it_before_the_next_cell(stores, tmp
     monkeypatch.undo()
     pd.testing.assert_frame_equal(filled(params).scores, whole.scores)
     assert not (run / "unfinished.csv").exists()
+
+
+HOLDS = """
+import fcntl, sys
+files = [open(name, "a") for name in sys.argv[1:]]
+for file in files:
+    fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another(*files):
+    """Another process holds these locks."""
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", HOLDS, *files], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "held\n"
+        yield
+        other.stdin.close()
+
+
+def test_a_cell_that_another_process_computes_is_left_to_it(stores, tmp_path, capsys):
+    run = tmp_path / "run"
+    params = params_for(stores, run, baselines=["guess"], seeds=[0], finetune_tasks=[], label_fractions=[1.0])
+    theirs, ours = (run / f"cells/{task}/guess/baseline 100% fold 0" for task in ("age", "lesion"))
+    with held_by_another(theirs.with_name(f".{theirs.name}.lock")):
+        results = filled(params)
+        assert [cell.task for cell in results.missing] == ["age"] and "1 of 2 cells are left to other processes" in (
+            capsys.readouterr().out)
+        assert not theirs.exists() and (ours / "seed0.csv").exists()
+    assert not filled(params).missing and "left to other" not in capsys.readouterr().out
+
+
+def test_a_cell_of_other_settings_that_another_process_computes_is_not_removed(stores, tmp_path):
+    run, values = tmp_path / "run", {"baselines": ["guess"], "seeds": [0], "tasks": ["lesion"]}
+    filled(params_for(stores, run, **values))
+    before = cell_files(run)
+    (run / "params.yaml").unlink()
+    cell = run / "cells/lesion/ResNet/finetune 50% fold 0"
+    other = params_for(stores, run, steps=6, **values)
+    with held_by_another(cell.with_name(f".{cell.name}.lock")), pytest.raises(RunError, match=(
+            r"finetune 50% fold 0: another process computes this cell from other inputs or settings:\n"
+            r"  steps: 4 then, 6 now\n")):
+        filled(other)
+    assert cell_files(run) == before
+
+
+def test_a_cell_that_another_process_has_begun_since_with_other_settings_is_not_mixed(stores, tmp_path, monkeypatch):
+    run, values, real = tmp_path / "run", {"baselines": [], "seeds": [0], "tasks": ["lesion"]}, benchmark._Bench.fill
+    other = params_for(stores, tmp_path / "other", steps=6, **values)
+    filled(other)
+
+    def fill(bench, cell, home):
+        shutil.copytree(tmp_path / "other/cells", run / "cells", dirs_exist_ok=True)
+        (bench.file(cell, 0)).unlink()
+        real(bench, cell, home)
+
+    monkeypatch.setattr(benchmark._Bench, "fill", fill)
+    with pytest.raises(RunError, match=r"from other inputs or settings:\n  steps: 6 then, 4 now\n"):
+        filled(params_for(stores, run, **values))
+
+
+def test_a_shard_of_other_parameters_is_refused_while_another_fills_the_table(stores, tmp_path):
+    """As when somebody edits the parameter file while tasks of the array run."""
+    run = tmp_path / "run"
+    values = {"baselines": ["guess"], "seeds": [0], "finetune_tasks": [], "label_fractions": [1.0], "shards": 3}
+    filled(params_for(stores, run, shard=0, **values))
+    before = cell_files(run)
+    with held_by_another(run / "shards/0-of-3/.lock"):
+        with pytest.raises(RunError, match=r"shards/0-of-3 fills this table with other parameters now:\n"
+                                           r"  split_seed: the table has 0, asked for 1\nwait until"):
+            filled(params_for(stores, run, shard=1, split_seed=1, **values))
+        assert cell_files(run) == before
+        filled(params_for(stores, run, shard=1, **values | {"shards": 2}))  # `shards` may differ
+    filled(params_for(stores, run, shard=1, split_seed=1, **values))
+    assert json.loads((run / "cells/params.json").read_text())["split_seed"] == 1
 
 
 def test_a_cell_that_diverges_is_named_once_all_others_are_done(stores, tmp_path, monkeypatch):

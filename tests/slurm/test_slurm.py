@@ -63,13 +63,14 @@ def reached(run):
     return int(found[1]) if found else 0
 
 
-def kernel(number, task):
-    """The process in which a task's notebook trains; None if there is none."""
+def kernel(number, task=None):
+    """The process in which the notebook of a job, or of a task of an array, trains; None if there is none."""
+    wanted = {"SLURM_JOB_ID": number} if task is None else {"SLURM_ARRAY_JOB_ID": number,
+                                                            "SLURM_ARRAY_TASK_ID": str(task)}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             its = process.environ()
-            if (its.get("SLURM_ARRAY_JOB_ID"), its.get("SLURM_ARRAY_TASK_ID")) == (number, str(task)) and (
-                    "ipykernel_launcher" in process.cmdline()):
+            if wanted.items() <= its.items() and "ipykernel_launcher" in process.cmdline():
                 return process
     return None
 
@@ -157,6 +158,38 @@ def test_a_job_of_low_priority_makes_room_and_goes_on_where_it_was(jobs, scans, 
     job.wait("COMPLETED")
     assert jobs.show(other, "JobState") == "COMPLETED" and int(job.show("Restarts")) >= 1
     assert one_log(job.run, 12)["loss"].tolist()[:len(first)] == [row["loss"] for row in first]
+
+
+def test_a_training_that_does_not_stop_in_time_is_requeued_from_its_last_checkpoint(jobs, scans, tmp_path, monkeypatch):
+    """As in a long validation, or where a process hangs: the kernel is suspended until Slurm kills it."""
+    monkeypatch.setitem(jobs.env, "KIT_STOP_SECONDS", "2")
+    job = Job(jobs, tmp_path / "job", scans, "--cpus-per-task=1", epochs=12)
+    job.reach(4)
+    kernel(job.number).suspend()
+    first = checkpoint.read_checkpoint(job.run / "checkpoints")["log"]
+    job.signal("-b", "-s", "USR1")
+    job.wait("PENDING", seconds=60)
+    job.wait("COMPLETED")
+    assert "it has not stopped yet; requeued as it is" in job.text()[0] and int(job.show("Restarts")) == 1
+    assert one_log(job.run, 12)["loss"].tolist()[:len(first)] == [row["loss"] for row in first]
+
+
+def test_a_training_that_fails_after_a_checkpoint_is_requeued_and_goes_on(jobs, scans, tmp_path):
+    job = Job(jobs, tmp_path / "job", scans, "--cpus-per-task=1", epochs=12)
+    job.reach(4)
+    kernel(job.number).kill()
+    job.wait("PENDING", seconds=60)
+    job.wait("COMPLETED")
+    assert "it failed after a checkpoint; requeued" in job.text()[0] and one_log(job.run, 12)["epoch"].size == 12
+
+
+def test_an_array_whose_tasks_would_write_one_notebook_is_refused(jobs, scans, tmp_path):
+    number = jobs.send(f"--output={tmp_path}/%a.log", "--array=3", "slurm/papermill.sbatch",
+                       "notebooks/2_pretrain.ipynb", tmp_path / "one.ipynb",
+                       parameter_file(tmp_path, scans, output_dir=tmp_path / "run"))
+    jobs.wait(f"{number}_3", "FAILED", log=tmp_path / "3.log", seconds=30)
+    assert "which all tasks of the array would write; put %a into it" in (tmp_path / "3.log").read_text()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stop_by_hand_is_not_requeued(jobs, scans, tmp_path):
