@@ -61,6 +61,12 @@ class Parameters(BaseModel):
         """The parameters as YAML values, with paths as `kit.runs.shown` writes them."""
         return {name: _plain(value) for name, value in self}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The default of each parameter that has one, as YAML values."""
+        return {name: _plain(field.get_default(call_default_factory=True)) for name, field in cls.model_fields.items()
+                if not field.is_required()}
+
     def table(self) -> Any:
         """All parameters as a folded HTML table: value, default, and what each one means."""
         from IPython.display import HTML

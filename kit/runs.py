@@ -178,13 +178,15 @@ class Run:
         self._lock: Lock | None = lock
 
     @classmethod
-    def open(cls, folder: str | Path, params: Mapping[str, Any], may_change: frozenset[str] = frozenset()) -> Run:
+    def open(cls, folder: str | Path, params: Mapping[str, Any], may_change: frozenset[str] = frozenset(),
+             defaults: Mapping[str, Any] | None = None) -> Run:
         """Take the folder for these parameters; the same parameters resume what is there.
 
         Args:
             folder: the run's folder, created if absent.
             params: resolved parameters, plain YAML values.
             may_change: names that may differ when a run is resumed (such as ``workers``).
+            defaults: what a run has of parameters that the kit did not have when it began.
 
         Raises:
             RunError: another process holds the folder, or it contains a run with other parameters that has begun
@@ -196,7 +198,7 @@ class Run:
         stored = folder / "params.yaml"
         if stored.exists() and _has_begun(folder):
             fixed = {name: value for name, value in params.items() if name not in may_change}
-            before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
+            before = dict(defaults or {}) | (yaml.safe_load(stored.read_text(encoding="utf-8")) or {})
             before = {name: value for name, value in before.items() if name not in may_change}
             if listed := differences(before, fixed, "the folder"):
                 raise RunError(f"{shown(folder)} holds a run with other parameters:\n  {listed}\n"
@@ -209,7 +211,7 @@ class Run:
     @classmethod
     def of(cls, params: Any) -> Run:
         """Take the folder that a notebook's parameters name; see `open`."""
-        return cls.open(params.run_dir, params.plain(), params.may_change)
+        return cls.open(params.run_dir, params.plain(), params.may_change, params.defaults())
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name

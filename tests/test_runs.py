@@ -154,6 +154,16 @@ def test_a_requeued_job_waits_for_the_lock_of_its_dead_node(tmp_path, monkeypatc
     assert capsys.readouterr().out.count("perhaps on the node that this requeued job had before; waiting") == 2
 
 
+def test_a_run_made_before_a_parameter_existed_has_its_default(tmp_path):
+    Run.open(tmp_path / "run", {"seed": 0}).close()
+    (tmp_path / "run/log.csv").touch()
+    with pytest.raises(RunError, match="clip: the folder has 0, asked for 1"):
+        Run.open(tmp_path / "run", {"seed": 0, "clip": 1}, defaults={"clip": 0})
+    Run.open(tmp_path / "run", {"seed": 0, "clip": 0}, defaults={"clip": 0}).close()
+    with pytest.raises(RunError, match="clip: the folder has 0, asked for 1"):  # written down now
+        Run.open(tmp_path / "run", {"seed": 0, "clip": 1})
+
+
 def test_the_lock_belongs_to_the_process(tmp_path):
     """It holds the folder once, however often it asks, until the last that asked is done."""
     first, second = (Run.open(tmp_path / "run", {"seed": 0}) for _ in range(2))

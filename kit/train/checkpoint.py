@@ -160,11 +160,12 @@ def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def check_same(state: dict[str, Any], params: dict[str, Any], folder: Path) -> None:
-    """Refuse a checkpoint made with other parameters.
+    """Refuse a checkpoint made with other parameters; one made before a parameter existed had its default.
 
     Raises:
         CheckpointError: lists every difference.
     """
-    if listed := differences(state.get("params", {}), params, "the checkpoint"):
+    then = state.get("params", {})
+    if listed := differences(then, {name: value for name, value in params.items() if name in then}, "the checkpoint"):
         raise CheckpointError(f"{shown(folder / 'checkpoints')} were made with other parameters:\n  {listed}\n"
                               "give another output_dir, or delete that folder")
