@@ -23,7 +23,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kit.cohort.identity import participant_ids
+from kit.cohort.identity import participant_ids, site_names
+from kit.cohort.tabular import ages
 from kit.device import device, evaluation, scans_at_a_time
 from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans, load_batches
@@ -48,9 +49,11 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
         rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view,
         among those of all scans, is the right one; by chance 1 / (2 scans - 1)); `probe_LABEL` for each label:
         balanced accuracy, or R² for age; `classes_site` and `classes_dataset`, how many there are, for their chance
-        level.
+        level. Nothing if a feature or an embedding is not finite.
     """
     features, views = embed(objective, scans)
+    if not all(bool(part.isfinite().all()) for part in (features, views) if part is not None):
+        return {}
     measures = {"rank": effective_rank(features)}
     if views is not None:
         first, second = F.normalize(views, dim=-1)
@@ -61,12 +64,17 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
     for name in LABELS:
         if name not in rows:
             continue
-        labels = rows[name] if name == "age" else rows[name].astype("string")  # sites may be number codes
+        labels = ages(rows[name]) if name == "age" else _classes(rows, name)
         if (value := quick_probe(features.numpy(), labels, people)) is not None:
             measures[f"probe_{name}"] = value
             if name in SITES:
                 measures[f"classes_{name}"] = float(labels.nunique())
     return measures
+
+
+def _classes(rows: pd.DataFrame, name: str) -> pd.Series:
+    """A column's cells as names, since sites may be number codes; site 1 of two datasets is two sites."""
+    return (site_names(rows) if name == "site" else rows[name]).astype("string")
 
 
 @torch.no_grad()
@@ -109,14 +117,14 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
     """How well features (scans, width) predict a label, in five folds of participants.
 
     Returns:
-        balanced accuracy of five nearest neighbours, or for a number R² of a ridge regression; None if there are too
-        few participants or only one class.
+        balanced accuracy of five nearest neighbours, or for numbers R² of a ridge regression; None if there are too
+        few participants or only one value.
     """
     known = labels.notna().to_numpy()
     features, labels, participants = features[known], labels[known], participants[known]
     if len(set(participants)) < LEAST or labels.nunique() < 2:
         return None
-    number = pd.api.types.is_numeric_dtype(labels) and labels.nunique() > 5
+    number = pd.api.types.is_numeric_dtype(labels)
     model = RidgeCV(10.0 ** np.arange(-2, 5)) if number else KNeighborsClassifier(5)
     target = labels.to_numpy(float) if number else pd.factorize(labels)[0]
     with warnings.catch_warnings():
