@@ -296,7 +296,7 @@ def test_a_scan_that_cannot_be_read_leaves_the_running_statistics_as_they_were(s
 class BarlowTwins(nn.Module):
     """The two views' features agree and are not redundant (Zbontar et al. 2021, arXiv 2103.03230, eq. 1)."""
 
-    compares, scans_per_item = True, 1
+    compares, scans_per_item, recipe = True, 1, Recipe()
 
     def __init__(self):
         super().__init__()

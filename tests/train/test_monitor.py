@@ -116,7 +116,8 @@ def log(**columns):
     ({"probe_site": [0.2, 0.72], "classes_site": [5, 5]}, "MEMORISING SITE"),
     ({"probe_dataset": [0.5, 0.78], "classes_dataset": [2, 2]}, "LEARNING"),
     ({"probe_dataset": [0.25, 0.78], "classes_dataset": [4, 4]},
-     "MEMORISING SITE: the site can be predicted from the features with 78% balanced accuracy (chance 25%, 25% at first)"),
+     "MEMORISING SITE: the site can be predicted from the features with 78% balanced accuracy (chance 25%, 25% at "
+     "first)"),
     ({"probe_site": [math.nan, math.nan], "classes_site": [math.nan, math.nan], "probe_dataset": [0.25, 0.78],
       "classes_dataset": [4, 4]}, "MEMORISING SITE: the site can be predicted from the features with 78%"),
 ])
