@@ -16,6 +16,7 @@ from kit.augment.recipe import Recipe
 from kit.device import device
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
+from kit.reading import ParameterError
 from kit.runs import ROOT
 from kit.store.dataset import PreparedScans, collate
 from kit.store.sampler import epoch_batches
@@ -188,6 +189,11 @@ def test_layers_near_the_head_learn_faster():
                network.conv1.weight]
     assert [scale[id(weight)] for weight in weights] == [1, 1 / 2, 1 / 16, 1 / 32]
     assert len(scale) == len(list(objective.parameters()))
+
+
+def test_a_decay_from_stage_to_stage_needs_stages():
+    with pytest.raises(ParameterError, match="layer_decay: no stages in the parameters encoder.layers.0.weight, "):
+        build_optimizer(simclr(), replace(SETTINGS, layer_decay=0.5))
 
 
 def trained(store, folder=None, objective=None, **changes):
