@@ -9,7 +9,7 @@ from monai.networks.nets import DenseNet121, resnet18
 from safetensors.torch import save_file
 
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
-from kit.models.encoders import LEAST_OF_PATCH, brain_patches, build_encoder, patch_size, patches
+from kit.models.encoders import LEAST_OF_PATCH, GridError, brain_patches, build_encoder, patch_size, patches
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruct, reconstruction_loss
 from kit.preprocess.template import template_on
@@ -65,7 +65,7 @@ def test_densenet121_is_monais_before_its_class_layer():
     images = torch.randn(2, 1, *DENSE.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(theirs.eval().class_layers.out(ours(images)), theirs(images))
-    with pytest.raises(ValueError, match=r"needs sides of at least 29 voxels, but these are \(12, 18, 24\)"):
+    with pytest.raises(GridError, match=r"needs sides of at least 29 voxels, but these are \(12, 18, 24\)"):
         build_encoder("densenet121", GRID)
 
 
@@ -78,7 +78,7 @@ def test_patches_are_about_16_mm(grid, size):
 
 
 def test_a_side_that_no_such_patch_divides_is_named():
-    with pytest.raises(ValueError, match=r"but 37 voxels of 4 mm have no divisor from 8 to 32 mm"):
+    with pytest.raises(GridError, match=r"but 37 voxels of 4 mm have no divisor from 8 to 32 mm"):
         patch_size(Grid((37, 48, 40), 4.0))
 
 
