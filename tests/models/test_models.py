@@ -12,12 +12,14 @@ from kit.models.encoder_file import EncoderError, load_encoder, read_record, sav
 from kit.models.encoders import LEAST_OF_PATCH, GridError, brain_patches, build_encoder, patch_size, patches
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruct, reconstruction_loss
+from kit.params import ARCHITECTURES
 from kit.preprocess.template import template_on
 from kit.store.grid import PAPER_GRID, Grid
 from tests.conftest import GRID, SHAPE
 
 DENSE = Grid((29, 36, 30), 4.0)  # the least that DenseNet121 takes
 ROOMY = Grid((20, 28, 24), 8.0)  # has background on every side of the brain
+EVERY = [pytest.param(name, marks=pytest.mark.slow) if name == "vit" else name for name in ARCHITECTURES]  # ViT-B
 PREPARATION = {"axes": "zyx", "shape": list(SHAPE), "spacing_mm": 4.0, "origin_mm": [0, 0, 0],
                "intensity": "zscore", "template": "t"}
 
@@ -31,7 +33,7 @@ def test_resnet18_is_monais_to_the_bit():
         assert torch.equal(ours(images), theirs(images))
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet18_narrow", "densenet121", "vit_narrow"])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_encoders_map_scans_to_features(architecture):
     grid = DENSE if architecture == "densenet121" else GRID
     encoder = build_encoder(architecture, grid, seed=3).eval()
@@ -189,7 +191,7 @@ def test_predictor_gives_one_number():
     assert Predictor(build_encoder("resnet18_narrow", GRID), 1, 60, 12)(torch.zeros(3, 1, *SHAPE)).shape == (3, 1)
 
 
-@pytest.mark.parametrize("architecture", ["resnet18_narrow", "densenet121", "vit_narrow"])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_encoder_file_round_trip_and_misfit(tmp_path, architecture):
     grid = DENSE if architecture == "densenet121" else GRID
     encoder, preparation = build_encoder(architecture, grid, seed=1), {**PREPARATION, "shape": list(grid.shape)}
