@@ -182,6 +182,12 @@ def test_brainiacs_first_token_is_not_taken_for_a_mean():
         FeatureReader(encoder, "mean")
 
 
+def test_an_unknown_networks_output_is_not_taken_for_a_mean():
+    assert FeatureReader(torch.nn.Flatten()).plain
+    with pytest.raises(FeatureError, match="pool: mean is not known to be what Flatten gives"):
+        FeatureReader(torch.nn.Flatten(), "mean")
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held, kept = np.random.default_rng(0), [], []
     for _ in range(400):

@@ -22,6 +22,11 @@ CARD = {"jupyterlab", "torch", "monai", "nibabel", "nilearn", "matplotlib", "ipy
         "nbval"}
 
 
+def plainly(name):
+    """A package's name as indexes compare it: fill_voids and fill-voids are one."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def test_the_lock_pins_every_dependency_within_its_range():
     requirement = pytest.importorskip("packaging.requirements").Requirement
     assert set(NAMED) >= CARD
@@ -56,6 +61,17 @@ def test_the_lock_is_what_is_installed():
                  for dist in metadata.distributions(path=places) if dist.metadata["Name"]}
     differ = {name: (version, installed.get(name)) for name, version in LOCK.items() if installed.get(name) != version}
     assert not differ, "run `make clean setup`: the tests must run on what the lock pins"
+
+
+def test_the_lock_holds_what_its_packages_need():
+    """Without setuptools, which `pip freeze` leaves out, and what torch needs, which differs between its builds."""
+    requirement = pytest.importorskip("packaging.requirements").Requirement
+    locked, missing = {plainly(name) for name in LOCK}, {}
+    for name in sorted(set(LOCK) - {"torch"}):
+        needs = map(requirement, metadata.requires(name) or [])
+        here = {plainly(need.name) for need in needs if not need.marker or need.marker.evaluate({"extra": ""})}
+        missing |= {need: name for need in here - locked - {"setuptools"}}
+    assert not missing, "add these to requirements.lock, each needed by the package beside it"
 
 
 def test_conda_takes_the_same_list():

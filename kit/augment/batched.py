@@ -78,7 +78,7 @@ def fill(values: torch.Tensor, inside: torch.Tensor, draws: Sequence[Draw], reci
 
 
 def normal(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Return standard normal numbers, (batch, *shape) float32: Philox4x32-10 and Box-Muller, keyed by a seed a scan.
+    """Return standard normal numbers, (batch, *shape) float32: Philox4x32-10 and Box-Muller, one seed per scan.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". torch's own generator would need a call
     for each seed.
@@ -117,7 +117,10 @@ def _any(draws: Sequence[Draw], name: str) -> bool:
 def _grid(maps: Sequence[np.ndarray], shape: tuple[int, ...], kind: torch.dtype, device: torch.device,
           bent: Sequence[np.ndarray | None] = (), apart: float = 1.0,
           boxes: Sequence[np.ndarray | None] = ()) -> torch.Tensor:
-    """Locate the views' voxels in the scans: (batch, depth, height, width, 3), from -1 to 1, (x, y, z) last."""
+    """Locate the views' voxels in the scans: (batch, depth, height, width, 3), from -1 to 1, (x, y, z) last.
+
+    `bent` (displacements), `apart` and `boxes` are in voxels (z, y, x), as `bend` and `cropped_box` return them.
+    """
     back, side = np.stack(maps)[:, ::-1], np.asarray(shape, float)  # (batch, 3 of x y z, 4 of z y x 1)
     axes = [upload(back[:, None, :, axis] * ((2 * np.arange(count) + 1) / count - 1)[None, :, None]
                    + (back[:, None, :, 3] if axis == 0 else 0), device, kind) for axis, count in enumerate(shape)]

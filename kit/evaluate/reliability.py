@@ -72,7 +72,7 @@ def variance_components(values: np.ndarray, people: Each, sites: Each) -> Compon
             person effects cannot be separated, and the variance of sites is 0.
 
     Returns:
-        the components; nan if there are no more scans than unknowns.
+        the components; nan unless there are more scans than unknowns.
     """
     values = values.astype(float) - values.mean(0)
     person, site = (pd.factorize(np.asarray(names))[0] for names in (people, sites))

@@ -14,14 +14,14 @@ from monai.networks.nets import DenseNet121, MaskedAutoEncoderViT, ResNet
 from torch import nn
 
 from kit.device import at_least_float32
+from kit.errors import KitError
 from kit.models.convolution import with_right_gradients
 from kit.models.encoder import Encoder
 from kit.models.pooling import AveragePool, MaxPool
 from kit.models.third_party_networks import THIRD_PARTY, build_third_party
 from kit.preprocess.template import template_on
-from kit.store.grid import Grid
+from kit.store.grid import Grid, Shape
 
-Shape = tuple[int, int, int]
 Values = TypeVar("Values", torch.Tensor, np.ndarray)
 PATCH_MM = 16.0  # target side of a ViT's patch: 16 voxels of 1 mm, like the 16 pixels of He et al.
 DENSENET_LEAST = 29  # voxels of the shortest side
@@ -29,6 +29,10 @@ LEAST_OF_PATCH = 0.05  # a patch with at least this share of brain voxels counts
 RESNETS = ("resnet18", "resnet18_narrow")
 # hidden width, layers, heads, decoder width, decoder layers; `vit` is ViT-B, its decoder of MONAI's default size
 VIT_SIZES = {"vit": (768, 12, 12, 384, 4), "vit_narrow": (96, 4, 4, 96, 1)}
+
+
+class GridError(KitError, ValueError):
+    """An architecture cannot read scans of this grid; the message says why."""
 
 
 class ResNetEncoder(Encoder):
@@ -60,14 +64,14 @@ class DenseNetEncoder(Encoder):
     """MONAI's 3D DenseNet121 (Huang et al. 2017) before its class layer; `network` keeps MONAI's parameter names.
 
     Raises:
-        ValueError: a side is too short to be halved five times.
+        GridError: a side is too short to be halved five times.
     """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         if min(shape) < DENSENET_LEAST:
-            raise ValueError(f"densenet121 needs sides of at least {DENSENET_LEAST} voxels, but these are {shape}; use "
-                             "resnet18_narrow, or prepare the scans on a finer grid")
+            raise GridError(f"densenet121 needs sides of at least {DENSENET_LEAST} voxels, but these are {shape}; use "
+                            "resnet18_narrow, or prepare the scans on a finer grid")
         self.network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1)
         self.features = cast(nn.Linear, self.network.class_layers.out).in_features
         self.network.class_layers.pool = AveragePool(1)
@@ -127,7 +131,7 @@ def patch_size(grid: Grid) -> Shape:
     Gives 4, 4, 4 for 36x48x40 voxels of 4 mm, and 15, 16, 16 for 150x192x192 of 1 mm, as 16 does not divide 150.
 
     Raises:
-        ValueError: a side has no divisor in that range.
+        GridError: a side has no divisor in that range.
     """
     def off(number: int) -> float:
         return abs(math.log(number * grid.spacing_mm / PATCH_MM))
@@ -135,9 +139,9 @@ def patch_size(grid: Grid) -> Shape:
     def nearest(side: int) -> int:
         divisors = [number for number in range(1, side + 1) if side % number == 0 and off(number) <= math.log(2) + 1e-9]
         if not divisors:
-            raise ValueError(f"shape {grid.shape}: a ViT cuts it into patches of about {PATCH_MM:g} mm, but {side} "
-                             f"voxels of {grid.spacing_mm:g} mm have no divisor from {PATCH_MM / 2:g} to "
-                             f"{PATCH_MM * 2:g} mm; prepare the scans on a grid whose sides do")
+            raise GridError(f"shape {grid.shape}: a ViT cuts it into patches of about {PATCH_MM:g} mm, but {side} "
+                            f"voxels of {grid.spacing_mm:g} mm have no divisor from {PATCH_MM / 2:g} to "
+                            f"{PATCH_MM * 2:g} mm; prepare the scans on a grid whose sides do")
         return min(divisors, key=lambda number: (off(number), number))
 
     depth, height, width = grid.shape
@@ -157,12 +161,12 @@ def brain_patches(grid: Grid) -> np.ndarray:
     scans the same tokens: a batch needs no padding, and a scan's features do not depend on the rest of its batch.
 
     Raises:
-        ValueError: there are fewer than two, because the grid misses the brain.
+        GridError: there are fewer than two, because the grid misses the brain.
     """
     brain = patches(template_on(grid)[1][None, None], patch_size(grid))[0]
     indices = np.flatnonzero(brain.mean(-1) >= LEAST_OF_PATCH)
     if len(indices) < 2:
-        raise ValueError(f"{grid}: the template's brain fills {len(indices)} patches; a ViT needs two")
+        raise GridError(f"{grid}: the template's brain fills {len(indices)} patches; a ViT needs two")
     return indices
 
 
@@ -175,7 +179,8 @@ def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> Encoder:
         seed: of the weights; the caller's random state is left unchanged.
 
     Raises:
-        ValueError: unknown architecture, or one that cannot read scans of this grid.
+        ValueError: unknown architecture.
+        GridError: it cannot read scans of this grid.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI 1.6 omits `indexing`, which torch will require

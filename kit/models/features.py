@@ -15,9 +15,10 @@ from torch import nn
 from kit.device import at_least_float32
 from kit.errors import KitError
 from kit.models.encoders import DenseNetEncoder, ResNetEncoder, ViTEncoder
-from kit.models.third_party_networks import BrainIACViT
+from kit.models.third_party_networks import BrainIACResNet, BrainIACViT, MedicalNet
 
 Pool = Literal["default", "mean", "class"]
+GIVE_MEANS = (ResNetEncoder, DenseNetEncoder, ViTEncoder, BrainIACResNet, MedicalNet)  # their output is a mean
 
 
 class FeatureError(KitError, ValueError):
@@ -59,6 +60,9 @@ class FeatureReader(nn.Module):
         if pool == "mean" and isinstance(encoder, BrainIACViT):
             raise FeatureError("pool: mean is not what BrainIAC's ViT gives, whose features are its first token; give "
                                "default")
+        if pool == "mean" and not isinstance(encoder, GIVE_MEANS):
+            raise FeatureError(f"pool: mean is not known to be what {type(encoder).__name__} gives; give default, or "
+                               "add the class to GIVE_MEANS in kit/models/features.py")
         if wrong := [number for number in stages if not 1 <= number <= len(there)]:
             raise FeatureError(f"stages: got {wrong}; {type(encoder).__name__} has "
                                + (f"stages 1 to {len(there)}" if there else "none that the kit knows"))

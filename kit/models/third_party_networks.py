@@ -19,9 +19,7 @@ from torch.nn import functional as F
 from kit.device import at_least_float32
 from kit.models.encoder import Encoder
 from kit.models.pooling import AveragePool
-from kit.store.grid import Grid
-
-Shape = tuple[int, int, int]
+from kit.store.grid import Grid, Shape
 
 DEPTHS = tuple(int(name.removeprefix("resnet")) for name in resnet_params)  # 10 to 200
 THIRD_PARTY = ("brainiac", "brainiac_resnet50", *(f"medicalnet_resnet{depth}" for depth in DEPTHS))

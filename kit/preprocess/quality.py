@@ -165,7 +165,7 @@ def largest_piece(mask: np.ndarray) -> float:
 
 
 def grey_levels(values: np.ndarray) -> int:
-    """Return the number of distinct values, in an evenly spaced sample (100,000 to 200,000) if there are more."""
+    """Return the number of distinct values; of 200,000 values or more, that of an evenly spaced sample."""
     return len(np.unique(values[:: max(1, len(values) // 100_000)]))
 
 
@@ -223,7 +223,8 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
         for row, (value, distance) in enumerate(zip(index[name], far[name], strict=True)):
             beyond = value < low or value > high or np.isnan(value)
             if beyond or abs(distance) > DEVIATIONS:
-                below = value < low or (not value > high and distance < 0)
+                # what is not a number is beyond the lower limit, if there is one
+                below = value < low or (not value > high and distance < 0) or (np.isnan(value) and low > -np.inf)
                 flags[row].append(f"{name} {'low' if below else 'high'}")
             if beyond and name in UNUSABLE:
                 unusable[row].append(name)

@@ -43,8 +43,9 @@ FOLLOWED = {COARSE_MM: 4, MIDDLE_MM: 1, FINE_MM: 1}
 UPRIGHT = 0.45
 
 Affine = TypeVar("Affine", sitk.Similarity3DTransform, sitk.AffineTransform)
+Starts = list[tuple[sitk.Similarity3DTransform, float]]  # each with minus its mutual information
 
-LEFT = "the search left the brain: too little overlap with the template; look at the scan and its mask"
+SEARCH_LEFT_BRAIN = "the search left the brain: too little overlap with the template; look at the scan and its mask"
 
 
 class RegistrationError(KitError, RuntimeError):
@@ -114,7 +115,7 @@ def find_transforms(array: np.ndarray, affine: np.ndarray, mask: np.ndarray,
             for size in (MIDDLE_MM, FINE_MM):
                 _search(scan, size, freed, step_mm=0.2)
         except RuntimeError as error:  # SimpleITK's message is a page of C++
-            raise RegistrationError(LEFT) from error
+            raise RegistrationError(SEARCH_LEFT_BRAIN) from error
     return Transforms(rigid_part(_matrix(similarity)), _matrix(freed))
 
 
@@ -277,15 +278,18 @@ def _similarity(scan: _Scan, rotation: np.ndarray) -> sitk.Similarity3DTransform
 
 
 def _best_similarity(scan: _Scan, followed: Mapping[float, int]) -> sitk.Similarity3DTransform:
-    """Return the best similarity transform at 2 mm, searched from the most promising starts."""
+    """Return the best similarity transform at 2 mm, searched from the most promising starts.
+
+    Raises:
+        RegistrationError: all of them leave the scan.
+    """
     starts = _climbed(scan, followed[COARSE_MM])
     for size, step_mm in ((MIDDLE_MM, 4.0), (FINE_MM, 0.5)):
-        best = sorted(starts, key=lambda start: start[1])[:followed[size]]
-        starts = [_search(scan, size, start, step_mm) for start, _ in best]
+        starts = _searched(scan, size, sorted(starts, key=lambda start: start[1]), followed[size], step_mm)
     return min(starts, key=lambda start: start[1])[0]
 
 
-def _climbed(scan: _Scan, followed: int) -> list[tuple[sitk.Similarity3DTransform, float]]:
+def _climbed(scan: _Scan, followed: int) -> Starts:
     """Search at 8 mm from the most promising of 27 starts, and drop those that leave the scan.
 
     Raises:
@@ -293,15 +297,26 @@ def _climbed(scan: _Scan, followed: int) -> list[tuple[sitk.Similarity3DTransfor
     """
     turns = [euler2mat(*np.deg2rad(angles)) for angles in product(START_ROTATIONS_DEG, repeat=3)]
     starts = [(start, _value(scan, start)) for start in (_similarity(scan, turn) for turn in turns)]
-    climbed = []
-    for start, _ in sorted(starts, key=lambda start: start[1])[:followed]:
+    return _searched(scan, COARSE_MM, sorted(starts, key=lambda start: start[1])[:followed], followed, step_mm=8.0)
+
+
+def _searched(scan: _Scan, size: float, starts: Starts, most: int, step_mm: float) -> Starts:
+    """Search at one level from the first of these starts, best first, until `most` have stayed in the scan.
+
+    Raises:
+        RegistrationError: all of them leave it.
+    """
+    found: Starts = []
+    for start, _ in starts:
         try:
-            climbed.append(_search(scan, COARSE_MM, start, step_mm=8.0))
+            found.append(_search(scan, size, start, step_mm))
         except RuntimeError:
             continue
-    if not climbed:
-        raise RegistrationError(LEFT)
-    return climbed
+        if len(found) == most:
+            break
+    if not found:
+        raise RegistrationError(SEARCH_LEFT_BRAIN)
+    return found
 
 
 def _search(scan: _Scan, size: float, start: Affine, step_mm: float) -> tuple[Affine, float]:

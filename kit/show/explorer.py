@@ -146,7 +146,7 @@ def explorer(
             if request == now["request"]:
                 show(pair)
                 add_facts(request, chosen)
-        except Exception as error:  # the same
+        except Exception as error:  # as in add_facts: an error in a thread would go unseen
             if request == now["request"]:
                 words.value = _wrong(error)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel.affines import from_matvec
 
+Shape = tuple[int, int, int]  # voxels along (z, y, x)
+
 # Centre, as (x, y, z), of the box of Kaczmarek et al. 2025: z -68..81, y -113..78, x -95..96 mm.
 PAPER_CENTRE_MM = (0.5, -17.5, 6.5)
 
@@ -26,7 +28,7 @@ class Grid:
         ValueError: a side is not a positive whole number, or the spacing is not a positive number.
     """
 
-    shape: tuple[int, int, int]
+    shape: Shape
     spacing_mm: float
 
     def __post_init__(self) -> None:

@@ -120,7 +120,7 @@ def batches_between(count: int, batch_size: int, seed: int, first: int, batches:
     """Return `batches` batches of an endless sequence of passes, starting at number `first`; see `all_batches`."""
     a_pass = len(all_batches(count, batch_size, seed, 0))
     numbers = [divmod(number, a_pass) for number in range(first, first + batches)]
-    passes = {epoch: all_batches(count, batch_size, seed, epoch) for epoch, _ in numbers}
+    passes = {epoch: all_batches(count, batch_size, seed, epoch) for epoch in {epoch for epoch, _ in numbers}}
     return [passes[epoch][number] for epoch, number in numbers]
 
 

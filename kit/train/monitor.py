@@ -23,7 +23,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kit.cohort.identity import participant_ids
+from kit.cohort.identity import participant_ids, site_names
+from kit.cohort.tabular import ages
 from kit.device import device, evaluation, scans_at_a_time
 from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans, load_batches
@@ -46,11 +47,13 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
 
     Returns:
         rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view,
-        among those of all scans, is the right one; by chance 1 / (2 scans - 1)); `probe_LABEL` for each label:
-        balanced accuracy, or R² for age; `classes_site` and `classes_dataset`, how many there are, for their chance
-        level.
+        among those of all scans, is the right one, which the log calls top1 for a batch; by chance
+        1 / (2 scans - 1)); `probe_LABEL` for each label: balanced accuracy, or R² for age; `classes_site` and
+        `classes_dataset`, how many there are, for their chance level. Empty if a feature or embedding is not finite.
     """
     features, views = embed(objective, scans)
+    if not all(bool(part.isfinite().all()) for part in (features, views) if part is not None):
+        return {}
     measures = {"rank": effective_rank(features)}
     if views is not None:
         first, second = F.normalize(views, dim=-1)
@@ -61,12 +64,17 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
     for name in LABELS:
         if name not in rows:
             continue
-        labels = rows[name] if name == "age" else rows[name].astype("string")  # sites may be number codes
+        labels = ages(rows[name]) if name == "age" else _classes(rows, name)
         if (value := quick_probe(features.numpy(), labels, people)) is not None:
             measures[f"probe_{name}"] = value
             if name in SITES:
                 measures[f"classes_{name}"] = float(labels.nunique())
     return measures
+
+
+def _classes(rows: pd.DataFrame, name: str) -> pd.Series:
+    """A column's cells as names, since sites may be number codes; site 1 of two datasets is two sites."""
+    return (site_names(rows) if name == "site" else rows[name]).astype("string")
 
 
 @torch.no_grad()
@@ -109,14 +117,14 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
     """How well features (scans, width) predict a label, in five folds of participants.
 
     Returns:
-        balanced accuracy of five nearest neighbours, or for a number R² of a ridge regression; None if there are too
-        few participants or only one class.
+        balanced accuracy of five nearest neighbours, or for numbers R² of a ridge regression; None if there are too
+        few participants or only one value.
     """
     known = labels.notna().to_numpy()
     features, labels, participants = features[known], labels[known], participants[known]
     if len(set(participants)) < LEAST or labels.nunique() < 2:
         return None
-    number = pd.api.types.is_numeric_dtype(labels) and labels.nunique() > 5
+    number = pd.api.types.is_numeric_dtype(labels)
     model = RidgeCV(10.0 ** np.arange(-2, 5)) if number else KNeighborsClassifier(5)
     target = labels.to_numpy(float) if number else pd.factorize(labels)[0]
     with warnings.catch_warnings():
@@ -198,8 +206,8 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     seen = log.dropna(subset=["rank"]) if "rank" in log else log.iloc[:0]
     last, fell = log.iloc[-1], (log["loss"].iloc[0] - log["loss"].iloc[-1]) / abs(log["loss"].iloc[0])
     now, start = (seen.iloc[-1], seen.iloc[0]) if len(seen) else ({}, {})
-    lost = "top1" not in last or last["top1"] < min(2 * chance, chance + 0.1)
-    if lost and "std" in now and (now["std"] < 0.1 or now["uniformity"] > -0.05):
+    few_found = "top1" not in last or last["top1"] < min(2 * chance, chance + 0.1)
+    if few_found and "std" in now and (now["std"] < 0.1 or now["uniformity"] > -0.05):
         return (f"COLLAPSED: all scans get nearly the same embedding (std {now['std']:.2f} of 1, uniformity "
                 f"{now['uniformity']:.2f}); lower learning_rate, warm up longer, or take a larger batch")
     if "rank" in now and now["rank"] < min(1.5, 0.5 * start["rank"]):
@@ -208,7 +216,7 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     if fell < 0.01:
         return (f"NOT LEARNING: the loss went from {log['loss'].iloc[0]:.3f} to {last['loss']:.3f}, less than 1 % "
                 "down; look at learning_rate, temperature and the views")
-    if "top1" in last and lost:
+    if "top1" in last and few_found:
         return (f"NOT LEARNING: {last['top1']:.1%} of the views find their partner, by chance {chance:.1%} would; "
                 "look at learning_rate, temperature and the views")
     if "mean_scan_loss" in log and (words := _no_better_than_the_mean(log)):
@@ -218,9 +226,9 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     if label and sites > 1:
         skill = {name: (row[site] - 1 / sites) / (1 - 1 / sites) for name, row in (("now", now), ("start", start))}
         if skill["now"] > 0.6 and skill["now"] > skill["start"] + 0.1:
-            return (f"MEMORISING SITE: the site can be predicted from the features in {now[site]:.0%} of cases (chance "
-                    f"{1 / sites:.0%}, {start[site]:.0%} at first): the encoder learns the scanner; use stronger "
-                    "intensity augmentation, or check the preparation")
+            return (f"MEMORISING SITE: the site can be predicted from the features with {now[site]:.0%} balanced "
+                    f"accuracy (chance {1 / sites:.0%}, {start[site]:.0%} at first): the encoder learns the scanner; "
+                    "use stronger intensity augmentation, or check the preparation")
     if validation_scans >= LEAST and (words := _overfitting(log, validation_scans)):
         return words
     words = f"LEARNING: the loss fell by {fell:.0%}"

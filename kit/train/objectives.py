@@ -28,16 +28,20 @@ Report = dict[str, torch.Tensor]  # scalars: `loss`, and whatever else is worth 
 
 
 class Objective(Protocol):
-    """What the loop, its chunks, validation and the monitor need from an objective, in addition to `nn.Module`.
+    """What the loop, its chunks, validation, the monitor and `kit.train.pretrain` need from an objective.
+
+    `kit.train.plan` also needs to run it on made-up scans: by a `head` on the encoder's features, or a branch there.
 
     Attributes:
         compares: whether the loss compares the scans of a batch with each other. If so, a batch in chunks is embedded
             chunk by chunk, then all embeddings are compared; if not, the loss is a mean over scans.
         scans_per_item: scans of a batch that form one item: 2 if the views come from two sessions.
+        recipe: of the views, which a checkpoint and the encoder's record keep; without views `Recipe()`.
     """
 
     compares: bool
     scans_per_item: int
+    recipe: Recipe
 
     @property
     def encoder(self) -> Encoder:
@@ -45,7 +49,10 @@ class Objective(Protocol):
 
     @property
     def compare(self) -> Any:
-        """A method: report on the two views' embeddings (items, width); used only if it `compares`."""
+        """A method: report on the two views' embeddings (items, width); used only if it `compares`.
+
+        It computes in float32 outside autocast, and while training over all processes: see `kit.train.loss.nt_xent`.
+        """
 
     def __call__(self, batch: Batch, epoch: int, /, **options: bool) -> Any:
         """Report on a batch; an objective that `compares` also takes `embed=True`, which asks for the embeddings
@@ -66,6 +73,7 @@ class SimCLR(nn.Module):
     """Make two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020)."""
 
     encoder: Encoder
+    compares = True
 
     def __init__(self, encoder: Encoder, recipe: Recipe, *, projection: list[int], temperature: float, seed: int,
                  spacing_mm: float, paired: bool = False, zscored: bool = True) -> None:
@@ -74,7 +82,7 @@ class SimCLR(nn.Module):
         self.head = projection_head(encoder.features, projection)
         self.recipe, self.temperature, self.seed, self.spacing_mm = recipe, temperature, seed, spacing_mm
         self.zscored = zscored  # intensity scale of the scans, which their views keep; see `make_views`
-        self.compares, self.scans_per_item = True, 2 if paired else 1  # paired: training scans come in pairs
+        self.scans_per_item = 2 if paired else 1  # paired: training scans come in pairs
 
     def forward(self, batch: Batch, epoch: int, embed: bool = False) -> Report | torch.Tensor:
         """Loss and the share of views that find their partner, see `compare`; with `embed`, only the embeddings.
@@ -108,13 +116,14 @@ class MaskedReconstruction(nn.Module):
     A recipe, if given, augments the training scans first; validation scans stay as they are.
     """
 
+    compares, scans_per_item = False, 1
+
     def __init__(self, encoder: ViTEncoder, mask_ratio: float, *, seed: int, normalise: bool = True,
                  recipe: Recipe | None = None, spacing_mm: float = 1.0, zscored: bool = True) -> None:
         super().__init__()
         self.autoencoder = MaskedAutoencoder(encoder)
         self.mask_ratio, self.seed, self.normalise = mask_ratio, seed, normalise
         self.recipe, self.spacing_mm, self.zscored = recipe or Recipe(), spacing_mm, zscored
-        self.compares, self.scans_per_item = False, 1
 
     @property
     def encoder(self) -> ViTEncoder:
@@ -151,10 +160,11 @@ class MaskedReconstruction(nn.Module):
 class Supervised(nn.Module):
     """Predict a label: cross-entropy for classes, squared error for a standardised number."""
 
+    compares, scans_per_item = False, 1
+
     def __init__(self, predictor: Predictor, kind: str, *, flip: bool, seed: int, zscored: bool = True) -> None:
         super().__init__()
         self.predictor = predictor
-        self.compares, self.scans_per_item = False, 1
         self.kind, self.seed, self.zscored = kind, seed, zscored
         self.recipe = Recipe(flip=Flip(probability=0.5, axes=("x",))) if flip else Recipe()
 

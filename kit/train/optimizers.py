@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kit.reading import ParameterError
+
 
 class Lars(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al. 2017, arXiv 1708.03888) with momentum, as SimCLR uses them.
@@ -49,6 +51,9 @@ def build_optimizer(objective: nn.Module, settings: Any) -> torch.optim.Optimize
     Args:
         objective: module to train.
         settings: `kit.train.loop.Settings`.
+
+    Raises:
+        ParameterError: `layer_decay`, of a network whose stages `depths_of` does not find.
     """
     weights = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
     scales = dict.fromkeys(weights, 1.0)
@@ -78,10 +83,16 @@ def depths_of(names: list[str]) -> dict[str, int]:
 
     Args:
         names: of the parameters, in the network's order.
+
+    Raises:
+        ParameterError: no name tells a stage.
     """
     found = {name: int(match[1]) for name in names if (match := STAGE.search(name))}
+    if not found:
+        raise ParameterError(f"layer_decay: no stages in the parameters {', '.join(names[:3])}, ...: set it to 1, or "
+                             "add what the network calls its stages to STAGE in kit/train/optimizers.py")
     order = {number: depth for depth, number in enumerate(sorted(set(found.values())), 1)}
-    first = names.index(next(iter(found))) if found else 0
+    first = names.index(next(iter(found)))
     return {name: order[found[name]] if name in found else (len(order) + 1) * (place > first)
             for place, name in enumerate(names)}
 

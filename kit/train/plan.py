@@ -19,7 +19,7 @@ from kit.params import Pretrain
 from kit.store.dataset import Batch
 from kit.store.store import Store
 from kit.train.objectives import VALIDATION_EPOCH, MaskedReconstruction
-from kit.train.pretrain import Pretext, batches_for, build_objective, choose_scans
+from kit.train.pretrain import OBJECTIVES, Pretext, batches_for, build_objective, choose_scans
 
 # operations per second of resnet18 on an H200 at the paper's grid (docs/cluster.md), for where there is no CUDA device
 SUSTAINED = {"fp32": 58e12, "bf16": 96e12}
@@ -31,7 +31,8 @@ class Need(NamedTuple):
 
     parameters: int  # trainable
     operations: float  # multiplications and additions per scan, forward and backward, counted
-    fixed_bytes: float  # float32 weights, average, gradients, optimiser's state; with bf16 also a copy of the weights
+    # float32 weights, their moving average, gradients, optimiser's state; with bf16 also a copy of the weights
+    fixed_bytes: float
     scan_bytes: float  # activations that a scan keeps for the backward pass, counted in the run's precision
 
     def memory(self, scans: int) -> float:
@@ -128,29 +129,32 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
         params: of the run; with `epochs: 0` the plan is for 1000 epochs.
 
     Returns:
-        one row per number of devices: devices, scans_at_a_time (with session pairs: pairs), memory_gb, hours,
-        gpu_hours, scans_per_second (that the store must deliver); and a summary in words.
+        one row per number of devices: devices, scans_at_a_time and memory_gb of each device (with session pairs: pairs
+        at a time), hours, gpu_hours, scans_per_second (that the store must deliver); and a summary in words.
     """
     store = Store.open(params.prepared)
     learned = choose_scans(params, store)[0]
     epochs, wanted = params.epochs or 1000, need(params, store)
-    shares = [max(params.batch_size // devices, 1) for devices in DEVICES]
-    at_a_time = [min(params.chunk or share, share) for share in shares]
-    each, source = seconds_per_item(params, store, wanted, max(at_a_time[-1], 2))
     batches = batches_for(params, learned)(0)
+    sizes = [len(batch) // (2 if params.session_pairs else 1) for batch in batches]
+    size = max(sizes)  # a small cohort does not fill `batch_size`
+    shares = [max(size // devices, 1) for devices in DEVICES]
+    at_a_time = [min(params.chunk or share, share) for share in shares]
+    per_item, source = seconds_per_item(params, store, wanted, max(at_a_time[-1], 2))
     read = sum(map(len, batches)) * epochs
     scans = read / 2 if params.session_pairs else read  # each of a pair's two sessions gives one view
     rows: list[dict[str, Any]] = []
-    for devices, share, some in zip(DEVICES, shares, at_a_time, strict=True):
-        twice = some < share and params.objective == "simclr"  # chunks are read and run forward twice
-        seconds = scans * each * (4 / 3 if twice else 1) / devices
-        rows.append({"devices": devices, "scans_at_a_time": some, "memory_gb": wanted.memory(some) / 1e9,
+    for devices, share, together in zip(DEVICES, shares, at_a_time, strict=True):
+        twice = together < share and OBJECTIVES[params.objective].compares  # chunks are read and run forward twice
+        seconds = scans * per_item * (4 / 3 if twice else 1) / devices
+        rows.append({"devices": devices, "scans_at_a_time": together, "memory_gb": wanted.memory(together) / 1e9,
                      "hours": seconds / 3600, "gpu_hours": seconds / 3600 * devices,
                      "scans_per_second": read * (2 if twice else 1) / seconds})
     words = (f"{wanted.parameters / 1e6:.1f} million parameters; {wanted.operations / 1e12:.3g} Tflop a scan forward "
              f"and backward at {'x'.join(map(str, store.grid.shape))}\n"
              f"memory: {wanted.fixed_bytes / 1e9:.2f} GB for weights and optimiser, {wanted.scan_bytes / 1e9:.2f} GB a "
              f"scan at a time (counted in {params.precision}, without cuDNN's work space)\n"
-             f"plan: {epochs} epochs of {len(batches)} batches of {params.batch_size} scans; times {source}; loading, "
-             "the optimiser's step and the exchange of gradients come on top")
+             f"plan: {epochs} epochs of {len(batches)} batches of {'up to ' * (min(sizes) < size)}{size} "
+             f"{'pairs' if params.session_pairs else 'scans'}; times {source}; loading, the "
+             " optimiser's step and the exchange of gradients come on top")
     return pd.DataFrame(rows), words

@@ -53,6 +53,7 @@ from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
 DAMAGED = "damaged.csv"  # scans that cannot be read
 Pretext = SimCLR | MaskedReconstruction  # the objectives of this step
+OBJECTIVES: dict[str, type[Pretext]] = {"simclr": SimCLR, "mae": MaskedReconstruction}
 
 
 def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
@@ -284,25 +285,32 @@ def check_start(params: Pretrain) -> None:
 
 
 def build_objective(params: Pretrain, store: Store) -> Pretext:
-    """Build the objective, with random weights drawn from the seed."""
+    """Build the objective, with random weights drawn from the seed.
+
+    Raises:
+        ValueError: the objective has no branch here.
+    """
     encoder = build_encoder(params.architecture, store.grid, params.seed)
     if params.objective == "mae":
         return MaskedReconstruction(
             cast(ViTEncoder, encoder), params.mask_ratio, seed=params.seed, normalise=params.normalise_patches,
             recipe=read_recipe(recipe_of(params)), spacing_mm=store.grid.spacing_mm, zscored=store.zscored)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(params.seed)
-        return SimCLR(encoder, read_recipe(recipe_of(params)), projection=params.projection,
-                      temperature=params.temperature, seed=params.seed, spacing_mm=store.grid.spacing_mm,
-                      paired=params.session_pairs, zscored=store.zscored)
+    if params.objective == "simclr":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(params.seed)
+            return SimCLR(encoder, read_recipe(recipe_of(params)), projection=params.projection,
+                          temperature=params.temperature, seed=params.seed, spacing_mm=store.grid.spacing_mm,
+                          paired=params.session_pairs, zscored=store.zscored)
+    raise ValueError(f"no objective {params.objective!r}; there are {', '.join(OBJECTIVES)}")
 
 
 def compared_rows(params: Pretrain, validation: pd.DataFrame) -> pd.DataFrame:
-    """Validation rows that the loss and the monitor look at: for SimCLR, each participant's first; for an MAE, all.
+    """Validation rows that the loss and the monitor look at: each participant's first if it compares scans, else all.
 
     Two sessions of one person must not be negatives of each other; training batches see to that, too.
     """
-    return validation[~participant_ids(validation).duplicated()] if params.objective == "simclr" else validation
+    first = ~participant_ids(validation).duplicated()
+    return validation[first] if OBJECTIVES[params.objective].compares else validation
 
 
 def batches_for(params: Pretrain, learned: pd.DataFrame) -> Callable[[int], list[list[int]]]:
@@ -414,13 +422,14 @@ def train(params: Pretrain, folder: Path) -> None:
             print("CHANGED WHILE IT WAS TRAINED: " + "; ".join(lines))
             made.record["changed"] = lines
         record = record_of(params, store, objective, made, folder)
-        save_reference(folder, _seen(objective, store, learned, validation))
+        save_reference(folder, _seen(params, objective, store, learned, validation))
         save_encoder(folder / "encoder.safetensors", objective.encoder, record)
 
 
-def _seen(objective: Pretext, store: Store, learned: pd.DataFrame, validation: pd.DataFrame) -> Reference:
+def _seen(params: Pretrain, objective: Pretext, store: Store, learned: pd.DataFrame,
+          validation: pd.DataFrame) -> Reference:
     """Fit the encoder's reference features; of many training scans a subset, drawn by the seed."""
-    drawn = rng_for(objective.seed).permutation(len(learned))[:SCANS]
+    drawn = rng_for(params.seed).permutation(len(learned))[:SCANS]
     features = embed(objective, PreparedScans(store, learned.iloc[drawn]), views=False)[0].numpy()
     held_out = embed(objective, PreparedScans(store, validation), views=False)[0].numpy() if len(validation) else None
     return fit_reference(features, features[:0] if held_out is None else held_out)

@@ -45,6 +45,17 @@ def test_zero_strength_is_the_identity(name, key):
         assert torch.equal(views, wanted) and torch.equal(moved, masks)
 
 
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "shift"])  # the z-score undoes any shift
+def test_what_is_drawn_is_applied(name):
+    images = torch.randn(1, 1, 10, 14, 12, generator=torch.Generator().manual_seed(1))  # ghosts need many lines
+    masks = images > -1
+    without = alone("noise") if name == "scale" else Recipe()  # the z-score undoes a scale, unless there is noise
+    with_it = without.model_copy(update={name: getattr(alone(name), name)})
+    (changed, _, drawn), (plain, _, bare) = (make_views(images * masks, masks, [1], recipe, **KEY, spacing_mm=4.0)
+                                             for recipe in (with_it, without))
+    assert drawn != bare and not torch.allclose(changed, plain, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_odd_inputs(name):
     recipe = RECIPES[name]

@@ -9,15 +9,17 @@ from monai.networks.nets import DenseNet121, resnet18
 from safetensors.torch import save_file
 
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
-from kit.models.encoders import LEAST_OF_PATCH, brain_patches, build_encoder, patch_size, patches
+from kit.models.encoders import LEAST_OF_PATCH, GridError, brain_patches, build_encoder, patch_size, patches
 from kit.models.heads import Predictor, projection_head
 from kit.models.mae import MaskedAutoencoder, masks_for, reconstruct, reconstruction_loss
+from kit.params import ARCHITECTURES
 from kit.preprocess.template import template_on
 from kit.store.grid import PAPER_GRID, Grid
 from tests.conftest import GRID, SHAPE
 
 DENSE = Grid((29, 36, 30), 4.0)  # the least that DenseNet121 takes
 ROOMY = Grid((20, 28, 24), 8.0)  # has background on every side of the brain
+EVERY = [pytest.param(name, marks=pytest.mark.slow) if name == "vit" else name for name in ARCHITECTURES]  # ViT-B
 PREPARATION = {"axes": "zyx", "shape": list(SHAPE), "spacing_mm": 4.0, "origin_mm": [0, 0, 0],
                "intensity": "zscore", "template": "t"}
 
@@ -31,7 +33,7 @@ def test_resnet18_is_monais_to_the_bit():
         assert torch.equal(ours(images), theirs(images))
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet18_narrow", "densenet121", "vit_narrow"])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_encoders_map_scans_to_features(architecture):
     grid = DENSE if architecture == "densenet121" else GRID
     encoder = build_encoder(architecture, grid, seed=3).eval()
@@ -65,7 +67,7 @@ def test_densenet121_is_monais_before_its_class_layer():
     images = torch.randn(2, 1, *DENSE.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(theirs.eval().class_layers.out(ours(images)), theirs(images))
-    with pytest.raises(ValueError, match=r"needs sides of at least 29 voxels, but these are \(12, 18, 24\)"):
+    with pytest.raises(GridError, match=r"needs sides of at least 29 voxels, but these are \(12, 18, 24\)"):
         build_encoder("densenet121", GRID)
 
 
@@ -78,7 +80,7 @@ def test_patches_are_about_16_mm(grid, size):
 
 
 def test_a_side_that_no_such_patch_divides_is_named():
-    with pytest.raises(ValueError, match=r"but 37 voxels of 4 mm have no divisor from 8 to 32 mm"):
+    with pytest.raises(GridError, match=r"but 37 voxels of 4 mm have no divisor from 8 to 32 mm"):
         patch_size(Grid((37, 48, 40), 4.0))
 
 
@@ -189,7 +191,7 @@ def test_predictor_gives_one_number():
     assert Predictor(build_encoder("resnet18_narrow", GRID), 1, 60, 12)(torch.zeros(3, 1, *SHAPE)).shape == (3, 1)
 
 
-@pytest.mark.parametrize("architecture", ["resnet18_narrow", "densenet121", "vit_narrow"])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_encoder_file_round_trip_and_misfit(tmp_path, architecture):
     grid = DENSE if architecture == "densenet121" else GRID
     encoder, preparation = build_encoder(architecture, grid, seed=1), {**PREPARATION, "shape": list(grid.shape)}

@@ -104,6 +104,10 @@ def test_brains_of_children_have_limits_of_their_own() -> None:
 
 def test_a_metric_that_is_not_a_number_is_flagged() -> None:
     assert flagged(cohort(1, contrast=np.nan))["unusable"].tolist() == ["contrast"]
+    for rows in (1, 40):  # alone, and beside a distribution
+        for metric, side in (("contrast", "low"), ("template_similarity", "low"), ("brain_ml", "low"),
+                             ("bright_edge", "high"), ("pose_mm", "high")):
+            assert flagged(cohort(rows, **{metric: np.nan}))["flags"].iloc[-1] == f"{metric} {side}"
 
 
 def test_what_is_usual_or_better_is_not_flagged() -> None:

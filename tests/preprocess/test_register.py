@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from kit.preprocess import register
 from kit.preprocess.nifti import upright
 from kit.preprocess.register import (
     ORIENTATIONS,
@@ -107,6 +108,28 @@ def test_a_z_scored_brain_is_found_as_it_was_before() -> None:
     before, found = initial_pose(scan, AFFINE, mask), initial_pose(z_scored, AFFINE, mask)
     assert found.likeness > 0.9 * before.likeness
     assert rotation_angle(found.rotation.T @ before.rotation) < 1  # 0.43, at 8 mm
+
+
+def test_a_start_that_leaves_the_scan_gives_way_to_the_next_best(monkeypatch) -> None:
+    """The search itself is made up: no scan is known whose best start leaves it at 4 mm and not at 8."""
+    ended: list[tuple[float, str]] = []
+
+    def search(_scan: object, size: float, start: str, _step_mm: float) -> tuple[str, float]:
+        if (size, start) in leaves:
+            raise RuntimeError("a page of C++")
+        ended.append((size, start))
+        return start, {"a": -3.0, "b": -2.0, "c": -1.0}[start]
+
+    monkeypatch.setattr(register, "_climbed", lambda *_: [("c", -1.0), ("a", -3.0), ("b", -2.0)])
+    monkeypatch.setattr(register, "_search", search)
+    leaves = {(4.0, "a")}
+    assert register._best_similarity(None, {8.0: 4, 4.0: 1, 2.0: 1}) == "b" and ended == [(4.0, "b"), (2.0, "b")]
+    leaves = set()
+    assert register._best_similarity(None, {8.0: 4, 4.0: 2, 2.0: 1}) == "a"
+    assert ended[2:] == [(4.0, "a"), (4.0, "b"), (2.0, "a")]
+    leaves = {(4.0, "a"), (4.0, "b"), (2.0, "c")}
+    with pytest.raises(RegistrationError, match="the search left the brain"):
+        register._best_similarity(None, {8.0: 4, 4.0: 1, 2.0: 1})
 
 
 def test_an_empty_mask_is_refused() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from kit.runs import ROOT
 from kit.seeding import scan_key
+from kit.store import sampler
 from kit.store.dataset import PreparedScans, collate, load_batches
 from kit.store.sampler import (
     all_batches,
@@ -69,9 +70,13 @@ def test_all_batches_drop_nobody_and_leave_nobody_alone(count, sizes):
     assert [len(batch) for batch in all_batches(5, 2, 0, 0)] == [3, 2]
 
 
-def test_stretches_make_up_the_passes():
+def test_stretches_make_up_the_passes(monkeypatch):
     whole = [batch for epoch in range(4) for batch in all_batches(10, 4, 0, epoch)]
     assert len(whole) == 12 and batches_between(10, 4, 0, 0, 5) + batches_between(10, 4, 0, 5, 7) == whole
+    shuffled = []
+    monkeypatch.setattr(sampler, "all_batches", lambda *key: shuffled.append(key[3]) or all_batches(*key))
+    assert batches_between(10, 4, 0, 2, 5) == whole[2:7]
+    assert sorted(shuffled) == [0, 0, 1, 2]  # each pass once; the first also tells how many batches a pass has
 
 
 def test_each_dataset_comes_as_often():

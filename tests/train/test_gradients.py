@@ -16,6 +16,7 @@ from kit.augment.recipe import Recipe
 from kit.device import device
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
+from kit.reading import ParameterError
 from kit.runs import ROOT
 from kit.store.dataset import PreparedScans, collate
 from kit.store.sampler import epoch_batches
@@ -190,6 +191,11 @@ def test_layers_near_the_head_learn_faster():
     assert len(scale) == len(list(objective.parameters()))
 
 
+def test_a_decay_from_stage_to_stage_needs_stages():
+    with pytest.raises(ParameterError, match="layer_decay: no stages in the parameters encoder.layers.0.weight, "):
+        build_optimizer(simclr(), replace(SETTINGS, layer_decay=0.5))
+
+
 def trained(store, folder=None, objective=None, **changes):
     scans, settings = PreparedScans(store, store.index), replace(SETTINGS, **changes)
     objective = objective or simclr()
@@ -296,7 +302,7 @@ def test_a_scan_that_cannot_be_read_leaves_the_running_statistics_as_they_were(s
 class BarlowTwins(nn.Module):
     """The two views' features agree and are not redundant (Zbontar et al. 2021, arXiv 2103.03230, eq. 1)."""
 
-    compares, scans_per_item = True, 1
+    compares, scans_per_item, recipe = True, 1, Recipe()
 
     def __init__(self):
         super().__init__()

@@ -71,6 +71,33 @@ def test_sites_with_number_codes_are_classes(store):
     assert 0 <= numbers["probe_site"] <= 1 and "classes_age" not in numbers and "classes_sex" not in numbers
 
 
+def test_labels_are_read_as_elsewhere(store):
+    """A code or `NA` among ages is no age, few different ages are numbers, and site 1 of two datasets is two sites."""
+    asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused"})
+    objective, scans = device.on_device(build_objective(asked, store)), PreparedScans(store, store.index)
+    number = store.index["participant"].astype(int)
+    rows = store.index.assign(age=30.0 + number, site=number % 2 + 1, dataset=np.where(number < 12, "a", "b"))
+    last = number == number.max()
+    plain = look(objective, scans, rows.assign(age=rows["age"].mask(last)))
+    for missing in ("NA", 999, -9):
+        told = rows["age"].astype(object).mask(last, missing)
+        assert look(objective, scans, rows.assign(age=told))["probe_age"] == plain["probe_age"]
+    assert plain["classes_site"] == 4 and plain["classes_dataset"] == 2
+    few = pd.Series(20.0 + 10 * (number % 5))
+    assert quick_probe(np.zeros((len(few), 3)), few, number.to_numpy()) <= 0  # R²: balanced accuracy would be 0.2
+
+
+def test_a_network_that_has_diverged_is_not_measured(store):
+    asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused"})
+    objective, scans = device.on_device(build_objective(asked, store)), PreparedScans(store, store.index)
+    with torch.no_grad():
+        objective.head[-1].weight.fill_(torch.inf)
+    assert look(objective, scans, store.index) == {}
+    with torch.no_grad():
+        next(objective.encoder.parameters()).fill_(torch.nan)
+    assert look(objective, scans, store.index) == {}
+
+
 def log(**columns):
     return pd.DataFrame({"epoch": [1, 2], "loss": [3.4, 2.0], "top1": [0.1, 0.8], "rank": [20.0, 25.0],
                          "std": [0.9, 0.9], "uniformity": [-2.0, -2.5], **columns})
@@ -89,9 +116,10 @@ def log(**columns):
     ({"probe_site": [0.2, 0.72], "classes_site": [5, 5]}, "MEMORISING SITE"),
     ({"probe_dataset": [0.5, 0.78], "classes_dataset": [2, 2]}, "LEARNING"),
     ({"probe_dataset": [0.25, 0.78], "classes_dataset": [4, 4]},
-     "MEMORISING SITE: the site can be predicted from the features in 78% of cases (chance 25%, 25% at first)"),
+     "MEMORISING SITE: the site can be predicted from the features with 78% balanced accuracy (chance 25%, 25% at "
+     "first)"),
     ({"probe_site": [math.nan, math.nan], "classes_site": [math.nan, math.nan], "probe_dataset": [0.25, 0.78],
-      "classes_dataset": [4, 4]}, "MEMORISING SITE: the site can be predicted from the features in 78%"),
+      "classes_dataset": [4, 4]}, "MEMORISING SITE: the site can be predicted from the features with 78%"),
 ])
 def test_the_verdict_in_plain_words(columns, word):
     assert verdict(log(**columns), chance=1 / 31, sites=2).startswith(word)

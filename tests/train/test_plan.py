@@ -59,6 +59,22 @@ def test_only_shares_in_several_chunks_are_read_twice(store, tmp_path, monkeypat
     assert (chunks["scans_per_second"] / whole["scans_per_second"]).tolist() == pytest.approx([1.5, 1, 1])
 
 
+def test_the_plan_has_the_batches_of_the_cohort(store, tmp_path, monkeypatch):
+    """15 participants learn, 7 of them with a second scan: a batch of 1024 is one of 15 and one of 7."""
+    monkeypatch.setattr("kit.train.plan.seconds_per_item", lambda *_: (0.1, "given"))
+    large = params(store, tmp_path / "run", batch_size=1024)
+    table, words = plan(large)
+    assert table["scans_at_a_time"].tolist() == [15, 3, 1] and "of 2 batches of up to 15 scans; times given" in words
+    assert table["memory_gb"][0] == need(large, store).memory(15) / 1e9
+    table, words = plan(params(store, tmp_path / "run", batch_size=1024, session_pairs=True))
+    assert table["scans_at_a_time"].tolist() == [15, 3, 1] and "of 1 batches of 15 pairs; times given" in words
+
+
+def test_an_objective_without_a_branch_is_not_taken_for_another(store, tmp_path):
+    with pytest.raises(ValueError, match="no objective 'barlow'; there are simclr, mae"):
+        build_objective(params(store, tmp_path / "run").model_copy(update={"objective": "barlow"}), store)
+
+
 def test_the_plan_says_what_it_assumes(store, tmp_path):
     asked = params(store, tmp_path / "run")
     table, words = plan(asked)
