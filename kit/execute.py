@@ -185,7 +185,7 @@ def steps_of(folder: Path) -> list[Step]:
                 or not isinstance(entry.get("seconds"), int | float)):
             raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; give seconds, or "
                                  "{seconds: ..., each: {seed: [0, 1]}, at_once: 2}")
-        takes = "shards" in NOTEBOOKS[notebook_of(file)].model_fields
+        takes = notebook_of(file) == "5_benchmark"
         if entry.get("shards", 1) > 1 and (entry.get("at_once", 1) > 1 or not takes):
             raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; shards are for 5_benchmark, and "
                                  "not beside at_once: they run side by side already")

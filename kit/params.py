@@ -373,7 +373,7 @@ class Saliency(Parameters):
             problems += _cohort_problems(self.cohort, self.contrast)
         if "model" in self.compare:
             problems.append("compare.model: `model` itself has this name in the table; give another")
-        if self.compare and not (self.model / "task.json").exists():
+        if self.compare and (self.model / "encoder.safetensors").is_file() and not (self.model / "task.json").exists():
             problems.append("compare: an encoder without a head has no task to be compared on")
         if not (self.model / "task.json").exists() and (self.model / "encoder.safetensors").is_file():
             if self.target not in (of := ("similarity", "views", "component")):

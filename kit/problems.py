@@ -9,8 +9,8 @@ from kit.reading import ParameterError, filled
 from kit.runs import resolve, shown
 
 RESERVED = ("prepared", "pretrain", "train", "validation", "test", "in_distribution", "kit", "encoder", "model",
-            "labels", "aliases", "allowed", "fingerprint", "settings", "from", "name", "versions", "mask_sources",
-            "changed")  # not allowed for test sets: records use them
+            "models", "labels", "aliases", "allowed", "fingerprint", "settings", "from", "name", "versions",
+            "mask_sources", "changed")  # not allowed for test sets: records use them
 WEIGHTS = ("neuro_simclr", "brainiac", "brainiac_resnet50", "medicalnet")  # see `kit.models.third_party_formats`
 
 

@@ -211,8 +211,9 @@ def check(model: type[Model], values: Mapping[str, Any]) -> Model:
         ParameterError: lists everything that is wrong.
     """
     params = built(model, values)
+    # a recipe, the other model, names no files
     if isinstance(params, Parameters) and (problems := _of_the_sample(params) or params.problems()):
-        raise ParameterError(_listing(problems))  # a recipe names no files to check
+        raise ParameterError(_listing(problems))
     return params
 
 

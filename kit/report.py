@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -68,7 +68,7 @@ def write_index(folder: Path, report: Path | None = None) -> Path:
     return _page(folder / "index.html", shown(folder), parts)
 
 
-def write_overview(folder: Path, runs: Iterable[tuple[str, Path]]) -> Path:
+def write_overview(folder: Path, runs: Sequence[tuple[str, Path]]) -> Path:
     """Write the `index.html` of a folder of runs.
 
     Args:

@@ -1,7 +1,7 @@
 """A run's folder: what a notebook writes, each file atomically.
 
-``params.yaml`` (enough to run again), ``environment.txt``, ``metrics.json`` (flat names to numbers),
-``made_from.json``, ``figures/*.png`` and the notebook's own files. One writer at a time holds ``.lock``.
+``params.yaml`` (enough to run again), ``environment.txt``, ``metrics.json`` (flat names to numbers, and the
+fingerprint), ``made_from.json``, ``figures/*.png`` and the notebook's own files. One writer at a time holds ``.lock``.
 """
 
 from __future__ import annotations

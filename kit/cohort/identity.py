@@ -182,6 +182,14 @@ def check_people_known(index: pd.DataFrame, rows_are_people: bool) -> None:
                             "again, or, if each scan is of a different person, set rows_are_people: true")
 
 
+def unnamed_datasets(cohort: pd.DataFrame) -> str:
+    """Say which datasets only their file or folder names, as `check_datasets_known` will refuse them; "" if none."""
+    unsaid = sorted({name for name in cohort["dataset"].astype(str) if name.startswith(UNNAMED)})
+    names = ", ".join(name.removeprefix(UNNAMED) for name in unsaid)
+    return f"{names}: the scans name no dataset, without which 3_finetune tests no pretrained encoder; give a column " \
+           "dataset (BIDS: the Name in dataset_description.json)" if unsaid else ""
+
+
 def check_datasets_known(index: pd.DataFrame, beside: str) -> None:
     """Raise IdentityError if a dataset is named only by its file: its people may also be among `beside`."""
     unsaid = sorted({name for name in index["dataset"].astype(str) if name.startswith(UNNAMED)})

@@ -237,6 +237,7 @@ def _attribute(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, method: s
             return FeatureAblation(score).attribute(
                 scan.detach(), _baseline(scan, mask, options), feature_mask=numbers,
                 perturbations_per_eval=options.batch or scans_at_a_time(shape))
+    assert method == "attention_rollout", method  # the last of METHODS
     return _rollout(cast(ViTEncoder, encoder_of(score)), scan.detach())
 
 

@@ -23,6 +23,7 @@ from kit.cohort.identity import (
     read_aliases,
     read_id,
     site_names,
+    unnamed_datasets,
 )
 from kit.cohort.labels import read_labels
 from kit.cohort.split import Splitting, check_unseen, label_subset, participant_hash, salt, splits
@@ -194,6 +195,12 @@ def test_aliases(tmp_path):
     path.write_text("dataset,participant,person\nadni,1,P\nadni,001,Q\n")
     with pytest.raises(IdentityError, match="adni/1 is listed as several persons"):
         read_aliases(path)
+
+
+def test_datasets_without_a_name_are_said_before_work():
+    cohort = pd.DataFrame({"dataset": ["oasis", "?site", "?site"]})
+    assert unnamed_datasets(cohort).startswith("site: the scans name no dataset, without which 3_finetune tests no")
+    assert unnamed_datasets(cohort[:1]) == ""
 
 
 @pytest.mark.parametrize("sites", [[1, 2, 10], [1.0, 2.0, 10.0], ["1.0", "2", "10.0"]])

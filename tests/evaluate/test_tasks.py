@@ -296,6 +296,7 @@ def test_each_test_set_has_its_own_tasks(store, others):
     ({"AIBL": {"prepared": "AIBL", "tasks": ["site"]}}, "tests.AIBL: site is not among tasks"),
     ({"AIBL": {"prepared": "AIBL", "task": ["lesion"]}}, "tests.AIBL.task: unknown parameter"),
     ({"test": "AIBL"}, "tests.test: not a name for a test set"),
+    ({"models": "AIBL"}, "tests.models: not a name for a test set"),  # a key of the record
     ({"a/b": "AIBL"}, "tests.a/b: not a name for a test set"),
     ({"out_of_distribution": "GSP"}, "tests.out_of_distribution: the parameter out_of_distribution has this name"),
 ])
