@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from kit.cohort.identity import participant_ids, site_names
+from kit.cohort.labels import sexes
 from kit.cohort.tabular import ages
 from kit.device import device, evaluation, scans_at_a_time
 from kit.seeding import rng_for
@@ -73,8 +74,9 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
 
 
 def _classes(rows: pd.DataFrame, name: str) -> pd.Series:
-    """A column's cells as names, since sites may be number codes; site 1 of two datasets is two sites."""
-    return (site_names(rows) if name == "site" else rows[name]).astype("string")
+    """A column's cells as names, as sites may be number codes; site 1 of two datasets is two, M and male are one."""
+    known = site_names(rows) if name == "site" else sexes(rows[name]) if name == "sex" else rows[name]
+    return known.astype("string")
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def test_sites_with_number_codes_are_classes(store):
 
 
 def test_labels_are_read_as_elsewhere(store):
-    """A code or `NA` among ages is no age, few different ages are numbers, and site 1 of two datasets is two sites."""
+    """A code among ages is no age, few ages are numbers, site 1 of two datasets is two sites, male and M are one."""
     asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused"})
     objective, scans = device.on_device(build_objective(asked, store)), PreparedScans(store, store.index)
     number = store.index["participant"].astype(int)
@@ -83,6 +83,10 @@ def test_labels_are_read_as_elsewhere(store):
         told = rows["age"].astype(object).mask(last, missing)
         assert look(objective, scans, rows.assign(age=told))["probe_age"] == plain["probe_age"]
     assert plain["classes_site"] == 4 and plain["classes_dataset"] == 2
+    sex = pd.Series(np.where(number % 2, "F", "M"))
+    written = sex.mask(number % 4 == 1, "female").mask(number % 4 == 2, "m")
+    assert look(objective, scans, rows.assign(sex=written))["probe_sex"] == look(
+        objective, scans, rows.assign(sex=sex))["probe_sex"]
     few = pd.Series(20.0 + 10 * (number % 5))
     assert quick_probe(np.zeros((len(few), 3)), few, number.to_numpy()) <= 0  # R²: balanced accuracy would be 0.2
 
