@@ -61,7 +61,7 @@ SAID = {  # QC flags in plain words
     "contrast low": "grey matter is not darker than white: not T1-weighted, or no brain",
     "template_similarity low": "unlike the template: not registered well, not T1-weighted, or no brain",
     "outside_share high": "part of the brain lies outside the scan",
-    "brain_ml low": "the brain is smaller than 700 ml: cut off, an infant's, or badly stripped",
+    "brain_ml low": "the brain is small, for an adult below 700 ml: cut off, a child's, or badly stripped",
     "brain_ml high": "the brain is larger than nearly all adults': perhaps badly stripped",
     "grey_levels low": "hardly any grey levels: a label map, or badly scaled",
     "mask_overlap low": "the brain mask is unlike a brain",
@@ -71,7 +71,7 @@ SAID = {  # QC flags in plain words
 }
 
 FOUND = ("warnings", "unusable", "as_far", "outside")  # columns on whether a scan's numbers can be relied on
-LEARNED_FROM = "the model learned from this person: its prediction says nothing about new people"
+LEARNED_FROM = "the model learned from this person, or was stopped on them: nothing is shown about new people"
 
 
 class Applied(NamedTuple):
@@ -312,6 +312,15 @@ def beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.stem}_{what}.csv")
 
 
+def write_failed(failed: pd.DataFrame, output: Path) -> None:
+    """Write `NAME_failed.csv` beside the output; without failed scans remove the one of an earlier call."""
+    path = beside(output, "failed")
+    if len(failed):
+        write_table(path, failed)
+    elif path.is_file() and list(pd.read_csv(path, nrows=0)) == list(FAILED):
+        path.unlink()
+
+
 def _from_here(path: str) -> str:
     """Make a path absolute: it starts at the current folder, or if nothing is there, at the project's root."""
     here = Path(path).expanduser().absolute()
@@ -365,11 +374,10 @@ def main() -> int:
                                      f"{count}; name a .csv or .parquet")
             applied = apply(params, Path(folder), scans)
             write_output(applied, arguments.output)
-            if len(applied.failed):
-                write_table(beside(arguments.output, "failed"), applied.failed)
-            else:  # of an earlier call
-                beside(arguments.output, "failed").unlink(missing_ok=True)
+            write_failed(applied.failed, arguments.output)
         except KitError as error:
+            if (failed := Path(folder) / "prepared" / "failed.csv").is_file():  # none could be prepared
+                write_failed(read_table(failed, text=FAILED), arguments.output)
             print(f"kit.apply: {error}", file=sys.stderr)
             return 2
     for row in applied.table.itertuples():

@@ -155,6 +155,7 @@ def label_problems(name: str, prepared: Path, task: str, task_type: str, missing
     try:
         read_labels(index, task, task_type, missing_codes)
     except LabelError as error:
+        in_cells = task in index and "task_type" not in str(error)  # what the parameters cannot cure
         cure = ". Correct cells in the cohort's table, then run 1_preprocess again (finished scans are kept)"
-        return [f"{name}: {error}{cure if task in index else ''}"]
+        return [f"{name}: {error}{cure if in_cells else ''}"]
     return []

@@ -104,14 +104,6 @@ def test_what_is_written_before_the_first_checkpoint_does_not_fix_the_parameters
         Run.open(run, {"chunk": 2})
 
 
-def test_a_run_of_an_older_kit_is_refused(tmp_path):
-    """A parameter that is new since is a difference like any other."""
-    Run.open(tmp_path / "run", {"seed": 0}).close()
-    (tmp_path / "run/log.csv").touch()
-    with pytest.raises(RunError, match=r"allow: the folder has None, asked for \[\]\n.*another output_dir, or delete"):
-        Run.open(tmp_path / "run", {"seed": 0, "allow": []})
-
-
 HOLDS = """
 import sys
 from kit.runs import Run

@@ -26,11 +26,10 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
         name = trimmed(str(json.loads(description.read_text(encoding="utf-8")).get("Name") or ""))
     except (ValueError, AttributeError):  # AttributeError: valid JSON, but not an object
         raise CohortError(f"{shown(description)} is not a JSON object; correct it") from None
-    masks = [_masks(folder, scan) for scan in scans]
-    table = pd.DataFrame([_bids_row(folder, scan, name or UNNAMED + folder.name, str(mask[0]) if mask else "")
-                          for scan, mask in zip(scans, masks, strict=True)], columns=[*COLUMNS, "others"], dtype=str)
-    _tell_of_pipelines(folder, masks)
+    table = pd.DataFrame([_bids_row(folder, scan, name or UNNAMED + folder.name) for scan in scans],
+                         columns=[*COLUMNS, "others"], dtype=str)
     table = _own_masks(folder, _one_a_session(folder, table))
+    _tell_of_pipelines(folder, table.loc[table["mask_path"] != "", "image_path"])
     labels = folder / "participants.tsv"
     if labels.is_file() or labels.is_symlink():  # a broken link must raise an error, not pass as "no labels"
         table = _with_labels(folder, table, _label_file(labels, "participant_id", "participant"), contrast)
@@ -46,23 +45,24 @@ def _masks(folder: Path, scan: Path) -> list[Path]:
     return sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
 
 
-def _tell_of_pipelines(folder: Path, masks: list[list[Path]]) -> None:
-    """Warn where scans have masks of several pipelines: each scan has the first one, by name."""
-    made = sorted({mask.relative_to(folder).parts[1] for each in masks for mask in each})
-    taken = Counter(each[0].relative_to(folder).parts[1] for each in masks if each)
+def _tell_of_pipelines(folder: Path, masked: pd.Series) -> None:
+    """Warn where scans with a mask have masks of several pipelines: each scan has the first one, by name."""
+    pipelines = [[mask.relative_to(folder).parts[1] for mask in _masks(folder, Path(scan))] for scan in masked]
+    made, taken = sorted({name for each in pipelines for name in each}), Counter(each[0] for each in pipelines)
     if len(made) > 1:
-        say(f"{shown(folder)}: derivatives/ has brain masks of {', '.join(made)}; taken, the first by name for each "
-            f"scan: {', '.join(f'{name} for {count}' for name, count in sorted(taken.items()))}; move the others away, "
+        say(f"{shown(folder)}: derivatives/ has brain masks of {', '.join(made)}. Each scan has the first by name: "
+            f"{', '.join(f'{name} for {count} scans' for name, count in sorted(taken.items()))}. Move the others away, "
             "or list image_path and mask_path in a table")
 
 
-def _bids_row(folder: Path, scan: Path, dataset: str, mask: str) -> tuple[str, ...]:
+def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, ...]:
+    masks = _masks(folder, scan)
     entities = dict(part.partition("-")[::2] for part in scan.name.split("_")[:-1])
     place = [part for part in scan.relative_to(folder).parts[:-1] if part.startswith(("sub-", "ses-"))]
     if place != [f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities]:
         raise CohortError(f"{shown(scan)}: its name must begin with {'_'.join(place)}_; rename it")
     others = "_".join(f"{key}-{value}" for key, value in entities.items() if key not in ("sub", "ses"))
-    return (entities["sub"], entities.get("ses", "01"), dataset, str(scan), mask, others)
+    return (entities["sub"], entities.get("ses", "01"), dataset, str(scan), str(masks[0]) if masks else "", others)
 
 
 def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -158,7 +158,7 @@ def _with_session_labels(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     several = int((without_file.groupby("participant")["session"].nunique() > 1).sum())
     if several and (names := [name for name in table if name not in (*COLUMNS, "split")]):
         say(f"{shown(folder)}: {several} participants have several sessions and no sessions.tsv: all their sessions "
-            f"have the labels of participants.tsv ({', '.join(names)}); give those that change in "
+            f"have the labels of participants.tsv ({', '.join(names)}); if any change, give those in "
             "sub-*/sub-*_sessions.tsv")
     if not parts:
         return table

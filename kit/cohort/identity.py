@@ -186,8 +186,8 @@ def unnamed_datasets(cohort: pd.DataFrame) -> str:
     """Say which datasets only their file or folder names, as `check_datasets_known` will refuse them; "" if none."""
     unsaid = sorted({name for name in cohort["dataset"].astype(str) if name.startswith(UNNAMED)})
     names = ", ".join(name.removeprefix(UNNAMED) for name in unsaid)
-    return f"{names}: the scans name no dataset, without which 3_finetune tests no pretrained encoder; give a column " \
-           "dataset (BIDS: the Name in dataset_description.json)" if unsaid else ""
+    return (f"{names}: the scans have no dataset name, and 3_finetune refuses to test pretrained encoders on them; add "
+            "a column dataset (BIDS: the Name in dataset_description.json)") if unsaid else ""
 
 
 def check_datasets_known(index: pd.DataFrame, beside: str) -> None:

@@ -83,8 +83,8 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
     names = present.map(_name)
     if others := sorted(set(names) - set(known)):
         raise LabelError(f"{task}: the training classes are {', '.join(sorted(known))}, but here they are "
-                         f"{', '.join(sorted(set(names)))}; rename {', '.join(others)}, or empty the cells of scans "
-                         "of other classes")
+                         f"{', '.join(sorted(set(names)))}; rename {', '.join(others)}, empty the cells of scans "
+                         "of other classes, or list codes for missing values in missing_codes")
     values = names.map({name: float(number) for number, name in enumerate(known)}).reindex(column.index)
     return Labels(task, "classification", values.to_numpy(np.float64), known)
 
@@ -129,10 +129,10 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
     strange = [value for value in values if rest and (value in odd or value in CODES_FOR_MISSING
                and (value < 0 <= min(rest) or abs(value) > 2 * max(map(abs, rest))))]
     if strange:
-        raise LabelError(f"{task}: {', '.join(f'{value:g}' for value in sorted(strange))} in "
-                         f"{int(numbers.isin(strange).sum())} rows looks like a code for a missing value among numbers "
-                         f"from {min(rest):g} to {max(rest):g}: list it in missing_codes, or, if it is a real value, "
-                         "set task_type: regression")
+        listed = ", ".join(f"{value:g}" for value in sorted(strange)[:5]) + ", ..." * (len(strange) > 5)
+        raise LabelError(f"{task}: {listed} in {int(numbers.isin(strange).sum())} rows looks like a code for a missing "
+                         f"value among numbers from {min(rest):g} to {max(rest):g}: list it in missing_codes, or, if "
+                         "it is a real value (an age in months, say), set task_type: regression")
 
 
 def _unlikely(task: str, values: list[float]) -> list[float]:
@@ -167,11 +167,12 @@ def _classes(task: str, present: pd.Series, ask: bool) -> tuple[str, ...]:
         if several:
             raise LabelError(f"{task}: {' and '.join(several[0])} differ only by case or zeros: one class or two? "
                              f"Found {listed}. Write each class in one way")
-        if task.casefold() in ("sex", "gender"):
-            same = [list(names.index) for _, names in counts.groupby(sexes(counts.index.to_series()))]
-            if several := [names for names in same if len(names) > 1]:
-                raise LabelError(f"{task}: {' and '.join(several[0])}: one class or two? Found {listed}. Write each "
-                                 "class in one way")
+        if task.casefold() in ("sex", "gender"):  # M and Male; XX and XY are two
+            same = [(one, other) for one in counts.index for other in counts.index
+                    if one != other and normalised(other).startswith(normalised(one))]
+            if same:
+                raise LabelError(f"{task}: {' and '.join(same[0])}: one class or two? Found {listed}. Write each class "
+                                 "in one way")
         if ask:
             _ask_about_words(task, counts)
     if len(counts) != 2 and not (2 < len(counts) <= MOST_CLASSES and counts.min() > 1):
@@ -195,10 +196,11 @@ def _ask_about_words(task: str, counts: pd.Series) -> None:
 def sexes(column: pd.Series) -> pd.Series:
     """First letters in upper case, so that male, m and M are one; codes stay text ("1"), as cohorts number differently.
 
-    Missing cells, and those that look so (`NA`, -9), are nan.
+    Missing cells, and those that look so (`NA`, -9), are nan; where all cells are -1 or 1, these are the two sexes.
     """
-    return column.map(lambda cell: np.nan if looks_missing(cell) else normalised(cell)[:1].upper() or np.nan,
-                      na_action="ignore").astype(object)
+    effect = set(column.dropna().map(_as_code)) <= {"-1", "1"}
+    return column.map(lambda cell: _as_code(cell) if effect else np.nan if looks_missing(cell) else
+                      normalised(cell)[:1].upper() or np.nan, na_action="ignore").astype(object)
 
 
 def _name(value: object) -> str:

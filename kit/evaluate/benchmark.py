@@ -3,8 +3,8 @@
 A cell is one row of the table (an encoder in one mode, on one task, with one label fraction) on one fold. Its folder,
 `cells/TASK/ENCODER/…`, holds each seed's predictions, and all tables are made from these. A finished cell with the same
 inputs and settings is not computed again, so a killed run resumes and the jobs of a Slurm array share the cells; each
-embeds, with the encoders of its own cells, all scans that a task uses. A cell has one writer, which locks a file beside
-its folder; all writers of a table have the parameters in `cells/params.json`.
+embeds, with the encoders of its own cells, all scans that a task uses. A cell has one writer, which holds its lock, and
+the writers of a table at one time have the same parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,6 +47,7 @@ from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
+from kit.reading import read_yaml
 from kit.runs import MADE_FROM, Run, RunError, progress, shown, write_json, write_table
 from kit.runs import differences as differing
 from kit.store.dataset import PreparedScans
@@ -62,6 +64,7 @@ TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns 
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
           "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
           "precision", "check_converged")
+LOCK_PAUSE = 2.0  # seconds after which another shard has removed a stale cell and begun it
 RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "subgroups.csv", "table.*",
            "summary.txt")
 
@@ -144,7 +147,7 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
     """
     check_gpu()  # baselines come first, and need none
     bench = _Bench(params)  # refuses inputs that do not fit: the run has not begun until then
-    keep_parameters(params, run)
+    check_parameters(params, run)
     remove_stale_cells(bench)
     mine = bench.cells[params.shard::params.shards]
     todo = [cell for cell in mine if not bench.is_done(cell)]
@@ -162,8 +165,8 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
             except _Busy:
                 busy.append(cell)
     if busy := [cell for cell in busy if not bench.is_done(cell)]:
-        print(f"{len(busy)} of {len(mine)} cells are left to other processes, which compute them now; start this again "
-              "when they have ended, in case one of them was stopped")
+        print(f"{len(busy)} of {len(mine)} cells are left to other processes, which compute them now; when they have "
+              "ended, start this again: it fills what they did not finish")
     if failed:
         raise TrainingError(f"{shown(run.folder)}: {len(failed)} of {len(mine)} cells could not be trained, all others "
                             f"are done; no tables are made before these are, too:{''.join(failed)}")
@@ -265,15 +268,15 @@ class _Bench:
 
     @contextmanager
     def locked(self, cell: Cell) -> Iterator[None]:
-        """Hold a cell's lock, a file beside its folder, so that it stays when the folder is removed.
+        """Hold a cell's lock, a file outside its folder, so that it stays when the folder is removed.
 
         Raises:
             _Busy: another process holds it.
         """
-        folder = self.folder(cell)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        locks = self.params.output_dir / "cells" / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
         try:
-            lock = Lock.take(folder.with_name(f".{folder.name}.lock"))
+            lock = Lock.take(locks / quote(cell.folder.as_posix(), safe=" "))
         except BlockingIOError:
             raise _Busy from None
         try:
@@ -454,24 +457,23 @@ class _Bench:
                             fingerprint=self.made_from(cell).fingerprint)
 
 
-def keep_parameters(params: Benchmark, run: Run) -> None:
-    """Write the table's parameters to `cells/params.json`, except those that may change.
+def check_parameters(params: Benchmark, run: Run) -> None:
+    """Refuse to fill a table that another process fills with other parameters at this moment.
 
     Raises:
-        RunError: they are others, and another process fills the table with those that are there.
+        RunError: lists every difference.
     """
-    home, file = params.output_dir, params.output_dir / "cells" / "params.json"
-    now = {name: value for name, value in params.plain().items() if name not in params.may_change}
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    if before == now:
-        return
-    if before is not None:
-        for folder in (home, *home.glob("shards/*")):
-            if folder != run.folder and (folder / ".lock").exists() and _is_locked(folder / ".lock"):
-                raise RunError(f"{shown(file)}: {shown(folder)} fills this table with other parameters now:\n  "
-                               f"{differing(before, now, 'the table')}\n"
-                               "wait until it has ended, or give another output_dir")
-    write_json(file, now)
+    def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in params.may_change}
+
+    for folder in (params.output_dir, *params.output_dir.glob("shards/*")):
+        file, lock = folder / "params.yaml", folder / ".lock"
+        if folder == run.folder or not file.exists() or not lock.exists() or not _is_locked(lock):
+            continue
+        theirs = params.defaults() | read_yaml(file)
+        if listed := differing(fixed(theirs), fixed(params.plain()), "it"):
+            raise RunError(f"{shown(folder)} fills this table with other parameters now:\n  {listed}\n"
+                           "wait until it has ended, or give another output_dir")
 
 
 def _is_locked(path: Path) -> bool:
@@ -497,7 +499,8 @@ def remove_stale_cells(bench: _Bench) -> None:
     reasons: dict[str, list[str]] = {}
     for cell in bench.cells:
         folder = bench.folder(cell)
-        before, now = read_made_from(folder), bench.made_from(cell)
+        now = bench.made_from(cell)  # takes a while for the first cell
+        before = read_made_from(folder)
         if before is None and not any(folder.glob("*.csv")):  # another shard may have begun it just now
             continue
         lines = changes(before, now) if before else ["no record of what it was made from"]
@@ -506,9 +509,14 @@ def remove_stale_cells(bench: _Bench) -> None:
         if lines:
             try:
                 with bench.locked(cell):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    again = read_made_from(folder)  # another shard may have removed and filled it since
+                    if again is None or changes(again, now):
+                        shutil.rmtree(folder, ignore_errors=True)
             except _Busy:
-                raise RunError(_of_another(folder, lines)) from None
+                time.sleep(LOCK_PAUSE)  # a shard like this one removes it now
+                again = read_made_from(folder)
+                if again is not None and (lines := changes(again, now)):
+                    raise RunError(_of_another(folder, lines)) from None
     if reasons:
         print("computed again, because the inputs or settings have changed:")
         for line, cells in reasons.items():

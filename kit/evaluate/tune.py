@@ -207,7 +207,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     tries = pd.DataFrame(rows)
     if folder:
         write_table(folder / "tries.csv", tries)
-    converged = abs(longer - score) <= change_error if check and math.isfinite(error) else None
+    converged = abs(longer - score) <= change_error if check and math.isfinite(error + change_error) else None
     return Tuned(predictor, log, each, tries, score, error, longer, converged)
 
 

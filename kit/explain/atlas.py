@@ -123,6 +123,8 @@ def own_atlas(store: Store, scan: str, path: str | Path, names: str | Path | Non
         StoreError, TableError: a file cannot be read.
     """
     stored, affine = _read(path)
+    if not (np.rint(stored) > 0).any():
+        raise AtlasError(f"{shown(path)}: holds no label")
     transform = read_transform(store.folder, scan)
     labels = _on(stored, affine, transform, store.grid)
     table = _complete(label_names(names) if names else None, stored)
@@ -143,7 +145,7 @@ def _inside(stored: np.ndarray, affine: np.ndarray, transform: np.ndarray, label
             scan: str) -> float:
     """Share of a label map's volume that lies in the prepared brain; what lies beyond the grid counts as outside."""
     volume = (np.rint(stored) > 0).sum() * abs(np.linalg.det(affine[:3, :3]) / np.linalg.det(transform[:3, :3]))
-    return float((labels[store.read(scan)[1]] > 0).sum() * store.grid.spacing_mm**3 / volume) if volume else 0.0
+    return float((labels[store.read(scan)[1]] > 0).sum() * store.grid.spacing_mm**3 / volume)
 
 
 def own_atlases(store: Store, scans: list[str], cohort: str | Path, column: str,

@@ -164,9 +164,12 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
     lines = [f"{len(gone)} of {len(tested)} tested scans are gone: {', '.join(gone[:3])}"] * bool(gone)
     then, there = made.rows[made.rows["part"] == "test"].set_index("scan"), sorted(set(tested) - set(gone))
     codes = read_yaml(folder / "params.yaml").get("missing_codes", ())
-    labels = read_labels(store.index, record["task"], record["kind"], codes, record["classes"]).values
-    labels = pd.Series(labels, store.index["scan"]).map(repr)
-    changed = {"labels": [scan for scan in there if then["label"].get(scan) != labels[scan]]}
+    changed = {}
+    if there:
+        rows = store.index[store.index["scan"].isin(there)]
+        labels = read_labels(rows, record["task"], record["kind"], codes, record["classes"]).values
+        now = dict(zip(rows["scan"], map(repr, labels), strict=True))
+        changed["labels"] = [scan for scan in there if then["label"].get(scan) != now[scan]]
     if not allowed:  # scans deliberately prepared differently have other voxels
         changed["voxels"] = [scan for scan in there if then["checksum"].get(scan) != str(store.checksum(scan))]
     lines += [f"{what} of {len(scans)} of {len(tested)} tested scans have changed: {', '.join(scans[:3])}"
@@ -290,11 +293,12 @@ def no_better_than_chance(model: Path) -> str:
     people = participant_ids(known) if "dataset" in known else known["participant"]
     errors = errors.groupby(people.to_numpy()).mean()  # each participant counts once
     gain = (errors["median"] - errors["model"]).to_numpy()
-    drawn = np.concatenate([counts @ gain / len(gain) for counts in bootstrap(len(gain))])
-    low, high = np.quantile(drawn, [0.025, 0.975]) if len(gain) > 1 else (np.nan, np.nan)
+    low, high = (np.quantile(np.concatenate([counts @ gain / len(gain) for counts in bootstrap(len(gain))]),
+                             [0.025, 0.975]) if len(gain) > 1 else (np.nan, np.nan))
     return "" if low > 0 else (
-        f"the model itself predicts no better than the median does (mean absolute error {errors['model'].mean():.1f}, "
-        f"median's {errors['median'].mean():.1f}; gain {gain.mean():.1f} [{low:.1f}, {high:.1f}])")
+        f"the model itself is not shown to predict better than the median does (mean absolute error "
+        f"{errors['model'].mean():.1f}, median's {errors['median'].mean():.1f}; gain {gain.mean():.1f} "
+        f"[{low:.1f}, {high:.1f}])")
 
 
 def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[str], run: Run) -> Maps:
@@ -419,8 +423,9 @@ def native_maps(maps: Maps, store: Store, cohort: str | None, contrast: str, run
         print(f"{cohort} lacks {len(lacking)} of the scans shown: {', '.join(lacking[:3])}; they get no native map")
     if changed := [scan for scan in sorted({scan for scan, _ in maps} & set(paths))
                    if changed_since(store, scan, paths[scan])]:
-        print(f"{cohort}: the files of {len(changed)} of the scans shown have changed since they were prepared, and "
-              f"their native maps may lie elsewhere: {', '.join(changed[:3])}; run 1_preprocess again")
+        print(f"{cohort}: the files of {len(changed)} of the scans shown were written after they were prepared: "
+              f"{', '.join(changed[:3])}; if they were changed, not only copied, their native maps lie elsewhere: run "
+              "1_preprocess again")
     return [write_native(run / "native" / f"{scan}_{method}.nii.gz", store, scan, values, paths[scan])
             for (scan, method), values in maps.items() if scan in paths]
 

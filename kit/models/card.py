@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from kit.cohort.labels import sexes
 from kit.cohort.tables import PROCEDURAL
-from kit.cohort.tabular import ages
+from kit.cohort.tabular import ages, spelled
 from kit.errors import KitError
 from kit.provenance import MadeFrom, read_made_from
 from kit.runs import resolve
@@ -101,12 +102,13 @@ def _ages_and_sexes(made: MadeFrom | None) -> str:
         learned = made.rows.loc[made.rows["part"] == "learned from", ["scan", "participant"]]
         table = learned.merge(index.drop(columns="participant", errors="ignore"), on="scan")
     said = []
-    if "age" in table and pd.api.types.is_numeric_dtype(years := ages(table["age"])) and years.notna().any():
+    age, sex = spelled(table, "age"), spelled(table, "sex") or spelled(table, "gender")
+    if age and pd.api.types.is_numeric_dtype(years := ages(table[age])) and years.notna().any():
         known = table["participant"][years.notna()].nunique()
         said.append(f"Age {years.min():.0f} to {years.max():.0f} in {known} of {table['participant'].nunique()} "
                     "participants learned from.")
-    if "sex" in table and table["sex"].notna().any():
-        counts = table.drop_duplicates("participant")["sex"].fillna("not known").astype(str).value_counts()
+    if sex and (known_sex := sexes(table.drop_duplicates("participant")[sex])).notna().any():
+        counts = known_sex.fillna("not known").astype(str).value_counts()
         said.append(f"Sex: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
     if missing := [name for name in ("age", "sex") if not any(each.lower().startswith(name) for each in said)]:
         said.append(f"Not known here: {' and '.join(missing)} of the participants; whoever publishes this has to "

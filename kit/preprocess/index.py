@@ -97,7 +97,8 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
             raise PreparationError(f"{none}. {shown(folder / 'index.csv')} lists scans prepared earlier and is kept: "
                                    "is the disk with the scans' files mounted? To give up those scans, delete this "
                                    "index.csv")
-        if part and len(failed) > FEW and failed["reason"].nunique() == 1 and failed["reason"][0].endswith(MISSING):
+        missing, folders = failed["reason"].str.endswith(MISSING), {Path(path).parent for path in failed["image_path"]}
+        if part and missing.all() and (len(failed) > FEW or not any(folder.exists() for folder in folders)):
             raise PreparationError(f"{none}. All have this reason: is the disk with the scans' files mounted on this "
                                    "node? The shard is not merged. Run it again where they are, or correct the "
                                    "cohort's paths")
@@ -117,7 +118,7 @@ def shard_of(cohort: pd.DataFrame, shard: int, shards: int, mask: str = "auto") 
     """Return one shard of a cohort: the scans whose names' hashes fall to it.
 
     So each shard mixes the sites, and adding, deleting or sorting rows leaves every other scan in its shard. The sizes
-    of 100 shards of 60,000 scans have a standard deviation of 4 %.
+    of 100 shards of 60,000 scans have a standard deviation of 4 %; of 200 shards of 1,000 scans, 45 %.
 
     Raises:
         PreparationError: a shard would be empty, two scans would have one name, or none has the mask that
@@ -127,8 +128,9 @@ def shard_of(cohort: pd.DataFrame, shard: int, shards: int, mask: str = "auto") 
     check_cohort(cohort, names, mask)  # `prepare` sees one shard only
     home = _shards(names, shards)
     if empty := sorted(set(range(shards)) - set(home)):
-        raise PreparationError(f"shards: {len(cohort)} scans cannot fill {shards} shards, as scans are assigned by "
-                               f"their names' hash (none falls to {_some(empty)}); use fewer shards")
+        most = next(fewer for fewer in range(shards - 1, 0, -1) if len(set(_shards(names, fewer))) == fewer)
+        raise PreparationError(f"shards: {len(cohort)} scans leave {len(empty)} of {shards} shards empty "
+                               f"({_some(empty)}), as the hashes of their names assign them; use at most {most}")
     return cohort[[each == shard for each in home]].reset_index(drop=True)
 
 

@@ -104,7 +104,7 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
         for name, image, mask in zip(names, cohort["image_path"], masks, strict=True)
     ]
     if part:
-        _take_merged(jobs, folder.parent.parent)
+        _take_prepared(jobs, folder.parent.parent)
     outcomes: dict[str, dict[str, Any] | str] = {job.scan: found for job in jobs if (found := _found(job))}
     with progress(total=len(jobs), initial=len(outcomes), desc="prepare", unit="scan") as bar:
         todo = [job for job in jobs if job.scan not in outcomes]
@@ -118,10 +118,12 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     return index, failed
 
 
-def _take_merged(jobs: list[ScanJob], merged: Path) -> None:
-    """Link scans that this shard lacks from the merged folder; `_found` and `_known` check if they are good."""
+def _take_prepared(jobs: list[ScanJob], merged: Path) -> None:
+    """Link scans that this shard lacks from the merged folder or other shards; `_found` and `_known` check them."""
+    homes = [merged, *sorted((merged / "shards").glob("*-of-*"))]
     for job in jobs:
-        if not job.output.exists() and (source := scan_path(merged, job.scan)).is_file():
+        there = (scan_path(home, job.scan) for home in homes)
+        if not job.output.exists() and (source := next((path for path in there if path.is_file()), None)):
             link_whole(source, job.output)
 
 
@@ -141,9 +143,10 @@ def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
         return notes["quality"]
     except Exception as error:  # one bad scan must not stop the others
         if disk := _disk_error(error):
-            raise PreparationError(f"{job.scan}: {disk.strerror} ({disk.filename or job.image_path}); this affects all "
-                                   "scans. Run it again when the disk or its server works; finished scans are kept"
-                                   ) from error
+            full = disk.errno in (errno.ENOSPC, errno.EDQUOT)
+            where = disk.filename or (job.output if full else job.image_path)
+            raise PreparationError(f"{job.scan}: {disk.strerror} ({where}); this affects all scans. Run it again once "
+                                   "there is space, or the disk answers; finished scans are kept") from error
         if isinstance(error, ScanError | RegistrationError):
             return str(error)
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -204,7 +204,7 @@ def verdict(differences: pd.DataFrame) -> str:
     own = differences[differences["encoder"] == encoder]
     tested, better = own["p_holm"].notna(), _towards_better(own)["difference"] > 0
     settled, blind = own["p_holm"] < SIGNIFICANT, own["rival"].isin(BLIND)
-    untested = f"; {(~tested).sum()} more have no interval and are not tested" if not tested.all() else ""
+    untested = f"; {(~tested).sum()} further pairs have no interval, so they are not tested" if not tested.all() else ""
     return (f"What it shows: of {tested.sum()} comparisons of {encoder} with its rivals, {encoder} is better in "
             f"{(settled & better).sum()} ({(settled & better & blind).sum()} of these against rows that see no scan), "
             f"worse in {(settled & ~better).sum()}, and {(tested & ~settled).sum()} are not decided (p < .05 after "

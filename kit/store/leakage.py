@@ -113,7 +113,8 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
                            "names of participant or dataset: give both cohorts the same names (or a table of "
                            "aliases), and test on others, or set allow_seen_participants: true and report it")
     if people or scans:
-        print(f"SEEN IN PRETRAINING: {people} of {ids.nunique()} participants, {scans} of {len(rows)} scans tested")
+        by_name = "" if scans else " (by name alone: without names of datasets these may be other people)"
+        print(f"SEEN IN PRETRAINING: {people} of {ids.nunique()} participants, {scans} of {len(rows)} scans{by_name}")
 
 
 def plain_name(name: object) -> str:

@@ -30,7 +30,7 @@ Report = dict[str, torch.Tensor]  # scalars: `loss`, and whatever else is worth 
 class Objective(Protocol):
     """What the loop, its chunks, validation, the monitor and `kit.train.pretrain` need from an objective.
 
-    `kit.train.plan` also needs to run it on made-up scans: by a `head` on the encoder's features, or a branch there.
+    `kit.train.plan` runs it on made-up scans: it applies `head` to the encoder's features, or has a branch of its own.
 
     Attributes:
         compares: whether the loss compares the scans of a batch with each other. If so, a batch in chunks is embedded

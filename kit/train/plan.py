@@ -154,7 +154,7 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
              f"and backward at {'x'.join(map(str, store.grid.shape))}\n"
              f"memory: {wanted.fixed_bytes / 1e9:.2f} GB for weights and optimiser, {wanted.scan_bytes / 1e9:.2f} GB a "
              f"scan at a time (counted in {params.precision}, without cuDNN's work space)\n"
-             f"plan: {epochs} epochs of {len(batches)} batches of {'up to ' * (min(sizes) < size)}{size} "
-             f"{'pairs' if params.session_pairs else 'scans'}; times {source}; loading, the "
-             " optimiser's step and the exchange of gradients come on top")
+             f"plan: {epochs} epochs of {len(batches)} batch{'es' * (len(batches) > 1)} of "
+             f"{'up to ' * (min(sizes) < size)}{size} {'pairs' if params.session_pairs else 'scans'}; times {source}; "
+             "loading, the optimiser's step and the exchange of gradients come on top")
     return pd.DataFrame(rows), words

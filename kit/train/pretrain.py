@@ -45,7 +45,7 @@ from kit.train.distributed import (
     worker_of_slurm,
     world_size,
 )
-from kit.train.loop import Settings, as_counted, fit
+from kit.train.loop import Settings, TrainingError, as_counted, fit
 from kit.train.monitor import embed, monitor_of
 from kit.train.objectives import MaskedReconstruction, SimCLR
 from kit.train.stop import NAME as STOP
@@ -432,6 +432,9 @@ def _seen(params: Pretrain, objective: Pretext, store: Store, learned: pd.DataFr
     drawn = rng_for(params.seed).permutation(len(learned))[:SCANS]
     features = embed(objective, PreparedScans(store, learned.iloc[drawn]), views=False)[0].numpy()
     held_out = embed(objective, PreparedScans(store, validation), views=False)[0].numpy() if len(validation) else None
+    if not np.isfinite(features).all():
+        raise TrainingError("the network's features are not finite after the last step: lower learning_rate, or set "
+                            "clip: 1")
     return fit_reference(features, features[:0] if held_out is None else held_out)
 
 

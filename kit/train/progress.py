@@ -41,7 +41,7 @@ class Progress:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             # TensorBoard hides the steps after `done` that a killed run has written
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
 
     def note(self, epoch: int, report: dict[str, float], rate: float, scans: int, waited: float) -> None:
         """Report one step.

@@ -199,7 +199,7 @@ def test_aliases(tmp_path):
 
 def test_datasets_without_a_name_are_said_before_work():
     cohort = pd.DataFrame({"dataset": ["oasis", "?site", "?site"]})
-    assert unnamed_datasets(cohort).startswith("site: the scans name no dataset, without which 3_finetune tests no")
+    assert unnamed_datasets(cohort).startswith("site: the scans have no dataset name, and 3_finetune refuses")
     assert unnamed_datasets(cohort[:1]) == ""
 
 

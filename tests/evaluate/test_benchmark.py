@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 import kit
 from kit.cohort.split import LeakageError, participant_hash, salt
@@ -272,11 +274,17 @@ def held_by_another(*files):
         other.stdin.close()
 
 
+def lock_of(cell):
+    """The lock of a cell, by its folder cells/TASK/ENCODER/NAME."""
+    cells = cell.parents[2]
+    return cells / ".locks" / quote(cell.relative_to(cells.parent).as_posix(), safe=" ")
+
+
 def test_a_cell_that_another_process_computes_is_left_to_it(stores, tmp_path, capsys):
     run = tmp_path / "run"
     params = params_for(stores, run, baselines=["guess"], seeds=[0], finetune_tasks=[], label_fractions=[1.0])
     theirs, ours = (run / f"cells/{task}/guess/baseline 100% fold 0" for task in ("age", "lesion"))
-    with held_by_another(theirs.with_name(f".{theirs.name}.lock")):
+    with held_by_another(lock_of(theirs)):
         results = filled(params)
         assert [cell.task for cell in results.missing] == ["age"] and "1 of 2 cells are left to other processes" in (
             capsys.readouterr().out)
@@ -291,7 +299,7 @@ def test_a_cell_of_other_settings_that_another_process_computes_is_not_removed(s
     (run / "params.yaml").unlink()
     cell = run / "cells/lesion/ResNet/finetune 50% fold 0"
     other = params_for(stores, run, steps=6, **values)
-    with held_by_another(cell.with_name(f".{cell.name}.lock")), pytest.raises(RunError, match=(
+    with held_by_another(lock_of(cell)), pytest.raises(RunError, match=(
             r"finetune 50% fold 0: another process computes this cell from other inputs or settings:\n"
             r"  steps: 4 then, 6 now\n")):
         filled(other)
@@ -321,12 +329,22 @@ def test_a_shard_of_other_parameters_is_refused_while_another_fills_the_table(st
     before = cell_files(run)
     with held_by_another(run / "shards/0-of-3/.lock"):
         with pytest.raises(RunError, match=r"shards/0-of-3 fills this table with other parameters now:\n"
-                                           r"  split_seed: the table has 0, asked for 1\nwait until"):
+                                           r"  split_seed: it has 0, asked for 1\nwait until"):
             filled(params_for(stores, run, shard=1, split_seed=1, **values))
         assert cell_files(run) == before
         filled(params_for(stores, run, shard=1, **values | {"shards": 2}))  # `shards` may differ
     filled(params_for(stores, run, shard=1, split_seed=1, **values))
-    assert json.loads((run / "cells/params.json").read_text())["split_seed"] == 1
+
+
+def test_shards_that_all_have_new_parameters_fill_the_table_side_by_side(stores, tmp_path):
+    """As an array that ran out of memory is sent again with other parameters: shard 0 runs, with the same as ours."""
+    run = tmp_path / "run"
+    values = {"baselines": ["guess"], "seeds": [0], "finetune_tasks": [], "label_fractions": [1.0], "shards": 2}
+    filled(params_for(stores, run, shard=0, **values))
+    new = params_for(stores, run, shard=0, split_seed=1, **values)
+    (run / "shards/0-of-2/params.yaml").write_text(yaml.safe_dump(new.plain()))
+    with held_by_another(run / "shards/0-of-2/.lock"):
+        assert len(filled(params_for(stores, run, shard=1, split_seed=1, **values)).missing) == 1  # shard 0's
 
 
 def test_a_cell_that_diverges_is_named_once_all_others_are_done(stores, tmp_path, monkeypatch):
@@ -467,6 +485,6 @@ def test_reliability_of_scans_seen_under_other_names_is_refused_or_allowed(store
     table = reliabilities(params, run := Run.of(params))
     run.close()
     assert table["encoder"].tolist() == ["SimCLR", "random init"] and np.isfinite(table["icc"]).all()
-    assert "SEEN IN PRETRAINING: 0 of 20 participants, 40 of 40 scans tested" in capsys.readouterr().out
+    assert "SEEN IN PRETRAINING: 0 of 20 participants, 40 of 40 scans\n" in capsys.readouterr().out
     with pytest.raises(LeakageError, match="40 of 40 scans to be evaluated were seen in pretraining"):
         reliability_of(build_encoder("resnet18_narrow", GRID), store, record=record)

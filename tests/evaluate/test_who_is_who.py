@@ -126,7 +126,7 @@ def test_other_people_are_tested_and_what_was_seen_is_said(scans, tmp_path, caps
     assert finetuned(rest, encoder, tmp_path / "run")[2]["train_participants"] == 6
     assert "SEEN" not in capsys.readouterr().out
     finetuned(half, encoder, tmp_path / "same", allow_seen_participants=True)
-    assert "SEEN IN PRETRAINING: 2 of 2 participants, 2 of 2 scans tested" in capsys.readouterr().out
+    assert "SEEN IN PRETRAINING: 2 of 2 participants, 2 of 2 scans\n" in capsys.readouterr().out
 
 
 def test_an_encoder_of_a_nameless_dataset_knows_its_people_in_any(scans, tmp_path):

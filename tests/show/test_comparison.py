@@ -220,7 +220,7 @@ def test_the_sentence_counts_wins_and_losses(differences):
     differences.loc[differences["rival"] == "MAE", "p_holm"] = np.nan
     said = verdict(differences)
     assert "of 8 comparisons" in said and "and 0 are not decided" in said
-    assert "; 4 more have no interval and are not tested" in said
+    assert "; 4 further pairs have no interval, so they are not tested" in said
     assert "nothing is compared" in verdict(differences[:0])
 
 

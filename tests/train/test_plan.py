@@ -67,7 +67,7 @@ def test_the_plan_has_the_batches_of_the_cohort(store, tmp_path, monkeypatch):
     assert table["scans_at_a_time"].tolist() == [15, 3, 1] and "of 2 batches of up to 15 scans; times given" in words
     assert table["memory_gb"][0] == need(large, store).memory(15) / 1e9
     table, words = plan(params(store, tmp_path / "run", batch_size=1024, session_pairs=True))
-    assert table["scans_at_a_time"].tolist() == [15, 3, 1] and "of 1 batches of 15 pairs; times given" in words
+    assert table["scans_at_a_time"].tolist() == [15, 3, 1] and "of 1 batch of 15 pairs; times given" in words
 
 
 def test_an_objective_without_a_branch_is_not_taken_for_another(store, tmp_path):
