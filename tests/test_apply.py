@@ -331,7 +331,7 @@ def test_every_flag_is_said_in_words():
         assert "(" in said_of(f"{name} low") and QC_METRICS[name].what in said_of(f"{name} low")
     assert said_of("a note of the header") == "a note of the header"
     least = Preprocess.model_fields["brain_ml"].default[0]
-    assert f"smaller than {least} ml: cut off, an infant's" in SAID["brain_ml low"]
+    assert f"for an adult below {least} ml" in SAID["brain_ml low"]
 
 
 def command(*arguments, **environment):

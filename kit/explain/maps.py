@@ -168,7 +168,7 @@ def check_model(folder: Path, store: Store, allow: Sequence[str] = ()) -> list[s
     if there:
         rows = store.index[store.index["scan"].isin(there)]
         labels = read_labels(rows, record["task"], record["kind"], codes, record["classes"]).values
-        now = dict(zip(rows["scan"], map(repr, labels), strict=True))
+        now = dict(zip(rows["scan"], map(repr, labels.tolist()), strict=True))
         changed["labels"] = [scan for scan in there if then["label"].get(scan) != now[scan]]
     if not allowed:  # scans deliberately prepared differently have other voxels
         changed["voxels"] = [scan for scan in there if then["checksum"].get(scan) != str(store.checksum(scan))]

@@ -208,9 +208,6 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     seen = log.dropna(subset=["rank"]) if "rank" in log else log.iloc[:0]
     last, fell = log.iloc[-1], (log["loss"].iloc[0] - log["loss"].iloc[-1]) / abs(log["loss"].iloc[0])
     now, start = (seen.iloc[-1], seen.iloc[0]) if len(seen) else ({}, {})
-    if "validation_loss" in log and log["validation_loss"].notna().any() and not math.isfinite(
-            last["validation_loss"]):
-        return "DIVERGED: the loss of the validation scans is not finite; lower learning_rate, or set clip: 1"
     few_found = "top1" not in last or last["top1"] < min(2 * chance, chance + 0.1)
     if few_found and "std" in now and (now["std"] < 0.1 or now["uniformity"] > -0.05):
         return (f"COLLAPSED: all scans get nearly the same embedding (std {now['std']:.2f} of 1, uniformity "

@@ -330,7 +330,7 @@ def test_later_sessions_that_get_the_labels_of_the_first_are_counted(tmp_path):
     scans = ["sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1", "sub-02_ses-2", "sub-03_ses-1"]
     participants = "participant_id age diagnosis split\nsub-01 60 CN test\nsub-02 70 AD test\nsub-03 80 AD test\n"
     words = "{} participants have several sessions and no sessions.tsv: all their sessions have the labels of " \
-            "participants.tsv (age, diagnosis); give those that change in sub-*/sub-*_sessions.tsv"
+            "participants.tsv (age, diagnosis); if any change, give those in sub-*/sub-*_sessions.tsv"
     cohort, said = bids(tmp_path, scans, {"participants.tsv": participants})
     assert said.endswith(f": {words.format(2)}") and cohort["age"].tolist() == [60, 60, 70, 70, 80]
     sessions = "session_id age\nses-1 60\nses-2 62\n"

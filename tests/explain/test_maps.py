@@ -158,7 +158,7 @@ def test_a_number_is_doubted_where_the_median_does_as_well(six, tmp_path):
     predicted(tmp_path, six, true, [22.0, 33, 44, 51, 60, 66, 75], kind="regression", classes=[])
     assert no_better_than_chance(tmp_path) == ""
     predicted(tmp_path, six, true, [50.0, 80, 20, 50, 10, 52, 49], kind="regression", classes=[])
-    assert "no better than the median does" in no_better_than_chance(tmp_path)
+    assert "not shown to predict better than the median does" in no_better_than_chance(tmp_path)
 
 
 def test_a_gain_over_the_median_by_luck_is_doubted(six, tmp_path):
@@ -182,7 +182,7 @@ def test_a_file_that_was_replaced_since_its_preparation_is_named(tmp_path, capsy
         os.utime(tmp_path / "a.nii.gz", (prepared + later, prepared + later))
         maps = {("made_000_01", "gradient"): mask.astype(np.float32)}
         written = native_maps(maps, store, str(tmp_path / "cohort.csv"), "T1w", Run.open(tmp_path / f"run{said}", {}))
-        assert len(written) == 1 and ("changed since they were prepared" in capsys.readouterr().out) == said
+        assert len(written) == 1 and ("were written after they were prepared" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize(("method", "unit"), [
