@@ -104,6 +104,8 @@ def test_the_command_lists_what_failed_in_a_file(store, encoder, tmp_path, monke
     assert main() == 1 and pd.read_csv(tmp_path / "x_failed.csv")["reason"].tolist() == ["no brain"]
     monkeypatch.setattr("kit.apply.apply", lambda *_: applied)
     assert main() == 0 and not (tmp_path / "x_failed.csv").exists()
+    (tmp_path / "x_failed.csv").write_text("mine\n1\n")
+    assert main() == 0 and (tmp_path / "x_failed.csv").exists()
 
 
 def test_a_scan_unlike_those_seen_is_called_so(store, encoder, tmp_path):

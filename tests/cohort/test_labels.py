@@ -174,6 +174,11 @@ def test_a_sex_written_in_two_ways_is_asked_about(task, kind):
     assert read_labels(pd.DataFrame({task: column.replace("M", None)}), task, kind).classes == ("F", "Male")
 
 
+def test_sexes_that_share_a_letter_and_effect_codes_are_two():
+    assert read_labels(pd.DataFrame({"sex": ["XX", "XY", "XX"]}), "sex").classes == ("XX", "XY")
+    assert sexes(pd.Series([-1, 1.0, None, "1"])).tolist()[:2] == ["-1", "1"]
+
+
 def test_sexes_of_cells_that_look_missing_are_unknown():
     found = sexes(pd.Series(["male", " f", "NA", "-9", -9.0, "unknown", None, 1.0, "n/a", 9]))
     assert found.fillna("").tolist() == ["M", "F", "", "", "", "", "", "1", "", ""]

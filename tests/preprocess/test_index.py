@@ -167,12 +167,15 @@ def test_a_changed_row_leaves_all_other_scans_in_their_shards() -> None:
     assert set().union(*after) < set().union(*before)
 
 
+@pytest.mark.parametrize("once_merged", [True, False])
 def test_scans_are_not_prepared_again_after_a_change_of_shards(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, once_merged: bool) -> None:
     table, merged = cohort(tmp_path), tmp_path / "merged"
-    for shard in range(3):
-        prepare(shard_of(table, shard, 3), shard_folder(merged, shard), SETTINGS, workers=0, part=True)
-    first, _ = merge_shards(table, merged, 3)
+    parts = [prepare(shard_of(table, shard, 3), shard_folder(merged, shard), SETTINGS, workers=0, part=True)[0]
+             for shard in range(3)]
+    first = pd.concat(parts).sort_values("scan", ignore_index=True)
+    if once_merged:
+        merge_shards(table, merged, 3)
     write_nifti(tmp_path / "5.nii.gz", np.pad(np.random.default_rng(5).uniform(10, 90, (8, 9, 10)), 1),
                 np.diag([12.0, 12, 12, 1]))
     done, prepare_scan = [], preprocess.prepare_scan
@@ -180,7 +183,7 @@ def test_scans_are_not_prepared_again_after_a_change_of_shards(
     for shard in range(2):
         prepare(shard_of(table, shard, 2), merged / "shards" / f"{shard}-of-2", SETTINGS, workers=0, part=True)
     assert sorted(done) == ["d_0003_NA", "d_0005_NA"]  # no scan, and one that has changed
-    second, _ = merge_shards(table, merged, 2)
+    second = merge_shards(table, merged, 2)[0].sort_values("scan", ignore_index=True)
     assert (second["seconds"] == first["seconds"])[second["scan"] != "d_0005_NA"].all()
 
 
