@@ -352,7 +352,7 @@ class _Bench:
             os.replace(place / "tries.csv", folder / "tries.csv")
             write_json(known, {**tuned.choice._asdict(), "converged": tuned.converged,
                                "validation": tuned.validation_score, "standard_error": tuned.standard_error,
-                               "longer": tuned.longer_score})
+                               "longer": tuned.longer_score, "change_error": tuned.change_error})
         return predict_tested(task, tuned.predictor)
 
     def _features_of(self, cell: Cell, seed: int, task: Task, part: str) -> np.ndarray:
@@ -446,7 +446,8 @@ class _Bench:
             if self.file(cell, seed).exists():
                 tables.append(read_table(self.file(cell, seed), text=TEXT).assign(seed=seed))
         choice, task = self.folder(cell) / "choice.json", self.tasks[cell.task, cell.fold]
-        converged = json.loads(choice.read_text(encoding="utf-8"))["converged"] if choice.exists() else None
+        notes = json.loads(choice.read_text(encoding="utf-8")) if choice.exists() else {}
+        converged = notes["converged"] if "change_error" in notes else None  # older kits had another rule
         people = task.with_labels_for(cell.label_fraction, self.params.seeds[0]).parts["train"].participants.nunique()
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         if tables:  # age and sex are today's, whatever they were when the cell was computed

@@ -71,8 +71,8 @@ class Tuned:
         standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
         longer_score: the score after up to three times the steps, nan if training diverged there; `validation_score`
             itself if training was not repeated.
-        converged: whether the two scores differ by no more than the standard error of their difference (the same
-            participants drawn for both); None if not checked, or if that is nan.
+        change_error: standard error of the difference of the two scores, the same participants drawn for both.
+        converged: whether the two scores differ by no more than that; None if not checked, or if an error is nan.
     """
 
     predictor: Predictor
@@ -82,6 +82,7 @@ class Tuned:
     validation_score: float
     standard_error: float
     longer_score: float
+    change_error: float
     converged: bool | None
 
 
@@ -208,7 +209,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     if folder:
         write_table(folder / "tries.csv", tries)
     converged = abs(longer - score) <= change_error if check and math.isfinite(error + change_error) else None
-    return Tuned(predictor, log, each, tries, score, error, longer, converged)
+    return Tuned(predictor, log, each, tries, score, error, longer, change_error, converged)
 
 
 def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:

@@ -162,7 +162,8 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
     encoder, which is the first in `differences`. The sentence counts all its differences, whichever side they favour.
 
     Args:
-        scores: as for `scores_table`, with `converged` (False: more steps would change the validation score).
+        scores: as for `scores_table`, with `converged` (False: more steps would change the validation score;
+            empty: not checked).
         differences: as for `forest`, for any number of encoders, modes and label fractions; may be empty.
         note: a remark on the data, such as "procedural data".
     """
@@ -185,8 +186,12 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
                                    .replace(", higher", ", above 0").replace(", lower", ", below 0")
                                    for name, words in METRICS.items()})
     lines += ["", *textwrap.wrap(verdict(differences), PAGE)]
+    known = scores["converged"].map(str).where(scores["converged"].notna(), "")
+    tuned = scores["mode"] == "finetune"
+    lacking, unchecked = _models(scores[known == "False"]), _models(scores[tuned & (known == "")])
     lines += textwrap.wrap(f"Not trained to the end (three times the steps change the validation score by more than "
-                           f"the change's standard error): {_unconverged(scores) or 'none'}.", PAGE)
+                           f"the change's standard error): {lacking or 'none'}"
+                           f"{f'; not checked: {unchecked}' if unchecked else ''}.", PAGE)
     if scores["low"].isna().any():
         lines += textwrap.wrap(f"[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a "
                                "class), or as every draw gives the same.", PAGE)
@@ -211,9 +216,9 @@ def verdict(differences: pd.DataFrame) -> str:
             f"Holm's correction){untested}.")
 
 
-def _unconverged(scores: pd.DataFrame) -> str:
-    lacking = scores[scores["converged"].astype(str) == "False"]
-    models = lacking.groupby(["encoder", "mode", "task"], sort=False)["label_fraction"].unique()
+def _models(scores: pd.DataFrame) -> str:
+    """List the models of these scores, with their modes, tasks and label fractions."""
+    models = scores.groupby(["encoder", "mode", "task"], sort=False)["label_fraction"].unique()
     shares = {model: ", ".join(f"{100 * each:g}%" for each in sorted(fractions)) for model, fractions in models.items()}
     return "; ".join(f"{encoder} ({mode}, {readable(task)}, {listed})"
                      for (encoder, mode, task), listed in shares.items())
