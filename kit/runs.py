@@ -196,13 +196,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take(folder)
         stored = folder / "params.yaml"
-        if stored.exists() and _has_begun(folder):
-            fixed = {name: value for name, value in params.items() if name not in may_change}
-            before = dict(defaults or {}) | (yaml.safe_load(stored.read_text(encoding="utf-8")) or {})
-            before = {name: value for name, value in before.items() if name not in may_change}
-            if listed := differences(before, fixed, "the folder"):
-                raise RunError(f"{shown(folder)} holds a run with other parameters:\n  {listed}\n"
-                               "give another output_dir, or delete that folder")
+        if stored.exists() and _has_begun(folder) and (
+                listed := other_parameters(stored, params, may_change, defaults or {}, "the folder")):
+            raise RunError(f"{shown(folder)} holds a run with other parameters:\n  {listed}\n"
+                           "give another output_dir, or delete that folder")
         text = yaml.safe_dump(dict(params), sort_keys=False)
         write_whole(stored, lambda aside: aside.write_text(text, encoding="utf-8"))
         write_whole(folder / "environment.txt", lambda aside: aside.write_text(environment(), encoding="utf-8"))
@@ -239,6 +236,14 @@ class Run:
             known["fingerprint"] = json.loads(made_from.read_text(encoding="utf-8"))["fingerprint"]
         write_json(path, known)
         return known
+
+
+def other_parameters(stored: Path, params: Mapping[str, Any], may_change: frozenset[str], defaults: Mapping[str, Any],
+                     where: str) -> str:
+    """List what a run's `params.yaml` has other than these parameters; see `Run.open` and `differences`."""
+    old, new = ({name: value for name, value in values.items() if name not in may_change} for values in
+                ({**defaults, **(yaml.safe_load(stored.read_text(encoding="utf-8")) or {})}, params))
+    return differences(old, new, where)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str, within: str = "") -> str:

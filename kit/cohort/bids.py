@@ -27,9 +27,9 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     except (ValueError, AttributeError):  # AttributeError: valid JSON, but not an object
         raise CohortError(f"{shown(description)} is not a JSON object; correct it") from None
     table = pd.DataFrame([_bids_row(folder, scan, name or UNNAMED + folder.name) for scan in scans],
-                         columns=[*COLUMNS, "others"], dtype=str)
+                         columns=[*COLUMNS, "others", "pipelines"], dtype=str)
     table = _own_masks(folder, _one_a_session(folder, table))
-    _tell_of_pipelines(folder, table.loc[table["mask_path"] != "", "image_path"])
+    _tell_of_pipelines(folder, table.pop("pipelines")[table["mask_path"] != ""])
     labels = folder / "participants.tsv"
     if labels.is_file() or labels.is_symlink():  # a broken link must raise an error, not pass as "no labels"
         table = _with_labels(folder, table, _label_file(labels, "participant_id", "participant"), contrast)
@@ -39,15 +39,9 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
     return table
 
 
-def _masks(folder: Path, scan: Path) -> list[Path]:
-    """Return the brain masks of a scan, by their pipelines' names: `derivatives/PIPELINE/sub-01/anat/...`."""
-    stem = scan.name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
-    return sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
-
-
 def _tell_of_pipelines(folder: Path, masked: pd.Series) -> None:
-    """Warn where scans with a mask have masks of several pipelines: each scan has the first one, by name."""
-    pipelines = [[mask.relative_to(folder).parts[1] for mask in _masks(folder, Path(scan))] for scan in masked]
+    """Warn where masks are of several pipelines (names by scan, separated by /): each scan has the first, by name."""
+    pipelines = [names.split("/") for names in masked]
     made, taken = sorted({name for each in pipelines for name in each}), Counter(each[0] for each in pipelines)
     if len(made) > 1:
         say(f"{shown(folder)}: derivatives/ has brain masks of {', '.join(made)}. Each scan has the first by name: "
@@ -56,13 +50,16 @@ def _tell_of_pipelines(folder: Path, masked: pd.Series) -> None:
 
 
 def _bids_row(folder: Path, scan: Path, dataset: str) -> tuple[str, ...]:
-    masks = _masks(folder, scan)
+    stem = scan.name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
+    masks = sorted(folder.glob(f"derivatives/*/{scan.parent.relative_to(folder)}/{stem}_desc-brain_mask.nii*"))
+    pipelines = "/".join(mask.relative_to(folder).parts[1] for mask in masks)  # derivatives/PIPELINE/...
     entities = dict(part.partition("-")[::2] for part in scan.name.split("_")[:-1])
     place = [part for part in scan.relative_to(folder).parts[:-1] if part.startswith(("sub-", "ses-"))]
     if place != [f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities]:
         raise CohortError(f"{shown(scan)}: its name must begin with {'_'.join(place)}_; rename it")
     others = "_".join(f"{key}-{value}" for key, value in entities.items() if key not in ("sub", "ses"))
-    return (entities["sub"], entities.get("ses", "01"), dataset, str(scan), str(masks[0]) if masks else "", others)
+    return (entities["sub"], entities.get("ses", "01"), dataset, str(scan), str(masks[0]) if masks else "", others,
+            pipelines)
 
 
 def _one_a_session(folder: Path, table: pd.DataFrame) -> pd.DataFrame:

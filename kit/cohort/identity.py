@@ -182,19 +182,22 @@ def check_people_known(index: pd.DataFrame, rows_are_people: bool) -> None:
                             "again, or, if each scan is of a different person, set rows_are_people: true")
 
 
+def _without_dataset(index: pd.DataFrame) -> list[str]:
+    """Return the files or folders that stand for the datasets of scans without one."""
+    return sorted({name.removeprefix(UNNAMED) for name in index["dataset"].astype(str) if name.startswith(UNNAMED)})
+
+
 def unnamed_datasets(cohort: pd.DataFrame) -> str:
     """Say which datasets only their file or folder names, as `check_datasets_known` will refuse them; "" if none."""
-    unsaid = sorted({name for name in cohort["dataset"].astype(str) if name.startswith(UNNAMED)})
-    names = ", ".join(name.removeprefix(UNNAMED) for name in unsaid)
-    return (f"{names}: the scans have no dataset name, and 3_finetune refuses to test pretrained encoders on them; add "
-            "a column dataset (BIDS: the Name in dataset_description.json)") if unsaid else ""
+    unsaid = _without_dataset(cohort)
+    return (f"{', '.join(unsaid)}: the scans have no dataset name, and 3_finetune refuses to test pretrained encoders "
+            "on them; add a column dataset (BIDS: the Name in dataset_description.json)") if unsaid else ""
 
 
 def check_datasets_known(index: pd.DataFrame, beside: str) -> None:
     """Raise IdentityError if a dataset is named only by its file: its people may also be among `beside`."""
-    unsaid = sorted({name for name in index["dataset"].astype(str) if name.startswith(UNNAMED)})
-    if unsaid:
-        name = unsaid[0].removeprefix(UNNAMED)
+    if unsaid := _without_dataset(index):
+        name = unsaid[0]
         raise IdentityError(f"the cohort {name} has no column dataset (a BIDS folder: no Name), so its people cannot "
                             f"be told from those of {beside}: add one, with one value per study in all cohorts (if "
                             f"that is {name!r}, finished scans are kept), and run 1_preprocess again")

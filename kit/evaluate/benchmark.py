@@ -47,9 +47,7 @@ from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
 from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
-from kit.reading import read_yaml
-from kit.runs import MADE_FROM, Run, RunError, progress, shown, write_json, write_table
-from kit.runs import differences as differing
+from kit.runs import MADE_FROM, Run, RunError, other_parameters, progress, shown, write_json, write_table
 from kit.store.dataset import PreparedScans
 from kit.store.leakage import ORIGIN_COLUMNS
 from kit.store.store import Store
@@ -464,15 +462,11 @@ def check_parameters(params: Benchmark, run: Run) -> None:
     Raises:
         RunError: lists every difference.
     """
-    def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name not in params.may_change}
-
     for folder in (params.output_dir, *params.output_dir.glob("shards/*")):
         file, lock = folder / "params.yaml", folder / ".lock"
         if folder == run.folder or not file.exists() or not lock.exists() or not _is_locked(lock):
             continue
-        theirs = params.defaults() | read_yaml(file)
-        if listed := differing(fixed(theirs), fixed(params.plain()), "it"):
+        if listed := other_parameters(file, params.plain(), params.may_change, params.defaults(), "it"):
             raise RunError(f"{shown(folder)} fills this table with other parameters now:\n  {listed}\n"
                            "wait until it has ended, or give another output_dir")
 

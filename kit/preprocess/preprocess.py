@@ -120,11 +120,11 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
 
 def _take_prepared(jobs: list[ScanJob], merged: Path) -> None:
     """Link scans that this shard lacks from the merged folder or other shards; `_found` and `_known` check them."""
-    homes = [merged, *sorted((merged / "shards").glob("*-of-*"))]
+    homes = [*sorted((merged / "shards").glob("*-of-*"), reverse=True), merged]  # a later one's file counts
+    there = {path.name: path for home in homes for path in scan_path(home, "any").parent.glob("*")}  # listed once
     for job in jobs:
-        there = (scan_path(home, job.scan) for home in homes)
-        if not job.output.exists() and (source := next((path for path in there if path.is_file()), None)):
-            link_whole(source, job.output)
+        if not job.output.exists() and job.output.name in there:
+            link_whole(there[job.output.name], job.output)
 
 
 def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
