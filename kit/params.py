@@ -264,7 +264,7 @@ class Tuning(Training):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # in which the learning rate rises
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning-rate factor from stage to stage below the head
     select_by: Literal["loss", "score"] = "loss"  # on validation; score: AUC (for numbers, still the loss)
-    # if it did not stop early, train again with three times the steps, to see whether that changes the result
+    # train once more with three times the steps and patience: does the validation score get better?
     check_converged: bool = True
     flip: bool = True  # mirror left and right at random while fine-tuning
     standardise: bool = True  # z-score numeric labels for training; false: as they are

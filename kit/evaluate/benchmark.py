@@ -350,7 +350,8 @@ class _Bench:
             os.replace(place / "tries.csv", folder / "tries.csv")
             write_json(known, {**tuned.choice._asdict(), "converged": tuned.converged,
                                "validation": tuned.validation_score, "standard_error": tuned.standard_error,
-                               "longer": tuned.longer_score, "change_error": tuned.change_error})
+                               "longer": tuned.longer_score, "longer_steps": tuned.longer_steps,
+                               "change_error": tuned.change_error})
         return predict_tested(task, tuned.predictor)
 
     def _features_of(self, cell: Cell, seed: int, task: Task, part: str) -> np.ndarray:
@@ -445,7 +446,7 @@ class _Bench:
                 tables.append(read_table(self.file(cell, seed), text=TEXT).assign(seed=seed))
         choice, task = self.folder(cell) / "choice.json", self.tasks[cell.task, cell.fold]
         notes = json.loads(choice.read_text(encoding="utf-8")) if choice.exists() else {}
-        converged = notes["converged"] if "change_error" in notes else None  # older kits had another rule
+        converged = notes["converged"] if "longer_steps" in notes else None  # older kits had another rule
         people = task.with_labels_for(cell.label_fraction, self.params.seeds[0]).parts["train"].participants.nunique()
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         if tables:  # age and sex are today's, whatever they were when the cell was computed

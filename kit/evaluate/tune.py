@@ -46,7 +46,7 @@ from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
 TRIES, JOB = "tries", "job.pt"  # in tune's folder: checkpoints of each try; in the run's: a `Job`
 DIVERGED = "diverged.txt"  # beside job.pt: why training in worker processes diverged
-LONGER = 3  # times the steps, in the check of whether training was long enough
+LONGER = 3  # times the steps and the patience, in the check of whether training was long enough
 VALIDATION_DRAWS = 200  # of the bootstrap, for a validation score
 
 
@@ -69,10 +69,12 @@ class Tuned:
             validation_score; the last four are empty where training diverged.
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
         standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
-        longer_score: the score after up to three times the steps, nan if training diverged there; `validation_score`
-            itself if training was not repeated.
+        longer_score: the score with three times the steps and patience, nan if training diverged there;
+            `validation_score` itself if training was not repeated.
+        longer_steps: that training took; 0 if it diverged or was not repeated.
         change_error: standard error of the difference of the two scores, the same participants drawn for both.
-        converged: whether the two scores differ by no more than that; None if not checked, or if an error is nan.
+        converged: whether the longer training's score is better by no more than that; None if not checked, if it
+            diverged, or if an error is nan.
     """
 
     predictor: Predictor
@@ -82,6 +84,7 @@ class Tuned:
     validation_score: float
     standard_error: float
     longer_score: float
+    longer_steps: int
     change_error: float
     converged: bool | None
 
@@ -112,13 +115,14 @@ class Job:
     @classmethod
     def of(cls, task: Task, encoder: Encoder, params: Tuning, seed: int, choice: Choice, times: int = 1,
            folder: Path | None = None, home: Path | None = None) -> Job:
-        """Make a job with `times` the steps that the parameters allow; the warm-up stays the same number of steps."""
+        """Make a job with `times` the steps and the patience that the parameters allow; the warm-up stays as it is."""
         steps, warm, each = times * params.steps, params.warmup_steps, params.check_steps
         epochs = math.ceil(steps / each)
         full = (epochs - 1) * each  # steps before the last epoch, which may be shorter
         # in epochs, as `fit` counts
         risen = warm / each if warm <= full else epochs - 1 + (warm - full) / (steps - full)
-        settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=epochs, warmup_fraction=risen / epochs)
+        settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=epochs, patience=times * params.patience,
+                               warmup_fraction=risen / epochs)
         by_score = params.select_by == "score" and task.labels.kind == "classification" and not _unvalidated(task)
         return cls(task, encoder, settings, steps, params.check_steps, params.flip, params.standardise, by_score,
                    folder, home)
@@ -140,8 +144,8 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
 
     Each learning rate is tried with each weight decay. The try with the lowest validation loss (or best AUC, see
     `select_by`, if validation has every class; of equal ones the lower loss) is kept, at its best weights. Tries that
-    diverge are out. Then `tune` checks whether training was long enough. A run that stopped early at a constant
-    learning rate passes, as more steps would not change it; any other is repeated with three times the steps.
+    diverge are out. Then `tune` checks whether training was long enough: it trains once more, with three times the
+    steps and the patience, to see whether the validation score gets better.
 
     Args:
         seed: of the head, the batches and the augmentation.
@@ -196,20 +200,22 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
             raise diverged
         _, predictor, log, each, row = best
         score, error = row["validation_score"], standard_error(task, predictor, seed)
-        longer, change_error = score, 0.0
-        if check and not (row["stopped_early"] and params.schedule == "constant"):
+        longer, longer_steps, change_error = score, 0, 0.0
+        if check:
             try:
-                trained_longer = train(job(each, LONGER), params)[0]
+                trained_longer, log_longer = train(job(each, LONGER), params)
+                longer_steps = min(LONGER * params.steps, len(log_longer) * params.check_steps)
                 longer = score_validation(task, trained_longer)
                 change_error = standard_error(task, trained_longer, seed, predictor)
             except TrainingError as failed:
-                print(f"with {LONGER} times the steps: {failed}")
-                longer = math.nan
+                print(f"with {LONGER} times the steps and patience: {failed}")
+                longer = change_error = math.nan
     tries = pd.DataFrame(rows)
     if folder:
         write_table(folder / "tries.csv", tries)
-    converged = abs(longer - score) <= change_error if check and math.isfinite(error + change_error) else None
-    return Tuned(predictor, log, each, tries, score, error, longer, change_error, converged)
+    gain = longer - score if task.labels.kind == "classification" else score - longer
+    converged = not gain > change_error if check and math.isfinite(error + change_error) else None
+    return Tuned(predictor, log, each, tries, score, error, longer, longer_steps, change_error, converged)
 
 
 def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:

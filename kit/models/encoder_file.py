@@ -95,19 +95,28 @@ def side_of(spec: str | Path) -> dict[str, Side]:
     return {"encoder": Side(shown(resolve(rest)), record["preparation"], sources)}
 
 
-def weights_digest(network: nn.Module) -> str:
-    """Hash the weights (names, shapes, dtypes, values) to 16 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=8)
+def weights_digest(network: nn.Module, drawn: str = "") -> str:
+    """Hash the weights (names, shapes, dtypes, values) to 16 hexadecimal digits.
+
+    Args:
+        drawn: how random weights were drawn. It is hashed in place of their values, as the last bits of these depend on
+            the version of torch: shards on other machines would take each other's results for those of other weights.
+    """
+    digest = hashlib.blake2b(drawn.encode(), digest_size=8)
     for name, weight in network.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        if not drawn:
+            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def noted(spec: str | Path, network: nn.Module, record: dict[str, Any]) -> dict[str, str]:
     """What a run's `made_from.json` notes about its encoder."""
-    path = str(spec) if record["objective"] == "random" else shown(resolve(encoder_parts(spec)[1]))
-    return {"from": path, "weights": weights_digest(network), "objective": record["objective"]}
+    if record["objective"] == "random":
+        path, drawn = str(spec), f"{record['architecture']} seed {record['seed']}"
+    else:
+        path, drawn = shown(resolve(encoder_parts(spec)[1])), ""
+    return {"from": path, "weights": weights_digest(network, drawn), "objective": record["objective"]}
 
 
 def load_encoder(spec: str | Path, preparation: dict[str, Any], seed: int = 0,
@@ -130,7 +139,7 @@ def load_encoder(spec: str | Path, preparation: dict[str, Any], seed: int = 0,
     if kind == "random":
         architecture = rest or "resnet18"
         return build_encoder(architecture, grid, seed), {"architecture": architecture, "objective": "random",
-                                                          "participants": []}
+                                                          "seed": seed, "participants": []}
     record = read_record(spec)
     known = {} if record["preparation"] is None else {"encoder": Side(shown(resolve(rest)), record["preparation"])}
     if message := misfit({**known, "these": Side("scans", preparation)}, allow):

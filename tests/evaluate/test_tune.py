@@ -51,15 +51,25 @@ def losses(log):
     return log.drop(columns="seconds")
 
 
-def test_it_stops_where_validation_gets_no_better_and_more_steps_change_nothing(store, tmp_path):
+def test_it_stops_where_validation_gets_no_better_and_is_asked_again_with_more_patience(store, tmp_path):
     asked = params(store, steps=60, check_steps=2, patience=2, learning_rates=[3e-3])
     tuned = tune(task_of(store), ENCODER, asked, 0, tmp_path)
     best = tuned.log["validation_loss"].argmin()
     assert len(tuned.log) == best + 3 < 30
     assert tuned.tries.iloc[0]["stopped_early"] and tuned.tries.iloc[0]["steps"] == 2 * len(tuned.log)
-    assert tuned.converged and [path.name for path in (tmp_path / TRIES).iterdir()] == ["rate 0.003 decay 0.01 times 1"]
+    assert sorted(path.name for path in (tmp_path / TRIES).iterdir()) == [
+        f"rate 0.003 decay 0.01 times {times}" for times in (1, 3)]
     longer, log = train(Job.of(task_of(store), ENCODER, asked, 0, tuned.choice, times=3), asked)
-    assert losses(log).equals(losses(tuned.log)) and same(longer, tuned.predictor)
+    assert len(log) == log["validation_loss"].argmin() + 7 and tuned.longer_steps == 2 * len(log)
+    assert losses(log)[:len(tuned.log)].equals(losses(tuned.log))  # at a constant rate it goes on from there
+    assert score_validation(task_of(store), longer) == tuned.longer_score
+
+
+def test_a_patience_that_is_too_short_is_found(store):
+    """Two worse checks in a row ended the training at 16 years of error, where it goes on to 2."""
+    tuned = tune(task_of(store, "age"), ENCODER, params(store, task="age", steps=60, check_steps=1, patience=2), 0)
+    assert tuned.tries["stopped_early"].tolist() == [True] and tuned.converged is False
+    assert tuned.longer_score < tuned.validation_score / 3 and tuned.longer_steps > 2 * len(tuned.log)
 
 
 def test_few_steps_are_no_training(store):
