@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +41,7 @@ from kit.train.distributed import (
     worker_of_slurm,
     world_size,
 )
-from kit.train.loop import Settings, TrainingError, fit
+from kit.train.loop import MAY_CHANGE, Settings, TrainingError, fit
 from kit.train.objectives import Supervised
 from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
@@ -47,6 +49,7 @@ from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 TRIES, JOB = "tries", "job.pt"  # in tune's folder: checkpoints of each try; in the run's: a `Job`
 DIVERGED = "diverged.txt"  # beside job.pt: why training in worker processes diverged
 LONGER = 3  # times the steps and the patience, in the check of whether training was long enough
+LENGTH = {"epochs", "patience", "warmup_fraction"}  # settings that only end training, if the learning rate is constant
 VALIDATION_DRAWS = 200  # of the bootstrap, for a validation score
 
 
@@ -144,8 +147,8 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
 
     Each learning rate is tried with each weight decay. The try with the lowest validation loss (or best AUC, see
     `select_by`, if validation has every class; of equal ones the lower loss) is kept, at its best weights. Tries that
-    diverge are out. Then `tune` checks whether training was long enough: it trains once more, with three times the
-    steps and the patience, to see whether the validation score gets better.
+    diverge are out. Then `tune` checks whether training was long enough: it trains with three times the steps and the
+    patience, to see whether the validation score gets better. At a constant learning rate this goes on from the try.
 
     Args:
         seed: of the head, the batches and the augmentation.
@@ -202,8 +205,11 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
         score, error = row["validation_score"], standard_error(task, predictor, seed)
         longer, longer_steps, change_error = score, 0, 0.0
         if check:
+            again = job(each, LONGER)
+            if again.folder and params.schedule == "constant" and params.steps % params.check_steps == 0:
+                _go_on(Path(job(each).folder or ""), again.folder)
             try:
-                trained_longer, log_longer = train(job(each, LONGER), params)
+                trained_longer, log_longer = train(again, params)
                 longer_steps = min(LONGER * params.steps, len(log_longer) * params.check_steps)
                 longer = score_validation(task, trained_longer)
                 change_error = standard_error(task, trained_longer, seed, predictor)
@@ -290,8 +296,10 @@ def train_here(job: Job) -> tuple[Supervised, pd.DataFrame]:
         except NotFiniteError:
             return {"monitor": math.nan}  # the worst, as for a loss
 
+    free = MAY_CHANGE | LENGTH if settings.schedule == "constant" else MAY_CHANGE
+    same = {name: value for name, value in asdict(settings).items() if name not in free}
     try:
-        log = fit(objective, scans, batches, job.task.parts["validation"].scans(), settings, job.folder,
+        log = fit(objective, scans, batches, job.task.parts["validation"].scans(), settings, job.folder, params=same,
                   stop=job.home and job.home / STOP, place=place, monitor=by_score if job.by_score else None)
     except Stopped as stopped:
         if rank() == 0:
@@ -350,6 +358,14 @@ def _best_check(log: pd.DataFrame) -> int:
 
 def _checks_since_best(log: pd.DataFrame) -> int:
     return len(log) - 1 - _best_check(log)
+
+
+def _go_on(ended: Path, longer: Path) -> None:
+    """Copy the checkpoints of an ended training for a longer one, unless that has begun."""
+    if not longer.exists():
+        aside = longer.with_name(f"{longer.name} copying")
+        shutil.rmtree(aside, ignore_errors=True)  # of a run killed here
+        os.replace(shutil.copytree(ended, aside), longer)
 
 
 @contextmanager

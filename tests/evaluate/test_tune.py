@@ -61,7 +61,10 @@ def test_it_stops_where_validation_gets_no_better_and_is_asked_again_with_more_p
         f"rate 0.003 decay 0.01 times {times}" for times in (1, 3)]
     longer, log = train(Job.of(task_of(store), ENCODER, asked, 0, tuned.choice, times=3), asked)
     assert len(log) == log["validation_loss"].argmin() + 7 and tuned.longer_steps == 2 * len(log)
-    assert losses(log)[:len(tuned.log)].equals(losses(tuned.log))  # at a constant rate it goes on from there
+    assert losses(log)[:len(tuned.log)].equals(losses(tuned.log))
+    gone_on = pd.read_csv(tmp_path / TRIES / "rate 0.003 decay 0.01 times 3" / "log.csv")
+    assert gone_on["seconds"][:len(tuned.log)].tolist() == tuned.log["seconds"].tolist()  # not trained a second time
+    assert losses(gone_on).to_numpy() == pytest.approx(losses(log).to_numpy(), rel=1e-12)  # the digits of a CSV
     assert score_validation(task_of(store), longer) == tuned.longer_score
 
 
