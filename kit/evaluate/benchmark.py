@@ -3,14 +3,15 @@
 A cell is one row of the table (an encoder in one mode, on one task, with one label fraction) on one fold. Its folder,
 `cells/TASK/ENCODER/…`, holds each seed's predictions, and all tables are made from these. A finished cell with the same
 inputs and settings is not computed again, so a killed run resumes and the jobs of a Slurm array share the cells; each
-embeds, with the encoders of its own cells, all scans that a task uses. A cell has one writer, which holds its lock, and
-the writers of a table at one time have the same parameters.
+job embeds all scans that any task uses, with the encoders of its own cells. A cell has one writer, which holds its
+lock, and the writers of a table at one time have the same parameters.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -27,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 import kit
-from kit.cohort.identity import read_aliases
+from kit.cohort.identity import joined, participant_ids, read_aliases
 from kit.cohort.tabular import read_table
 from kit.device import check_gpu
 from kit.errors import KitError
@@ -44,7 +45,7 @@ from kit.evaluate.tune import Choice, stoppable, tune
 from kit.evaluate.volumes import read_volumes
 from kit.machine import Lock
 from kit.models.encoder import Encoder
-from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of
+from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of, weights_digest
 from kit.params import Benchmark
 from kit.provenance import MadeFrom, changes, check_fit, fingerprint, read_made_from, write
 from kit.runs import MADE_FROM, Run, RunError, other_parameters, progress, shown, write_json, write_table
@@ -107,7 +108,8 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
 
     Written to the run's folder:
         tidy.csv: one score per row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
-            participants (tested), train_participants (mean over folds), converged, fingerprint.
+            participants (tested), train_participants (mean over folds), converged (of the first seed, over folds: no
+            gain from longer training beyond its standard error; see `kit.evaluate.tune.Tuned`), fingerprint.
         scores.csv: scores over seeds; see `kit.evaluate.compare.scores`.
         differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
         further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
@@ -373,7 +375,8 @@ class _Bench:
             rows = store.index[store.index["scan"].isin(some)]  # in the index's order, as `some` is
             return predict(self.encoder(name, fold, seed)[0], PreparedScans(store, rows))
 
-        path = measured_file(self.params.output_dir / "embeddings", quote(name, safe=" "), weights)
+        drawn = weights_digest(self.encoder(name, fold, seed)[0]) if is_random(self.specs[name]) else ""
+        path = measured_file(self.params.output_dir / "embeddings", quote(name, safe=" "), weights, drawn)
         found = measured(scans, embed, path)
         return {scan: found[key] for key, scan in scans.items()}
 
@@ -446,14 +449,17 @@ class _Bench:
                 tables.append(read_table(self.file(cell, seed), text=TEXT).assign(seed=seed))
         choice, task = self.folder(cell) / "choice.json", self.tasks[cell.task, cell.fold]
         notes = json.loads(choice.read_text(encoding="utf-8")) if choice.exists() else {}
-        converged = notes["converged"] if "longer_steps" in notes else None  # older kits had another rule
+        gain = error = np.nan
+        if "longer_steps" in notes and notes["converged"] is not None:  # without `longer_steps`, an older rule judged
+            better = 1 if task.labels.kind == "classification" else -1
+            gain, error = better * (notes["longer"] - notes["validation"]), notes["change_error"]
         people = task.with_labels_for(cell.label_fraction, self.params.seeds[0]).parts["train"].participants.nunique()
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         if tables:  # age and sex are today's, whatever they were when the cell was computed
             people_of = [covariates(task.parts[name])[["scan", "age", "sex"]].assign(distribution=where)
                          for name, where in task.tested.items()]
             table = table.merge(pd.concat(people_of), on=["distribution", "scan"], how="left", validate="many_to_one")
-        return table.assign(**cell._asdict(), converged=converged, train_participants=people,
+        return table.assign(**cell._asdict(), gain=gain, gain_error=error, train_participants=people,
                             fingerprint=self.made_from(cell).fingerprint)
 
 
@@ -534,8 +540,9 @@ def _tables(bench: _Bench, run: Run) -> Results:
                              f"{len(cells[params.shard::params.shards])}): run it again when other shards are done, "
                              f"and set shards to at most {len(cells)}")
     kinds = {name: task.labels.kind for (name, _), task in bench.tasks.items()}
-    about = predictions.drop_duplicates([*ROW, "fold"]).groupby(ROW, sort=False).agg(
-        converged=("converged", _all_converged), train_participants=("train_participants", "mean")).reset_index()
+    folds = predictions.drop_duplicates([*ROW, "fold"]).groupby(ROW, sort=False)
+    about = folds["train_participants"].mean().reset_index()
+    about["converged"] = [_converged(each["gain"], each["gain_error"]) for _, each in folds]
     seeds = [scores(rows, kinds).assign(seed=seed) for seed, rows in predictions.groupby("seed")]
     prints = predictions.groupby(ROW, sort=False)["fingerprint"].agg(lambda each: fingerprint(
         {"models": sorted(set(each))}) if each.nunique() > 1 else each.iloc[0]).reset_index()
@@ -596,15 +603,22 @@ def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iter
     classes = sorted(set(scans["true"]))
     asked = params.match_age_sex and task.casefold() not in ("sex", "gender")
     if asked and kind == "classification" and len(classes) == 2 and "predicted" in scans:
-        people = scans.drop_duplicates("participant").reset_index(drop=True)
+        one_class = scans.groupby("participant")["true"].transform("nunique") == 1  # no converters
+        people = scans[one_class].drop_duplicates("participant").reset_index(drop=True)
         keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
         if keep.any():
             yield "pairs of one sex and age", scans[scans["participant"].isin(people["participant"][keep])]
 
 
-def _all_converged(each: pd.Series) -> bool | None:
-    known = each.dropna()
-    return bool(known.all()) if len(known) else None
+def _converged(gains: pd.Series, errors: pd.Series) -> bool | None:
+    """Whether the gain from longer training, in the mean over folds, is at most its standard error.
+
+    None if a fold has none, unless the others show a gain.
+    """
+    known = (gains.notna() & errors.notna()).to_numpy()
+    if known.any() and gains[known].mean() > math.sqrt(np.square(errors[known]).sum()) / known.sum():
+        return False
+    return True if known.all() else None
 
 
 def _table(task: Task, predictions: Mapping[str, np.ndarray]) -> pd.DataFrame:
@@ -637,7 +651,9 @@ def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
     """
     bench, seed, rows = _Bench(params), params.seeds[0], []
     index = bench.stores["prepared"].index
-    by = "site" if "site" in index and index["site"].notna().any() else "session"
+    people = participant_ids(joined(index, bench.aliases))
+    moved = "site" in index and index["site"].groupby(people).nunique().gt(1).any()
+    by = "site" if moved else "session"
     names = [name for name in bench.specs if name == UNTRAINED or not is_random(bench.specs[name])]
     for name in names:
         network, record = bench.encoder(name, 0, seed)

@@ -128,7 +128,8 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: Encoder,
     predictor, metric = tuned.predictor, METRICS[task.labels.kind]
     weights = {name: value.detach().cpu().contiguous() for name, value in predictor.state_dict().items()}
     run.metrics({**tuned.choice._asdict(), "converged": tuned.converged, f"validation_{metric}": tuned.validation_score,
-                 f"validation_{metric}_error": tuned.standard_error, f"longer_{metric}": tuned.longer_score})
+                 f"validation_{metric}_error": tuned.standard_error, f"longer_{metric}": tuned.longer_score,
+                 "longer_steps": tuned.longer_steps, f"longer_{metric}_error": tuned.change_error})
     write_table(run / "log.csv", tuned.log)
     write_json(run / "task.json", {"task": task.labels.task, "kind": task.labels.kind, "classes": task.labels.classes,
                                    "architecture": record["architecture"],

@@ -289,9 +289,13 @@ def further_metrics(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray,
 
 
 def _calibration(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Calibration slope and intercept; the slope is nan if a threshold separates the classes (it would be infinite)."""
+    """Calibration slope and intercept; the slope is nan if a threshold separates the classes, as it would be infinite.
+
+    That includes classes that are separated the wrong way round.
+    """
     slope = np.nan
-    if predicted[true == 0].max() > predicted[true == 1].min() and np.ptp(predicted) > 0:
+    cases, controls = predicted[true == 1], predicted[true == 0]
+    if controls.max() > cases.min() and cases.max() > controls.min():
         spread = predicted.std()  # the solver needs values near 1
         model = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000)
         slope = float(model.fit(predicted[:, None] / spread, true, sample_weight=weight).coef_[0, 0] / spread)

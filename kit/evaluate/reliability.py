@@ -123,8 +123,9 @@ def reliability(values: np.ndarray, people: Each, sites: Each, encoder: str = ""
 
     Returns:
         `encoder, what`; `icc` (median over features of ICC(2,1)) with its 95 % bootstrap interval over participants,
-        nan with fewer than `LEAST_PARTICIPANTS`; `found_again, chance`; `variance_person, variance_site` (shares; the
-        remainder is residual); `participants, scans`.
+        nan with fewer than `LEAST_PARTICIPANTS`; `found_again, chance` (see `found_again`); `variance_person,
+        variance_site` (shares, the remainder is residual; the site's is nan if nobody was at two); `participants,
+        scans`.
 
     Raises:
         ReliabilityError: fewer than two participants have several scans, or no degrees of freedom are left for error.
@@ -142,6 +143,8 @@ def reliability(values: np.ndarray, people: Each, sites: Each, encoder: str = ""
     low, high = _interval(icc, values, places, rows, seed) if len(rows) >= LEAST_PARTICIPANTS else (np.nan, np.nan)
     again, chance = found_again(values, persons)
     person, site = parts.shares()
+    if not pd.Series(places).groupby(persons).nunique().gt(1).any():
+        site = np.nan  # nobody was at two places: their differences are people's, too
     return pd.DataFrame([{
         "encoder": encoder, "what": what, "icc": icc, "icc_low": low, "icc_high": high,
         "found_again": again, "chance": chance, "variance_person": person, "variance_site": site,

@@ -71,13 +71,14 @@ class Tuned:
         tries: one row per try: learning_rate, weight_decay, steps, stopped_early, validation_loss (at the best check),
             validation_score; the last four are empty where training diverged.
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
-        standard_error: of that score, by the bootstrap over validation participants; nan if they are too few.
+        standard_error: of that score, by the bootstrap over validation participants; nan for fewer than two, or if
+            fewer than two draws have a score.
         longer_score: the score with three times the steps and patience, nan if training diverged there;
-            `validation_score` itself if training was not repeated.
-        longer_steps: that training took; 0 if it diverged or was not repeated.
+            `validation_score` itself if there was none.
+        longer_steps: steps that this longer training took; 0 if it diverged or there was none.
         change_error: standard error of the difference of the two scores, the same participants drawn for both.
-        converged: whether the longer training's score is better by no more than that; None if not checked, if it
-            diverged, or if an error is nan.
+        converged: False if the longer training's score is better by more than that, else True; None if not checked, if
+            it diverged, or if an error is nan. One standard error is exceeded by chance in up to a sixth of all cases.
     """
 
     predictor: Predictor
@@ -118,7 +119,7 @@ class Job:
     @classmethod
     def of(cls, task: Task, encoder: Encoder, params: Tuning, seed: int, choice: Choice, times: int = 1,
            folder: Path | None = None, home: Path | None = None) -> Job:
-        """Make a job with `times` the steps and the patience that the parameters allow; the warm-up stays as it is."""
+        """Make a job with `times` the parameters' steps and patience; the warm-up keeps its number of steps."""
         steps, warm, each = times * params.steps, params.warmup_steps, params.check_steps
         epochs = math.ceil(steps / each)
         full = (epochs - 1) * each  # steps before the last epoch, which may be shorter
@@ -321,13 +322,17 @@ def score_validation(task: Task, predictor: Predictor) -> float:
 def standard_error(task: Task, predictor: Predictor, seed: int, other: Predictor | None = None) -> float:
     """Standard error of the validation score, or of its difference from that of another predictor.
 
-    By the bootstrap over participants, the same draws for both; nan if fewer than two draws have a score.
+    By the bootstrap over participants, the same draws for both; nan for fewer than two participants, or if fewer than
+    two draws have a score. The bootstrap's variance is (n - 1) / n of what it estimates, which is made good.
     """
     drawn = _drawn_scores(task, predictor, seed)
     if other is not None:
         drawn = drawn - _drawn_scores(task, other, seed)
     drawn = drawn[np.isfinite(drawn)]
-    return float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
+    people = task.parts["validation"].participants.nunique()
+    if min(len(drawn), people) < 2:
+        return math.nan
+    return float(np.std(drawn, ddof=1) * math.sqrt(people / (people - 1)))
 
 
 def _drawn_scores(task: Task, predictor: Predictor, seed: int) -> np.ndarray:

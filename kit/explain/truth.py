@@ -6,7 +6,8 @@ Measures per map, from its absolute values inside the brain:
 - mass: the share of the map in the place; rank: of its n strongest voxels, the share in the place, where n is the
   place's number of voxels. (Arras et al., CLEVR-XAI, Information Fusion 2022)
 
-By chance each is about the place's share of the brain; mass and rank are therefore also given as ratios to it.
+By chance mass and rank are about the place's share of the brain, and are also given as ratios to it; pointing is more,
+as the voxels around the place count.
 """
 
 from __future__ import annotations

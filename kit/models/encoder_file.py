@@ -96,11 +96,11 @@ def side_of(spec: str | Path) -> dict[str, Side]:
 
 
 def weights_digest(network: nn.Module, drawn: str = "") -> str:
-    """Hash the weights (names, shapes, dtypes, values) to 16 hexadecimal digits.
+    """Hash weights to 16 hexadecimal digits: names, shapes, dtypes, and values or, if given, how they were drawn.
 
     Args:
-        drawn: how random weights were drawn. It is hashed in place of their values, as the last bits of these depend on
-            the version of torch: shards on other machines would take each other's results for those of other weights.
+        drawn: how random weights were drawn, hashed in place of their values. The values' last bits depend on torch's
+            version, so shards under two versions would each remove the other's results as made from other weights.
     """
     digest = hashlib.blake2b(drawn.encode(), digest_size=8)
     for name, weight in network.state_dict().items():

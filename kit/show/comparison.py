@@ -162,8 +162,8 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
     encoder, which is the first in `differences`. The sentence counts all its differences, whichever side they favour.
 
     Args:
-        scores: as for `scores_table`, with `converged` (False: longer training betters the validation score;
-            empty: not checked).
+        scores: as for `scores_table`, with `converged` (False: longer training improves the validation score;
+            empty: no verdict).
         differences: as for `forest`, for any number of encoders, modes and label fractions; may be empty.
         note: a remark on the data, such as "procedural data".
     """
@@ -189,9 +189,9 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
     known = scores["converged"].map(str).where(scores["converged"].notna(), "")
     tuned = scores["mode"] == "finetune"
     lacking, unchecked = _models(scores[known == "False"]), _models(scores[tuned & (known == "")])
-    lines += textwrap.wrap(f"Not trained to the end (three times as long improves the validation score by more than "
-                           f"the gain's standard error): {lacking or 'none'}"
-                           f"{f'; not checked: {unchecked}' if unchecked else ''}.", PAGE)
+    lines += textwrap.wrap(f"Not trained to the end (training three times as long improves the validation score by "
+                           f"more than the gain's standard error): {lacking or 'none'}"
+                           f"{f'; no verdict: {unchecked}' if unchecked else ''}.", PAGE)
     if scores["low"].isna().any():
         lines += textwrap.wrap(f"[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a "
                                "class), or as every draw gives the same.", PAGE)

@@ -488,3 +488,21 @@ def test_reliability_of_scans_seen_under_other_names_is_refused_or_allowed(store
     assert "SEEN IN PRETRAINING: 0 of 20 participants, 40 of 40 scans\n" in capsys.readouterr().out
     with pytest.raises(LeakageError, match="40 of 40 scans to be evaluated were seen in pretraining"):
         reliability_of(build_encoder("resnet18_narrow", GRID), store, record=record)
+
+
+def test_a_gain_from_longer_training_is_judged_over_folds():
+    def judged(*folds):
+        return benchmark._converged(*(pd.Series(each, dtype=float) for each in zip(*folds, strict=True)))
+
+    assert judged((0.5, 1)) is True and judged((1.5, 1)) is False and judged((0, 0), (-3, 0.1)) is True
+    assert judged(*3 * [(0.5, 1)]) is True and judged(*5 * [(0.5, 1)]) is False  # errors of means: .58, .45
+    unknown = (np.nan, np.nan)
+    assert judged(unknown) is judged((0.5, 1), unknown) is None and judged((1.5, 1), unknown) is False
+
+
+def test_who_changed_class_is_in_no_pair():
+    scans = pd.DataFrame([("a", 0, 70, "F"), ("a", 1, 71, "F"), ("b", 1, 70, "F"), ("c", 0, 71, "F")],
+                         columns=["participant", "true", "age", "sex"]).assign(predicted=0.0)
+    params = Benchmark.model_construct(age_bands=[], match_age_sex=True)
+    (_, pairs), = benchmark._alike(scans, "dementia", "classification", params)
+    assert pairs["participant"].tolist() == ["b", "c"]

@@ -150,6 +150,8 @@ def test_further_metrics_that_are_not_defined_are_nan():
     assert np.isfinite(one.pop("brier")) and len(one) == 5 and all(np.isnan(each) for each in one.values())
     parted = further_metrics(np.array([0.0, 0, 1, 1]), np.array([-2.0, -1, 1, 2]), np.ones(4), "classification")
     assert np.isnan(parted["calibration_slope"]) and parted["sensitivity_at_90_specificity"] == 1
+    wrong_way = further_metrics(np.array([1.0, 1, 0, 0]), np.array([-2.0, -1, 1, 2]), np.ones(4), "classification")
+    assert np.isnan(wrong_way["calibration_slope"])
     same = further_metrics(np.array([0.0, 1, 2]), np.ones(3), np.ones(3), "regression")
     assert np.isnan(same["correlation"]) and same["bias_slope"] == -1  # as guessing does
 

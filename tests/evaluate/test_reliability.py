@@ -106,6 +106,13 @@ def test_identical_scans_are_wholly_reliable():
     assert row["variance_person"] == pytest.approx(1) and row["variance_site"] == pytest.approx(0)
 
 
+def test_sites_that_nobody_changed_have_no_variance_of_their_own():
+    people = np.repeat(np.arange(12), 2)
+    values = np.random.default_rng(0).standard_normal(12)[people] + np.tile([0, 0.1], 12)
+    row = reliability(values, people, people % 3).iloc[0]
+    assert np.isnan(row["variance_site"]) and row["variance_person"] > 0.9
+
+
 def test_only_people_with_several_scans_count():
     values, people, sites = planted(30, 3)
     keep = (people % 3 > 0) | (sites == people // 3 % 3)  # a third has one scan

@@ -217,14 +217,17 @@ def test_the_standard_error_is_that_of_the_mean(store):
     found = predict(predictor, part.scans())[:, 0] * float(predictor.sd) + float(predictor.mean)
     errors = np.abs(found - part.labels)
     assert score_validation(task, predictor) == pytest.approx(errors.mean())
-    assert standard_error(task, predictor, 0) == pytest.approx(errors.std() / np.sqrt(len(errors)), rel=0.15)
+    assert standard_error(task, predictor, 0) == pytest.approx(errors.std(ddof=1) / np.sqrt(len(errors)), rel=0.15)
     higher = copy.deepcopy(predictor)
     higher.mean += 1.0
     change = np.abs(found + 1 - part.labels) - errors  # participant by participant: 1 or -1 where nothing is crossed
-    assert standard_error(task, higher, 0, predictor) == pytest.approx(change.std() / np.sqrt(len(change)), rel=0.15)
+    error = change.std(ddof=1) / np.sqrt(len(change))
+    assert standard_error(task, higher, 0, predictor) == pytest.approx(error, rel=0.15)
+    first = part.only(part.participants == part.participants.iloc[0])
+    assert np.isnan(standard_error(replace(task, parts=task.parts | {"validation": first}), predictor, 0))
 
 
-def test_a_gain_in_most_participants_is_no_chance(store):
+def test_a_gain_in_most_participants_is_not_by_chance(store):
     """The scores differ by less than one score's error (1.7 and 3.0 years), but nearly everybody's error is less."""
     tuned = tune(task_of(store, "age"), ENCODER, params(store, task="age", steps=4), 0)
     assert 0 < tuned.validation_score - tuned.longer_score < tuned.standard_error and tuned.converged is False

@@ -233,7 +233,7 @@ def test_the_summary_names_what_is_not_trained_to_the_end(scores, differences):
     assert "standard error): SimCLR (finetune, age, 20%, 100%). [–]" in text
     scores.loc[(scores["mode"] == "finetune") & (scores["task"] == "stroke"), "converged"] = None
     text = " ".join(summary(scores, differences).split())
-    assert "(finetune, age, 20%, 100%); not checked: SimCLR (finetune, stroke, 20%, 100%). [–]" in text
+    assert "(finetune, age, 20%, 100%); no verdict: SimCLR (finetune, stroke, 20%, 100%). [–]" in text
 
 
 def test_the_summary_keeps_to_the_page(scores, differences):
