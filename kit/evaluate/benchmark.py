@@ -36,7 +36,16 @@ from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions, words_of
 from kit.evaluate.compare import differences, scores
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
 from kit.evaluate.measured import key_in_file, measured, measured_file
-from kit.evaluate.metrics import METRICS, bias_corrected, further_metrics, join_scans, matched, predicted_of, score
+from kit.evaluate.metrics import (
+    FLAT,
+    METRICS,
+    bias_corrected,
+    further_metrics,
+    join_scans,
+    matched,
+    predicted_of,
+    score,
+)
 from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.reliability import ReliabilityError, reliability_of
@@ -110,7 +119,9 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
         tidy.csv: one score per row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
             participants (tested), train_participants (mean over folds), converged (of the first seed, over folds: no
             gain from longer training beyond its standard error; see `kit.evaluate.tune.Tuned`), fingerprint.
-        scores.csv: scores over seeds; see `kit.evaluate.compare.scores`.
+        scores.csv: scores over seeds; see `kit.evaluate.compare.scores`. And converged; models (folds times seeds);
+            flat: how many of these predict nearly one number, with a spread below `FLAT` of the labels' (both in
+            distribution; empty for classes).
         differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
         further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
         subgroups.csv: scores within age bands (`age_bands`) and among cases and controls matched by age and sex
@@ -349,11 +360,11 @@ class _Bench:
         tuned = tune(task, encoder, self.params, seed, place, choice, home,
                      check=choice is None and self.params.check_converged)
         if choice is None:
-            os.replace(place / "tries.csv", folder / "tries.csv")
             write_json(known, {**tuned.choice._asdict(), "converged": tuned.converged,
                                "validation": tuned.validation_score, "standard_error": tuned.standard_error,
                                "longer": tuned.longer_score, "longer_steps": tuned.longer_steps,
                                "change_error": tuned.change_error})
+        os.replace(place / "tries.csv", folder / f"tries_seed{seed}.csv")
         return predict_tested(task, tuned.predictor)
 
     def _features_of(self, cell: Cell, seed: int, task: Task, part: str) -> np.ndarray:
@@ -543,6 +554,8 @@ def _tables(bench: _Bench, run: Run) -> Results:
     folds = predictions.drop_duplicates([*ROW, "fold"]).groupby(ROW, sort=False)
     about = folds["train_participants"].mean().reset_index()
     about["converged"] = [_converged(each["gain"], each["gain_error"]) for _, each in folds]
+    about[["models", "flat"]] = [_flat(rows) if kinds[row[2]] == "regression" else (np.nan, np.nan)
+                                 for row, rows in predictions.groupby(ROW, sort=False)]
     seeds = [scores(rows, kinds).assign(seed=seed) for seed, rows in predictions.groupby("seed")]
     prints = predictions.groupby(ROW, sort=False)["fingerprint"].agg(lambda each: fingerprint(
         {"models": sorted(set(each))}) if each.nunique() > 1 else each.iloc[0]).reset_index()
@@ -557,7 +570,8 @@ def _tables(bench: _Bench, run: Run) -> Results:
         *ROW, "seed", "metric", "distribution", "value", "low", "high", "participants", "train_participants",
         "converged", "fingerprint"])
     over_seeds = finished(scores(predictions, kinds), [
-        *ROW, "metric", "distribution", "value", "low", "high", "participants", "seeds", "converged", "fingerprint"])
+        *ROW, "metric", "distribution", "value", "low", "high", "participants", "seeds", "converged", "models",
+        "flat", "fingerprint"])
     pretrained = [name for name, spec in bench.params.encoders.items() if not is_random(spec)]
     compared = differences(predictions, kinds, pretrained)
     subgroups = _subgroups(predictions, kinds, bench.params)
@@ -608,6 +622,13 @@ def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iter
         keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
         if keep.any():
             yield "pairs of one sex and age", scans[scans["participant"].isin(people["participant"][keep])]
+
+
+def _flat(rows: pd.DataFrame) -> tuple[int, int]:
+    """Count the models (a fold and seed each) that predicted these, and those whose predictions hardly differ."""
+    inside = rows[rows["distribution"] == "in_distribution"]
+    spread = inside.groupby(["seed", "fold"])[["predicted", "true"]].std(ddof=0)
+    return len(spread), int((spread["predicted"] < FLAT * spread["true"]).sum())
 
 
 def _converged(gains: pd.Series, errors: pd.Series) -> bool | None:

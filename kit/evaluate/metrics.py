@@ -25,6 +25,7 @@ METRICS = {"classification": "auc", "regression": "mean_absolute_error"}  # area
 RESAMPLES = 2000
 DRAWS = 100  # computed at a time; bounds memory
 LEAST_PARTICIPANTS = 10  # needed for an interval, per class (or in all for regression); see `score`
+FLAT = 0.2  # ratio of standard deviations, predictions over labels, below which a model hardly tells people apart
 
 
 class NotFiniteError(KitError, ValueError):

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kit.device import device
 from kit.evaluate.metrics import NotFiniteError, bootstrap, per_participant, predicted_of, statistic
 from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.tasks import Task
@@ -68,8 +69,9 @@ class Tuned:
         predictor: with the weights of the best validation check: lowest loss, or best AUC (`select_by`).
         log: of its training, one row per validation check; see `kit.train.loop.fit`.
         choice: learning rate and weight decay.
-        tries: one row per try: learning_rate, weight_decay, steps, stopped_early, validation_loss (at the best check),
-            validation_score; the last four are empty where training diverged.
+        tries: one row per try: learning_rate, weight_decay, steps, best_step (of the check whose weights are kept),
+            stopped_early, validation_loss (of that check), validation_score, device (cpu or cuda); all but the first
+            two are empty where training diverged.
         validation_score: AUC, or mean absolute error in the label's unit, over validation participants.
         standard_error: of that score, by the bootstrap over validation participants; nan for fewer than two, or if
             fewer than two draws have a score.
@@ -192,9 +194,10 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
                 diverged = failed
                 continue
             row = {**each._asdict(), "steps": min(params.steps, len(log) * params.check_steps),
+                   "best_step": min(params.steps, (_best_check(log) + 1) * params.check_steps),
                    "stopped_early": _checks_since_best(log) >= params.patience > 0,
                    "validation_loss": log["validation_loss"][_best_check(log)],
-                   "validation_score": score_validation(task, predictor)}
+                   "validation_score": score_validation(task, predictor), "device": device().type}
             rows.append(row)
             order = log["monitor"].min(), row["validation_loss"]
             if best is None or order < best[0]:

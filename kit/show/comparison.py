@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kit.evaluate.metrics import LEAST_PARTICIPANTS
+from kit.evaluate.metrics import FLAT, LEAST_PARTICIPANTS
 from kit.show.figure import MAX_WIDTH, TEXT, blank, label, shared_legend
 from kit.show.wording import in_units, need, need_one, readable, with_interval
 
@@ -163,11 +163,11 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
 
     Args:
         scores: as for `scores_table`, with `converged` (False: longer training improves the validation score;
-            empty: no verdict).
+            empty: no verdict), `models` and `flat`; see `kit.evaluate.benchmark.run_benchmark`.
         differences: as for `forest`, for any number of encoders, modes and label fractions; may be empty.
         note: a remark on the data, such as "procedural data".
     """
-    need(scores, "scores", [*_CELL, "converged"])
+    need(scores, "scores", [*_CELL, "converged", "models", "flat"])
     about, cells = f" ({note})" if note else "", _cells(scores)
     lines = [f"Main result{about}: score [95 % interval over participants and seeds]"]
     reference = differences["encoder"].iloc[0] if len(differences) else None
@@ -192,6 +192,11 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
     lines += textwrap.wrap(f"Not trained to the end (training three times as long improves the validation score by "
                            f"more than the gain's standard error): {lacking or 'none'}"
                            f"{f'; no verdict: {unchecked}' if unchecked else ''}.", PAGE)
+    if len(flat := scores[tuned & (scores["flat"] > 0) & (scores["distribution"] == "in_distribution")]):
+        counts = [f"{flat.at[row, 'flat']:.0f} of {flat.at[row, 'models']:.0f} models of {_models(flat.loc[[row]])}"
+                  for row in flat.index]
+        lines += textwrap.wrap("Predict nearly one number for everybody (in distribution; standard deviation below "
+                               f"{FLAT:g} of the labels'): {'; '.join(counts)}.", PAGE)
     if scores["low"].isna().any():
         lines += textwrap.wrap(f"[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a "
                                "class), or as every draw gives the same.", PAGE)
@@ -199,9 +204,9 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
 
 
 def verdict(differences: pd.DataFrame) -> str:
-    """Say in one sentence how often the first encoder is better or worse than its rivals after Holm's correction.
+    """Say how often the first encoder is better or worse than its rivals after Holm's correction.
 
-    Wins over rows that see no scan (`BLIND`) are counted on their own: they are easy.
+    Comparisons with rows that see no scan (`BLIND`) are counted on their own: they are easy to win.
     """
     if differences.empty:
         return "What it shows: nothing is compared, as there are no differences."
@@ -210,10 +215,14 @@ def verdict(differences: pd.DataFrame) -> str:
     tested, better = own["p_holm"].notna(), _towards_better(own)["difference"] > 0
     settled, blind = own["p_holm"] < SIGNIFICANT, own["rival"].isin(BLIND)
     untested = f"; {(~tested).sum()} further pairs have no interval, so they are not tested" if not tested.all() else ""
-    return (f"What it shows: of {tested.sum()} comparisons of {encoder} with its rivals, {encoder} is better in "
-            f"{(settled & better).sum()} ({(settled & better & blind).sum()} of these against rows that see no scan), "
-            f"worse in {(settled & ~better).sum()}, and {(tested & ~settled).sum()} are not decided (p < .05 after "
-            f"Holm's correction){untested}.")
+
+    def counted(which: pd.Series) -> str:
+        return (f"{encoder} is better in {(which & settled & better).sum()}, worse in "
+                f"{(which & settled & ~better).sum()}, and {(which & tested & ~settled).sum()} are not decided")
+
+    return (f"What it shows: of {(tested & ~blind).sum()} comparisons of {encoder} with rivals that see scans, "
+            f"{counted(~blind)}; of {(tested & blind).sum()} with rows that see none, {counted(blind)} (p < .05 after "
+            f"Holm's correction over all){untested}.")
 
 
 def _models(scores: pd.DataFrame) -> str:

@@ -500,6 +500,15 @@ def test_a_gain_from_longer_training_is_judged_over_folds():
     assert judged(unknown) is judged((0.5, 1), unknown) is None and judged((1.5, 1), unknown) is False
 
 
+def test_models_that_predict_nearly_one_number_are_counted():
+    people = pd.DataFrame({"true": [20.0, 40, 60, 80]})
+    rows = [people.assign(predicted=50 + share * (people["true"] - 50), seed=seed, fold=fold, distribution=where)
+            for seed, fold, share, where in ((0, 0, 0.19, "in_distribution"), (0, 1, 0.21, "in_distribution"),
+                                             (1, 0, 0.0, "in_distribution"), (1, 1, -1.0, "in_distribution"),
+                                             (1, 1, 0.0, "elsewhere"))]
+    assert benchmark._flat(pd.concat(rows)) == (4, 2)
+
+
 def test_who_changed_class_is_in_no_pair():
     scans = pd.DataFrame([("a", 0, 70, "F"), ("a", 1, 71, "F"), ("b", 1, 70, "F"), ("c", 0, 71, "F")],
                          columns=["participant", "true", "age", "sex"]).assign(predicted=0.0)

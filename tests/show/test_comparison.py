@@ -37,7 +37,7 @@ def scores() -> pd.DataFrame:
         low, high = (np.nan, np.nan) if encoder == "guess" else (value - 0.08, value + 0.06)
         rows.append({"encoder": encoder, "mode": mode, "task": task, "label_fraction": fraction, "metric": metric,
                      "distribution": where, "value": value, "low": low, "high": high, "participants": 120, "seeds": 2,
-                     "converged": True})
+                     "converged": True, "models": 6, "flat": 0})
     return pd.DataFrame(rows)
 
 
@@ -211,15 +211,18 @@ Linear probe on frozen features, 100% of the labels
 
 def test_the_sentence_counts_wins_and_losses(differences):
     assert verdict(differences) == (
-        "What it shows: of 12 comparisons of SimCLR with its rivals, SimCLR is better in 6 (4 of these against rows "
-        "that see no scan), worse in 2, and 4 are not decided (p < .05 after Holm's correction).")
+        "What it shows: of 8 comparisons of SimCLR with rivals that see scans, SimCLR is better in 2, worse in 2, and "
+        "4 are not decided; of 4 with rows that see none, SimCLR is better in 4, worse in 0, and 0 are not decided (p "
+        "< .05 after Holm's correction over all).")
     others = differences.assign(encoder="MAE", rival="SimCLR", difference=1.0)
     assert verdict(pd.concat([differences, others])) == verdict(differences)
     differences.loc[differences["task"] == "stroke", ["difference", "low", "high"]] *= -1
-    assert "better in 2 (2 of these against rows that see no scan), worse in 6, and 4 are" in verdict(differences)
+    assert "of 8 comparisons of SimCLR with rivals that see scans, SimCLR is better in 0, worse in 4, and 4 are" in (
+        verdict(differences))
+    assert "of 4 with rows that see none, SimCLR is better in 2, worse in 2, and 0 are" in verdict(differences)
     differences.loc[differences["rival"] == "MAE", "p_holm"] = np.nan
     said = verdict(differences)
-    assert "of 8 comparisons" in said and "and 0 are not decided" in said
+    assert "of 4 comparisons" in said and "not decided (p < .05 after Holm's correction over all); 4 further" in said
     assert "; 4 further pairs have no interval, so they are not tested" in said
     assert "nothing is compared" in verdict(differences[:0])
 
@@ -234,6 +237,15 @@ def test_the_summary_names_what_is_not_trained_to_the_end(scores, differences):
     scores.loc[(scores["mode"] == "finetune") & (scores["task"] == "stroke"), "converged"] = None
     text = " ".join(summary(scores, differences).split())
     assert "(finetune, age, 20%, 100%); no verdict: SimCLR (finetune, stroke, 20%, 100%). [–]" in text
+
+
+def test_the_summary_counts_models_that_tell_people_hardly_apart(scores, differences):
+    assert "one number" not in summary(scores, differences)
+    age = (scores["task"] == "age") & (scores["mode"] == "finetune") & (scores["label_fraction"] == 0.2)
+    scores.loc[age, "flat"] = 2
+    scores.loc[scores["task"] == "stroke", "flat"] = np.nan  # classes
+    text = " ".join(summary(scores, differences).split())
+    assert "below 0.2 of the labels'): 2 of 6 models of SimCLR (finetune, age, 20%). [–]" in text
 
 
 def test_the_summary_keeps_to_the_page(scores, differences):
