@@ -50,7 +50,8 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
         rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view,
         among those of all scans, is the right one, which the log calls top1 for a batch; by chance
         1 / (2 scans - 1)); `probe_LABEL` for each label: balanced accuracy, or R² for age; `classes_site` and
-        `classes_dataset`, how many there are, for their chance level. Empty if a feature or embedding is not finite.
+        `classes_dataset`, how many were probed (those of two participants or more), for their chance level. Empty if
+        a feature or embedding is not finite.
     """
     features, views = embed(objective, scans)
     if not all(bool(part.isfinite().all()) for part in (features, views) if part is not None):
@@ -66,6 +67,9 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
         if name not in rows:
             continue
         labels = ages(rows[name]) if name == "age" else _classes(rows, name)
+        if name in SITES:  # a site of one participant is never trained on when it is tested: its recall would be 0
+            per_site = pd.Series(people, rows.index).groupby(labels).nunique()
+            labels = labels.where(labels.map(per_site) > 1)
         if (value := quick_probe(features.numpy(), labels, people)) is not None:
             measures[f"probe_{name}"] = value
             if name in SITES:
