@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 from kit.cohort.identity import participant_ids, site_names
 from kit.cohort.labels import sexes
-from kit.cohort.tabular import ages
+from kit.cohort.tabular import ages, spelled
 from kit.device import device, evaluation, scans_at_a_time
 from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans, load_batches
@@ -33,7 +33,7 @@ from kit.store.sampler import in_order
 from kit.train.loss import nt_xent
 from kit.train.objectives import MaskedReconstruction, Objective
 
-LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, if present; all but age are classes
+LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, in any case; all but age are classes
 SITES = ("site", "dataset")  # the first of these that could be probed is the site of the verdict
 MEAN_SCANS = 512  # most training scans that `mean_scan_loss` averages
 LEAST = 20  # fewest participants for a probe, and validation scans for a verdict on the validation loss
@@ -64,9 +64,12 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
                      "found": float(top1)}
     people = participant_ids(rows).to_numpy()
     for name in LABELS:
-        if name not in rows:
+        if (column := spelled(rows, name)) is None:
             continue
-        labels = ages(rows[name]) if name == "age" else _classes(rows, name)
+        named = rows.rename(columns={column: name})
+        labels = ages(named[name]) if name == "age" else _classes(named, name)
+        if name == "age" and not pd.api.types.is_numeric_dtype(labels):
+            continue  # bands such as 60-65
         if name in SITES:  # a site of one participant is never trained on when it is tested: its recall would be 0
             per_site = pd.Series(people, rows.index).groupby(labels).nunique()
             labels = labels.where(labels.map(per_site) > 1)

@@ -101,6 +101,10 @@ def test_labels_are_read_as_elsewhere(store):
     written = sex.mask(number % 4 == 1, "female").mask(number % 4 == 2, "m")
     assert look(objective, scans, rows.assign(sex=written))["probe_sex"] == look(
         objective, scans, rows.assign(sex=sex))["probe_sex"]
+    written = plain | look(objective, scans, rows.assign(sex=sex, age=rows["age"].mask(last)))
+    capitals = rows.assign(Sex=sex, Age=rows["age"].mask(last), Site=rows["site"]).drop(columns=["age", "site"])
+    assert {"probe_age", "probe_sex", "probe_site"} < set(written) and look(objective, scans, capitals) == written
+    assert "probe_age" not in look(objective, scans, rows.assign(age=np.where(number % 2, "60-65", "65-70")))
     few = pd.Series(20.0 + 10 * (number % 5))
     assert quick_probe(np.zeros((len(few), 3)), few, number.to_numpy()) <= 0  # R²: balanced accuracy would be 0.2
 
