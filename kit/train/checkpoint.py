@@ -133,6 +133,8 @@ def read_checkpoint(folder: Path, name: str | None = None, set_aside: bool = Fal
             continue
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:  # another process has just set it aside
+            continue
         except (OSError, MemoryError):  # of the disk or the machine: the file may be whole
             raise
         except Exception as error:  # torch raises several kinds of error for a damaged file
