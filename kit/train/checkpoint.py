@@ -99,7 +99,7 @@ class Saver:
         return False
 
     def _failed(self, folder: Path, error: OSError) -> None:
-        """Warn about a full disk; raise if it has been full for too long, or for any other error."""
+        """Warn about a full disk or quota; raise if it has been full for too long, or for any other error."""
         free = shutil.disk_usage(folder).free / 1e6
         if error.errno not in FULL:
             raise error
@@ -107,8 +107,9 @@ class Saver:
         self._full_since = self._full_since or self._tried
         left = self.retry_minutes - (self._tried - self._full_since) / 60
         kept = folder / "checkpoints/last.pt"
-        word = (f"the disk is full: no checkpoint could be written to {shown(folder)} ({free:.0f} MB free); "
-                + (f"{shown(kept)} stays as it was" if kept.exists() else "there is none yet"))
+        what = "quota" if error.errno == errno.EDQUOT else "disk"
+        word = (f"the {what} is full: no checkpoint could be written to {shown(folder)} ({free:.0f} MB free on its "
+                "file system); " + (f"{shown(kept)} stays as it was" if kept.exists() else "there is none yet"))
         if left <= 0:
             raise CheckpointError(f"{word}; gave up after {self.retry_minutes:g} minutes. Make room, then run again "
                                   "to resume") from error
