@@ -5,9 +5,9 @@ voxels, which recognises scans that were copied, linked or renamed. An encoder's
 public, so names can be guessed. A site that must prevent this sets its own salt in `KIT_SALT`, and must set the same
 one wherever the encoder is evaluated.
 
-The voxel hash covers eight slices in the prepared scan's centre. They lie inside any brain mask and take only one or
-two blocks of the file. With intensity `zscore`, the default, the scale depends on the mask: the same scan under another
-mask has another hash and is not recognised; with `whitematter` it usually is. An encoder and its scans share a
+The voxel hash covers the middle half, in y and x, of the eight central slices (the whole scan if they are empty): one
+or two blocks of the file. With intensity `zscore`, the default, the scale depends on the mask: the same scan under
+another mask has another hash and is not recognised; with `whitematter` it usually is. An encoder and its scans share a
 preparation, which gives the same voxels from the same file. A tolerant fingerprint would also match across
 preparations, but on coarse grids it would confuse different people.
 """

@@ -145,7 +145,7 @@ def read_checkpoint(folder: Path, name: str | None = None, set_aside: bool = Fal
             if set_aside:
                 os.replace(bad, bad.with_suffix(".damaged.pt"))
             warnings.warn(f"{shown(bad)} cannot be read ({kind}); "
-                          + ("it is kept as last.damaged.pt" if set_aside else "it is left as it is")
+                          + ("it is kept as last.damaged.pt" if set_aside else "this process leaves it as it is")
                           + f", and {path.name} is used", stacklevel=2)
         return state
     if damaged:
@@ -163,7 +163,7 @@ def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def check_same(state: dict[str, Any], params: dict[str, Any], folder: Path) -> None:
-    """Refuse a checkpoint made with other parameters; one made before a parameter existed had its default.
+    """Refuse a checkpoint made with other parameters; those that it does not hold are not compared.
 
     Raises:
         CheckpointError: lists every difference.

@@ -47,9 +47,9 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
         scans, rows: validation scans, and their rows of the index in the same order.
 
     Returns:
-        rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view,
-        among those of all scans, is the right one, which the log calls top1 for a batch; by chance
-        1 / (2 scans - 1)); `probe_LABEL` for each label: balanced accuracy, or R² for age; `classes_site` and
+        rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view
+        among those of all these scans is their partner: 1 / (2 scans - 1) by chance; top1 in the log is the same
+        within a training batch); `probe_LABEL` for each label: balanced accuracy, or R² for age; `classes_site` and
         `classes_dataset`, how many were probed (those of two participants or more), for their chance level. Empty if
         a feature or embedding is not finite.
     """
@@ -145,7 +145,7 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
 
 @torch.no_grad()
 def mean_scan_loss(objective: MaskedReconstruction, learned: PreparedScans, validation: PreparedScans) -> float:
-    """Validation loss of always predicting the mean training scan, which an MAE must beat.
+    """Loss of the mean scan: the validation loss of always predicting the mean training scan, which an MAE must beat.
 
     Targets are averaged patch by patch, over the scans whose patch holds brain, and scored on the same masked patches
     as the MAE. At most `MEAN_SCANS` training scans are used, drawn by the seed.
@@ -173,7 +173,8 @@ def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataF
     For an MAE it also returns `mean_scan_loss` after every epoch with a `validation_loss`.
 
     Args:
-        learned, validation: scans.
+        learned: training scans, for the mean scan.
+        validation: the scans to look at.
         rows: of the validation scans in the index.
         every: epochs between two looks; 0: never look.
         epochs: of the whole run.

@@ -84,7 +84,7 @@ def _counted(params: Pretrain, store: Store, scans: int) -> tuple[int, int, int]
 
 
 def seconds_per_item(params: Pretrain, store: Store, wanted: Need, items: int) -> tuple[float, str]:
-    """Seconds of training per item (a scan, or with session pairs a pair), `items` at a time; and where they come from.
+    """Return the seconds per item of a training step of `items` scans (with session pairs: pairs), and their source.
 
     Measured if there is a CUDA device, else estimated from the counted operations and an H200's speed.
     """
