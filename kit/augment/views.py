@@ -15,7 +15,7 @@ from kit.augment.draws import Draw, draw, histogram_levels
 from kit.augment.recipe import Recipe
 from kit.augment.spatial import bend, cropped_box, scatter, view_to_scan, warp
 
-ATTEMPTS = 8  # draws of a view that may miss the brain; one more is centred on it
+ATTEMPTS = 8  # times a view is drawn at random before its crop is centred on the brain
 LEAST_OF_BOX = 0.01  # share of the box that must be brain
 GREY = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "rician_sd")
 WHOLE_BOX = ("motion_mm", "ghosting", "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen")  # act on the whole box
@@ -104,7 +104,7 @@ def _together(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, re
 
 
 def _enough(seen: int, voxels: int, whole: Callable[[], int]) -> bool:
-    """Whether a view of `voxels` voxels sees enough brain: a share of the box, or half of what the scan has."""
+    """Whether `seen` brain voxels suffice: `LEAST_OF_BOX` of the box's `voxels`, or half of the scan's, `whole()`."""
     return seen >= LEAST_OF_BOX * voxels or seen >= 0.5 * whole()
 
 

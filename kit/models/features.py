@@ -41,8 +41,8 @@ class FeatureReader(nn.Module):
 
     Args:
         encoder: from `kit.models.encoders`, or a third-party network.
-        pool: "mean" over places or brain tokens, "class" token of a ViT, or "default": the encoder's own
-            output; for stages, the mean.
+        pool: "mean" over voxels or brain tokens, "class" token of a ViT, or "default": the encoder's own output, or
+            with stages their mean.
         stages: numbers in `stages_of`, from 1, whose features are concatenated in this order; none: the encoder's
             output.
         flips: average the features of a scan and of its mirror image.
@@ -73,7 +73,7 @@ class FeatureReader(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether these are the encoder's own output."""
+        """Whether the features read are simply the encoder's own output."""
         return not (self._read_at or self.flips)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

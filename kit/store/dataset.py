@@ -137,7 +137,7 @@ def loading_may_fail() -> Iterator[None]:
         yield
     except RuntimeError as error:
         known = str(error).startswith(("DataLoader worker", "Pin memory thread")) or (
-            "shared memory" in str(error) and "out of resource" not in str(error))  # the latter: Triton's, of a GPU
+            "shared memory" in str(error) and "out of resource" not in str(error))  # not Triton's error about a GPU's
         if isinstance(error, LoaderError) or not known:
             raise
         raise _failed(error) from error

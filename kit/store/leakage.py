@@ -5,9 +5,9 @@ voxels, which recognises scans that were copied, linked or renamed. An encoder's
 public, so names can be guessed. A site that must prevent this sets its own salt in `KIT_SALT`, and must set the same
 one wherever the encoder is evaluated.
 
-The voxel hash covers eight slices in the prepared scan's centre. They lie inside any brain mask and take only one or
-two blocks of the file. With intensity `zscore`, the default, the scale depends on the mask: the same scan under another
-mask has another hash and is not recognised; with `whitematter` it usually is. An encoder and its scans share a
+The voxel hash covers the middle half, in y and x, of the eight central slices (the whole scan if they are empty): one
+or two blocks of the file. With intensity `zscore`, the default, the scale depends on the mask: the same scan under
+another mask has another hash and is not recognised; with `whitematter` it usually is. An encoder and its scans share a
 preparation, which gives the same voxels from the same file. A tolerant fingerprint would also match across
 preparations, but on coarse grids it would confuse different people.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import Aliases, check_datasets_known, known_as, normalised, site_names
+from kit.cohort.identity import UNNAMED, Aliases, check_datasets_known, known_as, normalised, site_names
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
 from kit.store.store import Store, StoreError, in_threads, scan_path
 
@@ -113,7 +113,10 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
                            "names of participant or dataset: give both cohorts the same names (or a table of "
                            "aliases), and test on others, or set allow_seen_participants: true and report it")
     if people or scans:
-        by_name = "" if scans else " (by name alone: without names of datasets these may be other people)"
+        # people of an unnamed dataset are hashed by name alone; the record of an older kit does not say
+        unnamed = any(name.startswith(UNNAMED) for name in record.get("seen", {}).get("dataset", [UNNAMED]))
+        alone = unnamed and not scans
+        by_name = " (by name alone: without names of datasets these may be other people)" if alone else ""
         print(f"SEEN IN PRETRAINING: {people} of {ids.nunique()} participants, {scans} of {len(rows)} scans{by_name}")
 
 
@@ -151,7 +154,8 @@ def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], alia
         hashes = voxel_hashes(store, rows["scan"])
         scans[name] = {each: scan for scan, each in hashes.items()}
         if twice := len(hashes) - len(scans[name]):
-            print(f"{name}: {twice} scans are exact duplicates, voxel by voxel")
+            print(f"{name}: {twice} scans have exactly the voxels of another in their centre, so they are probably "
+                  "duplicates")
     learned = [name for name in parts if name in TRAINING_PARTS]
     for one in learned:
         for other in (name for name in parts if name not in learned[:learned.index(one) + 1]):

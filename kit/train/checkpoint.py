@@ -99,7 +99,7 @@ class Saver:
         return False
 
     def _failed(self, folder: Path, error: OSError) -> None:
-        """Warn about a full disk; raise if it has been full for too long, or for any other error."""
+        """Warn about a full disk or quota; raise if it has been full for too long, or for any other error."""
         free = shutil.disk_usage(folder).free / 1e6
         if error.errno not in FULL:
             raise error
@@ -107,8 +107,9 @@ class Saver:
         self._full_since = self._full_since or self._tried
         left = self.retry_minutes - (self._tried - self._full_since) / 60
         kept = folder / "checkpoints/last.pt"
-        word = (f"the disk is full: no checkpoint could be written to {shown(folder)} ({free:.0f} MB free); "
-                + (f"{shown(kept)} stays as it was" if kept.exists() else "there is none yet"))
+        what = "quota" if error.errno == errno.EDQUOT else "disk"
+        word = (f"the {what} is full: no checkpoint could be written to {shown(folder)} ({free:.0f} MB free on its "
+                "file system); " + (f"{shown(kept)} stays as it was" if kept.exists() else "there is none yet"))
         if left <= 0:
             raise CheckpointError(f"{word}; gave up after {self.retry_minutes:g} minutes. Make room, then run again "
                                   "to resume") from error
@@ -133,6 +134,8 @@ def read_checkpoint(folder: Path, name: str | None = None, set_aside: bool = Fal
             continue
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:  # another process has just set it aside
+            continue
         except (OSError, MemoryError):  # of the disk or the machine: the file may be whole
             raise
         except Exception as error:  # torch raises several kinds of error for a damaged file
@@ -142,7 +145,7 @@ def read_checkpoint(folder: Path, name: str | None = None, set_aside: bool = Fal
             if set_aside:
                 os.replace(bad, bad.with_suffix(".damaged.pt"))
             warnings.warn(f"{shown(bad)} cannot be read ({kind}); "
-                          + ("it is kept as last.damaged.pt" if set_aside else "it is left as it is")
+                          + ("it is kept as last.damaged.pt" if set_aside else "this process leaves it as it is")
                           + f", and {path.name} is used", stacklevel=2)
         return state
     if damaged:
@@ -160,7 +163,7 @@ def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def check_same(state: dict[str, Any], params: dict[str, Any], folder: Path) -> None:
-    """Refuse a checkpoint made with other parameters; one made before a parameter existed had its default.
+    """Refuse a checkpoint made with other parameters; those that it does not hold are not compared.
 
     Raises:
         CheckpointError: lists every difference.

@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 from kit.cohort.identity import participant_ids, site_names
 from kit.cohort.labels import sexes
-from kit.cohort.tabular import ages
+from kit.cohort.tabular import ages, spelled
 from kit.device import device, evaluation, scans_at_a_time
 from kit.seeding import rng_for
 from kit.store.dataset import PreparedScans, load_batches
@@ -33,7 +33,7 @@ from kit.store.sampler import in_order
 from kit.train.loss import nt_xent
 from kit.train.objectives import MaskedReconstruction, Objective
 
-LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, if present; all but age are classes
+LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, in any case; all but age are classes
 SITES = ("site", "dataset")  # the first of these that could be probed is the site of the verdict
 MEAN_SCANS = 512  # most training scans that `mean_scan_loss` averages
 LEAST = 20  # fewest participants for a probe, and validation scans for a verdict on the validation loss
@@ -47,10 +47,11 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
         scans, rows: validation scans, and their rows of the index in the same order.
 
     Returns:
-        rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view,
-        among those of all scans, is the right one, which the log calls top1 for a batch; by chance
-        1 / (2 scans - 1)); `probe_LABEL` for each label: balanced accuracy, or R² for age; `classes_site` and
-        `classes_dataset`, how many there are, for their chance level. Empty if a feature or embedding is not finite.
+        rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view
+        among those of all these scans is their partner: 1 / (2 scans - 1) by chance; top1 in the log is the same
+        within a training batch); `probe_LABEL` for each label: balanced accuracy, or R² for age; `classes_site` and
+        `classes_dataset`, how many were probed (those of two participants or more), for their chance level. Empty if
+        a feature or embedding is not finite.
     """
     features, views = embed(objective, scans)
     if not all(bool(part.isfinite().all()) for part in (features, views) if part is not None):
@@ -63,9 +64,15 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
                      "found": float(top1)}
     people = participant_ids(rows).to_numpy()
     for name in LABELS:
-        if name not in rows:
+        if (column := spelled(rows, name)) is None:
             continue
-        labels = ages(rows[name]) if name == "age" else _classes(rows, name)
+        named = rows.rename(columns={column: name})
+        labels = ages(named[name]) if name == "age" else _classes(named, name)
+        if name == "age" and not pd.api.types.is_numeric_dtype(labels):
+            continue  # bands such as 60-65
+        if name in SITES:  # a site of one participant is never trained on when it is tested: its recall would be 0
+            per_site = pd.Series(people, rows.index).groupby(labels).nunique()
+            labels = labels.where(labels.map(per_site) > 1)
         if (value := quick_probe(features.numpy(), labels, people)) is not None:
             measures[f"probe_{name}"] = value
             if name in SITES:
@@ -138,7 +145,7 @@ def quick_probe(features: np.ndarray, labels: pd.Series, participants: np.ndarra
 
 @torch.no_grad()
 def mean_scan_loss(objective: MaskedReconstruction, learned: PreparedScans, validation: PreparedScans) -> float:
-    """Validation loss of always predicting the mean training scan, which an MAE must beat.
+    """Loss of the mean scan: the validation loss of always predicting the mean training scan, which an MAE must beat.
 
     Targets are averaged patch by patch, over the scans whose patch holds brain, and scored on the same masked patches
     as the MAE. At most `MEAN_SCANS` training scans are used, drawn by the seed.
@@ -166,7 +173,8 @@ def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataF
     For an MAE it also returns `mean_scan_loss` after every epoch with a `validation_loss`.
 
     Args:
-        learned, validation: scans.
+        learned: training scans, for the mean scan.
+        validation: the scans to look at.
         rows: of the validation scans in the index.
         every: epochs between two looks; 0: never look.
         epochs: of the whole run.

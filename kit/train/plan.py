@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -83,7 +84,7 @@ def _counted(params: Pretrain, store: Store, scans: int) -> tuple[int, int, int]
 
 
 def seconds_per_item(params: Pretrain, store: Store, wanted: Need, items: int) -> tuple[float, str]:
-    """Seconds of training per item (a scan, or with session pairs a pair), `items` at a time; and where they come from.
+    """Return the seconds per item of a training step of `items` scans (with session pairs: pairs), and their source.
 
     Measured if there is a CUDA device, else estimated from the counted operations and an H200's speed.
     """
@@ -123,7 +124,7 @@ def _measured(objective: Pretext, scans: int, shape: Sequence[int], precision: s
 
 
 def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
-    """Estimate hours of the whole run on 1, 4 and 12 devices, and what else it needs.
+    """Estimate hours of training on 1, 4 and 12 devices, and what else it needs.
 
     Args:
         params: of the run; with `epochs: 0` the plan is for 1000 epochs.
@@ -138,7 +139,9 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
     batches = batches_for(params, learned)(0)
     sizes = [len(batch) // (2 if params.session_pairs else 1) for batch in batches]
     size = max(sizes)  # a small cohort does not fill `batch_size`
-    shares = [max(size // devices, 1) for devices in DEVICES]
+    # shares are equal if scans are compared; otherwise they differ by one scan at most
+    rounded = math.floor if OBJECTIVES[params.objective].compares else math.ceil
+    shares = [max(rounded(size / devices), 1) for devices in DEVICES]
     at_a_time = [min(params.chunk or share, share) for share in shares]
     per_item, source = seconds_per_item(params, store, wanted, max(at_a_time[-1], 2))
     read = sum(map(len, batches)) * epochs
@@ -156,5 +159,10 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
              f"scan at a time (counted in {params.precision}, without cuDNN's work space)\n"
              f"plan: {epochs} epochs of {len(batches)} batch{'es' * (len(batches) > 1)} of "
              f"{'up to ' * (min(sizes) < size)}{size} {'pairs' if params.session_pairs else 'scans'}; times {source}; "
-             "loading, the optimiser's step and the exchange of gradients come on top")
+             "loading, the optimiser's step, the exchange of gradients, and validation after each epoch (on one "
+             "device, in float32, while the others wait) come on top")
+    refused = [str(devices) for devices in DEVICES if params.batch_size % devices or min(sizes) < devices]
+    if refused:
+        words += (f"\n2_pretrain refuses these batches on {' or '.join(refused)} devices: batch_size must be a "
+                  "multiple of their number, and no batch smaller than it")
     return pd.DataFrame(rows), words

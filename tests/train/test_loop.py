@@ -198,7 +198,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store, tmp_path):
         warnings.simplefilter("always")
         state = checkpoint.read_checkpoint(folder)
     assert len(state["log"]) == 1 and (folder / "last.pt").exists()
-    assert any(re.search(r"last.pt cannot be read .*it is left as it is", str(item.message)) for item in caught)
+    assert any(re.search(r"last.pt cannot be read .*this process leaves it as it is", str(each.message))
+               for each in caught)
 
 
 def test_a_damaged_checkpoint_is_kept_aside_when_the_run_resumes(store, tmp_path):
@@ -211,6 +212,20 @@ def test_a_damaged_checkpoint_is_kept_aside_when_the_run_resumes(store, tmp_path
         again = pretrain(learned, run)
     assert again["loss"].tolist() == log["loss"].tolist()
     assert (run / "checkpoints/last.damaged.pt").read_bytes() == bad
+
+
+def test_a_checkpoint_that_another_process_sets_aside_is_passed_over(tmp_path, monkeypatch):
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path, {"epoch": epoch})
+    load = torch.load
+
+    def set_aside_meanwhile(path, **options):
+        if path.name == "last.pt":
+            path.rename(tmp_path / "last.damaged.pt")
+        return load(path, **options)
+
+    monkeypatch.setattr(checkpoint.torch, "load", set_aside_meanwhile)
+    assert checkpoint.read_checkpoint(tmp_path) == {"epoch": 1}
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(store, tmp_path):

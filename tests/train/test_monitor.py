@@ -71,6 +71,20 @@ def test_sites_with_number_codes_are_classes(store):
     assert 0 <= numbers["probe_site"] <= 1 and "classes_age" not in numbers and "classes_sex" not in numbers
 
 
+def test_a_site_of_one_participant_is_not_probed(store, monkeypatch):
+    """Two sites of eleven participants that the features tell apart, and two of one."""
+    asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused"})
+    objective, scans = build_objective(asked, store), PreparedScans(store, store.index)
+    number = store.index["participant"].astype(int)
+    site = pd.Series(np.where(number % 2, "a", "b")).mask(number == 0, "c").mask(number == 1, "d")
+    features = F.one_hot(torch.tensor(pd.factorize(site)[0]), 4).float()
+    monkeypatch.setattr("kit.train.monitor.embed", lambda *_: (features, None))
+    found = look(objective, scans, store.index.assign(site=site))
+    assert found["probe_site"] == 1 and found["classes_site"] == 2
+    alone = look(objective, scans, store.index.assign(site=number, dataset=site))
+    assert "probe_site" not in alone and alone["probe_dataset"] == 1  # no site has two participants
+
+
 def test_labels_are_read_as_elsewhere(store):
     """A code among ages is no age, few ages are numbers, site 1 of two datasets is two sites, male and M are one."""
     asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused"})
@@ -87,6 +101,10 @@ def test_labels_are_read_as_elsewhere(store):
     written = sex.mask(number % 4 == 1, "female").mask(number % 4 == 2, "m")
     assert look(objective, scans, rows.assign(sex=written))["probe_sex"] == look(
         objective, scans, rows.assign(sex=sex))["probe_sex"]
+    written = plain | look(objective, scans, rows.assign(sex=sex, age=rows["age"].mask(last)))
+    capitals = rows.assign(Sex=sex, Age=rows["age"].mask(last), Site=rows["site"]).drop(columns=["age", "site"])
+    assert {"probe_age", "probe_sex", "probe_site"} < set(written) and look(objective, scans, capitals) == written
+    assert "probe_age" not in look(objective, scans, rows.assign(age=np.where(number % 2, "60-65", "65-70")))
     few = pd.Series(20.0 + 10 * (number % 5))
     assert quick_probe(np.zeros((len(few), 3)), few, number.to_numpy()) <= 0  # R²: balanced accuracy would be 0.2
 

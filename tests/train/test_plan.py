@@ -66,8 +66,18 @@ def test_the_plan_has_the_batches_of_the_cohort(store, tmp_path, monkeypatch):
     table, words = plan(large)
     assert table["scans_at_a_time"].tolist() == [15, 3, 1] and "of 2 batches of up to 15 scans; times given" in words
     assert table["memory_gb"][0] == need(large, store).memory(15) / 1e9
+    mae = params(store, tmp_path / "run", batch_size=1024, objective="mae", architecture="vit_narrow")
+    assert plan(mae)[0]["scans_at_a_time"].tolist() == [15, 4, 2]  # no scan is left out: 15 on 4 are 4, 4, 4 and 3
     table, words = plan(params(store, tmp_path / "run", batch_size=1024, session_pairs=True))
     assert table["scans_at_a_time"].tolist() == [15, 3, 1] and "of 1 batch of 15 pairs; times given" in words
+
+
+@pytest.mark.parametrize(("size", "refused"), [(12, ""), (4, "12"), (24, "12"), (15, "4 or 12")])
+def test_the_plan_says_where_pretraining_refuses_its_batches(store, tmp_path, monkeypatch, size, refused):
+    """24 gives batches of 15 and 7 scans."""
+    monkeypatch.setattr("kit.train.plan.seconds_per_item", lambda *_: (0.1, "given"))
+    words = plan(params(store, tmp_path / "run", batch_size=size))[1]
+    assert words.partition("2_pretrain refuses these batches on ")[2].partition(" devices: ")[0] == refused
 
 
 def test_an_objective_without_a_branch_is_not_taken_for_another(store, tmp_path):

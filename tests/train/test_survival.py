@@ -287,6 +287,15 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_is_tried_again(small_disk, mo
         hopeless.save(large, wait=True)
 
 
+def test_a_full_quota_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(checkpoint, "save", refuse)
+    with pytest.warns(UserWarning, match=r"^the quota is full: no .* MB free on its file system\); there is none yet"):
+        assert not Saver(tmp_path, minutes=0, retry_minutes=10).save({})
+
+
 def test_a_run_lives_through_a_full_disk(store, tmp_path, small_disk, monkeypatch):
     def make_room(seconds: float) -> None:  # somebody does, while the run waits to try again
         (small_disk / "other").unlink(missing_ok=True)
