@@ -126,7 +126,8 @@ def read_aliases(path: Path | None) -> Aliases:
     Rows with the same `person` are one person.
 
     Raises:
-        IdentityError: no such table, a missing column or cell, or one participant listed as two persons.
+        IdentityError: no such table, a missing column or cell, persons whose names differ only by leading zeros, case
+            or `.0`, or one participant listed as two persons.
     """
     if path is None:
         return {}
@@ -138,6 +139,7 @@ def read_aliases(path: Path | None) -> Aliases:
     if missing := [name for name in columns if name not in table or table[name].eq("").any()]:
         raise IdentityError(f"{shown(path)}: needs {', '.join(columns)} in each row; {missing[0]} is missing")
     keys = pd.Series([key(f"{row.dataset}/{row.participant}") for row in table.itertuples()], dtype=str)
+    check_spellings(table["person"].unique(), f"{shown(path)}: person")
     people = table["person"].groupby(keys).nunique()
     if (several := people > 1).any():
         raise IdentityError(f"{shown(path)}: {people.index[several][0]} is listed as several persons; keep one row "
