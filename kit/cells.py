@@ -44,14 +44,18 @@ def assigned_names(sources: Iterable[str]) -> list[str]:
 
 
 def literals(sources: Iterable[str]) -> dict[str, Any]:
-    """The last value assigned to each name, if it is a literal; the value of an expression is unknown afterwards."""
+    """Each name's value, where its last assignment is a literal.
+
+    Names last set by an expression are left out, as are those that a later statement uses: it may change them in place.
+    """
     values: dict[str, Any] = {}
     for node in (node for source in sources for node in ast.parse(source).body):
-        value = None  # `+=`, `for` and tuples say no value of a name
+        value = None  # from `+=`, `for` and tuples no single value can be read
         if isinstance(node, ast.AnnAssign) or (isinstance(node, ast.Assign)
                                                and all(isinstance(each, ast.Name) for each in node.targets)):
             value = node.value
-        for name in _targets(node):
+        used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        for name in _targets(node) if value is not None else used:
             values.pop(name, None)
             if value is not None:
                 with suppress(ValueError, TypeError):
