@@ -12,7 +12,7 @@ from typing import Any
 
 from kit.errors import KitError
 
-MARK = "# Parameters"  # first line of a notebook's own cell, and of the cell that papermill injects
+MARK = "# Parameters"  # the whole first line of a notebook's own cell, and of the cell that papermill injects
 
 
 class CellError(KitError, ValueError):
@@ -76,10 +76,10 @@ def _targets(node: ast.stmt) -> list[str]:
 
 def _counting(shell: Any) -> list[str]:
     """The notebook's own cell as last run, then the one that papermill injected, if any."""
-    ran = [cell for cell in shell.history_manager.input_hist_raw if cell.lstrip().startswith(MARK)]
+    ran = [cell for cell in shell.history_manager.input_hist_raw if _is_marked(cell)]
     if not ran:  # no history, as under nbval: IPython also keeps the sources for its tracebacks
         kept = [entry[2] for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
-        ran = [cell for cell in map("".join, kept) if cell.lstrip().startswith(MARK)]
+        ran = [cell for cell in map("".join, kept) if _is_marked(cell)]
     if ran and not _parses(ran[-1]):
         raise CellError(f"the cell `{MARK}` was last run with a mistake in it: run it again, then this one")
     ran = [cell for cell in ran if _parses(cell)]
@@ -89,6 +89,10 @@ def _counting(shell: Any) -> list[str]:
         raise CellError(f"papermill's cell `{MARK}` ran before the notebook's own, which has overwritten its values: "
                         "run papermill's cell again, then this one (if it was deleted, restart the kernel)")
     return [ran[place] for place in own + injected]
+
+
+def _is_marked(cell: str) -> bool:
+    return cell.lstrip().partition("\n")[0].rstrip() == MARK
 
 
 def _parses(cell: str) -> bool:

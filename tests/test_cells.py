@@ -180,6 +180,14 @@ def test_papermills_cell_counts_beside_the_notebooks_own(kernel, history):
     kernel.run("assert (params.seed, params.recipe, params.scans) == (5, 'none', 6)", history=history)
 
 
+@pytest.mark.parametrize("history", [True, False])
+def test_a_cell_whose_comment_only_begins_alike_is_not_the_notebooks_own(kernel, history):
+    kernel.run(parameters("0_explore_augmentations", seed=7), history=history)
+    kernel.run("# Parameters of the second run\nlearning_rate = 0.1", history=history)
+    kernel.run(READ, history=history)
+    kernel.run("assert params.seed == 7", history=history)
+
+
 def test_an_executed_notebook_of_papermill_is_edited_by_hand(kernel):
     own = cells("0_explore_augmentations")[0]
     kernel.run(own)
