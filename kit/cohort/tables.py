@@ -15,7 +15,7 @@ import pandas as pd
 
 from kit.cohort.bids import read_bids
 from kit.cohort.collections import is_collection, read_collection
-from kit.cohort.identity import UNNAMED, check_names, headings, read_id, split_names
+from kit.cohort.identity import UNNAMED, check_names, headings, participant_ids, read_id, split_names
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say
 from kit.runs import resolve, shown
 
@@ -89,7 +89,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     table["session"] = [read_id(name, "ses") for name in table["session"]]
     for name in ("image_path", "mask_path"):
         table[name] = [_beside(path, value) for value in table[name]]
-    people = table.groupby(table["image_path"].map(os.path.realpath))["participant"].nunique()
+    people = participant_ids(table).groupby(table["image_path"].map(os.path.realpath)).nunique()
     if (people > 1).any():
         say(f"{shown(path)}: {int((people > 1).sum())} files are the scans of several participants, the first: "
             f"{people.index[people > 1][0]}", level=4)

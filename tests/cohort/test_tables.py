@@ -214,6 +214,8 @@ def test_one_file_for_two_participants_is_said(tmp_path):
     (tmp_path / "b.nii").symlink_to(tmp_path / "a.nii")
     with pytest.warns(UserWarning, match="1 files are the scans of several participants"):
         table_of(tmp_path, "participant,image_path\n1,a.nii\n2,b.nii\n")
+    with pytest.warns(UserWarning, match="1 files are the scans of several participants"):
+        table_of(tmp_path, "dataset,participant,image_path\nA,01,a.nii\nB,01,a.nii\n")
 
 
 def test_what_is_said_points_at_the_line_that_reads_the_cohort(tmp_path):
