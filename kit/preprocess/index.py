@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,8 @@ def _some(numbers: list[int]) -> str:
 def set_aside_merged(cohort: pd.DataFrame, folder: str | Path, record: dict[str, Any]) -> None:
     """Rename a merged `index.csv` of other scans or settings to `index.old.csv` before a shard starts, and say so.
 
-    So nobody trains on the old index if a shard never ends. Several shards may do this at once.
+    So nobody trains on the old index if a shard never ends. An index without the files that say what it was made of is
+    renamed too. Several shards may do this at once.
 
     Args:
         cohort: the whole cohort.
@@ -157,7 +158,7 @@ def set_aside_merged(cohort: pd.DataFrame, folder: str | Path, record: dict[str,
     folder, path = Path(folder), Path(folder) / "index.csv"
     if not path.is_file():
         return
-    with _locked(folder):
+    with _locked(folder), suppress(FileNotFoundError):  # without locks: another shard has just renamed it
         try:
             before = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
             there, wanted = set(_outcomes(folder)), set(scan_names(cohort))
@@ -165,12 +166,12 @@ def set_aside_merged(cohort: pd.DataFrame, folder: str | Path, record: dict[str,
                       if name != "versions" and before.get(name) != record[name]]
             if there != wanted:
                 differ.append(f"{len(wanted - there)} scans are new, {len(there - wanted)} no longer in the cohort")
-            if differ:
-                path.replace(folder / "index.old.csv")
-                print(f"{shown(path)} is of another preparation ({'; '.join(differ)}): renamed to index.old.csv until "
-                      "all shards are merged")
-        except FileNotFoundError:  # without locks: another shard has just renamed it
-            pass
+            fault = f"is of another preparation ({'; '.join(differ)})" if differ else ""
+        except FileNotFoundError as error:
+            fault = f"cannot be compared with this preparation (no {Path(error.filename).name})"
+        if fault:
+            path.replace(folder / "index.old.csv")
+            print(f"{shown(path)} {fault}: renamed to index.old.csv until all shards are merged")
 
 
 def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,
