@@ -45,7 +45,7 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
         table = read_collection(path, contrast)
     elif path.is_dir():
         table = read_bids(path, contrast)
-    elif path.suffix in (".csv", ".tsv"):
+    elif path.suffix.lower() in (".csv", ".tsv"):
         table = _read_table(path)
     else:
         raise CohortError(f"{shown(path)}: " + ("expected .csv, .tsv, a BIDS folder, FOMO or OpenMind" if path.exists()
