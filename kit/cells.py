@@ -28,7 +28,7 @@ def current_values(shell: Any) -> dict[str, Any]:
     Raises:
         CellError: a value differs from what its cell says, or papermill's cell ran before the notebook's own.
     """
-    sources, values = _counting(shell), {}
+    sources, values = _cells_that_count(shell), {}
     said = literals(sources)
     for name in assigned_names(sources):
         values[name] = shell.user_ns.get(name)
@@ -74,7 +74,7 @@ def _targets(node: ast.stmt) -> list[str]:
                     for name in _targets(child)]
 
 
-def _counting(shell: Any) -> list[str]:
+def _cells_that_count(shell: Any) -> list[str]:
     """The notebook's own cell as last run, then the one that papermill injected, if any."""
     ran = [cell for cell in shell.history_manager.input_hist_raw if _is_marked(cell)]
     if not ran:  # no history, as under nbval: IPython also keeps the sources for its tracebacks
@@ -104,7 +104,7 @@ def _parses(cell: str) -> bool:
 
 
 def _papermills(cell: str) -> bool:
-    """Whether papermill wrote a parameters cell: its first line is the only comment."""
+    """Whether papermill wrote this parameters cell: its first line is its only comment."""
     tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
     return sum(token.type == tokenize.COMMENT for token in tokens) == 1
 

@@ -72,7 +72,7 @@ def key(participant_id: str) -> str:
 
 
 def known_as(participant_id: str, aliases: Aliases | None = None) -> tuple[str, ...]:
-    """Return all keys of a person, in order."""
+    """Return all keys of a person (see `key`), sorted; without aliases only the one of this name."""
     own = key(participant_id)
     return (aliases or {}).get(own, (own,))
 
@@ -190,7 +190,7 @@ def _without_dataset(index: pd.DataFrame) -> list[str]:
 
 
 def unnamed_datasets(cohort: pd.DataFrame) -> str:
-    """Say which datasets only their file or folder names, as `check_datasets_known` will refuse them; "" if none."""
+    """Warn of datasets named only by a file or folder, which `check_datasets_known` will refuse; "" if none."""
     unsaid = _without_dataset(cohort)
     return (f"{', '.join(unsaid)}: the scans have no dataset name, and 3_finetune refuses to test pretrained encoders "
             "on them; add a column dataset (BIDS: the Name in dataset_description.json)") if unsaid else ""

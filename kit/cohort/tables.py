@@ -34,7 +34,8 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
     Returns:
         one scan a row: participant, session, dataset (str), image_path, mask_path (absolute; mask_path is "" if there
         is none), then the label columns: numeric if every cell is a number, else text; nan where a cell is missing.
-        An unnamed dataset becomes `?` and the table's file name, an unnamed participant `?` and the scan's.
+        A dataset without a name is called `?` + the table's file name without suffix (or the folder's name), a
+        participant without one `?` + the scan's file name; see `named_by_file`.
 
     Raises:
         CohortError: no such file, no column `image_path`, no scans, two rows with the same dataset, participant and
@@ -97,12 +98,15 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def named_by_file(paths: pd.Series) -> list[str]:
-    """Name scans without a participant by their file; the names do not depend on the order of rows."""
+    """Name scans without a participant by their file, and by a digest of its path if several files have that name.
+
+    The order of rows does not matter, but adding a file of the same name renames the first.
+    """
     names = paths.map(lambda path: re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name))
     digests = paths.map(lambda path: "-" + hashlib.blake2b(path.encode(), digest_size=4).hexdigest())
     return (UNNAMED + names + digests.where(names.map(str.casefold).duplicated(keep=False), "")).tolist()
 
 
 def _beside(table: Path, value: str) -> str:
-    """Make a path absolute, from its table's folder on; the links of DVC and git-annex are kept, with their names."""
+    """Make a path absolute, relative to its table's folder; symbolic links (of DVC, git-annex) are not resolved."""
     return os.path.abspath(table.parent / Path(value).expanduser()) if value else ""
