@@ -190,7 +190,7 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     Raises:
         CohortError: nothing is there; or a table, BIDS folder or public collection is not as it should be.
     """
-    if path.suffix in (".csv", ".tsv"):
+    if path.suffix.lower() in (".csv", ".tsv"):
         return read_cohort(path, contrast)
     if not is_there(path):
         raise CohortError(f"{shown(path)}: no such file or folder")

@@ -12,7 +12,7 @@ from typing import Any
 
 from kit.errors import KitError
 
-MARK = "# Parameters"  # first line of a notebook's own cell, and of the cell that papermill injects
+MARK = "# Parameters"  # the whole first line of a notebook's own cell, and of the cell that papermill injects
 
 
 class CellError(KitError, ValueError):
@@ -28,7 +28,7 @@ def current_values(shell: Any) -> dict[str, Any]:
     Raises:
         CellError: a value differs from what its cell says, or papermill's cell ran before the notebook's own.
     """
-    sources, values = _counting(shell), {}
+    sources, values = _cells_that_count(shell), {}
     said = literals(sources)
     for name in assigned_names(sources):
         values[name] = shell.user_ns.get(name)
@@ -44,14 +44,18 @@ def assigned_names(sources: Iterable[str]) -> list[str]:
 
 
 def literals(sources: Iterable[str]) -> dict[str, Any]:
-    """The last value assigned to each name, if it is a literal; the value of an expression is unknown afterwards."""
+    """Each name's value, where its last assignment is a literal.
+
+    Names last set by an expression are left out, as are those that a later statement uses: it may change them in place.
+    """
     values: dict[str, Any] = {}
     for node in (node for source in sources for node in ast.parse(source).body):
-        value = None  # `+=`, `for` and tuples say no value of a name
+        value = None  # from `+=`, `for` and tuples no single value can be read
         if isinstance(node, ast.AnnAssign) or (isinstance(node, ast.Assign)
                                                and all(isinstance(each, ast.Name) for each in node.targets)):
             value = node.value
-        for name in _targets(node):
+        used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        for name in _targets(node) if value is not None else used:
             values.pop(name, None)
             if value is not None:
                 with suppress(ValueError, TypeError):
@@ -70,12 +74,12 @@ def _targets(node: ast.stmt) -> list[str]:
                     for name in _targets(child)]
 
 
-def _counting(shell: Any) -> list[str]:
+def _cells_that_count(shell: Any) -> list[str]:
     """The notebook's own cell as last run, then the one that papermill injected, if any."""
-    ran = [cell for cell in shell.history_manager.input_hist_raw if cell.lstrip().startswith(MARK)]
+    ran = [cell for cell in shell.history_manager.input_hist_raw if _is_marked(cell)]
     if not ran:  # no history, as under nbval: IPython also keeps the sources for its tracebacks
         kept = [entry[2] for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
-        ran = [cell for cell in map("".join, kept) if cell.lstrip().startswith(MARK)]
+        ran = [cell for cell in map("".join, kept) if _is_marked(cell)]
     if ran and not _parses(ran[-1]):
         raise CellError(f"the cell `{MARK}` was last run with a mistake in it: run it again, then this one")
     ran = [cell for cell in ran if _parses(cell)]
@@ -87,6 +91,10 @@ def _counting(shell: Any) -> list[str]:
     return [ran[place] for place in own + injected]
 
 
+def _is_marked(cell: str) -> bool:
+    return cell.lstrip().partition("\n")[0].rstrip() == MARK
+
+
 def _parses(cell: str) -> bool:
     try:
         ast.parse(cell)
@@ -96,7 +104,7 @@ def _parses(cell: str) -> bool:
 
 
 def _papermills(cell: str) -> bool:
-    """Whether papermill wrote a parameters cell: its first line is the only comment."""
+    """Whether papermill wrote this parameters cell: its first line is its only comment."""
     tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
     return sum(token.type == tokenize.COMMENT for token in tokens) == 1
 

@@ -287,6 +287,11 @@ def test_scans_are_found_whatever_lies_there(tmp_path):
         scans_at(tmp_path / "none.nii")
 
 
+def test_a_table_whose_suffix_is_in_capitals_is_read_as_a_table(tmp_path):
+    (tmp_path / "COHORT.CSV").write_text("participant,image_path\n001,a.nii\n")
+    assert scans_at(tmp_path / "COHORT.CSV")["participant"].tolist() == ["001"]
+
+
 def test_what_is_wrong_with_a_collection_is_said(tmp_path):
     scan = tmp_path / "PT001_OASIS1" / "sub_1" / "ses_1" / "t1.nii.gz"
     scan.parent.mkdir(parents=True)

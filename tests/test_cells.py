@@ -81,6 +81,13 @@ def test_names_come_from_the_source():
     assert assigned_names(tuples) == ["seed", "epochs", "steps"] and literals(tuples) == {}
 
 
+def test_a_literal_that_its_own_cell_changes_in_place_is_read_as_it_came_out(kernel):
+    assert literals(["tasks = []\nencoders = {}\nseed = 1\ntasks.append('sex')\nencoders['B'] = 'b'"]) == {"seed": 1}
+    kernel.run(parameters("0_explore_augmentations", shape=[36, 48, 40]) + "\nshape[2] = 48")
+    kernel.run(READ)
+    kernel.run("assert params.shape == (36, 48, 48)")
+
+
 def test_papermills_cell_is_told_from_the_notebooks_own():
     assert _papermills(injected(task="#1", encoders={"a": "random"}, epochs=3, none=None))
     assert not _papermills("# Parameters\nepochs = 3  # or more\n")
@@ -171,6 +178,14 @@ def test_papermills_cell_counts_beside_the_notebooks_own(kernel, history):
     kernel.run(injected(seed=5, recipe="none", output_dir="outputs/a"), history=history)
     kernel.run(READ, history=history)
     kernel.run("assert (params.seed, params.recipe, params.scans) == (5, 'none', 6)", history=history)
+
+
+@pytest.mark.parametrize("history", [True, False])
+def test_a_cell_whose_comment_only_begins_alike_is_not_the_notebooks_own(kernel, history):
+    kernel.run(parameters("0_explore_augmentations", seed=7), history=history)
+    kernel.run("# Parameters of the second run\nlearning_rate = 0.1", history=history)
+    kernel.run(READ, history=history)
+    kernel.run("assert params.seed == 7", history=history)
 
 
 def test_an_executed_notebook_of_papermill_is_edited_by_hand(kernel):

@@ -72,7 +72,7 @@ def key(participant_id: str) -> str:
 
 
 def known_as(participant_id: str, aliases: Aliases | None = None) -> tuple[str, ...]:
-    """Return all keys of a person, in order."""
+    """Return all keys of a person (see `key`), sorted; without aliases only the one of this name."""
     own = key(participant_id)
     return (aliases or {}).get(own, (own,))
 
@@ -126,7 +126,8 @@ def read_aliases(path: Path | None) -> Aliases:
     Rows with the same `person` are one person.
 
     Raises:
-        IdentityError: no such table, a missing column or cell, or one participant listed as two persons.
+        IdentityError: no such table, a missing column or cell, persons whose names differ only by leading zeros, case
+            or `.0`, or one participant listed as two persons.
     """
     if path is None:
         return {}
@@ -138,6 +139,7 @@ def read_aliases(path: Path | None) -> Aliases:
     if missing := [name for name in columns if name not in table or table[name].eq("").any()]:
         raise IdentityError(f"{shown(path)}: needs {', '.join(columns)} in each row; {missing[0]} is missing")
     keys = pd.Series([key(f"{row.dataset}/{row.participant}") for row in table.itertuples()], dtype=str)
+    check_spellings(table["person"].unique(), f"{shown(path)}: person")
     people = table["person"].groupby(keys).nunique()
     if (several := people > 1).any():
         raise IdentityError(f"{shown(path)}: {people.index[several][0]} is listed as several persons; keep one row "
@@ -188,7 +190,7 @@ def _without_dataset(index: pd.DataFrame) -> list[str]:
 
 
 def unnamed_datasets(cohort: pd.DataFrame) -> str:
-    """Say which datasets only their file or folder names, as `check_datasets_known` will refuse them; "" if none."""
+    """Warn of datasets named only by a file or folder, which `check_datasets_known` will refuse; "" if none."""
     unsaid = _without_dataset(cohort)
     return (f"{', '.join(unsaid)}: the scans have no dataset name, and 3_finetune refuses to test pretrained encoders "
             "on them; add a column dataset (BIDS: the Name in dataset_description.json)") if unsaid else ""

@@ -15,7 +15,7 @@ import pandas as pd
 
 from kit.cohort.bids import read_bids
 from kit.cohort.collections import is_collection, read_collection
-from kit.cohort.identity import UNNAMED, check_names, headings, read_id, split_names
+from kit.cohort.identity import UNNAMED, check_names, headings, participant_ids, read_id, split_names
 from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say
 from kit.runs import resolve, shown
 
@@ -34,7 +34,8 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
     Returns:
         one scan a row: participant, session, dataset (str), image_path, mask_path (absolute; mask_path is "" if there
         is none), then the label columns: numeric if every cell is a number, else text; nan where a cell is missing.
-        An unnamed dataset becomes `?` and the table's file name, an unnamed participant `?` and the scan's.
+        A dataset without a name is called `?` + the table's file name without suffix (or the folder's name), a
+        participant without one `?` + the scan's file name; see `named_by_file`.
 
     Raises:
         CohortError: no such file, no column `image_path`, no scans, two rows with the same dataset, participant and
@@ -45,7 +46,7 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
         table = read_collection(path, contrast)
     elif path.is_dir():
         table = read_bids(path, contrast)
-    elif path.suffix in (".csv", ".tsv"):
+    elif path.suffix.lower() in (".csv", ".tsv"):
         table = _read_table(path)
     else:
         raise CohortError(f"{shown(path)}: " + ("expected .csv, .tsv, a BIDS folder, FOMO or OpenMind" if path.exists()
@@ -89,7 +90,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     table["session"] = [read_id(name, "ses") for name in table["session"]]
     for name in ("image_path", "mask_path"):
         table[name] = [_beside(path, value) for value in table[name]]
-    people = table.groupby(table["image_path"].map(os.path.realpath))["participant"].nunique()
+    people = participant_ids(table).groupby(table["image_path"].map(os.path.realpath)).nunique()
     if (people > 1).any():
         say(f"{shown(path)}: {int((people > 1).sum())} files are the scans of several participants, the first: "
             f"{people.index[people > 1][0]}", level=4)
@@ -97,12 +98,15 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def named_by_file(paths: pd.Series) -> list[str]:
-    """Name scans without a participant by their file; the names do not depend on the order of rows."""
+    """Name scans without a participant by their file, and by a digest of its path if several files have that name.
+
+    The order of rows does not matter, but adding a file of the same name renames the first.
+    """
     names = paths.map(lambda path: re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name))
     digests = paths.map(lambda path: "-" + hashlib.blake2b(path.encode(), digest_size=4).hexdigest())
     return (UNNAMED + names + digests.where(names.map(str.casefold).duplicated(keep=False), "")).tolist()
 
 
 def _beside(table: Path, value: str) -> str:
-    """Make a path absolute, from its table's folder on; the links of DVC and git-annex are kept, with their names."""
+    """Make a path absolute, relative to its table's folder; symbolic links (of DVC, git-annex) are not resolved."""
     return os.path.abspath(table.parent / Path(value).expanduser()) if value else ""

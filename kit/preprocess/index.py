@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from kit.preprocess.quality import QC_METRICS, flagged
 from kit.runs import link_whole, shown, write_table
 from kit.store.store import claim, read_index, scan_path
 
-# Columns of the index that come from the notes in each scan's file; ADDED: all that it adds to the cohort's.
+# QUALITY_COLUMNS come from the notes in each scan's file; ADDED are all of the index's columns besides the cohort's.
 QUALITY_COLUMNS = ("mask_source", *QC_METRICS, "seconds")
 FAILED = ("scan", "participant", "session", "dataset", "image_path", "reason")  # columns of failed.csv
 ADDED = ("scan", *QUALITY_COLUMNS, "header_note", "flags", "unusable")
 
-MISSING = "no such file"  # the reason of a scan, or with `mask: ` before it of its mask
-FEW = 5  # so many missing files of a shard may be chance
+MISSING = "no such file"  # a scan's reason if its file is missing; `mask: no such file` if its mask is
+FEW = 5  # up to this many missing files in a shard may be chance; more suggest an unmounted disk
 
 
 class PreparationError(KitError, ValueError):
@@ -35,7 +35,10 @@ class PreparationError(KitError, ValueError):
 
 
 def scan_names(cohort: pd.DataFrame) -> list[str]:
-    """Name each row dataset_participant_session, in characters that any file system accepts."""
+    """Name each row dataset_participant_session.
+
+    All but A-Z, a-z, 0-9, dot and hyphen become hyphens, so two may collide.
+    """
     parts = cohort[["dataset", "participant", "session"]].fillna("").astype(str)
     safe = parts.map(lambda part: re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-."))
     return ["_".join(filter(None, row)) for row in safe.itertuples(index=False)]
@@ -52,7 +55,8 @@ def check_cohort(cohort: pd.DataFrame, names: list[str], mask: str) -> None:
     if folded.duplicated().any():
         twice = sorted({names[row] for row in np.flatnonzero(folded.duplicated())})
         some = ", ".join(twice[:5]) + " ..." * (len(twice) > 5)
-        wrong.append(f"several rows are called {some}: each needs its own dataset, participant and session")
+        wrong.append(f"several rows are called {some}: each needs its own dataset, participant and session, distinct "
+                     "in A-Z (in any case), 0-9, dot and hyphen (others become hyphens)")
     if taken := sorted(set(ADDED) & set(cohort)):
         wrong.append(f"columns that the index adds itself: {', '.join(taken)}; rename them in the cohort")
     if mask == "given" and ("mask_path" not in cohort or not cohort["mask_path"].fillna("").any()):
@@ -75,9 +79,10 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
         part: whether the cohort is a shard of a larger one, so that it may have no good scan.
 
     Raises:
-        PreparationError: no scan was prepared. The tables are still written, unless the folder already has an index
-            of prepared scans: that is kept, as the scans' files may only be out of reach. Nor are they written for a
-            shard whose files are all missing, which would be merged without its scans.
+        PreparationError: no scan was prepared. The tables are still written, except in two cases: the folder already
+            has an index of prepared scans (kept, as the disk with the scans may only be unmounted), or all files of a
+            shard are missing, and they are more than `FEW` or none of their folders exists (else it would be merged
+            without them).
     """
     table = cohort.reset_index(drop=True)
     table.insert(0, "scan", names)
@@ -147,7 +152,8 @@ def _some(numbers: list[int]) -> str:
 def set_aside_merged(cohort: pd.DataFrame, folder: str | Path, record: dict[str, Any]) -> None:
     """Rename a merged `index.csv` of other scans or settings to `index.old.csv` before a shard starts, and say so.
 
-    So nobody trains on the old index if a shard never ends. Several shards may do this at once.
+    So nobody trains on the old index if a shard never ends. An index without the files that say what it was made of is
+    renamed too. Several shards may do this at once.
 
     Args:
         cohort: the whole cohort.
@@ -157,7 +163,7 @@ def set_aside_merged(cohort: pd.DataFrame, folder: str | Path, record: dict[str,
     folder, path = Path(folder), Path(folder) / "index.csv"
     if not path.is_file():
         return
-    with _locked(folder):
+    with _locked(folder), suppress(FileNotFoundError):  # without locks: another shard has just renamed it
         try:
             before = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
             there, wanted = set(_outcomes(folder)), set(scan_names(cohort))
@@ -165,12 +171,12 @@ def set_aside_merged(cohort: pd.DataFrame, folder: str | Path, record: dict[str,
                       if name != "versions" and before.get(name) != record[name]]
             if there != wanted:
                 differ.append(f"{len(wanted - there)} scans are new, {len(there - wanted)} no longer in the cohort")
-            if differ:
-                path.replace(folder / "index.old.csv")
-                print(f"{shown(path)} is of another preparation ({'; '.join(differ)}): renamed to index.old.csv until "
-                      "all shards are merged")
-        except FileNotFoundError:  # without locks: another shard has just renamed it
-            pass
+            fault = f"is of another preparation ({'; '.join(differ)})" if differ else ""
+        except FileNotFoundError as error:
+            fault = f"cannot be compared with this preparation (no {Path(error.filename).name})"
+        if fault:
+            path.replace(folder / "index.old.csv")
+            print(f"{shown(path)} {fault}: renamed to index.old.csv until all shards are merged")
 
 
 def merge_shards(cohort: pd.DataFrame, folder: str | Path, shards: int,

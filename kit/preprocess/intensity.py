@@ -69,7 +69,8 @@ def by_white_matter(image: np.ndarray, mask: np.ndarray, white_matter: np.ndarra
     """Return an image (z, y, x) divided by its white-matter peak, 0 outside the mask, float32.
 
     The peak is the mode of the smoothed histogram of brain voxels where the template is white matter (of all brain
-    voxels if those are fewer than 100). Lesions, and grey matter left there by registration, do not move it.
+    voxels if those are fewer than 100). Lesions, and grey matter that imperfect registration puts there, do not move
+    the peak.
 
     Raises:
         ScanError: the mask is empty, the image is constant inside it, or the peak is not above zero.

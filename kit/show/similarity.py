@@ -29,8 +29,8 @@ class Similar:
     Attributes:
         pair: of the two views shown.
         pairs: (scans - 1,) of the two views of every other scan, under the same recipe.
-        different_scans: (scans * (scans - 1),) of views of different scans. If `pair` is far above them, the
-            contrastive task is easy; if it is among them, hopeless.
+        different_scans: (scans * (scans - 1),) of view 1 of one scan and view 2 of another. If `pair` is far above
+            them, the contrastive task is easy; if it is among them, hopeless.
         encoder: its name.
     """
 

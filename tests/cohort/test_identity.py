@@ -197,6 +197,13 @@ def test_aliases(tmp_path):
         read_aliases(path)
 
 
+@pytest.mark.parametrize(("first", "second"), [("001", "1"), ("P1", "p1")])
+def test_two_spellings_of_one_person_are_asked_about(tmp_path, first, second):
+    (tmp_path / "aliases.csv").write_text(f"dataset,participant,person\na,1,{first}\nb,2,{second}\n")
+    with pytest.raises(IdentityError, match=f"aliases.csv: person: are '{first}' and '{second}' the same"):
+        read_aliases(tmp_path / "aliases.csv")
+
+
 def test_datasets_without_a_name_are_said_before_work():
     cohort = pd.DataFrame({"dataset": ["oasis", "?site", "?site"]})
     assert unnamed_datasets(cohort).startswith("site: the scans have no dataset name, and 3_finetune refuses")

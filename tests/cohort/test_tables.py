@@ -20,6 +20,11 @@ def test_three_columns_are_enough(tmp_path):
     assert cohort["participant"].tolist() == ["?a", "?b"] and set(cohort["dataset"]) == {"?site"}  # ?: nobody said
 
 
+@pytest.mark.parametrize("name", ["COHORT.CSV", "Cohort.Csv"])
+def test_a_suffix_in_capitals_is_a_tables(tmp_path, name):
+    assert table_of(tmp_path, "participant,image_path\n001,a.nii\n", name)["participant"].tolist() == ["001"]
+
+
 def test_leading_zeros_and_missing_values_survive(tmp_path):
     table = tmp_path / "site.tsv"
     table.write_text("participant\tsession\timage_path\tage\n007\t1\ta.nii\t71.5\n008\t\tb.nii\tn/a\n")
@@ -214,6 +219,8 @@ def test_one_file_for_two_participants_is_said(tmp_path):
     (tmp_path / "b.nii").symlink_to(tmp_path / "a.nii")
     with pytest.warns(UserWarning, match="1 files are the scans of several participants"):
         table_of(tmp_path, "participant,image_path\n1,a.nii\n2,b.nii\n")
+    with pytest.warns(UserWarning, match="1 files are the scans of several participants"):
+        table_of(tmp_path, "dataset,participant,image_path\nA,01,a.nii\nB,01,a.nii\n")
 
 
 def test_what_is_said_points_at_the_line_that_reads_the_cohort(tmp_path):

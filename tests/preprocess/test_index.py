@@ -143,6 +143,19 @@ def test_shards_that_set_the_merged_index_aside_at_once_do_not_crash(
     assert (merged / "index.old.csv").is_file()
 
 
+@pytest.mark.parametrize("missing", ["failed.csv", "preparation.json"])
+def test_a_merged_index_that_cannot_be_compared_is_set_aside(
+        tmp_path: Path, capsys: pytest.CaptureFixture, missing: str) -> None:
+    table, merged = cohort(tmp_path), tmp_path / "merged"
+    prepare(table, merged, SETTINGS, workers=0)
+    (merged / missing).unlink()
+    capsys.readouterr()
+    set_aside_merged(table.iloc[:9], merged, SETTINGS.record())
+    assert f"merged/index.csv cannot be compared with this preparation (no {missing}): renamed to index.old.csv" in (
+        capsys.readouterr().out)
+    assert (merged / "index.old.csv").is_file() and not (merged / "index.csv").exists()
+
+
 def test_every_scan_is_in_one_shard(tmp_path: Path) -> None:
     table = cohort(tmp_path)
     parts = pd.concat([shard_of(table, shard, 3) for shard in range(3)])
