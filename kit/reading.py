@@ -105,7 +105,7 @@ def meanings(model: type[Parameters]) -> dict[str, str]:
 def read(model: type[Model]) -> Model:
     """Read and check the running notebook's parameters.
 
-    Takes the names assigned in the notebook's cells that start with ``# Parameters``, as last run: the cell of
+    Takes the names assigned in the notebook's cells whose first line is ``# Parameters``, as last run: the cell of
     defaults, and the one that papermill injects.
 
     Raises:
