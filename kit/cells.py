@@ -46,7 +46,8 @@ def assigned_names(sources: Iterable[str]) -> list[str]:
 def literals(sources: Iterable[str]) -> dict[str, Any]:
     """Each name's value, where its last assignment is a literal.
 
-    Names last set by an expression are left out, as are those that a later statement uses: it may change them in place.
+    Names last set by an expression are left out, as are those that a later statement uses, other than to set another
+    name to a value without a call: it may change them in place.
     """
     values: dict[str, Any] = {}
     for node in (node for source in sources for node in ast.parse(source).body):
@@ -55,7 +56,8 @@ def literals(sources: Iterable[str]) -> dict[str, Any]:
                                                and all(isinstance(each, ast.Name) for each in node.targets)):
             value = node.value
         used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
-        for name in _targets(node) if value is not None else used:
+        may_change = value is None or any(isinstance(each, ast.Call) for each in ast.walk(value))
+        for name in used if may_change else _targets(node):
             values.pop(name, None)
             if value is not None:
                 with suppress(ValueError, TypeError):
@@ -76,10 +78,14 @@ def _targets(node: ast.stmt) -> list[str]:
 
 def _cells_that_count(shell: Any) -> list[str]:
     """The notebook's own cell as last run, then the one that papermill injected, if any."""
-    ran = [cell for cell in shell.history_manager.input_hist_raw if _is_marked(cell)]
-    if not ran:  # no history, as under nbval: IPython also keeps the sources for its tracebacks
-        kept = [entry[2] for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
-        ran = [cell for cell in map("".join, kept) if _is_marked(cell)]
+    cells = shell.history_manager.input_hist_raw
+    if not any(map(_is_marked, cells)):  # no history, as under nbval: IPython also keeps the sources for its tracebacks
+        cells = ["".join(entry[2]) for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
+    ran = [cell for cell in cells if _is_marked(cell)]
+    if not ran and (alike := [cell for cell in cells if cell.lstrip().startswith(MARK)]):
+        first = alike[-1].lstrip().partition("\n")[0].rstrip()
+        raise CellError(f"the first line of the cell `{first}` must be `{MARK}` and no more, or its values do not "
+                        "count: correct and run it, then this one")
     if ran and not _parses(ran[-1]):
         raise CellError(f"the cell `{MARK}` was last run with a mistake in it: run it again, then this one")
     ran = [cell for cell in ran if _parses(cell)]

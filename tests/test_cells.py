@@ -188,6 +188,15 @@ def test_a_cell_whose_comment_only_begins_alike_is_not_the_notebooks_own(kernel,
     kernel.run("assert params.seed == 7", history=history)
 
 
+@pytest.mark.parametrize("history", [True, False])
+def test_values_of_a_cell_that_says_more_than_parameters_are_not_lost_in_silence(kernel, history):
+    kernel.run("# Parameters (mine)\nseed = 7  # another", history=history)
+    kernel.run(READ, fails="the first line of the cell `# Parameters (mine)` must be `# Parameters` and no more",
+               history=history)
+    kernel.run(parameters("0_explore_augmentations", seed=7), history=history)
+    kernel.run(READ, history=history)
+
+
 def test_an_executed_notebook_of_papermill_is_edited_by_hand(kernel):
     own = cells("0_explore_augmentations")[0]
     kernel.run(own)

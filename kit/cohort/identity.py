@@ -190,7 +190,7 @@ def _without_dataset(index: pd.DataFrame) -> list[str]:
 
 
 def unnamed_datasets(cohort: pd.DataFrame) -> str:
-    """Warn of datasets named only by a file or folder, which `check_datasets_known` will refuse; "" if none."""
+    """Return a warning of datasets named only by a file or folder, which `check_datasets_known` refuses; "" if none."""
     unsaid = _without_dataset(cohort)
     return (f"{', '.join(unsaid)}: the scans have no dataset name, and 3_finetune refuses to test pretrained encoders "
             "on them; add a column dataset (BIDS: the Name in dataset_description.json)") if unsaid else ""

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 import kit
-from kit.cohort.identity import joined, participant_ids, read_aliases
+from kit.cohort.identity import read_aliases
 from kit.cohort.tabular import read_table
 from kit.device import check_gpu
 from kit.errors import KitError
@@ -117,11 +117,11 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
 
     Written to the run's folder:
         tidy.csv: one score per row: encoder, mode, task, label_fraction, seed, metric, distribution, value, low, high,
-            participants (tested), train_participants (mean over folds), converged (of the first seed, over folds: no
-            gain from longer training beyond its standard error; see `kit.evaluate.tune.Tuned`), fingerprint.
+            participants (tested), train_participants (mean over folds), converged (first seed: longer
+            training gains no more than the gain's standard error, in the mean over folds), fingerprint.
         scores.csv: scores over seeds; see `kit.evaluate.compare.scores`. And converged; models (folds times seeds);
             flat: how many of these predict nearly one number, with a spread below `FLAT` of the labels' (both in
-            distribution; empty for classes).
+            distribution; empty for classes). `correct_bias` stretches predictions, and hides it.
         differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
         further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
         subgroups.csv: scores within age bands (`age_bands`) and among cases and controls matched by age and sex
@@ -359,12 +359,14 @@ class _Bench:
         encoder, _ = self.encoder(cell.encoder, cell.fold, seed)
         tuned = tune(task, encoder, self.params, seed, place, choice, home,
                      check=choice is None and self.params.check_converged)
+        kept = folder / f"tries_seed{seed}.csv"
+        if choice is None or not kept.exists():  # a resumed first seed repeats its chosen try alone
+            os.replace(place / "tries.csv", kept)
         if choice is None:
             write_json(known, {**tuned.choice._asdict(), "converged": tuned.converged,
                                "validation": tuned.validation_score, "standard_error": tuned.standard_error,
                                "longer": tuned.longer_score, "longer_steps": tuned.longer_steps,
                                "change_error": tuned.change_error})
-        os.replace(place / "tries.csv", folder / f"tries_seed{seed}.csv")
         return predict_tested(task, tuned.predictor)
 
     def _features_of(self, cell: Cell, seed: int, task: Task, part: str) -> np.ndarray:
@@ -386,8 +388,8 @@ class _Bench:
             rows = store.index[store.index["scan"].isin(some)]  # in the index's order, as `some` is
             return predict(self.encoder(name, fold, seed)[0], PreparedScans(store, rows))
 
-        drawn = weights_digest(self.encoder(name, fold, seed)[0]) if is_random(self.specs[name]) else ""
-        path = measured_file(self.params.output_dir / "embeddings", quote(name, safe=" "), weights, drawn)
+        drawn = [weights_digest(self.encoder(name, fold, seed)[0])] if is_random(self.specs[name]) else []
+        path = measured_file(self.params.output_dir / "embeddings", quote(name, safe=" "), weights, *drawn)
         found = measured(scans, embed, path)
         return {scan: found[key] for key, scan in scans.items()}
 
@@ -634,7 +636,8 @@ def _flat(rows: pd.DataFrame) -> tuple[int, int]:
 def _converged(gains: pd.Series, errors: pd.Series) -> bool | None:
     """Whether the gain from longer training, in the mean over folds, is at most its standard error.
 
-    None if a fold has none, unless the others show a gain.
+    None if a fold has none, unless the others show a gain. Folds count as independent, though they share people: the
+    error is too small, so that False comes more often by chance than `kit.evaluate.tune.Tuned` says.
     """
     known = (gains.notna() & errors.notna()).to_numpy()
     if known.any() and gains[known].mean() > math.sqrt(np.square(errors[known]).sum()) / known.sum():
@@ -672,9 +675,7 @@ def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
     """
     bench, seed, rows = _Bench(params), params.seeds[0], []
     index = bench.stores["prepared"].index
-    people = participant_ids(joined(index, bench.aliases))
-    moved = "site" in index and index["site"].groupby(people).nunique().gt(1).any()
-    by = "site" if moved else "session"
+    by = "site" if "site" in index and index["site"].notna().any() else "session"
     names = [name for name in bench.specs if name == UNTRAINED or not is_random(bench.specs[name])]
     for name in names:
         network, record = bench.encoder(name, 0, seed)

@@ -30,7 +30,7 @@ from kit.models.encoder import Encoder
 from kit.models.heads import Predictor
 from kit.params import Tuning
 from kit.reading import ParameterError
-from kit.runs import write_table, write_whole
+from kit.runs import link_whole, write_table, write_whole
 from kit.store.sampler import all_batches, batches_between
 from kit.train import checkpoint
 from kit.train.distributed import (
@@ -50,7 +50,7 @@ from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 TRIES, JOB = "tries", "job.pt"  # in tune's folder: checkpoints of each try; in the run's: a `Job`
 DIVERGED = "diverged.txt"  # beside job.pt: why training in worker processes diverged
 LONGER = 3  # times the steps and the patience, in the check of whether training was long enough
-LENGTH = {"epochs", "patience", "warmup_fraction"}  # settings that only end training, if the learning rate is constant
+LENGTH = {"epochs", "patience", "warmup_fraction"}  # at a constant rate they say when training ends, and no more
 VALIDATION_DRAWS = 200  # of the bootstrap, for a validation score
 
 
@@ -76,7 +76,7 @@ class Tuned:
         standard_error: of that score, by the bootstrap over validation participants; nan for fewer than two, or if
             fewer than two draws have a score.
         longer_score: the score with three times the steps and patience, nan if training diverged there;
-            `validation_score` itself if there was none.
+            `validation_score` itself if there was no such training.
         longer_steps: steps that this longer training took; 0 if it diverged or there was none.
         change_error: standard error of the difference of the two scores, the same participants drawn for both.
         converged: False if the longer training's score is better by more than that, else True; None if not checked, if
@@ -151,7 +151,8 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     Each learning rate is tried with each weight decay. The try with the lowest validation loss (or best AUC, see
     `select_by`, if validation has every class; of equal ones the lower loss) is kept, at its best weights. Tries that
     diverge are out. Then `tune` checks whether training was long enough: it trains with three times the steps and the
-    patience, to see whether the validation score gets better. At a constant learning rate this goes on from the try.
+    patience, to see whether the validation score gets better. At a constant learning rate this goes on from the try's
+    checkpoint, if there is a folder and `check_steps` divides `steps`.
 
     Args:
         seed: of the head, the batches and the augmentation.
@@ -210,7 +211,8 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
         longer, longer_steps, change_error = score, 0, 0.0
         if check:
             again = job(each, LONGER)
-            if again.folder and params.schedule == "constant" and params.steps % params.check_steps == 0:
+            whole = params.steps % params.check_steps == 0  # else the try's last epoch is shorter than the longer one's
+            if again.folder and params.schedule == "constant" and whole:
                 _go_on(Path(job(each).folder or ""), again.folder)
             try:
                 trained_longer, log_longer = train(again, params)
@@ -369,11 +371,13 @@ def _checks_since_best(log: pd.DataFrame) -> int:
 
 
 def _go_on(ended: Path, longer: Path) -> None:
-    """Copy the checkpoints of an ended training for a longer one, unless that has begun."""
+    """Give a longer training the checkpoints of an ended one, unless it has begun."""
     if not longer.exists():
         aside = longer.with_name(f"{longer.name} copying")
         shutil.rmtree(aside, ignore_errors=True)  # of a run killed here
-        os.replace(shutil.copytree(ended, aside), longer)
+        # as links: all of these files are only ever replaced whole
+        shutil.copytree(ended, aside, copy_function=lambda one, other: link_whole(Path(one), Path(other)))
+        os.replace(aside, longer)
 
 
 @contextmanager

@@ -195,8 +195,8 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
     if len(flat := scores[tuned & (scores["flat"] > 0) & (scores["distribution"] == "in_distribution")]):
         counts = [f"{flat.at[row, 'flat']:.0f} of {flat.at[row, 'models']:.0f} models of {_models(flat.loc[[row]])}"
                   for row in flat.index]
-        lines += textwrap.wrap("Predict nearly one number for everybody (in distribution; standard deviation below "
-                               f"{FLAT:g} of the labels'): {'; '.join(counts)}.", PAGE)
+        lines += textwrap.wrap("Fine-tuned, but predict nearly one number for everybody (in distribution; standard "
+                               f"deviation below {FLAT:g} of the labels'): {'; '.join(counts)}.", PAGE)
     if scores["low"].isna().any():
         lines += textwrap.wrap(f"[–]: no interval, as there are fewer than {LEAST_PARTICIPANTS} participants (of a "
                                "class), or as every draw gives the same.", PAGE)
@@ -220,9 +220,11 @@ def verdict(differences: pd.DataFrame) -> str:
         return (f"{encoder} is better in {(which & settled & better).sum()}, worse in "
                 f"{(which & settled & ~better).sum()}, and {(which & tested & ~settled).sum()} are not decided")
 
-    return (f"What it shows: of {(tested & ~blind).sum()} comparisons of {encoder} with rivals that see scans, "
-            f"{counted(~blind)}; of {(tested & blind).sum()} with rows that see none, {counted(blind)} (p < .05 after "
-            f"Holm's correction over all){untested}.")
+    groups = [(which, rivals) for which, rivals in ((~blind, "rivals that see scans"), (blind, "rows that see none"))
+              if (tested & which).any()]
+    parts = [f"of {(tested & which).sum()}{f' comparisons of {encoder}' if not number else ''} with {rivals}, "
+             f"{counted(which)}" for number, (which, rivals) in enumerate(groups)]
+    return f"What it shows: {'; '.join(parts)} (p < .05 after Holm's correction over all){untested}."
 
 
 def _models(scores: pd.DataFrame) -> str:

@@ -57,8 +57,8 @@ def filled(params):
         run.close()
 
 
-def cell_files(folder):
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.glob("cells/**/seed*.csv")}
+def cell_files(folder, pattern="seed*.csv"):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.glob(f"cells/**/{pattern}")}
 
 
 @pytest.mark.slow
@@ -80,12 +80,13 @@ def test_table_is_complete_and_resumes(stores, tmp_path):
 
     # what is missing is made again, what is there is not, and all comes out the same
     before = cell_files(tmp_path / "run")
-    lost = [path for path in before if "ResNet" in str(path)]
+    lost, tries = [path for path in before if "ResNet" in str(path)], cell_files(tmp_path / "run", "tries_seed*.csv")
     for path in lost:
         (tmp_path / "run" / path).unlink()
     again = filled(params)
     after = cell_files(tmp_path / "run")
     assert {path for path in before if after[path] != before[path]} == set(lost) and len(lost) == 2
+    assert cell_files(tmp_path / "run", "tries_seed*.csv") == tries and len(tries) == 2  # with all rates tried
     pd.testing.assert_frame_equal(again.scores, scores)
 
     text = summary(scores, results.differences, "made-up data")

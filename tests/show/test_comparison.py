@@ -220,6 +220,8 @@ def test_the_sentence_counts_wins_and_losses(differences):
     assert "of 8 comparisons of SimCLR with rivals that see scans, SimCLR is better in 0, worse in 4, and 4 are" in (
         verdict(differences))
     assert "of 4 with rows that see none, SimCLR is better in 2, worse in 2, and 0 are" in verdict(differences)
+    only = differences[differences["rival"] == "guess"]
+    assert verdict(only).startswith("What it shows: of 4 comparisons of SimCLR with rows that see none, SimCLR is ")
     differences.loc[differences["rival"] == "MAE", "p_holm"] = np.nan
     said = verdict(differences)
     assert "of 4 comparisons" in said and "not decided (p < .05 after Holm's correction over all); 4 further" in said
