@@ -79,12 +79,11 @@ def _targets(node: ast.stmt) -> list[str]:
 def _cells_that_count(shell: Any) -> list[str]:
     """The notebook's own cell as last run, then the one that papermill injected, if any."""
     cells = shell.history_manager.input_hist_raw
-    if not any(map(_is_marked, cells)):  # no history, as under nbval: IPython also keeps the sources for its tracebacks
+    if MARK not in map(_first_line, cells):  # no history, as under nbval: IPython keeps sources for tracebacks, too
         cells = ["".join(entry[2]) for entry in linecache.cache.values() if len(entry) == 4 and entry[1] is None]
-    ran = [cell for cell in cells if _is_marked(cell)]
-    if not ran and (alike := [cell for cell in cells if cell.lstrip().startswith(MARK)]):
-        first = alike[-1].lstrip().partition("\n")[0].rstrip()
-        raise CellError(f"the first line of the cell `{first}` must be `{MARK}` and no more, or its values do not "
+    ran = [cell for cell in cells if _first_line(cell) == MARK]
+    if not ran and (alike := [first for first in map(_first_line, cells) if first.startswith(MARK)]):
+        raise CellError(f"the first line of the cell `{alike[-1]}` must be `{MARK}` and no more, or its values do not "
                         "count: correct and run it, then this one")
     if ran and not _parses(ran[-1]):
         raise CellError(f"the cell `{MARK}` was last run with a mistake in it: run it again, then this one")
@@ -97,8 +96,8 @@ def _cells_that_count(shell: Any) -> list[str]:
     return [ran[place] for place in own + injected]
 
 
-def _is_marked(cell: str) -> bool:
-    return cell.lstrip().partition("\n")[0].rstrip() == MARK
+def _first_line(cell: str) -> str:
+    return cell.lstrip().partition("\n")[0].rstrip()
 
 
 def _parses(cell: str) -> bool:

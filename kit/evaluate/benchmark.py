@@ -50,7 +50,7 @@ from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.reliability import ReliabilityError, reliability_of
 from kit.evaluate.tasks import CORRECTION, Task, check_tested, covariates, overlap, tasks_of
-from kit.evaluate.tune import Choice, stoppable, tune
+from kit.evaluate.tune import Choice, gain, stoppable, tune
 from kit.evaluate.volumes import read_volumes
 from kit.machine import Lock
 from kit.models.encoder import Encoder
@@ -462,17 +462,16 @@ class _Bench:
                 tables.append(read_table(self.file(cell, seed), text=TEXT).assign(seed=seed))
         choice, task = self.folder(cell) / "choice.json", self.tasks[cell.task, cell.fold]
         notes = json.loads(choice.read_text(encoding="utf-8")) if choice.exists() else {}
-        gain = error = np.nan
+        better = error = np.nan
         if "longer_steps" in notes and notes["converged"] is not None:  # without `longer_steps`, an older rule judged
-            better = 1 if task.labels.kind == "classification" else -1
-            gain, error = better * (notes["longer"] - notes["validation"]), notes["change_error"]
+            better, error = gain(task.labels.kind, notes["validation"], notes["longer"]), notes["change_error"]
         people = task.with_labels_for(cell.label_fraction, self.params.seeds[0]).parts["train"].participants.nunique()
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         if tables:  # age and sex are today's, whatever they were when the cell was computed
             people_of = [covariates(task.parts[name])[["scan", "age", "sex"]].assign(distribution=where)
                          for name, where in task.tested.items()]
             table = table.merge(pd.concat(people_of), on=["distribution", "scan"], how="left", validate="many_to_one")
-        return table.assign(**cell._asdict(), gain=gain, gain_error=error, train_participants=people,
+        return table.assign(**cell._asdict(), gain=better, gain_error=error, train_participants=people,
                             fingerprint=self.made_from(cell).fingerprint)
 
 

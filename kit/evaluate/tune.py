@@ -210,10 +210,10 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
         score, error = row["validation_score"], standard_error(task, predictor, seed)
         longer, longer_steps, change_error = score, 0, 0.0
         if check:
-            again = job(each, LONGER)
+            once, again = job(each), job(each, LONGER)
             whole = params.steps % params.check_steps == 0  # else the try's last epoch is shorter than the longer one's
-            if again.folder and params.schedule == "constant" and whole:
-                _go_on(Path(job(each).folder or ""), again.folder)
+            if once.folder and again.folder and params.schedule == "constant" and whole:
+                _go_on(once.folder, again.folder)
             try:
                 trained_longer, log_longer = train(again, params)
                 longer_steps = min(LONGER * params.steps, len(log_longer) * params.check_steps)
@@ -225,8 +225,8 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     tries = pd.DataFrame(rows)
     if folder:
         write_table(folder / "tries.csv", tries)
-    gain = longer - score if task.labels.kind == "classification" else score - longer
-    converged = not gain > change_error if check and math.isfinite(error + change_error) else None
+    judged = check and math.isfinite(error + change_error)
+    converged = not gain(task.labels.kind, score, longer) > change_error if judged else None
     return Tuned(predictor, log, each, tries, score, error, longer, longer_steps, change_error, converged)
 
 
@@ -322,6 +322,11 @@ def score_validation(task: Task, predictor: Predictor) -> float:
     joined = _validation(task, predictor)
     return float(statistic(joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()[None],
                            task.labels.kind)[0])
+
+
+def gain(kind: str, before: float, after: float) -> float:
+    """By how much a score has become better, in its own unit: an AUC higher, an error lower."""
+    return after - before if kind == "classification" else before - after
 
 
 def standard_error(task: Task, predictor: Predictor, seed: int, other: Predictor | None = None) -> float:
