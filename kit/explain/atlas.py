@@ -33,7 +33,9 @@ from kit.store.store import Store, read_transform
 DEFAULT = "deepmriprep:aal3"
 COLUMN = "column"  # `column:NAME` as atlas: a cohort column with the path of each scan's label map
 LEAST_INSIDE = 0.5  # smallest share of an atlas that lies in the template's brain, or of a label map in the scan's
-USUAL_INSIDE = 0.9  # of label maps; three IXI scans' own have 0.97 or more, other people's on them 0.62 to 0.90
+# A label map of which less lies in its scan's brain is named. Three IXI scans' own have 0.97 or more, other people's
+# 0.62 to 0.90 in them: a wrong one may pass.
+USUAL_INSIDE = 0.9
 
 
 class Atlas(NamedTuple):
@@ -57,6 +59,8 @@ class Placement(NamedTuple):
 
 def load_atlas(source: str | Path | None, grid: Grid, names: str | Path | None = None) -> Atlas:
     """Load an atlas onto a grid. Each voxel takes the label at its centre, so coarse grids may lose small regions.
+
+    If no name states a side, every region is split at x = 0, midline structures too; `own_atlas` splits nothing.
 
     Args:
         source: `deepmriprep:NAME`, such as `deepmriprep:aal3`, from the installed package or the path in

@@ -10,8 +10,9 @@
 - completeness: do integrated gradients sum to the scan's output minus the baseline's?
 - agreement: how similar is it to the other methods' maps? Reported, not judged: all may be wrong together.
 
-Rank correlations are Spearman's, of absolute values inside the brain. Methods that multiply by the scan share that
-factor whatever the weights are, so the first two checks use the partial correlation given the scan for them.
+Rank correlations are Spearman's, of absolute values inside the brain. Maps of `gradient_x_input` and
+`integrated_gradients` have the scan (less the baseline) as a factor whatever the weights are; for these, randomisation
+and label randomisation use the partial correlation given that factor.
 
 A map can be faithful to an untrained model and pass all of these, so the verdict also requires that the model itself
 predicts better than chance.
@@ -37,7 +38,7 @@ from kit.models.features import stages_of
 from kit.provenance import write_stamped
 from kit.runs import Run, progress
 
-FRACTIONS = np.linspace(0, 1, 9)  # of the brain, deleted or inserted
+FRACTIONS = np.linspace(0, 1, 9)  # of the brain's voxels, deleted or inserted
 ORDERS = 3  # random orders to compare with
 NOISE_SD = 0.05  # times the brain's standard deviation: less than scanner noise between two scans
 
@@ -124,17 +125,19 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray, gi
     All are (depth, height, width). nan if a map is constant inside the mask, as it then has no ranks.
 
     Args:
-        given: a third such array; the result is then the partial correlation given its absolute values.
+        given: a third such array; the result is then the partial correlation given its absolute values, or the plain
+            one if a map has the ranks of `given`, as then nothing is left to correlate.
     """
     inside = np.asarray(mask, dtype=bool)
     ranked = [rankdata(np.abs(each[inside])) for each in (first, second, given) if each is not None]
     if np.ptp(ranked[0]) == 0 or np.ptp(ranked[1]) == 0:
         return float("nan")
     correlations = np.corrcoef(ranked)
+    plain = float(correlations[0, 1])
     if given is None or np.ptp(ranked[2]) == 0:
-        return float(correlations[0, 1])
+        return plain
     left = np.sqrt((1 - correlations[0, 2] ** 2) * (1 - correlations[1, 2] ** 2))
-    return float((correlations[0, 1] - correlations[0, 2] * correlations[1, 2]) / left) if left > 1e-9 else float("nan")
+    return float((plain - correlations[0, 2] * correlations[1, 2]) / left) if left > 1e-6 else plain
 
 
 def _model_correlation(explainer: Explainer, scan: str, method: str, found: np.ndarray, other: np.ndarray) -> float:
@@ -178,34 +181,43 @@ def randomisation(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], 
 def curves(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed: int = 0) -> pd.DataFrame:
     """Record the output while cubes of brain are deleted from a scan or inserted into the baseline, strongest first.
 
-    Cubes have half the side of occlusion's, at least two voxels, and deleted ones take the baseline's values. For
-    signed contributions, cubes that push the output away from the baseline's output come first.
+    Cubes have half the side of occlusion's, at least two voxels, and deleted ones take the baseline's values. The
+    strongest have the largest mean over their brain voxels: by their sum, full cubes would come before those at the
+    brain's edge whatever the map. For signed contributions, cubes that push the output away from the baseline's output
+    come first.
 
     Returns:
         One row per order, kind and fraction: `method` (or `random 0`, ...), `kind` (deletion or insertion), `fraction`
-        of the cubes, `output`.
+        of the brain's voxels (in whole cubes), `output`.
     """
     image, mask = explainer.read(scan)
     score, side = explainer.of(explainer.model, scan), max(2, explainer.options.patch // 2)
     number = cubes(mask, side)
-    count, empty = int(number[mask].max()) + 1, baseline_of(image, mask, explainer.options)
+    sizes, empty = np.bincount(number[mask]), baseline_of(image, mask, explainer.options)
     ends = _outputs(score, [image, empty], explainer)
     orders = {}
     for method, found in maps.items():
         weight = found * (np.sign(ends[0] - ends[1]) or 1.0) if method in CONTRIBUTIONS else np.abs(found)
-        held = np.bincount(number[mask], weights=weight[mask], minlength=count)
-        orders[method] = np.argsort(-held, kind="stable")
+        means = np.bincount(number[mask], weights=weight[mask]) / sizes
+        orders[method] = np.argsort(-means, kind="stable")
     rng = np.random.default_rng([seed, 1806])
-    orders |= {f"random {turn}": rng.permutation(count) for turn in range(ORDERS)}
+    orders |= {f"random {turn}": rng.permutation(len(sizes)) for turn in range(ORDERS)}
     jobs = [(name, kind, fraction) for name in orders for fraction in FRACTIONS for kind in ("deletion", "insertion")]
-    place = {name: np.append(np.argsort(order), count) for name, order in orders.items()}  # cubes without brain: never
+    place = {name: _places(order, sizes) for name, order in orders.items()}
 
     def changed(name: str, kind: str, fraction: float) -> np.ndarray:
-        first = place[name][number] < round(fraction * count)
+        first = place[name][number] < fraction
         return np.where(first == (kind == "insertion"), image, empty)
 
     outputs = _outputs(score, (changed(*job) for job in jobs), explainer, len(jobs))
     return pd.DataFrame(jobs, columns=["method", "kind", "fraction"]).assign(output=outputs)
+
+
+def _places(order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Share of the brain's voxels that comes before the middle of each cube; infinite for the cubes without brain."""
+    places = np.full(len(sizes) + 1, np.inf)
+    places[order] = (sizes[order].cumsum() - sizes[order] / 2) / sizes.sum()
+    return places
 
 
 def areas(table: pd.DataFrame) -> pd.DataFrame:

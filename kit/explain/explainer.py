@@ -35,6 +35,8 @@ class Explainer(NamedTuple):
             return "attention, whatever the output"
         if method in CAMS:
             return f"relative, of {self.words}"
+        if method == "occlusion":
+            return f"{self.words}, a cube of {self.options.patch * self.store.grid.spacing_mm:g} mm"
         if method in CONTRIBUTIONS:
             return f"{self.words}, a voxel"
         return f"{self.words}, per {'SD of the brain' if self.store.zscored else 'white matter'}'s intensity"

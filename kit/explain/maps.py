@@ -21,7 +21,7 @@ from kit.cohort.tables import read_cohort
 from kit.cohort.tabular import read_table
 from kit.device import on_device
 from kit.evaluate.finetune import load_predictor
-from kit.evaluate.metrics import bootstrap
+from kit.evaluate.metrics import LEAST_PARTICIPANTS, bootstrap
 from kit.explain.atlas import Atlas
 from kit.explain.explainer import Explainer
 from kit.explain.native import changed_since, write_native
@@ -273,8 +273,8 @@ def _drawn(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 def no_better_than_chance(model: Path) -> str:
     """Reason not to trust a model's maps, from its predictions for tested participants; "" if it beats chance.
 
-    It beats chance if the 95 % interval over participants does: an AUC's lies above 0.5, or that of the paired gain in
-    absolute error over the tested participants' own median lies above 0.
+    The 95 % interval over participants must lie above chance. Classes: the AUC's interval, above 0.5. Numbers: the
+    interval of the mean gain in absolute error over giving everybody the median of the tested labels, above 0.
 
     A map can be faithful to a model that has learned nothing, and still mean nothing.
     """
@@ -284,14 +284,19 @@ def no_better_than_chance(model: Path) -> str:
         auc, low = metrics["in_distribution_auc"], metrics.get("in_distribution_auc_low")
         if auc is None:
             return "only one class was tested, so it is unknown whether the model predicts better than chance"
-        low = auc if low is None or np.isnan(low) else low  # with too few participants there is no interval
+        if low is None or np.isnan(low):
+            known = _predicted(model, record)
+            least = _people(known).groupby(known["true"]).nunique().min()
+            if least < LEAST_PARTICIPANTS:
+                return (f"too few were tested to know whether the model predicts better than chance (AUC {auc:.2f}; "
+                        f"{least} of a class, of {LEAST_PARTICIPANTS} that are needed)")
+            low = auc  # 1 in every draw
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")
     known = _predicted(model, record)
     errors = pd.DataFrame({"model": (known["predicted"] - known["true"]).abs(),
                            "median": (known["true"] - known["true"].median()).abs()})
-    people = participant_ids(known) if "dataset" in known else known["participant"]
-    errors = errors.groupby(people.to_numpy()).mean()  # each participant counts once
+    errors = errors.groupby(_people(known).to_numpy()).mean()  # each participant counts once
     gain = (errors["median"] - errors["model"]).to_numpy()
     low, high = (np.quantile(np.concatenate([counts @ gain / len(gain) for counts in bootstrap(len(gain))]),
                              [0.025, 0.975]) if len(gain) > 1 else (np.nan, np.nan))
@@ -299,6 +304,10 @@ def no_better_than_chance(model: Path) -> str:
         f"the model itself is not shown to predict better than the median does (mean absolute error "
         f"{errors['model'].mean():.1f}, median's {errors['median'].mean():.1f}; gain {gain.mean():.1f} "
         f"[{low:.1f}, {high:.1f}])")
+
+
+def _people(known: pd.DataFrame) -> pd.Series:
+    return participant_ids(known) if "dataset" in known else known["participant"]
 
 
 def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[str], run: Run) -> Maps:
@@ -349,14 +358,14 @@ def class_means(maps: Maps, rows: pd.DataFrame, record: dict[str, Any], store: S
     for method in dict.fromkeys(method for _, method in maps):
         found: dict[str, np.ndarray] = {}
         for name, scans in of_class.items():
-            there: dict[str, list[np.ndarray]] = {}
+            of_person: dict[str, list[np.ndarray]] = {}
             for scan in scans:
                 if (scale := np.abs(maps[scan, method][store.read(scan)[1]]).mean()) > 0:
-                    there.setdefault(person[scan], []).append(maps[scan, method] / scale)
-            if there:
-                of_persons = np.asarray([np.mean(each, axis=0) for each in there.values()])
-                found[name] = of_persons.mean(axis=0, dtype=np.float32)
-                means[f"mean {name} (n={len(there)})", method] = found[name]
+                    of_person.setdefault(person[scan], []).append(maps[scan, method] / scale)
+            if of_person:
+                persons = np.asarray([np.mean(each, axis=0) for each in of_person.values()])
+                found[name] = persons.mean(axis=0, dtype=np.float32)
+                means[f"mean {name} (n={len(of_person)})", method] = found[name]
         if len(found) == len(of_class) == 2:
             low, high = of_class
             means[f"{high} less {low}", method] = found[high] - found[low]
@@ -402,8 +411,8 @@ def region_shares(maps: Maps, rows: pd.DataFrame, store: Store, atlas: Atlas | M
 
     Maps that are zero, such as Grad-CAM's where nothing raises the output, are left out.
     """
-    there = {key: values for key, values in maps.items() if values[store.read(key[0])[1]].any()}
-    table = region_intervals(there, store, atlas, dict(zip(rows["scan"], participant_ids(rows), strict=True)))
+    nonzero = {key: values for key, values in maps.items() if values[store.read(key[0])[1]].any()}
+    table = region_intervals(nonzero, store, atlas, dict(zip(rows["scan"], participant_ids(rows), strict=True)))
     write_stamped(run / "regions.csv", table)
     return table
 

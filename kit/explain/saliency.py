@@ -48,8 +48,8 @@ from kit.params import METHODS
 if TYPE_CHECKING:
     from monai.networks.blocks.transformerblock import TransformerBlock
 
-SIGNED = frozenset({"gradient_x_input", "integrated_gradients", "guided_backpropagation", "occlusion"})
-CONTRIBUTIONS = SIGNED - {"guided_backpropagation"}  # a value is a voxel's contribution to the output
+# a value is a contribution to the output: a voxel's, or with occlusion that of the whole cube that the voxel lies in
+CONTRIBUTIONS = frozenset({"gradient_x_input", "integrated_gradients", "occlusion"})
 # multiplied by the scan; integrated_gradients by the scan less the baseline
 TIMES_IMAGE = frozenset({"gradient_x_input", "integrated_gradients"})
 CAMS = ("grad_cam", "grad_cam_pp")
@@ -71,8 +71,8 @@ class Options(NamedTuple):
             tenth of its range, the lower end of what Smilkov et al. recommend.
         baseline: start of integrated gradients, and the values that occlusion puts in: `zero` (for a z-scored scan a
             uniform brain of mean intensity), `mean_brain` (of the cohort), `blurred` (the scan itself without detail).
-        layer: for Grad-CAM: a stage's number from 1, or a module's dotted name, of which the end is enough if no other
-            module's name ends so; None: the last stage.
+        layer: for Grad-CAM: a stage's number, from 1, or a module's dotted name or the end of one, such as
+            `layer4.1`, if no other name ends so; None: the last stage.
         patch: side of occlusion's cubes, voxels.
         blur: standard deviation of the blurred baseline, voxels.
         mean_brain: (depth, height, width), for the baseline `mean_brain`.
@@ -106,7 +106,8 @@ def saliency(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str,
         image: (depth, height, width), 0 outside the mask, as prepared scans are.
         mask: (depth, height, width), true inside the brain.
         method: one of `kit.params.METHODS`.
-        target: number of the output to explain; None: the highest for this scan, which is the predicted class.
+        target: number of the output to explain, from 0; a model of two classes has one, the log-odds of the second.
+            None: the highest for this scan, which of several classes is the predicted one.
         options: see `Options`.
 
     Returns:
@@ -114,7 +115,8 @@ def saliency(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: str,
 
     Raises:
         MethodError: the method is unknown or cannot work with this network.
-        ValueError: shapes differ, the image is not zero outside its mask, or the map is not finite.
+        ValueError: shapes differ, the image is not zero outside its mask, the model has no such output, or the map is
+            not finite.
     """
     found = attribution(model, image, mask, method, target, options)
     return np.where(np.asarray(mask, dtype=bool), found, np.float32(0))
@@ -124,7 +126,8 @@ def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: s
                 options: Options = DEFAULTS) -> np.ndarray:
     """As `saliency`, but not masked: one of the checks is how much of a map lies outside the brain.
 
-    SmoothGrad's is zero there, as its noise is inside the brain only.
+    Three methods are zero there by construction, so that this check cannot fail for them: gradient times input and
+    integrated gradients, as scan and baseline are 0 there, and SmoothGrad, whose noisy copies are masked.
     """
     mask = np.asarray(mask, dtype=bool)
     check_methods(model, [method], options.layer)
@@ -136,10 +139,15 @@ def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: s
     where = next(model.parameters()).device
     scan = _batch_of_one(image, where).requires_grad_()
     with frozen(model), evaluation(where):
-        if target is None and not isinstance(model, (Output, Cosine, Along)):  # these already output one number
+        if not isinstance(model, (Output, Cosine, Along)):  # these already output one number
             with torch.no_grad():
                 answer = model(scan)
-            target = int(answer[0].argmax()) if answer.ndim > 1 else 0
+            outputs = answer.shape[1] if answer.ndim > 1 else 1
+            if target is None:
+                target = int(answer[0].argmax()) if answer.ndim > 1 else 0
+            if not 0 <= target < outputs:
+                raise ValueError(f"target: got {target}; this model's outputs are 0 to {outputs - 1} (two classes have "
+                                 "one, the log-odds of the second)")
         found = _attribute(Output(model, target or 0), scan, mask, method, options)
     values = found.detach()[0, 0].cpu().numpy().astype(np.float32)
     if not np.isfinite(values).all():
@@ -148,7 +156,7 @@ def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: s
 
 
 def check_methods(model: nn.Module, methods: Sequence[str], layer: int | str | None = None) -> None:
-    """Check, before any work, that methods can work with a network.
+    """Check, before any work, that methods can work with a network; not that a module named in `layer` outputs maps.
 
     Raises:
         MethodError: for the first method that is unknown or cannot; it says why, and which can.
@@ -228,6 +236,9 @@ def _attribute(score: nn.Module, scan: torch.Tensor, mask: np.ndarray, method: s
         assert layer is not None  # `check_methods` found it
         coarse = (LayerGradCam(score, layer).attribute(scan, relu_attributions=True) if method == "grad_cam"
                   else _grad_cam_pp(score, scan, layer))
+        if coarse.ndim != scan.ndim:
+            raise MethodError(f"layer: {options.layer!r} outputs no maps (depth, height, width); name a stage, from 1, "
+                              "or a convolution")
         return F.interpolate(coarse, shape, mode="trilinear", align_corners=False)
     if method == "guided_backpropagation":
         return _guided(score, scan)
@@ -266,8 +277,9 @@ def _grad_cam_pp(score: nn.Module, scan: torch.Tensor, layer: nn.Module) -> torc
         answer = score(scan)
     finally:
         hook.remove()
-    gradient, = torch.autograd.grad(answer.sum(), kept[0])
-    activation, every = kept[0].detach(), tuple(range(2, kept[0].ndim))
+    last = kept[-1]  # a module may run several times, as a block's activation does; captum's Grad-CAM takes the last
+    gradient, = torch.autograd.grad(answer.sum(), last)
+    activation, every = last.detach(), tuple(range(2, last.ndim))
     below = 2 + activation.sum(every, keepdim=True) * gradient
     share = torch.where(below != 0, 1 / below, 0)
     weight = (share * gradient.relu()).sum(every, keepdim=True)

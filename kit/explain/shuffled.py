@@ -26,8 +26,8 @@ def shuffled_model(model: Path, steps: int, seed: int = 0) -> nn.Module:
 
     Args:
         model: that run, with its `params.yaml`; its stores and its encoder must still exist.
-        steps: at most this many, and never more than the run's own; the warm-up is shortened alike. Hyperparameters are
-            the run's.
+        steps: of training, at most the run's own; the warm-up is shortened in proportion. Learning rate and weight
+            decay are those that the run chose.
         seed: of the shuffle.
 
     Raises:

@@ -6,8 +6,8 @@ Measures per map, from its absolute values inside the brain:
 - mass: the share of the map in the place; rank: of its n strongest voxels, the share in the place, where n is the
   place's number of voxels. (Arras et al., CLEVR-XAI, Information Fusion 2022)
 
-By chance mass and rank are about the place's share of the brain, and are also given as ratios to it; pointing is more,
-as the voxels around the place count.
+A uniform or random map has a mass and a rank of about the place's share of the brain; `mass_ratio` and `rank_ratio` are
+over that share. Its pointing is higher than the share, as the voxels around the place count too.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def against_place(found: np.ndarray, place: np.ndarray, mask: np.ndarray) -> dic
     """Compare one map with a known place; all are (depth, height, width).
 
     Returns:
-        `share_of_brain` of the place, 0-1; `pointing` (0 or 1), `mass`, `rank` (0-1); `mass_ratio`, `rank_ratio` (over
-        `share_of_brain`). If the map is zero in the brain, all but the share are nan.
+        `share_of_brain` of the place, 0-1; `pointing`, `mass`, `rank` (0-1; `pointing` is 0 or 1 unless several voxels
+        are equally strong); `mass_ratio`, `rank_ratio` (over `share_of_brain`). If the map is zero in the brain, all
+        but the share are nan.
 
     Raises:
         ValueError: shapes differ, or the place lies outside the brain.
@@ -59,12 +60,15 @@ def against_place(found: np.ndarray, place: np.ndarray, mask: np.ndarray) -> dic
     share = float(known.sum() / brain.sum())
     if not np.abs(found[brain]).sum() > 0:
         return {"share_of_brain": share, **dict.fromkeys(MEASURES, float("nan"))}
-    weight = np.where(brain, np.abs(found.astype(np.float64)), 0)
-    strongest = np.argsort(np.where(brain, -weight, 1), axis=None, kind="stable")[: known.sum()]
+    weight, count = np.where(brain, np.abs(found.astype(np.float64)), 0), int(known.sum())
     beside = binary_dilation(known)  # one voxel of tolerance; the method's authors allow some too
-    mass, rank = float(weight[known].sum() / weight.sum()), float(known.flat[strongest].mean())
-    return {"share_of_brain": share, "pointing": float(beside.flat[strongest[0]]), "mass": mass,
-            "mass_ratio": mass / share, "rank": rank, "rank_ratio": rank / share}
+    # Equally strong voxels, as in a cube of occlusion, count by their share in the place, not by their order.
+    least = np.sort(weight[brain])[-count]
+    above, tied = brain & (weight > least), brain & (weight == least)
+    rank = float((known[above].sum() + (count - above.sum()) * known[tied].mean()) / count)
+    mass, pointing = float(weight[known].sum() / weight.sum()), float(beside[brain & (weight == weight.max())].mean())
+    return {"share_of_brain": share, "pointing": pointing, "mass": mass, "mass_ratio": mass / share, "rank": rank,
+            "rank_ratio": rank / share}
 
 
 def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: Run) -> pd.DataFrame:

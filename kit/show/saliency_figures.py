@@ -58,9 +58,13 @@ class Scale(NamedTuple):
 
 
 def smoothed(saliency_map: np.ndarray, grid: Grid, mask: np.ndarray | None = None) -> np.ndarray:
-    """Smooth a map by a Gaussian of 8 mm FWHM; float32, 0 outside the mask."""
-    smooth = ndimage.gaussian_filter(saliency_map.astype(np.float32), FWHM_MM / 2.355 / grid.spacing_mm)
-    return smooth if mask is None else np.where(mask, smooth, np.float32(0))
+    """Smooth a map by a Gaussian of 8 mm FWHM, float32; with a mask over its voxels alone, and 0 outside it."""
+    sigma = FWHM_MM / 2.355 / grid.spacing_mm
+    if mask is None:
+        return ndimage.gaussian_filter(saliency_map.astype(np.float32), sigma)
+    values, weight = (ndimage.gaussian_filter(each.astype(np.float32), sigma)
+                      for each in (np.where(mask, saliency_map, 0), mask))
+    return np.where(mask, values / np.maximum(weight, 1e-6), np.float32(0)).astype(np.float32)
 
 
 def scan_figure(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: str = "", unit: str = "",
@@ -86,17 +90,17 @@ def scan_figure(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: 
     at = focus(smooth, grid) if at is None else at
     rows = {"scan": None, f"map, smoothed {FWHM_MM:g} mm": smooth, "map as it is": saliency_map}
     scales = {name: Scale.of(values) for name, values in rows.items() if values is not None}
+    relative = Scale(1.0, any(scale.signed for scale in scales.values()))  # the bar's: both maps have its colours
     figure, panels = _planes(grid, len(rows), title, note)
     for row, (name, values) in zip(panels, rows.items(), strict=True):
         if values is None:
             _draw_planes(row, image, None, None, grid, at, outline, name)
         else:
-            _draw_planes(row, image, values / scales[name].top, scales[name]._replace(top=1.0), grid, at, outline, name,
+            _draw_planes(row, image, values / scales[name].top, relative, grid, at, outline, name,
                          smooth=values is smooth)
     tops = ", ".join(f"{scale.top:.2g}{' smoothed' if 'smoothed' in name else ' as it is'}"
                      for name, scale in scales.items())
-    signed = any(scale.signed for scale in scales.values())
-    _bar(figure, panels[1:], Scale(1.0, signed), f"1 = {tops}" + (f" ({unit})" if unit else ""))
+    _bar(figure, panels[1:], relative, f"1 = {tops}" + (f" ({unit})" if unit else ""))
     return figure
 
 
@@ -142,7 +146,8 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
     of the file that `class_means` writes. Without a group, as when every map is zero, a sentence says so.
 
     Args:
-        means: (depth, height, width) on the grid, by group; see `kit.explain.maps.class_means`.
+        means: (depth, height, width) on the grid, by group: one method's entries `mean ...` of
+            `kit.explain.maps.class_means`, without their difference, which is computed here.
         background: (depth, height, width); None: the template's brain.
         at: (x, y, z) MNI mm to cut through; None: where the difference, or else the first mean, is strongest.
 
@@ -211,8 +216,8 @@ def region_bars(table: pd.DataFrame, top: int = 10, note: str = "", title: str =
         names = [f"{_short(row.region)}, {row.side}" if row.side in ("left", "right") else _short(row.region)
                  for row in some.itertuples()]
         axes.set_yticks(places, names)
-        count = int(some["participants"].iloc[0]) if "participants" in some else 0
-        people = f", {count} participant{'s' * (count > 1)}" if count else ""
+        participants = int(some["participants"].iloc[0]) if "participants" in some and len(some) else 0
+        people = f", {participants} participant{'s' * (participants > 1)}" if participants else ""
         label(axes, "share of the map (%)", "", readable(method) + people)
         axes.set_xlim(0)
     shown = {even: "share of the brain: a uniform map"}

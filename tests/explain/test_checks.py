@@ -12,6 +12,7 @@ from kit.evaluate.predict import predict
 from kit.evaluate.tasks import read_tasks, score_tested
 from kit.evaluate.tune import Choice, tune
 from kit.explain.checks import (
+    THRESHOLDS,
     agreement,
     areas,
     caption,
@@ -36,7 +37,8 @@ from kit.models.heads import Predictor
 from kit.params import Finetune
 from kit.runs import Run, write_json, write_table
 from kit.store.grid import Grid
-from tests.conftest import GRID, SHAPE
+from kit.store.store import Store
+from tests.conftest import GRID, SHAPE, make_store
 
 METHODS = ("gradient", "integrated_gradients")
 
@@ -47,6 +49,18 @@ class WithToken(nn.Module):
     def __init__(self):
         super().__init__()
         self.token = nn.Parameter(3 + 0.5 * torch.randn(1000))
+
+
+class SumOf(nn.Module):
+    """Sums a function of a scan's voxels."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return self.weight * self.function(images).sum((1, 2, 3, 4))
 
 
 def explainer_for(model, store, **options) -> Explainer:
@@ -81,6 +95,16 @@ def test_a_partial_correlation_takes_out_what_the_scan_explains():
     assert rank_correlation(one * scan, other * scan, mask) > 0.3
     assert abs(rank_correlation(one * scan, other * scan, mask, scan)) < 0.05
     assert rank_correlation(one * scan, one * scan, mask, scan) == pytest.approx(1)
+
+
+def test_given_a_scan_whose_very_ranks_a_map_has_nothing_is_taken_out():
+    rng = np.random.default_rng(0)
+    for side in range(3, 30):  # whatever rounding leaves of 1 less a correlation of 1
+        scan, other = rng.normal(size=(2, side, side, side))
+        mask = np.ones(scan.shape, bool)
+        plain = rank_correlation(scan, scan + other, mask)
+        assert rank_correlation(-3 * scan, scan + other, mask, scan) == pytest.approx(plain, abs=1e-6)
+        assert rank_correlation(scan, 2 * scan, mask, scan) == pytest.approx(1)
 
 
 def test_layers_from_the_head_down():
@@ -164,6 +188,25 @@ def test_deletion_and_insertion_of_a_sum(store, scan):
     assert (found.loc["gradient_x_input"] > 0.2).all() and (found.loc["occlusion"] < -0.2).all()
 
 
+@pytest.mark.parametrize("patch", [4, 8])
+def test_a_map_of_white_noise_is_no_better_than_random_order(store, scan, patch):
+    explainer = explainer_for(SumOf(torch.abs), store, patch=patch)  # cubes of 2 and 4 voxels, cut at the brain's edge
+    rng = np.random.default_rng(0)
+    maps = {f"noise {number}": rng.normal(size=SHAPE) for number in range(8)}
+    maps["gradient_x_input"] = explainer.map(scan, "gradient_x_input")
+    found = areas(curves(explainer, scan, maps)).mean(axis=1)
+    assert abs(found.drop("gradient_x_input").mean()) < 0.03
+    assert found["gradient_x_input"] > THRESHOLDS.faithful
+
+
+def test_fractions_are_of_the_brains_voxels_to_half_a_cube(store, scan):
+    explainer = explainer_for(SumOf(lambda images: (images != 0).float()), store, patch=8)
+    image, mask = explainer.read(scan)
+    table = curves(explainer, scan, {"gradient": np.random.default_rng(0).normal(size=SHAPE)})
+    inserted = np.where(table["kind"] == "insertion", table["fraction"], 1 - table["fraction"])
+    assert np.abs(table["output"] - inserted * (image[mask] != 0).sum()).max() <= 4**3 / 2
+
+
 def test_stability_falls_where_a_map_does_not_move_with_the_brain(store, scan):
     smooth = nn.Sequential(nn.AvgPool3d(6, 6), nn.Flatten(), nn.Linear(24, 4), nn.Softplus(), nn.Linear(4, 1))
     still = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), 1))  # the same gradient for any scan
@@ -239,7 +282,12 @@ def run_of(folder, model, task):
 
 
 @pytest.mark.slow
-def test_a_trained_model_passes_and_a_randomised_one_fails(store, task, tmp_path):
+def test_a_trained_model_passes_and_a_randomised_one_fails(task, tmp_path):
+    made = make_store(tmp_path / "store", participants=24 + 20)  # twenty more are tested: ten of each class are needed
+    part = {scan: name for name, each in task.parts.items() for scan in each.rows["scan"]}
+    made.index.assign(split=made.index["scan"].map(part).fillna("test")).to_csv(made.folder / "index.csv", index=False)
+    store = Store.open(made.folder)
+    task, = read_tasks({"prepared": store}, "lesion")
     model = trained(store, task, steps=30)
     rows = task.parts["test"].rows[task.parts["test"].labels == 1]
     scans = rows["scan"].head(2).tolist()

@@ -152,6 +152,18 @@ def test_a_model_that_predicts_nothing_is_doubted(six, tmp_path, metrics, doubte
     assert ("better than chance" in no_better_than_chance(tmp_path)) == doubted
 
 
+@pytest.mark.parametrize(("people", "doubted"), [(9, True), (10, False)])
+def test_an_auc_of_one_counts_if_ten_of_each_class_were_tested(tmp_path, people, doubted):
+    """It has no interval, whatever the number of participants, of whom each has two scans here."""
+    true = np.tile([0.0, 1], 2 * people)
+    index = pd.DataFrame({"scan": [f"{number:02d}" for number in range(4 * people)], "session": "01", "dataset": "A",
+                          "participant": [f"{number % (2 * people):02d}" for number in range(4 * people)]})
+    predicted(tmp_path, Store(None, index, {"shape": [1, 1, 1], "spacing_mm": 1.0}), true, 9 * true - 4)
+    write_json(tmp_path / "metrics.json", {"in_distribution_auc": 1.0, "in_distribution_auc_low": None})
+    words = no_better_than_chance(tmp_path)
+    assert ("too few were tested" in words and "9 of a class, of 10" in words) if doubted else words == ""
+
+
 def test_a_number_is_doubted_where_the_median_does_as_well(six, tmp_path):
     write_json(tmp_path / "metrics.json", {})
     true = [20.0, 30, 40, 50, 60, 70, 80]
@@ -186,7 +198,8 @@ def test_a_file_that_was_replaced_since_its_preparation_is_named(tmp_path, capsy
 
 
 @pytest.mark.parametrize(("method", "unit"), [
-    ("occlusion", "log-odds, a voxel"), ("gradient", "log-odds, per SD of the brain's intensity"),
+    ("occlusion", "log-odds, a cube of 24 mm"), ("integrated_gradients", "log-odds, a voxel"),
+    ("gradient", "log-odds, per SD of the brain's intensity"),
     ("grad_cam", "relative, of log-odds"), ("attention_rollout", "attention, whatever the output")])
 def test_a_maps_unit_names_the_output(store, method, unit):
     assert Explainer(torch.nn.Identity(), lambda model, _: model, "log-odds", store).unit(method) == unit

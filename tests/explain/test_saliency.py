@@ -44,6 +44,21 @@ def net() -> nn.Module:
     return net
 
 
+@pytest.fixture(scope="module")
+def brain() -> tuple[np.ndarray, np.ndarray]:
+    """A scan and its mask, large enough for the kit's encoders."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros(GRID.shape, bool)
+    mask[8:28, 10:38, 8:32] = True
+    return np.where(mask, rng.normal(size=GRID.shape), 0).astype(np.float32), mask
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Predictor:
+    torch.manual_seed(0)
+    return Predictor(build_encoder("resnet18_narrow", GRID)).eval()
+
+
 def test_gradient_is_autograds(net, scan):
     image, mask = scan
     net.eval()
@@ -191,6 +206,21 @@ def test_grad_cam_pp_below_the_last_stage_is_the_papers(net, scan):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max())
 
 
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
+def test_a_module_that_runs_twice_gives_the_map_of_its_last_call(resnet, brain, method):
+    image, mask = brain
+    block, activation = (saliency(resnet, image, mask, method, options=Options(layer=layer))
+                         for layer in ("layer4.1", "layer4.1.act"))  # the block ends with its second activation
+    assert block.any()
+    np.testing.assert_array_equal(activation, block)
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
+def test_a_layer_that_outputs_no_maps_is_refused_by_name(resnet, brain, method):
+    with pytest.raises(MethodError, match="layer: 'head' outputs no maps"):
+        saliency(resnet, *brain, method, options=Options(layer="head"))
+
+
 def test_occlusion_loses_the_cube(bright_corner):
     net, image, mask = bright_corner
     found = saliency(net, image, mask, "occlusion", options=Options(patch=4))
@@ -210,11 +240,8 @@ def vit() -> Predictor:
     return Predictor(build_encoder("vit_narrow", GRID)).eval()
 
 
-def test_rollout_sums_to_the_attention_that_is_paid_to_patches(vit):
-    rng = np.random.default_rng(0)
-    mask = np.zeros(GRID.shape, bool)
-    mask[8:28, 10:38, 8:32] = True
-    image = np.where(mask, rng.normal(size=GRID.shape), 0).astype(np.float32)
+def test_rollout_sums_to_the_attention_that_is_paid_to_patches(vit, brain):
+    image, mask = brain
     before = vit(torch.from_numpy(image)[None, None])
     found = attribution(vit, image, mask, "attention_rollout")
     patch = vit.encoder.patch
@@ -247,13 +274,12 @@ def test_rollout_of_one_layer_by_hand():
     np.testing.assert_allclose(np.delete(flat, 4), 0.5 / (tokens - 1), rtol=1e-4)
 
 
-def test_methods_that_cannot_are_refused_with_those_that_can(vit, net):
+def test_methods_that_cannot_are_refused_with_those_that_can(vit, resnet, net):
     with pytest.raises(MethodError, match="(?s)grad_cam cannot explain.*tokens, not maps; these can: gradient, .*"
                                           "occlusion, attention_rollout$"):
         check_methods(vit, ["gradient", "grad_cam"])
     with pytest.raises(MethodError, match="guided_backpropagation cannot.*no ReLU"):
         check_methods(vit, ["guided_backpropagation"])
-    resnet = Predictor(build_encoder("resnet18_narrow", GRID))
     with pytest.raises(MethodError, match="attention_rollout cannot.*ResNetEncoder has no attention"):
         check_methods(resnet, ["attention_rollout"])
     with pytest.raises(MethodError, match="has stages 1 to 4, not 5"):
@@ -265,7 +291,7 @@ def test_methods_that_cannot_are_refused_with_those_that_can(vit, net):
     check_methods(resnet, OF_CNNS, layer="layer2")
 
 
-def test_a_layers_full_name_is_taken_first_and_an_ambiguous_one_is_refused(scan):
+def test_a_layers_full_name_is_taken_first_and_an_ambiguous_one_is_refused(resnet, scan):
     image, mask = scan
     block = nn.Sequential(OrderedDict(conv1=nn.Conv3d(2, 2, 3, padding=1)))
     net = nn.Sequential(OrderedDict(stem=block, conv1=nn.Conv3d(2, 3, 3), pool=nn.AdaptiveAvgPool3d(1),
@@ -277,7 +303,6 @@ def test_a_layers_full_name_is_taken_first_and_an_ambiguous_one_is_refused(scan)
     for model in (net, Output(net)):  # the stem's conv1 comes first, and is another
         found = attribution(model, image, mask, "grad_cam", 0, Options(layer="conv1"))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
-    resnet = Predictor(build_encoder("resnet18_narrow", GRID))
     with pytest.raises(MethodError, match="'conv1' could be encoder.network.conv1, "
                                           "encoder.network.layer1.0.conv1, .*; give one of these names in full"):
         check_methods(resnet, ["grad_cam"], layer="conv1")
@@ -312,6 +337,9 @@ def test_bad_input_is_refused(net, scan):
         saliency(net, image, mask.transpose(0, 2, 1), "gradient")
     with pytest.raises(ValueError, match="not zero outside"):
         saliency(net, image + 1, mask, "gradient")
+    for target in (-1, 2):
+        with pytest.raises(ValueError, match=f"target: got {target}; this model's outputs are 0 to 1"):
+            saliency(net, image, mask, "gradient", target)
     net[0].weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         saliency(net, image, mask, "gradient")

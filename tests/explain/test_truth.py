@@ -63,6 +63,17 @@ def test_an_even_map_is_chance_and_a_zero_one_says_nothing(place):
         against_place(np.ones(brain.shape), lesion.transpose(0, 2, 1), brain)
 
 
+@pytest.mark.parametrize(("within", "beside"), [((0, 0, 0), 4), ((2, 2, 2), 7), ((4, 4, 4), 4)])
+def test_it_does_not_matter_where_in_the_strongest_cube_a_lesion_lies(within, beside):
+    """As in occlusion's maps all of its voxels are equally strong; pointing also counts those beside the lesion."""
+    brain = np.ones((9, 10, 11), bool)
+    found, lesion = np.ones(brain.shape), np.zeros_like(brain)
+    found[2:7, 3:8, 4:9] = 2
+    lesion[2:7, 3:8, 4:9][within] = True
+    measured = against_place(found, lesion, brain)
+    assert measured["rank"] == pytest.approx(1 / 5**3) and measured["pointing"] == pytest.approx(beside / 5**3)
+
+
 def test_intervals_are_over_participants(store):
     scans = store.index["scan"].tolist()
     table = pd.DataFrame([{"scan": scan, "method": method, "place": "lesion", "share_of_brain": 0.1, "pointing": 1.0,

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from kit.explain.maps import class_means
-from kit.explain.regions import region_intervals
+from kit.explain.regions import ELSEWHERE, region_intervals
 from kit.preprocess.template import template_on
 from kit.runs import Run
 from kit.show.planes import cut
@@ -77,6 +77,14 @@ def test_signed_maps_have_both_colours_around_zero(scan, found):
     assert Scale.of(np.array([-3.0, 0, 1])).signed and Scale.of(np.zeros(3)) == Scale(1.0, False)
 
 
+def test_both_maps_have_the_bars_colours_if_one_of_them_is_signed(scan, found):
+    found[tuple(np.argwhere(scan)[0])] = -0.001  # no smoothed value is below 0
+    assert smoothed(found, GRID, scan != 0).min() >= 0
+    figure = scan_figure(scan, found, GRID)
+    assert all(axes.images[1].get_clim() == (-1, 1) for axes in figure.axes[3:9])
+    assert figure.axes[9].get_ylim() == (-1, 1)
+
+
 def test_smoothing_is_in_millimetres_and_stays_in_the_mask():
     point = np.zeros((25, 25, 25), np.float32)
     point[12, 12, 12] = 1
@@ -85,6 +93,11 @@ def test_smoothing_is_in_millimetres_and_stays_in_the_mask():
     mask = np.zeros(point.shape, bool)
     mask[12] = True
     assert not smoothed(point, Grid((25, 25, 25), 2.0), mask)[~mask].any()
+
+
+def test_smoothing_leaves_a_uniform_map_uniform_up_to_the_brains_edge(scan):
+    brain = scan != 0
+    np.testing.assert_allclose(smoothed(np.ones(brain.shape), GRID, brain), brain, atol=1e-5)
 
 
 def test_a_mosaic_runs_through_the_brain(scan, found):
@@ -161,6 +174,15 @@ def test_region_bars_show_intervals_and_an_even_map():
         "share of the brain: a uniform map", "left", "right", "both, or no side"]
     with pytest.raises(ValueError, match="lacks low, high"):
         region_bars(table.drop(columns=["low", "high"]))
+
+
+def test_a_method_with_brain_in_no_region_only_has_a_panel_without_bars():
+    table = pd.DataFrame({"method": ["gradient", "occlusion"], "region": ["Pons", ELSEWHERE], "side": "both",
+                          "share_of_saliency": [0.1, 1.0], "low": [0.05, 1], "high": [0.2, 1],
+                          "share_of_brain": [0.02, 1], "ratio": 1.0, "participants": 7})
+    figure = region_bars(table)
+    assert [axes.get_title() for axes in figure.axes] == ["gradient, 7 participants", "occlusion"]
+    assert [len(axes.patches) for axes in figure.axes] == [1, 0]
 
 
 def loaded(page: str) -> list[str]:
