@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.cohort.tabular import CohortError, TableError, read_foreign, trimmed
+from kit.cohort.tabular import CohortError, TableError, read_foreign, spelled, trimmed
 from kit.runs import shown
 
 UNNAMED = "?"
@@ -88,14 +88,15 @@ def participant_ids(index: pd.DataFrame) -> pd.Series:
 
 
 def site_names(index: pd.DataFrame) -> pd.Series:
-    """Return each scan's site: the column `site`, nan in its empty cells; the dataset only if there is no such column.
+    """Return each scan's site: the column `site` (in any case), nan in its empty cells; the dataset if there is none.
 
     A number gets its dataset as a prefix, since site 1 of two datasets are different sites. Site 1 is also 1.0: a
     column of whole numbers with an empty cell is read as floats.
     """
-    names = index["site" if "site" in index else "dataset"]
+    site = spelled(index, "site")
+    names = index[site or "dataset"]
     text = names.astype(str).str.replace(r"^(\d+)\.0$", r"\1", regex=True)
-    numbered = text.str.fullmatch(r"[\d.]+") & ("site" in index)
+    numbered = text.str.fullmatch(r"[\d.]+") & (site is not None)
     return text.where(~numbered, index["dataset"].astype(str) + "/" + text).where(names.notna() & (text != ""))
 
 

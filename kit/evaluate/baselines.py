@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError, sexes
-from kit.cohort.tabular import ages
+from kit.cohort.tabular import ages, spelled
 from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
 from kit.evaluate.tasks import CORRECTION, Part, Task
@@ -117,7 +117,7 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
 
 
 def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Series:
-    """One column of a part: numeric if it is numeric in training, else categories; nan where missing."""
+    """One column of a part: numbers if most of its known cells in training are, else categories; nan where missing."""
     alike = [name for name in rows if words_of(name) == words_of(column)]
     found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
     if words_of(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
@@ -125,14 +125,14 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
     learned = index[column]
     if words_of(column) == {"age"}:
         learned, found = ages(learned), ages(found)
-    if pd.api.types.is_numeric_dtype(learned):
+    if pd.to_numeric(learned, errors="coerce").notna().sum() > learned.notna().sum() / 2:  # words are missing values
         return pd.to_numeric(found, errors="coerce").astype(np.float64)
     return found.map(normalised, na_action="ignore").astype(object)
 
 
 def _sites(rows: pd.DataFrame) -> pd.DataFrame:
     """Normalised site names, prefixed by dataset: site 1 of one dataset is not site 1 of another."""
-    sites = rows["site" if "site" in rows else "dataset"]
+    sites = rows[spelled(rows, "site") or "dataset"]
     names = rows["dataset"].map(normalised) + "/" + sites.map(normalised)
     return pd.DataFrame({"site": names.where(sites.notna())}, dtype=object)
 
@@ -194,7 +194,8 @@ def _copy(one: pd.Series, labels: pd.Series, kind: str) -> bool:
 def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> dict[str, np.ndarray]:
     """Encode columns and fit a probe: missing numbers become the training mean, categories are one-hot.
 
-    A category unseen in training, such as another site, becomes all zeros. Scans with no known value are left out of
+    A category unseen in training, such as another site, becomes all zeros; a column of which a test set has no category
+    of training, such as a sex that is coded otherwise, is named. Scans with no known value are left out of
     training and validation. In a test part they are predicted from mean values; a test part with only such scans is
     left out.
     """
@@ -217,6 +218,12 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
         tell(f"validation scans with a value are all of one class, so the penalty is not chosen but {DEFAULT:g}")
     numbers = [name for name in train if train[name].dtype != object]
     categories = [name for name in train if name not in numbers]
+    for name in set(tables) - set(LEARNED):
+        for column in set(categories) - {"site"}:
+            values, known = tables[name][column].dropna(), train[column].dropna()
+            if len(values) and len(known) and not values.isin(known).any():
+                tell(f"{column} of {name} has no value of training ({values.iloc[0]} there, {known.iloc[0]} in "
+                     "training), so that it does not count there")
     encoder = make_column_transformer(
         (SimpleImputer(add_indicator=True, keep_empty_features=True), numbers),
         (OneHotEncoder(handle_unknown="ignore", sparse_output=False), categories))

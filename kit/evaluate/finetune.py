@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from kit.cohort.identity import (
     Aliases,
@@ -141,12 +141,16 @@ def _train_and_predict(params: Finetune, run: Run, task: Task, encoder: Encoder,
     seen = PreparedScans(task.parts["train"].store, task.parts["train"].rows.iloc[drawn])
     features = [predict(predictor.encoder, scans) for scans in (seen, task.parts["validation"].scans())]
     save_reference(run.folder, fit_reference(*features))
-    write_whole(run / "model.safetensors", lambda aside: save_file(weights, aside))
+    values = save(weights)  # `save_file` on a full disk raises no OSError
+    write_whole(run / "model.safetensors", lambda aside: aside.write_bytes(values))
     return found
 
 
 def load_predictor(folder: Path, preparation: dict[str, Any]) -> tuple[Predictor, dict[str, Any]]:
-    """Load the model of a 3_finetune run, and its `task.json`; `preparation` is the record of the scans to predict."""
+    """Load the model of a 3_finetune run, and its `task.json`; `preparation`, of the scans to predict, gives its grid.
+
+    Whether that preparation fits the model's is not checked here; see `kit.provenance.check_fit`.
+    """
     record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     weights = load_file(folder / "model.safetensors")
     encoder = build_encoder(record["architecture"], Grid(preparation["shape"], preparation["spacing_mm"]))

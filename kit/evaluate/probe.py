@@ -57,7 +57,7 @@ def probe_tested(task: Task, features: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def _auc(labels: np.ndarray, guess: np.ndarray) -> float:
-    """Exact AUC, so that ties are equal; for several classes the mean over those present (few labels lack some)."""
+    """Exact AUC, so that equally good penalties tie; for K > 2 classes the mean over those in validation."""
     even = np.ones((1, len(labels)))
     if guess.ndim == 1:
         return float(auc(labels, guess, even)[0])

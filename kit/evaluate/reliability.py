@@ -138,7 +138,7 @@ def reliability(values: np.ndarray, people: Each, sites: Each, encoder: str = ""
     parts = variance_components(values, persons, places) if len(rows) > 1 else None
     if parts is None or np.isnan(parts.rest).all():
         raise ReliabilityError(f"{what}: {len(values)} scans of {len(rows)} participants with several scans; needed: "
-                               "two participants or more, and more scans than participants and sites together")
+                               "two participants or more, and sites or sessions that several of them share")
     icc = _median(parts.agreement())
     low, high = _interval(icc, values, places, rows, seed) if len(rows) >= LEAST_PARTICIPANTS else (np.nan, np.nan)
     again, chance = found_again(values, persons)
@@ -161,7 +161,8 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
     Args:
         encoder: an encoder, or a predictor (then say so in `what`).
         name: of the encoder, for the row.
-        by: column whose values are the raters of the ICC: "session" or "site".
+        by: the raters of the ICC: "site", or "session", a participant's first, second, ... in the order of their names
+            (dates and days since entry, which hardly anybody shares, name sessions, too).
         record: the encoder's; participants seen in pretraining are left out.
         accept_flags: see `kit.preprocess.quality.usable`.
         allow_seen: print what else was seen in pretraining, such as a scan under another name, instead of raising.
@@ -178,7 +179,7 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
         rows = rows[rows["split"] == TRAVELLING]
     ids, seen = participant_ids(rows), set((record or {}).get("participants", ()))
     known = ids.map(lambda each: participant_hash(each) in seen or not seen.isdisjoint(hashed_ids(each, aliases)))
-    raters = site_names(rows) if by == "site" else rows[by]
+    raters = site_names(rows) if by == "site" else _session_order(rows["session"], ids)
     if (nowhere := raters.isna() | (raters == "")).any():
         print(f"reliability: {int(nowhere.sum())} scans without {by} are left out")
     rows, ids, known, raters = rows[~nowhere], ids[~nowhere], known[~nowhere], raters[~nowhere]
@@ -189,6 +190,12 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
                                "the encoder has not seen; reliability needs two or more")
     check_encoder(record or {}, store, rows, ids, allow_seen, aliases)  # nor seen under another name
     return reliability(predict(encoder, PreparedScans(store, rows)), ids, raters, name, what, seed)
+
+
+def _session_order(sessions: pd.Series, people: pd.Series) -> pd.Series:
+    """Number each person's sessions from 1, in the order of their names, in which `2` is before `10`; nan without."""
+    names = sessions.astype(str).str.replace(r"\d+", lambda digits: digits[0].zfill(12), regex=True)
+    return names.where(sessions.notna() & (names != "")).groupby(people).rank(method="dense")
 
 
 def _interval(icc: float, values: np.ndarray, sites: np.ndarray, rows: list[np.ndarray],

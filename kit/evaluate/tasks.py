@@ -127,8 +127,9 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
     """Split the labelled scans of `prepared` by participant, once or in folds; other stores become test sets.
 
     Scans that quality control calls unusable are left out of all parts; flagged scans, often pathology, are kept.
-    From a test set whose index has a column `split`, rows of `out_of_distribution` and `test` are used, or all rows
-    if there are none. If the test set is `prepared` itself, only its `out_of_distribution` rows are used.
+    From a test set whose index has a column `split`, rows of `out_of_distribution` and `test` are used; if there
+    are none, all rows but those of `travelling`. If the test set is `prepared` itself, only its `out_of_distribution`
+    rows are used.
 
     Args:
         stores: `prepared`, and test sets by their names.
@@ -207,7 +208,7 @@ def _check_part(task: Task, name: str, cross_validated: bool) -> None:
     part, labels = task.parts[name], task.labels
     people, present, names = part.participants.nunique(), set(part.labels), labels.classes
     scans = 1 if cross_validated and name == "test" else 2
-    classes = min(len(names), len(names) if name == "train" else scans)
+    classes = len(names) if name == "train" else min(len(names), scans)  # needed; 0 for regression
     if len(part.rows) >= scans and len(present) >= max(classes, 1) and (name != "train" or people >= 2):
         return
     found = f", all of class {names[int(part.labels[0])]}" if names and len(present) == 1 else (
@@ -236,8 +237,8 @@ def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Alias
         check_encoder(record, part.store, part.rows, part.participants, allow, aliases)
         if seen := datasets_seen(record, part.rows):
             warnings.append(f"MAYBE SEEN IN PRETRAINING: {record['format']} was trained on {' and '.join(seen)}, on "
-                            f"which it is tested ({distribution}); no list of its participants was published, so that "
-                            "nobody can say who of those tested was among them")
+                            f"which it is tested ({distribution}); no list of its participants was published, so "
+                            "whether any of those tested were among them cannot be checked")
     return warnings
 
 

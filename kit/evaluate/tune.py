@@ -47,10 +47,12 @@ from kit.train.objectives import Supervised
 from kit.train.stop import NAME as STOP
 from kit.train.stop import UNFINISHED, Stopped, interrupt_stops
 
-TRIES, JOB = "tries", "job.pt"  # in tune's folder: checkpoints of each try; in the run's: a `Job`
+TRIES = "tries"  # in `tune`'s folder: each try's log and checkpoints
+JOB = "job.pt"  # in the run's folder: the `Job` that worker processes read
 DIVERGED = "diverged.txt"  # beside job.pt: why training in worker processes diverged
 LONGER = 3  # times the steps and the patience, in the check of whether training was long enough
-LENGTH = {"epochs", "patience", "warmup_fraction"}  # at a constant rate they say when training ends, and no more
+# may differ when training goes on at a constant rate; the warm-up keeps its steps, as a fraction of other epochs
+LENGTH = {"epochs", "patience", "warmup_fraction"}
 VALIDATION_DRAWS = 200  # of the bootstrap, for a validation score
 
 
@@ -173,6 +175,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
             return tune(task, encoder, params, seed, Path(place), choice, home, check)
     watch = stoppable(folder) if home is None else nullcontext()
     home, check = home or folder, params.check_converged if check is None else check
+    kind = task.labels.kind
 
     def job(choice: Choice, times: int = 1) -> Job:
         name = f"rate {choice.learning_rate:g} decay {choice.weight_decay:g} times {times}"
@@ -186,7 +189,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     with watch:
         rows, best = [], None
         diverged: TrainingError | None = None
-        for each in map(Choice._make, choices):
+        for each in choices:
             try:
                 predictor, log = train(job(each), params)
             except TrainingError as failed:
@@ -196,18 +199,18 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
                 continue
             row = {**each._asdict(), "steps": min(params.steps, len(log) * params.check_steps),
                    "best_step": min(params.steps, (_best_check(log) + 1) * params.check_steps),
-                   "stopped_early": _checks_since_best(log) >= params.patience > 0,
+                   "stopped_early": len(log) < math.ceil(params.steps / params.check_steps),
                    "validation_loss": log["validation_loss"][_best_check(log)],
-                   "validation_score": score_validation(task, predictor), "device": device().type}
+                   "validation_score": _score(found := _validation(task, predictor), kind), "device": device().type}
             rows.append(row)
             order = log["monitor"].min(), row["validation_loss"]
             if best is None or order < best[0]:
-                best = order, predictor, log, each, row
+                best = order, predictor, log, each, row["validation_score"], found
         if best is None:
             assert diverged is not None  # there is a choice
             raise diverged
-        _, predictor, log, each, row = best
-        score, error = row["validation_score"], standard_error(task, predictor, seed)
+        _, predictor, log, each, score, found = best
+        error = standard_error(found, kind, seed)
         longer, longer_steps, change_error = score, 0, 0.0
         if check:
             once, again = job(each), job(each, LONGER)
@@ -217,8 +220,8 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
             try:
                 trained_longer, log_longer = train(again, params)
                 longer_steps = min(LONGER * params.steps, len(log_longer) * params.check_steps)
-                longer = score_validation(task, trained_longer)
-                change_error = standard_error(task, trained_longer, seed, predictor)
+                found_longer = _validation(task, trained_longer)
+                longer, change_error = _score(found_longer, kind), standard_error(found_longer, kind, seed, found)
             except TrainingError as failed:
                 print(f"with {LONGER} times the steps and patience: {failed}")
                 longer = change_error = math.nan
@@ -226,7 +229,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     if folder:
         write_table(folder / "tries.csv", tries)
     judged = check and math.isfinite(error + change_error)
-    converged = not gain(task.labels.kind, score, longer) > change_error if judged else None
+    converged = not gain(kind, score, longer) > change_error if judged else None
     return Tuned(predictor, log, each, tries, score, error, longer, longer_steps, change_error, converged)
 
 
@@ -318,10 +321,12 @@ def train_here(job: Job) -> tuple[Supervised, pd.DataFrame]:
 
 
 def score_validation(task: Task, predictor: Predictor) -> float:
-    """AUC (one-vs-rest mean for K > 2 classes) or mean absolute error on validation; participants count equally."""
-    joined = _validation(task, predictor)
-    return float(statistic(joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()[None],
-                           task.labels.kind)[0])
+    """AUC (one-vs-rest mean for K > 2 classes) or mean absolute error on validation; participants count equally.
+
+    Raises:
+        NotFiniteError: a prediction is not finite.
+    """
+    return _score(_validation(task, predictor), task.labels.kind)
 
 
 def gain(kind: str, before: float, after: float) -> float:
@@ -329,28 +334,39 @@ def gain(kind: str, before: float, after: float) -> float:
     return after - before if kind == "classification" else before - after
 
 
-def standard_error(task: Task, predictor: Predictor, seed: int, other: Predictor | None = None) -> float:
-    """Standard error of the validation score, or of its difference from that of another predictor.
+def standard_error(found: pd.DataFrame, kind: str, seed: int, other: pd.DataFrame | None = None) -> float:
+    """Standard error of a score, or of its difference from that of another predictor.
 
     By the bootstrap over participants, the same draws for both; nan for fewer than two participants, or if fewer than
-    two draws have a score. The bootstrap's variance is (n - 1) / n of what it estimates, which is made good.
+    two draws have a score. The bootstrap underestimates the variance by a factor of (n - 1) / n; this is corrected.
+
+    Args:
+        found, other: predictions of the same participants; see `kit.evaluate.metrics.per_participant`.
+        kind: classification or regression.
     """
-    drawn = _drawn_scores(task, predictor, seed)
+    drawn = _drawn_scores(found, kind, seed)
     if other is not None:
-        drawn = drawn - _drawn_scores(task, other, seed)
+        drawn = drawn - _drawn_scores(other, kind, seed)
     drawn = drawn[np.isfinite(drawn)]
-    people = task.parts["validation"].participants.nunique()
+    people = found["participant"].nunique()
     if min(len(drawn), people) < 2:
         return math.nan
     return float(np.std(drawn, ddof=1) * math.sqrt(people / (people - 1)))
 
 
-def _drawn_scores(task: Task, predictor: Predictor, seed: int) -> np.ndarray:
-    joined = _validation(task, predictor)
-    true, predicted, weight = joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()
-    codes, names = pd.factorize(joined["participant"])
-    return np.concatenate([statistic(true, predicted, counts[:, codes] * weight, task.labels.kind)
+def _drawn_scores(found: pd.DataFrame, kind: str, seed: int) -> np.ndarray:
+    codes, names = pd.factorize(found["participant"])
+    weight = found["weight"].to_numpy()
+    return np.concatenate([_scores(found, counts[:, codes] * weight, kind)
                            for counts in bootstrap(len(names), VALIDATION_DRAWS, seed)])
+
+
+def _score(found: pd.DataFrame, kind: str) -> float:
+    return float(_scores(found, found["weight"].to_numpy()[None], kind)[0])
+
+
+def _scores(found: pd.DataFrame, weights: np.ndarray, kind: str) -> np.ndarray:
+    return statistic(found["true"].to_numpy(), predicted_of(found), weights, kind)
 
 
 def _validation(task: Task, predictor: Predictor) -> pd.DataFrame:
@@ -369,10 +385,6 @@ def _unvalidated(task: Task) -> list[str]:
 def _best_check(log: pd.DataFrame) -> int:
     """Row of the best validation check; nan counts as the worst, as in `fit`."""
     return int(log["monitor"].fillna(math.inf).to_numpy().argmin())
-
-
-def _checks_since_best(log: pd.DataFrame) -> int:
-    return len(log) - 1 - _best_check(log)
 
 
 def _go_on(ended: Path, longer: Path) -> None:

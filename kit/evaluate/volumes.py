@@ -113,8 +113,9 @@ def _cubes(grid: Grid) -> np.ndarray:
 def native_size(store: Store, rows: pd.DataFrame) -> np.ndarray:
     """Factors (scans,) that convert volumes in prepared scans to native volumes.
 
-    The factor is 1 for scans registered rigidly or not at all. Affine registration scales heads to the template; the
-    factor then follows from the index's column `scale` (see `kit.preprocess.quality`).
+    Affine registration scales heads to the template; the factor then follows from the index's column `scale` (see
+    `kit.preprocess.quality`). It is 1 for rigid registration and for `none`: scans that came affinely registered keep
+    the volumes of heads scaled to the template.
     """
     affine = store.record["registration"] == "affine" and "scale" in rows
     return rows["scale"].to_numpy(np.float64) ** 3 if affine else np.ones(len(rows))
@@ -126,7 +127,8 @@ def read_volumes(path: str | Path) -> pd.DataFrame:
     A file that has not changed is read only once.
 
     Raises:
-        TableError: no column `participant` or `scan`, no numeric column, or two rows for one scan.
+        TableError: no column `participant` or `scan`, no numeric column, text among a column's numbers, or two rows
+            for one scan.
     """
     path = Path(path)
     stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
@@ -149,7 +151,13 @@ def _read_volumes(path: Path, _stamp: tuple[int, int] | None) -> pd.DataFrame:
     if table.index.duplicated().any():
         raise TableError(f"{shown(path)}: several rows are of {', '.join(table.index[table.index.duplicated()][0])}; "
                          "add a column session, or scan as in index.csv, or keep one row")
-    numbers = table.select_dtypes("number").dropna(axis=1, how="all").astype(np.float64)
+    cells = table.drop(columns=[name for name in NAMES if name in table])
+    numbers = cells.apply(pd.to_numeric, errors="coerce")
+    text = [name for name in cells if numbers[name].count() < cells[name].count()]
+    if mixed := [name for name in text if numbers[name].count()]:
+        raise TableError(f"{shown(path)}: {', '.join(map(str, mixed[:5]))}: text among the numbers; leave the cells of "
+                         "missing volumes empty")
+    numbers = numbers.drop(columns=text).dropna(axis=1, how="all").astype(np.float64)
     if numbers.empty:
         raise TableError(f"{shown(path)}: no column of numbers")
     numbers.attrs["keys"] = keys
@@ -160,7 +168,8 @@ def looked_up(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Look up volumes from `read_volumes` for an index's rows; nan where the table lacks a scan.
 
     Raises:
-        TableError: the table has no column `dataset`, and one of its participants is in several datasets.
+        TableError: the table has no column `dataset`, and one of its participants is in several datasets; or no column
+            `session`, and one has several scans.
     """
     keys = table.attrs["keys"]
     names = _names(rows, keys)
@@ -169,6 +178,11 @@ def looked_up(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         if several := [name for name in datasets.index[datasets > 1] if name in table.index]:
             raise TableError(f"the table of volumes has a row of {', '.join(several[0])}, who is in several datasets: "
                              "add a column dataset")
+    if not {"session", "scan"} & set(keys):
+        scans = rows["scan"].groupby(names.to_numpy()).nunique()
+        if several := [name for name in scans.index[scans > 1] if name in table.index]:
+            raise TableError(f"the table of volumes has one row of {', '.join(several[0])}, who has several scans: add "
+                             "a column session, or scan as in index.csv")
     return table.reindex(names).set_axis(rows.index)
 
 

@@ -34,6 +34,7 @@ from kit.train.optimizers import build_optimizer, learning_rate
 from kit.train.progress import Progress
 from kit.train.stop import Stopped
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 Chunks = list[list[int]]  # this process's share of one batch, in chunks
 # (epoch, batch in it) -> (pass over the scans, batch in that pass); views depend on the pass, dropout on both
 Place = Callable[[int, int], tuple[int, int]]
@@ -62,7 +63,7 @@ class Settings:
     accumulate: int = 1  # batches averaged into one step
     chunk: int = 0  # scans of a process that run at a time (with session pairs: pairs); 0: its whole share
     clip: float = 0.0  # largest norm of the gradient; 0: no clipping
-    ema: float = 0.0  # decay of the moving average of the weights, which is kept; 0: none
+    ema: float = 0.0  # decay of the moving average of the weights, which is kept; 0: none; see `moving_average`
     checkpoint_minutes: float = 10.0
     retry_minutes: float = 30.0  # how long the disk may stay full
     loader_workers: int = 0
@@ -244,7 +245,7 @@ class State:
             DistributedDataParallel(module, find_unused_parameters=True, forward_sync_buffers=False)
             if world_size() > 1 else module)
         self.optimizer = build_optimizer(module, settings)
-        self.average = (AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        self.average = (AveragedModel(module, multi_avg_fn=moving_average(settings.ema), use_buffers=True)
                         if settings.ema else None)
         self.kept = cast(Objective, self.average.module) if self.average else objective
         self.params = params or {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
@@ -350,6 +351,16 @@ class State:
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in now.items() if old.get(name) != value]
         if changed and rank() == 0:
             print(f"resumed with {', '.join(changed)}: results stay valid, but may differ in their last digits")
+
+
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
+    """Make a `multi_avg_fn` of torch's `AveragedModel`, whose decay rises to `decay`: after n steps it is at most
+    (1 + n) / (10 + n), as in TensorFlow's `ExponentialMovingAverage`, so that the first weights are soon forgotten."""
+    def average(kept: Tensors, now: Tensors, steps: torch.Tensor | int) -> None:
+        n = float(steps)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(kept, now, steps)
+
+    return average
 
 
 def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: int = 1) -> Chunks:

@@ -214,6 +214,7 @@ def test_datasets_without_a_name_are_said_before_work():
 def test_a_numbered_site_has_one_name_whether_or_not_a_cell_is_empty(sites):
     index = pd.DataFrame({"dataset": "adni", "site": sites})
     assert site_names(index).tolist() == ["adni/1", "adni/2", "adni/10"]
+    assert site_names(index.rename(columns={"site": "Site"})).tolist() == ["adni/1", "adni/2", "adni/10"]
     empty = pd.concat([index, pd.DataFrame({"dataset": ["adni"], "site": [None]})], ignore_index=True)
     assert site_names(empty).tolist()[:3] == ["adni/1", "adni/2", "adni/10"] and pd.isna(site_names(empty)[3])
     named = pd.DataFrame({"dataset": "adni", "site": ["v1.0", "1.5", "01"]})

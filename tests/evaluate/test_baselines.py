@@ -132,6 +132,34 @@ def test_a_cell_of_text_does_not_make_ages_categories(store):
     assert error_or_auc(task, found) > 0.8
 
 
+def test_words_among_numbers_are_missing_values_and_not_categories(store):
+    """A column that is mostly text stays categories."""
+    rng = np.random.default_rng(0)
+    score = pd.Series(rng.normal(size=len(store.index)).round(3))
+    ill, some = (score > 0).astype(int).to_numpy(), store.index.index % 9 == 3
+    words, empty = (task_of(with_index(store, score=score.astype(object).mask(some, cell), ill=ill), "ill")
+                    for cell in ("NA", np.nan))
+    found, numbers = (baseline_predictions("demographics", task, demographics=["score"])["test"]
+                      for task in (words, empty))
+    assert error_or_auc(words, {"test": found}) > 0.9 and np.array_equal(found, numbers)
+    grade = np.where(some, "3", np.where(ill ^ some, "high", "low"))
+    task = task_of(with_index(store, grade=grade, ill=ill), "ill")
+    assert len(set(baseline_predictions("demographics", task, demographics=["grade"])["test"])) == 3
+
+
+def test_a_category_that_a_test_set_codes_otherwise_is_said(store, elsewhere):
+    """Codes of the same sexes, and an unknown site, are no news."""
+    theirs = elsewhere.index.drop(columns="gender")
+    for sex, words in ((["male", "female"] * 8, []),
+                       ([1, 2] * 8, ["demographics on lesion: sex of elsewhere has no value of training (1 there, M in "
+                                     "training), so that it does not count there"])):
+        other, said = Store(elsewhere.folder, theirs.assign(sex=sex), elsewhere.record), []
+        task = task_of(store, "lesion", other)
+        assert baseline_predictions("site", task, say=said.append) and not said
+        assert baseline_predictions("demographics", task, demographics=["sex"], say=said.append)
+        assert said == words
+
+
 def test_a_code_for_a_missing_age_is_not_learned_as_an_age(store):
     third, old = store.index.index % 3 == 0, (store.index["age"] > 50).astype(int)
     found = [baseline_predictions("demographics", task_of(with_index(store, age=store.index["age"].mask(third, code),
@@ -173,6 +201,8 @@ def test_a_site_that_says_the_label_is_found_and_an_unknown_one_says_nothing(sto
     as_float = baseline_predictions("site", task)["elsewhere"]
     same = gap["site"].notna().to_numpy()
     np.testing.assert_array_equal(as_float[same & (gap["site"] == 1)], found["test"].max())
+    capital = Store(store.folder, confounded.index.rename(columns={"site": "Site"}), store.record)
+    np.testing.assert_array_equal(baseline_predictions("site", task_of(capital, "ill"))["test"], found["test"])
     said = []
     assert baseline_predictions("site", task_of(with_index(store, site="A"), "lesion"), say=said.append) is None
     assert said == ["site on lesion: no row, because all training scans have the same site"]
@@ -222,13 +252,14 @@ def test_volumes_of_scans_brought_to_the_templates_size_are_the_heads(store):
 
 def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
     """A column that tells the age, under names as spreadsheets write them, without some people."""
-    index = store.index.drop_duplicates("participant").sample(frac=1, random_state=0)
+    first = Store(store.folder, store.index.drop_duplicates("participant"), store.record)
+    index = first.index.sample(frac=1, random_state=0)
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"Measure:volume": "sub-" + index["participant"].astype(int).astype(str),
                           "hippocampus": 5000 - 30 * index["age"] + rng.normal(0, 120, PEOPLE),
                           "pallidum": rng.normal(1500, 50, PEOPLE), "Age": index["age"], "note": "fine"})
     table.to_csv(tmp_path / "aseg.tsv", sep="\t", index=False)
-    task, said = task_of(store, "age"), []
+    task, said = task_of(first, "age"), []
     found = baseline_predictions("volumes", task, volumes=tmp_path / "aseg.tsv", say=said.append)
     assert error_or_auc(task, found) < 5 and said == ["volumes on age: without Age, no volumes"]
 
@@ -241,7 +272,9 @@ def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
     assert said[1:] == [f"volumes on age: no values for 1 participants of {part}: {name}"
                         for part, name in zip(("train", "test"), lost, strict=True)]
 
-    both = task_of(store, "age", elsewhere)
+    with pytest.raises(TableError, match=r"has one row of \d+, who has several scans: add a column session, or scan"):
+        baseline_predictions("volumes", task_of(store, "age"), volumes=tmp_path / "aseg.tsv")
+    both = task_of(first, "age", elsewhere)
     with pytest.raises(TableError, match="0, who is in several datasets: add a column dataset"):
         baseline_predictions("volumes", both, volumes=tmp_path / "aseg.tsv")
     table.assign(dataset="made").to_csv(tmp_path / "named.csv", index=False)
@@ -250,6 +283,7 @@ def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
     assert baseline_predictions("volumes", both, volumes=tmp_path / "other.csv") is None
     for text, words in (("name,a\nx,1\n", "needs a column participant"),
                         ("participant,a\n001,1\n1,2\n", "several rows"),
+                        ("participant,a,b,c\n1,2,x,\n2,NA,y,3\n", "bad.csv: a: text among the numbers; leave"),
                         ("participant,a\n1,x\n", "no column of numbers")):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(TableError, match=words):

@@ -18,8 +18,9 @@ import yaml
 import kit
 from kit.cohort.split import LeakageError, participant_hash, salt
 from kit.cohort.tabular import TableError
-from kit.evaluate import benchmark
-from kit.evaluate.benchmark import BenchmarkError, cells_of, reliabilities, run_benchmark
+from kit.evaluate import benchmark, benchmark_cells
+from kit.evaluate.benchmark import BenchmarkError, reliabilities, run_benchmark
+from kit.evaluate.benchmark_cells import cells_of
 from kit.evaluate.reliability import reliability_of
 from kit.models.encoder_file import save_encoder
 from kit.models.encoders import build_encoder
@@ -190,12 +191,13 @@ def test_settings_decide_what_is_stale(stores, tmp_path, capsys):
 
 
 def test_covariates_that_changed_are_seen(tmp_path, capsys):
+    """By the baseline that reads them: none reads the scanner."""
     stores = make_store(tmp_path / "here", 60), make_store(tmp_path / "elsewhere", seed=1, dataset="elsewhere")
     values = {"baselines": ["guess", "demographics", "site"], "seeds": [0], "finetune_tasks": [], "tasks": ["lesion"]}
     filled(params_for(stores, tmp_path / "run", **values))
     before = cell_files(tmp_path / "run")
     index = pd.read_csv(tmp_path / "here/index.csv", dtype={"participant": str, "session": str})
-    index.assign(age=index["age"] + 1).to_csv(tmp_path / "here/index.csv", index=False)
+    index.assign(age=index["age"] + 1, scanner="new").to_csv(tmp_path / "here/index.csv", index=False)
     results = filled(params_for(stores, tmp_path / "run", **values))
     after = cell_files(tmp_path / "run")
     assert {path.parts[2] for path in before if after[path] != before[path]} == {"demographics"}
@@ -222,7 +224,7 @@ def test_covariates_in_another_case_are_seen_too(tmp_path):
 
 def test_a_stop_after_a_cells_last_step_ends_it_before_the_next_cell(stores, tmp_path, monkeypatch):
     """Whatever the cell: a baseline reads no stop file, and fine-tuning none after its last step."""
-    run, done, real = tmp_path / "run", [], benchmark._Bench.fill
+    run, done, real = tmp_path / "run", [], benchmark_cells.Bench.fill
     values = {"baselines": ["guess"], "seeds": [0], "finetune_tasks": ["lesion", "age"], "tasks": ["lesion", "age"],
               "check_converged": False}
 
@@ -232,14 +234,14 @@ def test_a_stop_after_a_cells_last_step_ends_it_before_the_next_cell(stores, tmp
         if len(done) == 1:
             (home / "stop").touch()
 
-    def tuned(*arguments, real=benchmark.tune, **more):
+    def tuned(*arguments, real=benchmark_cells.tune, **more):
         found = real(*arguments, **more)
         (run / "stop").touch()
         return found
 
     whole = filled(params_for(stores, tmp_path / "whole", **values))
-    monkeypatch.setattr(benchmark._Bench, "fill", fill)
-    monkeypatch.setattr(benchmark, "tune", tuned)
+    monkeypatch.setattr(benchmark_cells.Bench, "fill", fill)
+    monkeypatch.setattr(benchmark_cells, "tune", tuned)
     params = params_for(stores, run, **values)
     for count in (1, 5):
         with pytest.raises(Stopped) as stopped:
@@ -308,7 +310,8 @@ def test_a_cell_of_other_settings_that_another_process_computes_is_not_removed(s
 
 
 def test_a_cell_that_another_process_has_begun_since_with_other_settings_is_not_mixed(stores, tmp_path, monkeypatch):
-    run, values, real = tmp_path / "run", {"baselines": [], "seeds": [0], "tasks": ["lesion"]}, benchmark._Bench.fill
+    run, values = tmp_path / "run", {"baselines": [], "seeds": [0], "tasks": ["lesion"]}
+    real = benchmark_cells.Bench.fill
     other = params_for(stores, tmp_path / "other", steps=6, **values)
     filled(other)
 
@@ -317,7 +320,7 @@ def test_a_cell_that_another_process_has_begun_since_with_other_settings_is_not_
         (bench.file(cell, 0)).unlink()
         real(bench, cell, home)
 
-    monkeypatch.setattr(benchmark._Bench, "fill", fill)
+    monkeypatch.setattr(benchmark_cells.Bench, "fill", fill)
     with pytest.raises(RunError, match=r"from other inputs or settings:\n  steps: 6 then, 4 now\n"):
         filled(params_for(stores, run, **values))
 
@@ -349,7 +352,7 @@ def test_shards_that_all_have_new_parameters_fill_the_table_side_by_side(stores,
 
 
 def test_a_cell_that_diverges_is_named_once_all_others_are_done(stores, tmp_path, monkeypatch):
-    def tuned(task, encoder, params, seed, *arguments, real=benchmark.tune, **more):
+    def tuned(task, encoder, params, seed, *arguments, real=benchmark_cells.tune, **more):
         if task.labels.task == "lesion" and seed == 1:
             raise TrainingError("the loss is nan")
         return real(task, encoder, params, seed, *arguments, **more)
@@ -357,9 +360,9 @@ def test_a_cell_that_diverges_is_named_once_all_others_are_done(stores, tmp_path
     run = tmp_path / "run"
     params = params_for(stores, run, baselines=["guess"], finetune_tasks=["lesion", "age"], check_converged=False,
                         label_fractions=[1.0])
-    monkeypatch.setattr(benchmark, "tune", tuned)
-    with pytest.raises(TrainingError, match=r"run: 1 of 4 cells could not be trained, all others are done; no tables "
-                                            r"are made before these are, too:\n  ResNet on lesion, finetune, "
+    monkeypatch.setattr(benchmark_cells, "tune", tuned)
+    with pytest.raises(TrainingError, match=r"run: 1 of 4 cells could not be trained; all others are done. Tables are "
+                                            r"made once these are, too:\n  ResNet on lesion, finetune, "
                                             r"label_fraction 0.5, fold 0, seed 1: the loss is nan$"):
         filled(params)
     assert not (run / "tidy.csv").exists()
@@ -433,10 +436,9 @@ def test_probes_embed_the_tasks_scans_once(stores, tmp_path, monkeypatch):
     labelled = index["participant"].astype(int) < 40
     some = Store(stores[0].folder, index.assign(lesion=index["lesion"].where(labelled), age=index["age"].where(
         ~labelled & (index["participant"].astype(int) < 50))), stores[0].record)
-    read = []
-    monkeypatch.setattr(benchmark, "open_stores", lambda params: {"prepared": some})
-    monkeypatch.setattr(benchmark, "predict", lambda model, scans, real=benchmark.predict: read.extend(scans.scans)
-                        or real(model, scans))
+    read, real = [], benchmark_cells.predict
+    monkeypatch.setattr(benchmark_cells, "open_stores", lambda params: {"prepared": some})
+    monkeypatch.setattr(benchmark_cells, "predict", lambda model, scans: read.extend(scans.scans) or real(model, scans))
     values = {"baselines": ["random init"], "seeds": [0], "finetune_tasks": [], "label_fractions": [1.0],
               "out_of_distribution": None}
     first = filled(params_for(stores, tmp_path / "run", **values))
@@ -458,13 +460,13 @@ def test_names_of_baselines_are_taken(stores):
 def test_an_encoder_of_each_seed(stores, tmp_path, monkeypatch):
     """`{seed}` in an encoder's name: a probe on all labels has as many replicates as there are encoders."""
     seen = []
-    real = benchmark.load_encoder
-    monkeypatch.setattr(benchmark, "load_encoder", lambda spec, *more: seen.append(spec) or real(
+    real = benchmark_cells.load_encoder
+    monkeypatch.setattr(benchmark_cells, "load_encoder", lambda spec, *more: seen.append(spec) or real(
         "random:resnet18_narrow", *more))
-    monkeypatch.setattr(benchmark, "side_of", lambda spec: {})
-    monkeypatch.setattr(benchmark, "noted", lambda spec, network, record: {"from": spec, "weights": spec,
-                                                                           "objective": "simclr"})
-    monkeypatch.setattr(benchmark, "read_record", lambda spec: {"architecture": "resnet18_narrow"})
+    monkeypatch.setattr(benchmark_cells, "side_of", lambda spec: {})
+    monkeypatch.setattr(benchmark_cells, "noted", lambda spec, network, record: {"from": spec, "weights": spec,
+                                                                                 "objective": "simclr"})
+    monkeypatch.setattr(benchmark_cells, "read_record", lambda spec: {"architecture": "resnet18_narrow"})
     params = params_for(stores, tmp_path / "run", baselines=["guess"], finetune_tasks=[], label_fractions=[1.0])
     results = filled(params.model_copy(update={"encoders": {"SimCLR": "outputs/fold{fold}/seed{seed}"}}))
     assert {"outputs/fold0/seed0", "outputs/fold0/seed1"} <= set(seen)

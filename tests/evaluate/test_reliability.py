@@ -127,7 +127,7 @@ def test_too_few_for_an_interval_or_for_anything():
     assert np.isfinite(row["icc"]) and np.isnan(row["icc_low"]) and np.isnan(row["icc_high"])
     with pytest.raises(ReliabilityError, match="6 scans of 1 participants with several scans"):
         reliability(values, np.zeros(6), np.arange(6))
-    with pytest.raises(ReliabilityError, match="more scans than participants and sites"):
+    with pytest.raises(ReliabilityError, match="sites or sessions that several of them share"):
         reliability(values[:4], people[:4], np.arange(4))  # four sites, each once
 
 
@@ -143,6 +143,16 @@ def test_scans_of_a_store(store):
     row = reliability_of(Mean(), store, "mean").iloc[0]
     assert (row["encoder"], row["participants"], row["scans"]) == ("mean", 8, 16)
     assert row["icc"] > 0.95 and row["variance_site"] < 0.05 < row["found_again"] / row["chance"]
+
+
+@pytest.mark.parametrize("named", [lambda person, visit: f"2019-{10 * visit + 1}-{person:02d}",
+                                   lambda person, visit: f"day{person + 97 * visit}"], ids=["dates", "days"])
+def test_sessions_that_nobody_shares_are_each_persons_first_and_second(store, named):
+    """Day 5 is before day 102."""
+    persons, visits = store.index["participant"].astype(int), store.index["session"].map({"01": 0, "02": 1})
+    index = store.index.assign(session=[named(*each) for each in zip(persons, visits, strict=True)])
+    pd.testing.assert_frame_equal(reliability_of(Mean(), Store(store.folder, index, store.record)),
+                                  reliability_of(Mean(), store))
 
 
 def test_site_1_of_two_datasets_is_two_sites(store):

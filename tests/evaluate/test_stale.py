@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kit.evaluate import benchmark
+from kit.evaluate import benchmark, benchmark_cells
 from kit.evaluate import finetune as finetuning
 from kit.explain.atlas import load_atlas
 from kit.explain.maps import explainer_of, open_model, region_shares, saliency_maps
@@ -104,7 +104,7 @@ def fitted(monkeypatch):
         monkeypatch.setattr(module, "probe_tested", lambda *arguments: calls.append(1) or real(*arguments))
 
     count(finetuning)
-    count(benchmark)
+    count(benchmark_cells)
     return calls
 
 

@@ -1,6 +1,5 @@
 """Fine-tuning: stopped by validation, at the rate chosen there, resumed to the bit, in two processes as in one."""
 
-import copy
 import multiprocessing
 import os
 import signal
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from kit.evaluate import tune as tune_module
-from kit.evaluate.metrics import NotFiniteError
+from kit.evaluate.metrics import NotFiniteError, per_participant
 from kit.evaluate.predict import predict
 from kit.evaluate.tasks import read_tasks
 from kit.evaluate.tune import TRIES, Choice, Job, score_validation, standard_error, train, train_here, tune
@@ -139,7 +138,7 @@ def test_a_try_that_diverges_in_the_last_step_before_a_check_is_out(store, tmp_p
 
 def test_a_check_that_is_nan_is_the_worst(store, monkeypatch):
     """The first check is nan, the best one is the second: training stops two checks later, not one."""
-    scores = iter([np.nan, 0.9, 0.8, 0.7, 0.9])  # the last one is of the best weights
+    scores = iter([np.nan, 0.9, 0.8, 0.7])
 
     def scored(task, predictor):
         if np.isnan(found := next(scores)):
@@ -152,6 +151,14 @@ def test_a_check_that_is_nan_is_the_worst(store, monkeypatch):
     assert tuned.log["monitor"].tolist() == pytest.approx([np.nan, -0.9, -0.8, -0.7], nan_ok=True)
     assert tuned.tries["stopped_early"].tolist() == [True]
     assert tuned.tries["validation_loss"].tolist() == [tuned.log["validation_loss"][1]]
+
+
+@pytest.mark.parametrize(("steps", "early"), [(3, False), (4, True)])
+def test_patience_that_runs_out_at_the_last_check_stops_nothing_early(store, monkeypatch, steps, early):
+    monkeypatch.setattr(tune_module, "score_validation", lambda task, predictor: 0.5)  # so the first check is the best
+    asked = params(store, steps=steps, check_steps=1, patience=2, select_by="score")
+    tuned = tune(task_of(store), ENCODER, asked, 0, check=False)
+    assert tuned.tries[["steps", "best_step", "stopped_early"]].values.tolist() == [[3, 1, early]]
 
 
 def test_of_equal_aucs_the_lower_loss_is_chosen(store):
@@ -217,14 +224,22 @@ def test_the_standard_error_is_that_of_the_mean(store):
     found = predict(predictor, part.scans())[:, 0] * float(predictor.sd) + float(predictor.mean)
     errors = np.abs(found - part.labels)
     assert score_validation(task, predictor) == pytest.approx(errors.mean())
-    assert standard_error(task, predictor, 0) == pytest.approx(errors.std(ddof=1) / np.sqrt(len(errors)), rel=0.15)
-    higher = copy.deepcopy(predictor)
-    higher.mean += 1.0
+    before = per_participant(part.labels, found, part.participants)
+    assert standard_error(before, "regression", 0) == pytest.approx(errors.std(ddof=1) / np.sqrt(len(errors)), rel=0.15)
     change = np.abs(found + 1 - part.labels) - errors  # participant by participant: 1 or -1 where nothing is crossed
     error = change.std(ddof=1) / np.sqrt(len(change))
-    assert standard_error(task, higher, 0, predictor) == pytest.approx(error, rel=0.15)
-    first = part.only(part.participants == part.participants.iloc[0])
-    assert np.isnan(standard_error(replace(task, parts=task.parts | {"validation": first}), predictor, 0))
+    higher = before.assign(predicted=before["predicted"] + 1)
+    assert standard_error(higher, "regression", 0, before) == pytest.approx(error, rel=0.15)
+    assert np.isnan(standard_error(before[:1], "regression", 0))
+
+
+def test_each_model_predicts_validation_once(store, monkeypatch):
+    """For its score, that score's error and the error of the gain from longer training."""
+    models = []
+    monkeypatch.setattr(tune_module, "predict", lambda model, scans: models.append(model) or predict(model, scans))
+    tuned = tune(task_of(store), ENCODER, params(store, steps=2, check_steps=2), 0)
+    assert len(models) == len(set(models)) == 2 and models[0] is tuned.predictor
+    assert np.isfinite([tuned.standard_error, tuned.change_error]).all()
 
 
 def test_a_gain_in_most_participants_is_not_by_chance(store):

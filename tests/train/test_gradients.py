@@ -215,11 +215,25 @@ def test_the_gradient_is_clipped_and_its_norm_logged(store, tmp_path):
 
 
 def test_the_moving_average_is_kept(store, tmp_path):
-    plain, _ = trained(store, tmp_path / "plain")
-    slow, _ = trained(store, tmp_path / "slow", ema=0.999)
-    start = simclr().encoder.layers[0].weight.detach().to(device())
-    moved = [float((objective.encoder.layers[0].weight.detach() - start).norm()) for objective in (plain, slow)]
-    assert 0 < moved[1] < 0.5 * moved[0]  # it starts after the first step
+    plain, log = trained(store, tmp_path / "plain")
+    kept, same = trained(store, tmp_path / "kept", ema=0.999)
+    assert log["loss"].tolist() == same["loss"].tolist()  # the training itself is as without
+    weights = [objective.encoder.layers[0].weight.detach() for objective in (plain, kept)]
+    assert (weights[0] - weights[1]).abs().max() > 1e-4
+
+
+def test_the_moving_average_soon_forgets_the_first_weights():
+    state = State(Falls(), replace(SETTINGS, ema=0.3, learning_rate=1e-2, schedule="constant"), None, None)
+    state.set_rate(0.0)
+    expected = math.nan
+    for done in range(6):
+        state.objective.place.grad = torch.ones_like(state.objective.place)
+        state.update({"loss": 0.0})
+        now = float(state.objective.place)
+        decay = (0.0, 2 / 11, 3 / 12, 0.3, 0.3, 0.3)[done]  # the first average is the weights themselves
+        expected = decay * expected + (1 - decay) * now if done else now
+        assert float(state.kept.place) == pytest.approx(expected, abs=1e-6)
+        assert float(state.kept.place) != pytest.approx(now, abs=1e-6) or not done
 
 
 def test_the_moving_average_leaves_indices_as_they_are(store):

@@ -372,7 +372,7 @@ def test_a_compiled_encoder_learns_the_same(store, tmp_path, monkeypatch):
     for name, changes in runs.items():
         asked = params(store, tmp_path / name, epochs=2, **smooth, **changes)
         logs.append(pretrain(asked, Run.of(asked))["loss"].to_numpy())
-    assert (logs[0] != logs[1]).all() and np.allclose(logs[1], logs[0], rtol=1e-5)
+    assert (logs[0] != logs[1]).any() and np.allclose(logs[1], logs[0], rtol=1e-5)
     assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
     chunked = params(store, tmp_path / "chunked", epochs=2, chunk=4, **smooth)
     logs.append(pretrain(chunked, Run.of(chunked))["loss"].to_numpy())

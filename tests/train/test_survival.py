@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from kit.execute import parameters
 from kit.params import Pretrain
@@ -193,9 +194,9 @@ def test_a_checkpoint_of_other_parameters_is_refused_with_the_differences(store,
     first = params(store, tmp_path / "run", epochs=1)
     pretrain(first, held := Run.of(first))
     held.close()
-    for name in ("params.yaml", "encoder.safetensors"):
-        (tmp_path / "run" / name).unlink()
     other = params(store, tmp_path / "run", epochs=2, temperature=0.5)
+    (tmp_path / "run/encoder.safetensors").unlink()
+    (tmp_path / "run/params.yaml").write_text(yaml.safe_dump(other.plain()))
     with pytest.raises(CheckpointError, match=r"epochs: the checkpoint has 1, asked for 2\n.*temperature: .* 0.1"):
         pretrain(other, Run.of(other))
 
