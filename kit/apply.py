@@ -55,7 +55,8 @@ from kit.store.grid import PAPER_GRID, Grid
 from kit.store.leakage import TRAINING_PARTS, check_encoder
 from kit.store.store import Store
 
-SCANS = (".nii", ".nii.gz", ".mgh", ".mgz", ".nrrd", ".nhdr", ".mha", ".mhd")
+SCANS = (".nii", ".nii.gz", ".img", ".img.gz",  # .img: one half of a pair stands for both
+         ".mgh", ".mgz", ".mgh.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 THICK_MM = 3.0  # a scan with longer voxels is called coarse: too much of it would be interpolated
 SAID = {  # QC flags in plain words
     "contrast low": "grey matter is not darker than white: not T1-weighted, or no brain",
@@ -71,7 +72,7 @@ SAID = {  # QC flags in plain words
 }
 
 FOUND = ("warnings", "unusable", "as_far", "outside")  # columns on whether a scan's numbers can be relied on
-LEARNED_FROM = "the model learned from this person, or was stopped on them: nothing is shown about new people"
+LEARNED_FROM = "this person was in the model's training or validation set: the result says nothing about new people"
 
 
 class Applied(NamedTuple):
@@ -132,6 +133,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     ready = None
     if isinstance(scans, Store):
         store = scans
+        print(f"a prepared cohort does not record the voxel sizes of its files: none over {THICK_MM:g} mm is named")
     else:
         settings = settings_for(record["preparation"], params)
         allow += [field for field in ("registration", "mask", "bias_correction")
@@ -144,7 +146,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     predictor, encoder, reader, reading = ready or load(store.record)
     loaded, data = perf_counter(), PreparedScans(store, store.index)
     own = predict(encoder, data)  # the encoder's own output, which the head and the reference take
-    features = own if reader.plain else predict(reader, data)
+    features = own if reader.is_encoder_output else predict(reader, data)
     what: dict[str, Any] = ({"model": {"from": shown(model), "weights": weights_digest(predictor)}}
                             if model and predictor else {"encoder": noted(spec, encoder, record)})
     made = made_from([Used("prepared", "embedded", store, store.index, participant_ids(store.index))], **what,
@@ -186,6 +188,8 @@ def scans_of(params: Apply) -> pd.DataFrame | Store:
 
 def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
     """Make a cohort of whatever is at a path: a scan, a folder of scans, a DICOM series, BIDS, a table.
+
+    A folder is read as DICOM only if it holds no scan of another format; DICOM files beside such scans are left out.
 
     Raises:
         CohortError: nothing is there; or a table, BIDS folder or public collection is not as it should be.
@@ -244,6 +248,8 @@ def _learned_from(model: Path, made: MadeFrom) -> set[str]:
     """Names of the scans whose person a fine-tuned model was trained or stopped on, by name or by voxels."""
     known = read_made_from(model)
     if known is None or known.rows is None or made.rows is None:
+        print(f"{shown(model)} has no readable made_from.json and made_from.csv: whether the model learned from these "
+              "people is unknown")
         return set()
     seen = known.rows[known.rows["part"].isin(TRAINING_PARTS)]
     people, voxels = set(map(_person, seen["participant"])), set(seen["checksum"]) - {"unreadable"}
@@ -263,7 +269,8 @@ def _table(store: Store, features: np.ndarray, reference: Reference | None, coar
         table[column] = store.index[column].fillna("").to_numpy() if column in store.index else ""
     for row, flags in enumerate(table.pop("flags")):
         words[row] += [SAID.get(flag, said_of(flag)) for flag in flags.split("; ") if flag]
-    if reference is not None and len(reference.mean) != features.shape[1]:
+    if reference is not None and (len(reference.mean) != features.shape[1]  # another encoder's file lies there
+                                  or not len(reference.validation)):  # nothing to compare with
         reference = None
     table["as_far"] = np.nan if reference is None else reference.at_least_as_far(features).round(4)
     enough = reference is not None and len(reference.validation) >= LEAST
@@ -338,7 +345,11 @@ def _encoder_from_here(spec: str) -> str:
 
 
 def main() -> int:
-    """Run the command line; see the module's docstring."""
+    """Run the command line; see the module's docstring.
+
+    Returns:
+        the exit status: 0; 1 if some scans could not be prepared, the others being written; 2 if nothing was written.
+    """
     parser = argparse.ArgumentParser(prog="python -m kit.apply", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--input", required=True, help="a scan, a folder of scans or of a DICOM series, BIDS, a table, "
                                                        "or a prepared cohort")

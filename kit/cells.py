@@ -46,8 +46,8 @@ def assigned_names(sources: Iterable[str]) -> list[str]:
 def literals(sources: Iterable[str]) -> dict[str, Any]:
     """Each name's value, where its last assignment is a literal.
 
-    Names last set by an expression are left out, as are those that a later statement uses, other than to set another
-    name to a value without a call: it may change them in place.
+    Left out are names last set by an expression, and names that a later statement mentions, as it may change them in
+    place. An assignment to other names without a call cannot, and does not count.
     """
     values: dict[str, Any] = {}
     for node in (node for source in sources for node in ast.parse(source).body):
@@ -88,8 +88,8 @@ def _cells_that_count(shell: Any) -> list[str]:
     if ran and not _parses(ran[-1]):
         raise CellError(f"the cell `{MARK}` was last run with a mistake in it: run it again, then this one")
     ran = [cell for cell in ran if _parses(cell)]
-    own = [place for place, cell in enumerate(ran) if not _papermills(cell)][-1:]
-    injected = [place for place, cell in enumerate(ran) if _papermills(cell)][-1:]
+    own = [place for place, cell in enumerate(ran) if not from_papermill(cell)][-1:]
+    injected = [place for place, cell in enumerate(ran) if from_papermill(cell)][-1:]
     if own and injected and injected < own:
         raise CellError(f"papermill's cell `{MARK}` ran before the notebook's own, which has overwritten its values: "
                         "run papermill's cell again, then this one (if it was deleted, restart the kernel)")
@@ -108,7 +108,7 @@ def _parses(cell: str) -> bool:
     return True
 
 
-def _papermills(cell: str) -> bool:
+def from_papermill(cell: str) -> bool:
     """Whether papermill wrote this parameters cell: its first line is its only comment."""
     tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
     return sum(token.type == tokenize.COMMENT for token in tokens) == 1

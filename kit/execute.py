@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, cast
 import nbformat
 import yaml
 
-from kit.cells import assigned_names, literals
+from kit.cells import assigned_names, from_papermill, literals
 from kit.errors import KitError
 from kit.machine import keep_to, shares_of_cores
 from kit.params import NOTEBOOKS, Benchmark
@@ -45,10 +45,13 @@ def defaults(notebook: str) -> dict[str, Any]:
     """The values in a notebook's `parameters` cell, which holds literals only.
 
     Raises:
-        ParameterError: an expression stands there.
+        ParameterError: an expression stands there, or the cell cannot be told from papermill's.
     """
     cells = nbformat.read(FOLDER / f"{notebook}.ipynb", as_version=4).cells
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    if from_papermill(source):
+        raise ParameterError(f"{notebook}: the cell `# Parameters` needs a comment besides its first line, by which it "
+                             "is told from the cell that papermill adds")
     values = literals([source])
     if others := [name for name in assigned_names([source]) if name not in values]:
         raise ParameterError(f"{notebook}: in the cell `# Parameters`, {', '.join(others)} must be plain values")
@@ -130,10 +133,12 @@ def fill(values: dict[str, Any], bar: dict[str, Any] | None = None) -> Path:
         the shard's folder.
 
     Raises:
-        ParameterError, RunError: before any work.
+        ParameterError, MisfitError, LeakageError, ...: before any work; see `kit.evaluate.benchmark.run_benchmark`.
+        RunError: another process fills this table from other inputs or parameters; also between two cells.
+        TrainingError: some cells could not be trained; all others are done.
         Stopped: it was asked to stop; the same parameters resume it.
     """
-    from kit.evaluate.benchmark import fill_cells
+    from kit.evaluate.benchmark_cells import fill_cells
 
     params = cast(Benchmark, parameters("5_benchmark", values))
     record = Run.of(params)
@@ -228,19 +233,18 @@ def run_folder(folder: Path) -> None:
 
 def _run_file(numbered: Sequence[tuple[int, Step]], of: int) -> list[tuple[str, float, Path]]:
     """Run the steps of one parameter file: the name, seconds and folder of each."""
-    lines = []
+    lines, at_once = [], numbered[0][1].at_once
     for number, step in numbered:
         print(f"\n[{number}/{of}] {step.name}, about {step.seconds:.0f} s", flush=True)
-        if step.at_once > 1:
-            continue
-        begun = time.monotonic()
-        shards = [step._replace(values={**step.values, "shards": step.shards, "shard": shard},
-                                name=f"{step.name} {shard + 1}/{step.shards}") for shard in range(step.shards)]
-        if step.shards > 1:
-            _side_by_side(shards, step.shards)
-        where = run(step.notebook, step.values).parent
-        lines.append((step.name, time.monotonic() - begun, where))
-    return lines or _side_by_side([step for _, step in numbered], numbered[0][1].at_once)
+        if step.at_once == 1:
+            begun = time.monotonic()
+            if step.shards > 1:
+                _side_by_side([step._replace(values={**step.values, "shards": step.shards, "shard": shard},
+                                             name=f"{step.name} {shard + 1}/{step.shards}")
+                               for shard in range(step.shards)], step.shards)
+            where = run(step.notebook, step.values).parent
+            lines.append((step.name, time.monotonic() - begun, where))
+    return lines if at_once == 1 else _side_by_side([step for _, step in numbered], at_once)
 
 
 def _side_by_side(steps: Sequence[Step], at_once: int) -> list[tuple[str, float, Path]]:
@@ -306,7 +310,12 @@ def notebook_of(file: Path) -> str:
 
 
 def main() -> int:
-    """The command line; see the module's text."""
+    """Run the command line; see the module's docstring.
+
+    Returns:
+        the exit status: 0; 2 if parameters, inputs or a cell of `--cells` are at fault; 3 if `--cells` was asked to
+        stop. A notebook that fails raises, which ends with 1.
+    """
     parser = argparse.ArgumentParser(prog="python -m kit.execute", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", nargs="?", help="a notebook's name or file, or a folder of parameter files")
     parser.add_argument("-f", "--file", help="YAML file of parameters")
@@ -323,6 +332,12 @@ def main() -> int:
                 parser.error("a folder is run as its files say, without options; name a notebook with -f FILE instead")
             run_folder(resolve(arguments.what))
         elif (notebook := Path(arguments.what or "").name.removesuffix(".ipynb")) in NOTEBOOKS:
+            given, own = Path(arguments.what), FOLDER / f"{notebook}.ipynb"
+            spelled = [place.with_suffix(".ipynb") for place in (given, resolve(given))]
+            if (given.is_file() or given.parent != Path()) and not any(
+                    each.is_file() and each.samefile(own) for each in spelled):
+                parser.error(f"{arguments.what} is not {shown(own)}, and only the kit's own notebooks are run; give "
+                             f"{notebook}, or run your copy with papermill")
             values = read_yaml(arguments.file) if arguments.file else {}
             values.update(read_options(arguments.parameter))
             bar = {"position": int(arguments.line[0]), "desc": arguments.line[1]} if arguments.line else None

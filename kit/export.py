@@ -29,7 +29,7 @@ import pandas as pd
 
 from kit.cohort.tabular import read_table
 from kit.errors import KitError
-from kit.evaluate.benchmark import weights_together
+from kit.evaluate.benchmark_cells import weights_together
 from kit.models.bundle import PROGRAM, config_of, write_bundle, write_program, write_weights
 from kit.models.card import card, description
 from kit.models.encoder_file import EncoderError, encoder_at, load_encoder, read_record, weights_digest
@@ -132,13 +132,14 @@ def scores_of(benchmark: str | Path, weights: str) -> pd.DataFrame:
     rows = table[table["encoder"].isin(names)]
     if rows.empty:
         listed = ", ".join(f"{name} ({spec})" for name, spec in params["encoders"].items())
-        raise ExportError(f"{shown(run)} has no score of this encoder (weights {weights}); it has {listed}. Give the "
-                          "benchmark that tested it, or leave --benchmark out")
+        raise ExportError(f"{shown(run)} has no score of this encoder (weights {weights}); it has {listed}. An "
+                          "encoder of several seeds is recognised only while the files of all its seeds are there. "
+                          "Give the benchmark that tested it, or leave --benchmark out")
     return rows
 
 
 def _weights_by_fold(spec: str, seeds: list[int]) -> list[list[str]]:
-    """Weight digests of each fold's encoders, one per seed, up to the first fold that does not exist."""
+    """Weight digests of each fold's encoders, one per seed, up to the first fold of which one cannot be read."""
     found: list[list[str]] = []
     for fold in itertools.count() if "{fold}" in spec else (0,):
         try:

@@ -94,7 +94,8 @@ class Preprocess(Parameters):
     registration: Registration = "none"
     mask: Mask = "auto"  # brain mask: auto, given, nonzero, deepbet, hd-bet, mri_synthstrip
     intensity: Intensity = "zscore"  # normalisation inside the mask: zscore or whitematter
-    orientation_unknown: OrientationUnknown = "refuse"  # for scans whose header does not say where they lie
+    # scans whose header gives no position: refuse, or assume_ras (stored in RAS order, centred on the origin)
+    orientation_unknown: OrientationUnknown = "refuse"
     brain_ml: tuple[Positive, Positive] = (700, 2100)  # ml; brains smaller or larger are flagged; for adults
     spacing_mm: Annotated[float, Field(gt=0, le=16)] = 4.0  # mm, of the isotropic grid
     shape: Shape = (36, 48, 40)  # voxels (z, y, x); the paper: 150, 192, 192 at 1 mm
@@ -132,10 +133,11 @@ class Training(Parameters):
     chunk: Annotated[int, Field(ge=0)] = 0  # scans per worker that run at a time; 0: all; BatchNorm sees one chunk
     accumulate: Positive = 1  # batches averaged into one step
     clip: Annotated[float, Field(ge=0)] = 0.0  # largest norm of the gradient; 0: no clipping
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' moving average, which is kept; 0: none
+    # decay of a moving average of the weights, which is validated and saved in their place; 0: none
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Precision = "fp32"  # of the network in training: fp32, bf16 (matrix products and convolutions only)
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # between checkpoints, besides one after each epoch
-    retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long the disk may stay full
+    retry_minutes: Annotated[float, Field(ge=0)] = 30  # of trying again to write to a full disk
     workers: Positive = 1  # processes per node; 1 on one node trains in the kernel
     nodes: Annotated[int, Field(ge=0)] = 0  # 0: all nodes of the Slurm job that the notebook runs in, or one
     loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes per worker
@@ -171,7 +173,8 @@ class Pretrain(Training):
 
     prepared: ProjectPath  # a run of 1_preprocess
     split: str = "pretrain"  # rows to learn from, if the index has a column `split`
-    leave_out_test: bool = True  # who will be tested is not learned from (by a column `split`: refused)
+    # leave the test participants out; if a column `split` names them, an overlap with those learned from is an error
+    leave_out_test: bool = True
     folds: Annotated[int, Field(ge=0)] = 0  # of cross-validation, as in 3_finetune and 5_benchmark; 0: one split
     leave_one_site_out: bool = False  # folds are sites
     fold: Annotated[int, Field(ge=0)] = 0  # whose test participants are left out, from 0
@@ -348,7 +351,8 @@ class Saliency(Parameters):
     check_scans: Positive = 1  # scans that the sanity checks use
     label_randomised: bool = False  # also check against a model fine-tuned on shuffled labels
     label_steps: Positive = 100  # most training steps of that model
-    truth_participants: Annotated[int, Field(ge=0)] = 6  # test participants with an effect at a known place; 0: none
+    # test participants whose maps are compared with their effect's mask, which only the sample cohort has; 0: none
+    truth_participants: Annotated[int, Field(ge=0)] = 6
     compare: dict[str, ProjectPath] = {}  # more runs of 3_finetune, by name, for the table of known places
     # regions: deepmriprep:NAME, harvard-oxford, tissues, a NIfTI, or column:NAME, if a column of the cohort names each
     # scan's own label map; null: deepmriprep's AAL3 if it is installed
@@ -406,7 +410,7 @@ class Benchmark(Tuning):
     volumes: ProjectPath | None = None  # a table of volumes, such as FreeSurfer's; null: tissues of the prepared scans
     atlas: ProjectPath | None = None  # regions for these tissues, a NIfTI in MNI space; null: cubes of 30 mm
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
-    label_fractions: list[Fraction] = [0.2, 1.0]  # of the training and validation participants, for probes
+    label_fractions: list[Fraction] = [0.2, 1.0]  # of the training and validation people, for probes and baselines
     finetune_tasks: list[str] = ["stroke"]  # tasks to also fine-tune on
     finetune_fractions: list[Fraction] = [0.2]  # of the same, for fine-tuning
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each has its own label subset, head and `{seed}` encoder
@@ -466,7 +470,7 @@ class Apply(Parameters):
     contrast: str = "T1w"  # scans to take from a BIDS folder
     registration: Registration | None = None  # null: like the encoder's; if that is none, rigid
     mask: Mask | None = None  # null: like the encoder's; if that is given, auto
-    orientation_unknown: OrientationUnknown = "refuse"  # for scans whose header does not say where they lie
+    orientation_unknown: OrientationUnknown = "refuse"  # as in 1_preprocess
     pool: Literal["default", "mean", "class"] = "default"  # for a ViT: mean of brain tokens, or class token
     stages: list[Positive] = []  # concatenate the features of these stages, from 1; empty: the encoder's output
     flips: bool = False  # average the features of a scan and of its mirror image

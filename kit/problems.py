@@ -155,7 +155,8 @@ def label_problems(name: str, prepared: Path, task: str, task_type: str, missing
     try:
         read_labels(index, task, task_type, missing_codes)
     except LabelError as error:
-        in_cells = task in index and "task_type" not in str(error)  # what the parameters cannot cure
+        # the message offers `task_type` where that is the cure; all else is corrected in the cohort's table
+        in_cells = task in index and "task_type" not in str(error)
         cure = ". Correct cells in the cohort's table, then run 1_preprocess again (finished scans are kept)"
         return [f"{name}: {error}{cure if in_cells else ''}"]
     return []

@@ -30,7 +30,7 @@ from kit.store.store import Store, StoreError
 FIELDS = ("axes", "shape", "spacing_mm", "origin_mm", "bias_correction", "intensity", "template", "registration",
           "mask")
 COLUMNS = ("store", "part", "scan", "participant", "session", "dataset", "checksum", "label")
-# digests of the rows used: their columns, and what messages call them
+# digests of the rows used: the columns that each covers, and what messages call them
 ASPECTS = {"scans": (["checksum"], "scans"), "parts": (["part"], "split"), "labels": (["label"], "labels"),
            "people": (["participant", "session", "dataset"], "participants, sessions or datasets")}
 NOTED = frozenset({"from", "name", "versions", "mask_sources", "allowed", "changed", "fingerprint"})  # not compared
@@ -208,7 +208,10 @@ def fingerprint(record: Mapping[str, Any]) -> str:
 
 
 def changes(before: MadeFrom, now: MadeFrom) -> list[str]:
-    """What has changed, one line each; for scans, how many, if both sets of rows are known."""
+    """List what has changed from `before` to `now`, one line each; empty if nothing that is compared has.
+
+    Lines on scans say how many, if both records have their rows.
+    """
     old, new = before.record, now.record
     if compared(old) == compared(new):
         return []
@@ -317,15 +320,19 @@ def words(folder: Path) -> str:
     made = read_made_from(folder)
     assert made is not None  # the run has results
     models = list(made.record.get("models", {"": made.record}).values())
-    named = {model["encoder"].get("name", ""): model["encoder"] for model in models if "encoder" in model}
-    baselines, untrained = ([name for name, each in named.items() if name and each["objective"] == objective]
+    named: dict[str, list[Mapping[str, str]]] = {}
+    for model in models:
+        if "encoder" in model:
+            named.setdefault(model["encoder"].get("name", ""), []).append(model["encoder"])
+    baselines, untrained = ([name for name, each in named.items() if name and each[0]["objective"] == objective]
                             for objective in ("none", "random"))
-    parts = [f"encoder {' '.join(filter(None, (name, each['weights'][:8])))} ({each['objective']})"
-             for name, each in named.items() if name not in (*baselines, *untrained)]
+    parts = [f"encoder {' '.join(filter(None, (name, _some({one['weights'][:8] for one in each}))))} "
+             f"({each[0]['objective']})" for name, each in named.items() if name not in (*baselines, *untrained)]
     parts += [f"{' and '.join(untrained)} from random weights"] * bool(untrained)
     parts += [f"baselines {' and '.join(baselines)}"] * bool(baselines)
     parts += [f"model {model['model']['weights'][:8]}" for model in models if "model" in model]
-    parts += [f"{count} scans of {name}" for name in _stores(*models)
+    most = "up to " * (len(models) > 1)
+    parts += [f"{most}{count} scans of {name}" for name in _stores(*models)
               if (count := max((model[name]["count"] for model in models if name in model), default=0))]
     allowed = list(dict.fromkeys(line for model in models for line in model.get("allowed", ())))
     return "\n".join([f"made from: {', '.join(parts)}, kit {made.record['kit']}; fingerprint {made.fingerprint}",

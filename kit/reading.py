@@ -11,6 +11,7 @@ import sys
 import tokenize
 from collections.abc import Iterable, Mapping
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
@@ -148,13 +149,18 @@ def read_options(options: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Read names and values from a command line; each value is YAML.
 
     Raises:
-        ParameterError: lists values that are not YAML, and numbers that YAML reads as other numbers.
+        ParameterError: lists values that are not YAML, numbers that YAML reads as other numbers, and texts of which
+            YAML takes a part for a comment.
     """
     values, problems = {}, []
     for name, text in options:
         try:
-            values[name] = yaml.safe_load(text)
+            values[name], tokens = yaml.safe_load(text), list(yaml.scan(text, yaml.SafeLoader))
             problems += _misread(yaml.compose(text, yaml.SafeLoader), name)
+            between = (text[one.end_mark.index:other.start_mark.index] for one, other in pairwise(tokens))
+            if lost := " ".join("".join(between).split()):  # what no token holds
+                problems.append(f"{name}: YAML reads {text!r} as {values[name]!r} and takes {lost!r} for a comment; "
+                                "put quotes inside the quotes, as in \"'run #1'\"")
         except yaml.YAMLError as error:
             problems.append(f"{name}: {text!r} is not YAML: {str(error).splitlines()[0]}")
     if problems:
@@ -211,7 +217,7 @@ def check(model: type[Model], values: Mapping[str, Any]) -> Model:
         ParameterError: lists everything that is wrong.
     """
     params = built(model, values)
-    # a recipe, the other model, names no files
+    # `kit.augment.recipe` checks recipes here, too; they are no Parameters, and name no files
     if isinstance(params, Parameters) and (problems := _of_the_sample(params) or params.problems()):
         raise ParameterError(_listing(problems))
     return params

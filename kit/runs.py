@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK_SECONDS = 600  # how long a requeued job waits for the lock that its dead node held: file servers notice in minutes
-UMASK = os.umask(0o022)  # the mode bits that this process keeps from new files; reading it means setting it
-os.umask(UMASK)
+SHARED = ("shards", "cells", "preparation.json")  # what shards leave in the folder that they fill together
 MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.provenance`
 
 
@@ -65,19 +63,12 @@ def shown(path: str | Path) -> str:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed.
-
-    The file gets at least the modes that the umask allows: safetensors' `save_file` alone makes files that only their
-    owner can read.
-    """
+    """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
     try:
         write(aside)
-        status, wanted = aside.stat(), 0o666 & ~UMASK
-        if wanted & ~status.st_mode and status.st_nlink == 1:  # a link has its source's mode
-            aside.chmod(stat.S_IMODE(status.st_mode) | wanted)
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -140,12 +131,13 @@ def link_whole(source: Path, target: Path) -> None:
 def _has_begun(folder: Path) -> bool:
     """Whether a run's folder holds results or a checkpoint; until it does, its parameters may change.
 
-    What a run writes before that (figures, what it reads, its curve so far) is written again.
+    What a run writes before that (figures, what it reads, its curve so far) is written again. Executed notebooks and
+    the logs of jobs are no results.
     """
     before = {"params.yaml", "environment.txt", "figures", "plan", MADE_FROM, "made_from.csv", "damaged.csv",
               "tensorboard", "live.json"}
     return any(path.name not in before and not path.name.startswith(".")  # .lock, .ipynb_checkpoints
-               and path.suffix not in (".ipynb", ".html") for path in folder.iterdir())
+               and path.suffix not in (".ipynb", ".html", ".out", ".err", ".log") for path in folder.iterdir())
 
 
 def _take(folder: Path) -> Lock:
@@ -186,16 +178,19 @@ class Run:
             folder: the run's folder, created if absent.
             params: resolved parameters, plain YAML values.
             may_change: names that may differ when a run is resumed (such as ``workers``).
-            defaults: what a run has of parameters that the kit did not have when it began.
+            defaults: values assumed for parameters that a stored `params.yaml` lacks because an older kit wrote it.
 
         Raises:
             RunError: another process holds the folder, or it contains a run with other parameters that has begun
-                (every difference is listed).
+                (every difference is listed), or files that are no run's.
         """
         folder = resolve(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take(folder)
         stored = folder / "params.yaml"
+        if not stored.exists() and _has_begun(folder) and not any((folder / name).exists() for name in SHARED):
+            raise RunError(f"{shown(folder)} holds files but no params.yaml, so it is no run of the kit, which would "
+                           "overwrite or delete some of them; give another output_dir, or empty that folder")
         if stored.exists() and _has_begun(folder) and (
                 listed := other_parameters(stored, params, may_change, defaults or {}, "the folder")):
             raise RunError(f"{shown(folder)} holds a run with other parameters:\n  {listed}\n"
@@ -224,13 +219,13 @@ class Run:
         return figure
 
     def metrics(self, values: Mapping[str, float | None]) -> dict[str, Any]:
-        """Add flat names and numbers to `metrics.json`, nan as null; return all that it now holds.
+        """Add flat names and numbers to `metrics.json`, nan and infinity as null; return all that it now holds.
 
         Its `fingerprint` is that of `made_from.json`, if the run has one.
         """
         path, made_from = self.folder / "metrics.json", self.folder / MADE_FROM
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known.update({name: None if value is None or math.isnan(value) else float(value)
+        known.update({name: None if value is None or not math.isfinite(value) else float(value)
                       for name, value in values.items()})
         if made_from.exists():
             known["fingerprint"] = json.loads(made_from.read_text(encoding="utf-8"))["fingerprint"]

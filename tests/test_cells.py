@@ -8,7 +8,7 @@ import yaml
 from jupyter_client.manager import start_new_kernel
 from papermill.translators import PythonTranslator
 
-from kit.cells import _papermills, assigned_names, literals
+from kit.cells import assigned_names, from_papermill, literals
 from kit.execute import FOLDER
 from kit.params import NOTEBOOKS
 from kit.runs import ROOT
@@ -89,8 +89,8 @@ def test_a_literal_that_its_own_cell_changes_in_place_is_read_as_it_came_out(ker
 
 
 def test_papermills_cell_is_told_from_the_notebooks_own():
-    assert _papermills(injected(task="#1", encoders={"a": "random"}, epochs=3, none=None))
-    assert not _papermills("# Parameters\nepochs = 3  # or more\n")
+    assert from_papermill(injected(task="#1", encoders={"a": "random"}, epochs=3, none=None))
+    assert not from_papermill("# Parameters\nepochs = 3  # or more\n")
 
 
 @pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name[0] in "01"])

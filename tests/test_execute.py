@@ -1,6 +1,7 @@
 """Notebooks headless: mistakes are refused before work, by the command line and by plain papermill."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,38 @@ def test_check_only_says_where_the_run_would_write(tmp_path):
     done = command(str(FOLDER / "1_preprocess.ipynb"), "-p", "output_dir", "outputs/here", "--check")
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "outputs" / "here")
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("what", ["1_preprocess", "1_preprocess.ipynb", "notebooks/1_preprocess.ipynb",
+                                  str(FOLDER / "1_preprocess.ipynb")])
+def test_the_kits_own_notebook_is_run_by_its_name_or_path(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["kit.execute", what, "--check"])
+    assert main() == 0 and str(tmp_path / "outputs") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["1_preprocess.ipynb", "./mine/1_preprocess.ipynb"])
+def test_a_copy_of_a_notebook_is_refused_not_run_as_the_kits_own(what, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    shutil.copy(FOLDER / "1_preprocess.ipynb", tmp_path / what)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kit.execute", what, "--check"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"{what} is not notebooks/1_preprocess.ipynb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("source", "fails"), [("# Parameters\nseed = 0  # of all draws", False),
+                                               ("# Parameters\nseed = 0", True)])
+def test_a_parameters_cell_that_passes_for_papermills_is_refused(source, fails, tmp_path, monkeypatch):
+    monkeypatch.setattr("kit.execute.FOLDER", tmp_path)
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "2_pretrain.ipynb")
+    if fails:
+        with pytest.raises(ParameterError, match="2_pretrain: the cell `# Parameters` needs a comment besides its fir"):
+            defaults("2_pretrain")
+    else:
+        assert defaults("2_pretrain") == {"seed": 0}
 
 
 def test_a_notebook_run_alone_says_what_to_run_first():

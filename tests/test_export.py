@@ -20,12 +20,12 @@ from monai.networks.nets import resnet18
 
 from kit.evaluate.benchmark import run_benchmark
 from kit.export import ExportError, export, main
-from kit.models.card import _ages_and_sexes, description
+from kit.models.card import _ages_and_sexes, _data, description
 from kit.models.encoder_file import EncoderError, load_encoder, read_record, save_encoder
 from kit.models.encoders import build_encoder
 from kit.params import Benchmark, Pretrain
 from kit.preprocess.nifti import write_nifti
-from kit.provenance import MadeFrom
+from kit.provenance import MadeFrom, write
 from kit.reading import check
 from kit.runs import ROOT, Run
 from kit.store.grid import Grid
@@ -205,7 +205,7 @@ def test_the_card_says_whose_data_and_no_name(runs, tmp_path):
     index = index[index["scan"].isin(learned)]
     people = index["participant"].nunique()
     assert (f"Age {index['age'].min():.0f} to {index['age'].max():.0f} in {people} of {people} participants learned "
-            "from. Not known here: sex of the participants; whoever publishes this has to add it.") in text
+            "from. To be added before publication: sex of the participants, not known here.") in text
     loss = pd.read_csv(folder / "pre1/log.csv")["loss"].iloc[-1]
     assert f"| measure | last value |\n| --- | --- |\n| loss | {loss:.4g} |" in text and "| temperature | 0.1 |" in text
     ours = scores[scores["encoder"] == "Ours"].iloc[0]
@@ -226,8 +226,30 @@ def test_the_card_counts_people_by_sex_and_takes_no_code_for_an_age(tmp_path):
     rows = index[["scan", "participant"]].assign(part="learned from")
     said = _ages_and_sexes(MadeFrom({"prepared": {"from": str(tmp_path / "prepared")}}, rows))
     assert said == "Age 31 to 66 in 2 of 3 participants learned from. Sex: F 2, M 1."
+    fewer = pd.read_csv(tmp_path / "prepared/index.csv", dtype={"participant": str, "session": str})
+    fewer.drop(index=1).to_csv(tmp_path / "prepared/index.csv", index=False)  # the man has left the store
+    left = _ages_and_sexes(MadeFrom({"prepared": {"from": str(tmp_path / "prepared")}}, rows))
+    assert left == "Age 31 to 66 in 2 of 3 participants learned from. Sex: F 2, not known 1."
     gone = _ages_and_sexes(MadeFrom({"prepared": {"from": str(tmp_path / "gone")}}, rows))
-    assert gone == "Not known here: age and sex of the participants; whoever publishes this has to add it."
+    assert gone == "To be added before publication: age and sex of the participants, not known here."
+
+
+@pytest.mark.parametrize("its_table_is_there", [True, False])
+def test_the_name_of_a_folder_that_stands_for_a_dataset_is_not_published(tmp_path, its_table_is_there):
+    rows = pd.DataFrame({"scan": ["a", "b"], "participant": ["?clinic_x/a", "OASIS/b"], "part": "learned from",
+                         "dataset": ["?clinic_x", "OASIS"]})
+    if its_table_is_there:
+        write(tmp_path, MadeFrom({"kit": "1", "fingerprint": "f1"}, rows))
+    text = "\n".join(_data({"made_from": {"fingerprint": "f1"}, "seen": {"dataset": {"?clinic_x": 1, "OASIS": 1}}},
+                           tmp_path))
+    assert "clinic_x" not in text and "| (no name) |" in text and "| OASIS |" in text
+    assert ("| learned from |" in text) == its_table_is_there
+
+
+def test_an_encoder_that_names_no_version_is_not_said_to_be_of_this_one(exported):
+    folder, *_ = exported
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["kit"] is None
+    assert "Made by an older kit, weights " in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_card_without_a_run_says_what_is_not_known(runs, tmp_path):

@@ -6,7 +6,7 @@ import re
 import nbformat
 import pytest
 
-from kit.cells import _papermills
+from kit.cells import from_papermill
 from kit.execute import FOLDER, defaults
 from kit.params import NOTEBOOKS
 
@@ -49,7 +49,7 @@ def test_at_most_a_third_of_the_outputs_are_unchecked(name):
 def test_parameters_are_the_models_own(name):
     cell, = (cell for cell in code(name) if "parameters" in tags(cell))
     assert cell.source.startswith("# Parameters\n")
-    assert not _papermills(cell.source), "a comment tells it from the cell that papermill injects"
+    assert not from_papermill(cell.source), "a comment tells it from the cell that papermill injects"
     NOTEBOOKS[name].model_validate(defaults(name))
     optional = {field for field, info in NOTEBOOKS[name].model_fields.items() if not info.is_required()}
     needed = set(NOTEBOOKS[name].model_fields) - optional

@@ -10,7 +10,7 @@ import yaml
 
 from kit.augment.recipe import names, read_recipe
 from kit.params import LONGEST_RETRY, NOTEBOOKS, Explore, Preprocess, Pretrain
-from kit.reading import ParameterError, check, meanings, read_yaml
+from kit.reading import ParameterError, check, meanings, read_options, read_yaml
 from kit.runs import ROOT, outputs_dir, resolve, shown
 from kit.train.distributed import PATIENCE
 
@@ -116,6 +116,20 @@ def test_what_was_typed_arrives(prepared, tmp_path, typed, name, value):
     (tmp_path / "mine.yaml").write_text(f"prepared: {prepared}\noutput_dir: outputs/x\n{typed}\n")
     found = getattr(check(Pretrain, read_yaml(tmp_path / "mine.yaml")), name)
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(("typed", "read", "lost"), [
+    ("run #1", "'run'", "#1"), ("[age, sex]  # two", "['age', 'sex']", "# two"), ("#1", "None", "#1"),
+    ("A: run #1", "{'A': 'run'}", "#1")])
+def test_an_option_of_which_yaml_drops_a_part_as_a_comment_is_refused(typed, read, lost):
+    with pytest.raises(ParameterError) as error:
+        read_options([("seed", "1"), ("task", typed)])
+    assert f"task: YAML reads {typed!r} as {read} and takes {lost!r} for a comment" in str(error.value)
+
+
+def test_an_option_may_hold_a_hash():
+    assert read_options([("task", "'run #1'"), ("split", "run#1"), ("aliases", "")]) == {
+        "task": "run #1", "split": "run#1", "aliases": None}
 
 
 @pytest.mark.parametrize("name", ["output_dir", "prepared", "aliases"])

@@ -66,9 +66,20 @@ def test_a_benchmarks_words_tell_encoders_from_random_weights_and_baselines(stor
     write(tmp_path, MadeFrom({"kit": "1.0", "fingerprint": "f1", "models": models}))
     assert words(tmp_path) == (
         "made from: encoder SimCLR 01234567 (simclr), random init from random weights, baselines voxels and site, "
-        f"{len(store.index)} scans of prepared, kit 1.0; fingerprint f1")
+        f"up to {len(store.index)} scans of prepared, kit 1.0; fingerprint f1")
     write(tmp_path, account(store, encoder={"weights": "0123456789", "objective": "random"}))  # of 3_finetune: no names
     assert words(tmp_path).startswith("made from: encoder 01234567 (random), ")
+
+
+@pytest.mark.parametrize(("folds", "said"), [
+    (1, "SimCLR 00000000 (simclr)"), (2, "SimCLR 00000000, 11111111 (simclr)"),
+    (4, "SimCLR 00000000, 11111111, 22222222 ... (simclr)")])
+def test_a_benchmarks_words_show_the_encoders_of_several_folds(store, tmp_path, folds, said):
+    record = account(store).record  # of two tasks for each fold
+    models = {f"{fold}{task}": {**record, "encoder": {"name": "SimCLR", "weights": str(fold) * 16,
+                                                      "objective": "simclr"}} for fold in range(folds) for task in "ab"}
+    write(tmp_path, MadeFrom({"kit": "1.0", "fingerprint": "f1", "models": models}))
+    assert words(tmp_path).startswith(f"made from: encoder {said}, up to {len(store.index)} scans")
 
 
 def test_a_record_that_cannot_be_read_just_now_is_not_taken_for_none(tmp_path):

@@ -43,30 +43,6 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_its_writer_keeps_to_itself_is_for_others_as_well(tmp_path):
-    """As safetensors' `save_file` does; the umask decides, and a link's source keeps its mode."""
-    code = """if True:
-        import os, sys, pathlib
-        os.umask(int(sys.argv[2], 8))
-        import torch
-        from safetensors.torch import save_file
-        from kit.runs import write_whole
-        path = pathlib.Path(sys.argv[1])
-        path.parent.mkdir()
-        write_whole(path, lambda aside: save_file({"a": torch.zeros(1)}, aside))
-        path.with_name("text").write_text("")
-        print(oct(path.stat().st_mode & 0o777), oct(path.with_name("text").stat().st_mode & 0o777))
-    """
-    for number, (umask, mode) in enumerate((("022", "0o644"), ("027", "0o640"), ("077", "0o600"))):
-        path = tmp_path / str(number) / "encoder.safetensors"
-        done = subprocess.run([sys.executable, "-c", code, str(path), umask], capture_output=True, text=True)
-        assert done.stdout.split() == [mode, mode], done.stderr
-    source = tmp_path / "source"
-    source.touch(mode=0o600)
-    write_whole(tmp_path / "link", lambda aside: os.link(source, aside))
-    assert source.stat().st_mode & 0o777 == 0o600
-
-
 def test_other_parameters_are_refused_with_the_differences(tmp_path):
     Run.open(tmp_path / "run", {"seed": 5, "epochs": 3, "workers": 1}).close()
     Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 1}).close()  # nothing was done there
@@ -102,6 +78,27 @@ def test_what_is_written_before_the_first_checkpoint_does_not_fix_the_parameters
     (run / result).touch()
     with pytest.raises(RunError, match="chunk: the folder has 3, asked for 2"):
         Run.open(run, {"chunk": 2})
+
+
+def test_a_folder_of_other_files_is_no_run_and_is_left_as_it_is(tmp_path):
+    for name in ("predictions.csv", "figures/mine.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(RunError, match=r"holds files but no params.yaml, so it is no run of the kit.* another output"):
+        Run.open(tmp_path, {"seed": 0})
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} - {".lock"} == {
+        "predictions.csv", "figures", "figures/mine.png"}
+    (tmp_path / "predictions.csv").unlink()
+    Run.open(tmp_path, {"seed": 0}).close()
+
+
+@pytest.mark.parametrize("name", ["2_pretrain.ipynb", "report.html", "slurm-1.out", "slurm-1.err", "job.log",
+                                  "preparation.json", "shards/0", "cells/a"])
+def test_what_jobs_notebooks_and_shards_leave_before_a_run_is_no_other_file(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    Run.open(tmp_path, {"seed": 0}).close()
+    assert (tmp_path / "params.yaml").exists() and (tmp_path / name).exists()
 
 
 HOLDS = """
@@ -217,7 +214,8 @@ def test_what_a_run_leaves(tmp_path):
     run.metrics({"loss": 2})
     assert run.metrics({"auc": 0.5}) == {"loss": 2.0, "auc": 0.5} == json.loads((run / "metrics.json").read_text())
     assert run.metrics({"auc_low": float("nan")})["auc_low"] is None
-    assert "NaN" not in (run / "metrics.json").read_text()  # which is no JSON
+    assert run.metrics({"auc_high": float("inf")})["auc_high"] is None
+    assert not {"NaN", "Infinity"} & set((run / "metrics.json").read_text().replace(",", " ").split())  # no JSON
     assert "torch==" in (run / "environment.txt").read_text()
     (run / "made_from.json").write_text('{"fingerprint": "f123"}')
     assert run.metrics({"auc": 0.6})["fingerprint"] == "f123"

@@ -4,8 +4,9 @@
 and make the same views one scan at a time, in a brain's voxels only, which suits a CPU's cache. Here every step acts on
 the box, (batch, depth, height, width), zero outside the masks, and a view without a transform gets its neutral value.
 
-Only noise differs: a CPU draws it with torch's generator, and this with Philox (`normal`). A view does not depend on
-the rest of the batch, but for rounding: the order of a sum depends on the batch's size.
+Noise differs: a CPU draws it with torch's generator, and this with Philox (`normal`). So may voxels that fall exactly
+between two of the scan's, as coordinates are rounded differently. A view does not depend on the rest of the batch, but
+for rounding: the order of a sum depends on the batch's size.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 class Recipe(BaseModel):
-    """A view's transforms, in the order they act. All act before the final z-score, except cutout and patches.
+    """A view's transforms, in the order they act, whatever their order in a file.
+
+    All act before the final z-score, except cutout and patches.
 
     If scans are not z-scored, views return to their original intensity scale; see `kit.augment.views.make_views`.
     """
@@ -55,7 +57,7 @@ class Recipe(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as YAML values."""
-        return self.model_dump(exclude_none=True, exclude_unset=False, mode="json")
+        return self.model_dump(exclude_none=True, mode="json")
 
     def setting(self, name: str, setting: str) -> Any:
         """Return a transform's setting besides its range; if the recipe lacks the transform, the setting's default."""
@@ -67,10 +69,9 @@ class Recipe(BaseModel):
     def text(self) -> str:
         """Return the recipe as YAML, one transform a line; `read_recipe` reads it back."""
         plain = self.plain()
-        strength = {"strength": plain.pop("strength")} if "strength" in plain else {}
-        lines = [f"{name}: " + yaml.safe_dump(values, sort_keys=False, default_flow_style=True, width=10_000)
-                 for name, values in plain.items()]
-        return (yaml.safe_dump(strength) if strength else "") + "".join(lines)
+        first = yaml.safe_dump({"strength": plain.pop("strength")})
+        return first + "".join(f"{name}: " + yaml.safe_dump(values, sort_keys=False, default_flow_style=True,
+                                                            width=10_000) for name, values in plain.items())
 
 
 def transform_types() -> dict[str, type[kinds.Transform]]:
@@ -95,7 +96,7 @@ def alone(name: str, share: float = 1.0) -> Recipe:
 
 
 def strength_in_words(name: str, share: float) -> str:
-    """Say how strong `alone(name, share)` is, in a few letters, such as `±22°`, `6 mm` or `≥ 60%`."""
+    """Describe the strength of `alone(name, share)` briefly, such as `±22°`, `6 mm` or `≥ 60%`."""
     transform = getattr(alone(name, share), name)
     if widest := getattr(transform, "degrees", None):
         return f"±{widest[0]:.0f}°"

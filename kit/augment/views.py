@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from kit.augment.spatial import bend, cropped_box, scatter, view_to_scan, warp
 
 ATTEMPTS = 8  # times a view is drawn at random before its crop is centred on the brain
 LEAST_OF_BOX = 0.01  # share of the box that must be brain
-GREY = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "rician_sd")
+MAGNITUDE = ("scale", "gamma", "gamma_inverted", "contrast", "histogram_sd", "bias_sd", "rician_sd")  # darkest at 0
 WHOLE_BOX = ("motion_mm", "ghosting", "spike", "gibbs_mm", "slice_mm", "blur_mm", "sharpen")  # act on the whole box
 
 Views = tuple[torch.Tensor, torch.Tensor, list[Draw]]
@@ -37,6 +36,10 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
     Others are z-scored over the view's brain, augmented, z-scored again, and mapped back to the mean and SD that the
     view had before its grey levels changed.
 
+    Ranges in standard deviations (noise, Rician noise, spikes) are of the scan's SD if it is z-scored, else of the
+    view's, which differs after a crop. Ranges in mm are of the view: after a crop of half the side, a blur of 4 mm
+    covers 2 mm of anatomy.
+
     Args:
         images: (batch, 1, depth, height, width) of any floating type, zero outside the mask; not modified.
         masks: (batch, 1, depth, height, width) bool.
@@ -48,7 +51,7 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
 
     Returns:
         views (batch, 1, depth, height, width) float32 (float64 if the scans are), zero outside the mask;
-        their masks; and what was drawn, which `apply` can repeat.
+        their masks; and what was drawn, which `apply` can repeat (noise only on the same kind of device).
     """
     def drawn_for(number: int, attempt: int) -> Draw:
         drawn = draw(recipe, seed, epoch, keys[number], view, attempt)
@@ -61,7 +64,10 @@ def make_views(images: torch.Tensor, masks: torch.Tensor, keys: Sequence[int], r
 @torch.no_grad()
 def apply(images: torch.Tensor, masks: torch.Tensor, draws: Sequence[Draw], recipe: Recipe,
           spacing_mm: float = 1.0, zscored: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the views that these draws describe; arguments as in `make_views`."""
+    """Make the views that these draws describe, one of each scan; other arguments as in `make_views`.
+
+    Of the recipe only settings besides the ranges are used, such as `knots`.
+    """
     make = _one_by_one if images.device.type == "cpu" else _together
     return make(images, masks, lambda number, _: draws[number], 0, recipe, spacing_mm, zscored)[:2]
 
@@ -73,10 +79,11 @@ def _one_by_one(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, 
 
     def make(number: int) -> Draw:
         image, mask = images[number, 0], masks[number, 0]
+        whole = int(torch.count_nonzero(mask))
         for attempt in range(redraws + 1):
             drawn = drawn_for(number, attempt)
             values, indices = _geometry(image, mask, drawn, recipe, spacing_mm)
-            if _enough(len(indices), mask.numel(), lambda: int(torch.count_nonzero(mask))):
+            if _enough(len(indices), whole, mask.numel()):
                 break
         _fill(views[number, 0], view_masks[number, 0], values, indices, drawn, recipe, spacing_mm, zscored)
         return drawn
@@ -92,7 +99,7 @@ def _together(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, re
     whole, voxels = masks.flatten(1).sum(1), masks[0].numel()
     for attempt in range(1, redraws + 1):
         counts = torch.stack([view_masks.flatten(1).sum(1), whole], dim=1).tolist()
-        few = [number for number, (seen, has) in enumerate(counts) if not _enough(seen, voxels, partial(int, has))]
+        few = [number for number, (seen, has) in enumerate(counts) if not _enough(seen, has, voxels)]
         if not few:
             break
         for number in few:
@@ -103,9 +110,9 @@ def _together(images: torch.Tensor, masks: torch.Tensor, drawn_for: DrawnFor, re
     return views[:, None], view_masks[:, None], draws
 
 
-def _enough(seen: int, voxels: int, whole: Callable[[], int]) -> bool:
-    """Whether `seen` brain voxels suffice: `LEAST_OF_BOX` of the box's `voxels`, or half of the scan's, `whole()`."""
-    return seen >= LEAST_OF_BOX * voxels or seen >= 0.5 * whole()
+def _enough(seen: int, whole: int, voxels: int) -> bool:
+    """Whether `seen` brain voxels are `LEAST_OF_BOX` of the box's `voxels`, or half of the scan's `whole`."""
+    return seen >= min(LEAST_OF_BOX * voxels, 0.5 * whole)
 
 
 def _nothing(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,9 +126,9 @@ def _geometry(image: torch.Tensor, mask: torch.Tensor, drawn: Draw, recipe: Reci
               spacing_mm: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the values of the view's brain, and their indices in the flattened view."""
     shape, apart = tuple(image.shape), recipe.setting("elastic", "apart_mm")
-    stretched = _drawn(drawn, ["rotation_degrees"]) and recipe.setting("rotate", "padding") == "border"
+    repeats_border = _drawn(drawn, ["rotation_degrees"]) and recipe.setting("rotate", "padding") == "border"
     return warp(image, mask, view_to_scan(drawn, shape, spacing_mm), bend(drawn, shape, spacing_mm, apart),
-                apart / spacing_mm, box=cropped_box(drawn, shape) if stretched else None)
+                apart / spacing_mm, box=cropped_box(drawn, shape) if repeats_border else None)
 
 
 def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, drawn: Draw,
@@ -136,7 +143,7 @@ def _fill(view: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, indice
     if not zscored:
         sd, mean = torch.std_mean(values, correction=0)
         contrast.z_score(values)
-    if _drawn(drawn, GREY + WHOLE_BOX):
+    if _drawn(drawn, MAGNITUDE + WHOLE_BOX):
         contrast.magnitude(values)
         _contrast(values, indices, shape, drawn, recipe, spacing_mm)
         if _drawn(drawn, WHOLE_BOX):
@@ -201,7 +208,7 @@ def _drawn(drawn: Draw, names: Sequence[str]) -> bool:
 
 def _centred(drawn: Draw, mask: torch.Tensor) -> Draw:
     """Move a draw's crop to the brain's centre, as far as the scan allows, and drop its translation."""
-    points = mask.nonzero().float().mean(0).cpu().numpy() if mask.any() else np.asarray(mask.shape) / 2
+    centre = mask.nonzero().float().mean(0).cpu().numpy() if mask.any() else np.asarray(mask.shape) / 2
     size = np.asarray(drawn.crop_size)
-    start = np.clip((points + 0.5) / np.asarray(mask.shape) - size / 2, 0, 1 - size)
+    start = np.clip((centre + 0.5) / np.asarray(mask.shape) - size / 2, 0, 1 - size)
     return replace(drawn, crop_start=tuple(start.tolist()), translation_mm=(0.0, 0.0, 0.0))

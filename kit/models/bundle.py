@@ -29,7 +29,7 @@ PROGRAM = "program.pt2"
 FACTS = ("shape", "spacing_mm", "origin_mm", "intensity")  # of the preparation, repeated at the top of config.json
 
 
-class Plain(NamedTuple):
+class MonaiNetwork(NamedTuple):
     """An encoder as one of MONAI's networks: `getattr(monai.networks.nets, name)(**arguments)` loads the weights."""
 
     name: str
@@ -38,7 +38,7 @@ class Plain(NamedTuple):
     tokens: list[int] | None = None  # ViT: patches whose tokens are averaged; None: forward returns the features
 
 
-def plain(encoder: nn.Module) -> Plain:
+def as_monai_network(encoder: nn.Module) -> MonaiNetwork:
     """Describe an encoder by MONAI's class and parameter names.
 
     MONAI's DenseNet cannot be built without a class layer. Here that layer is the identity, so MONAI's forward returns
@@ -48,15 +48,15 @@ def plain(encoder: nn.Module) -> Plain:
         EncoderError: it is not one of the kit's own networks.
     """
     if isinstance(encoder, ResNetEncoder):
-        return Plain("ResNet", encoder.arguments, _weights(encoder.network))
+        return MonaiNetwork("ResNet", encoder.arguments, _weights(encoder.network))
     if isinstance(encoder, DenseNetEncoder):
         last = {"class_layers.out.weight": torch.eye(encoder.features),
                 "class_layers.out.bias": torch.zeros(encoder.features)}
         arguments = {"spatial_dims": 3, "in_channels": 1, "out_channels": encoder.features}
-        return Plain("DenseNet121", arguments, _weights(encoder.network) | last)
+        return MonaiNetwork("DenseNet121", arguments, _weights(encoder.network) | last)
     if isinstance(encoder, ViTEncoder):
-        return Plain("MaskedAutoEncoderViT", json.loads(json.dumps(encoder.arguments)), _weights(encoder.autoencoder),
-                     encoder.brain_patches.tolist())
+        return MonaiNetwork("MaskedAutoEncoderViT", json.loads(json.dumps(encoder.arguments)),
+                            _weights(encoder.autoencoder), encoder.brain_patches.tolist())
     raise EncoderError(f"{type(encoder).__name__}: no export to MONAI's classes is known for this network")
 
 
@@ -68,15 +68,19 @@ def config_of(encoder: nn.Module, record: dict[str, Any]) -> dict[str, Any]:
     """Contents of config.json: the network, its input, and how scans must be prepared for it.
 
     Args:
-        encoder, record: from `kit.models.encoder_file.load_encoder`.
+        encoder, record: from `kit.models.encoder_file.load_encoder`, of trained weights: a record of random ones has no
+            preparation.
+
+    Raises:
+        EncoderError: it is not one of the kit's own networks.
     """
-    preparation, as_monai = record["preparation"], plain(encoder)
+    preparation, as_monai = record["preparation"], as_monai_network(encoder)
     config = {
         "architecture": record["architecture"], "objective": record.get("objective"),
         "class": f"monai.networks.nets.{as_monai.name}", "arguments": as_monai.arguments, "features": encoder.features,
         "input": ["batch", 1, *preparation["shape"]], "axes": list(preparation["axes"]),
         **{name: preparation.get(name) for name in FACTS}, "preparation": preparation,
-        "kit": record.get("kit", kit.__version__), "weights": weights_digest(encoder),
+        "kit": record.get("kit"), "weights": weights_digest(encoder),
         "fingerprint": record.get("made_from", {}).get("fingerprint")}
     return config if as_monai.tokens is None else {
         **config, "pooling": "mean over these tokens of the last block, without the class token",
@@ -85,7 +89,8 @@ def config_of(encoder: nn.Module, record: dict[str, Any]) -> dict[str, Any]:
 
 def write_weights(path: Path, encoder: nn.Module) -> Path:
     """Write `model.safetensors` with MONAI's parameter names."""
-    values = save(plain(encoder).weights, metadata={"format": "pt"})  # `save_file` on a full disk raises no OSError
+    # `save_file` on a full disk raises no OSError
+    values = save(as_monai_network(encoder).weights, metadata={"format": "pt"})
     return write_whole(path, lambda aside: aside.write_bytes(values))
 
 
@@ -120,7 +125,7 @@ def write_bundle(folder: Path, encoder: nn.Module, config: dict[str, Any], descr
     write_json(folder / "configs/metadata.json", metadata_of(config, description, licence))
     write_json(folder / "configs/inference.json", inference_of(config))
     if "tokens" not in config:
-        _written(folder / "models/model.pt", lambda file: torch.save(plain(encoder).weights, file))
+        _written(folder / "models/model.pt", lambda file: torch.save(as_monai_network(encoder).weights, file))
 
 
 def metadata_of(config: dict[str, Any], description: str, licence: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from kit.cohort.identity import UNNAMED
 from kit.cohort.labels import sexes
 from kit.cohort.tables import PROCEDURAL
 from kit.cohort.tabular import ages, spelled
@@ -58,9 +59,9 @@ def card(record: Mapping[str, Any], config: Mapping[str, Any], run: Path, licenc
 def description(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Describe the encoder in two sentences, and in a third say if it was trained on procedural data."""
     side = "×".join(map(str, config["shape"]))
+    by = ", ".join(f"{word} {config[word]}" for word in ("kit", "fingerprint") if config[word]) or "an older kit"
     text = (f"An encoder of 3D brain MRI: a scan of {side} voxels of {config['spacing_mm']:g} mm becomes "
-            f"{config['features']} features. Made by kit {config['kit']}, fingerprint {config['fingerprint']}, weights "
-            f"{config['weights']}.")
+            f"{config['features']} features. Made by {by}, weights {config['weights']}.")
     return text + _procedural(record)
 
 
@@ -71,7 +72,7 @@ def _procedural(record: Mapping[str, Any]) -> str:
         return ""
     share = "all" if made_up == sum(datasets.values()) else f"{made_up} of {sum(datasets.values())}"
     return (f" **Procedural data: {share} scans that it was trained on were drawn by a program, and no person was "
-            "scanned for them; neither features nor scores say anything of people.**")
+            "scanned for them; neither features nor scores say anything about people.**")
 
 
 def _data(record: Mapping[str, Any], run: Path) -> list[str]:
@@ -79,16 +80,21 @@ def _data(record: Mapping[str, Any], run: Path) -> list[str]:
     made, known = read_made_from(run), record.get("made_from", {})
     head = ["## Data"]
     if made and made.rows is not None and made.fingerprint == known.get("fingerprint"):
-        rows = made.rows.assign(dataset=made.rows["dataset"].replace("", "(no name)"))
+        rows = made.rows.assign(dataset=made.rows["dataset"].map(_public))
         counts = rows.groupby(["dataset", "part"], sort=True).agg(participants=("participant", "nunique"),
                                                                   scans=("scan", "size")).reset_index()
         return [*head, _table(counts), f"Together {rows['participant'].nunique()} participants, {len(rows)} scans. "
                 "Only \"learned from\" moved the weights.", _ages_and_sexes(made)]
     if seen := record.get("seen", {}).get("dataset"):
         people = known.get("prepared", {}).get("participants", "an unknown number of")
-        return [*head, _table(pd.DataFrame({"dataset": list(seen), "scans": list(seen.values())})),
+        return [*head, _table(pd.DataFrame({"dataset": list(map(_public, seen)), "scans": list(seen.values())})),
                 f"Together {people} participants.", _ages_and_sexes(None)]
     return [*head, "The encoder's file does not say.", _ages_and_sexes(None)]
+
+
+def _public(dataset: str) -> str:
+    """A dataset's name for the card; one without a name is called by its file or folder, which stays private."""
+    return "(no name)" if not dataset or dataset.startswith(UNNAMED) else dataset
 
 
 def _ages_and_sexes(made: MadeFrom | None) -> str:
@@ -100,7 +106,7 @@ def _ages_and_sexes(made: MadeFrom | None) -> str:
         except (OSError, KitError, KeyError):  # moved, or gone
             index = pd.DataFrame(columns=["scan"])
         learned = made.rows.loc[made.rows["part"] == "learned from", ["scan", "participant"]]
-        table = learned.merge(index.drop(columns="participant", errors="ignore"), on="scan")
+        table = learned.merge(index.drop(columns="participant", errors="ignore"), on="scan", how="left")
     said = []
     age, sex = spelled(table, "age"), spelled(table, "sex") or spelled(table, "gender")
     if age and pd.api.types.is_numeric_dtype(years := ages(table[age])) and years.notna().any():
@@ -111,8 +117,7 @@ def _ages_and_sexes(made: MadeFrom | None) -> str:
         counts = known_sex.fillna("not known").astype(str).value_counts()
         said.append(f"Sex: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
     if missing := [name for name in ("age", "sex") if not any(each.lower().startswith(name) for each in said)]:
-        said.append(f"Not known here: {' and '.join(missing)} of the participants; whoever publishes this has to "
-                    "add it.")
+        said.append(f"To be added before publication: {' and '.join(missing)} of the participants, not known here.")
     return " ".join(said)
 
 
@@ -175,7 +180,7 @@ features = {features}
 With torch alone: `torch.export.load("program.pt2").module()(scans)`. As a MONAI bundle, on prepared scans as NIfTI in
 `scans/`: `python -m monai.bundle run --config_file configs/inference.json` (which needs `pip install fire`) writes
 `features/features.csv`. The bundle checks a scan's shape, not how it was prepared.
-With the kit this folder is an `encoder`."""
+To use it in the kit, give this folder as `encoder`."""
 
 
 def _limits(record: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from kit.models.encoder import Encoder
@@ -37,7 +37,8 @@ def save_encoder(path: str | Path, encoder: nn.Module, record: dict[str, Any]) -
         record: JSON values: architecture, objective, preparation, participants and voxels (hashed ids), made_from.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    return write_whole(path, lambda aside: save_file(weights, aside, metadata={"record": json.dumps(record)}))
+    values = save(weights, metadata={"record": json.dumps(record)})  # `save_file` on a full disk raises no OSError
+    return write_whole(path, lambda aside: aside.write_bytes(values))
 
 
 def read_record(spec: str | Path) -> dict[str, Any]:
@@ -96,11 +97,11 @@ def side_of(spec: str | Path) -> dict[str, Side]:
 
 
 def weights_digest(network: nn.Module, drawn: str = "") -> str:
-    """Hash weights to 16 hexadecimal digits: names, shapes, dtypes, and values or, if given, how they were drawn.
+    """Hash the names, shapes, dtypes and values of weights to 16 hexadecimal digits.
 
     Args:
-        drawn: how random weights were drawn, hashed in place of their values. The values' last bits depend on torch's
-            version, so shards under two versions would each remove the other's results as made from other weights.
+        drawn: how random weights were drawn, hashed in place of their values, whose last bits depend on torch's
+            version: two shards of a benchmark under different versions would delete each other's results.
     """
     digest = hashlib.blake2b(drawn.encode(), digest_size=8)
     for name, weight in network.state_dict().items():
@@ -130,9 +131,14 @@ def load_encoder(spec: str | Path, preparation: dict[str, Any], seed: int = 0,
         seed: of random weights.
         allow: fields in which the preparations may differ; see `kit.provenance.check_fit`.
 
+    Returns:
+        the network, in training mode, and its record; of random weights that is only architecture, objective, seed and
+        participants.
+
     Raises:
         EncoderError: the file is not an encoder, its weights do not fit its architecture, or the scans were prepared
             differently (every difference is listed).
+        GridError: an architecture of random weights cannot read scans of this grid.
     """
     grid = Grid(preparation["shape"], preparation["spacing_mm"])
     kind, rest = encoder_parts(spec)
@@ -142,7 +148,7 @@ def load_encoder(spec: str | Path, preparation: dict[str, Any], seed: int = 0,
                                                           "seed": seed, "participants": []}
     record = read_record(spec)
     known = {} if record["preparation"] is None else {"encoder": Side(shown(resolve(rest)), record["preparation"])}
-    if message := misfit({**known, "these": Side("scans", preparation)}, allow):
+    if message := misfit({**known, "scans": Side("to be read", preparation)}, allow):
         raise EncoderError(message)
     path = _file(rest)
     try:

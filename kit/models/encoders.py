@@ -48,11 +48,12 @@ class ResNetEncoder(Encoder):
         narrow = architecture == "resnet18_narrow"
         widths = [16, 32, 64, 128] if narrow else [64, 128, 256, 512]
         stem = {"conv1_t_size": 3, "conv1_t_stride": 2, "no_max_pool": True} if narrow else {}
-        self.arguments: dict[str, Any] = {
+        self.arguments: dict[str, Any] = {  # of MONAI's class; an export's config.json repeats them
             "block": "basic", "layers": [2, 2, 2, 2], "block_inplanes": widths, "n_input_channels": 1,
-            "feed_forward": False, **stem}  # of MONAI's class; exported weights name them
+            "feed_forward": False, **stem}
         self.network = ResNet(**self.arguments)
-        self.network.maxpool, self.network.avgpool = MaxPool(3, 2, 1), AveragePool(1)  # MONAI's max-pool, see `MaxPool`
+        # The same pooling, with reproducible gradients on CUDA and means in float32.
+        self.network.maxpool, self.network.avgpool = MaxPool(3, 2, 1), AveragePool(1)
         self.features = widths[-1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -175,7 +176,8 @@ def build_encoder(architecture: str, grid: Grid, seed: int = 0) -> Encoder:
 
     Args:
         architecture: see `kit.params.Architecture` and `kit.models.third_party_networks.THIRD_PARTY`.
-        grid: of the scans that it will read; a ViT works on no other.
+        grid: of the scans that it will read. A ViT refuses scans of another shape; BrainIAC's networks would misplace
+            scans of another grid without an error.
         seed: of the weights; the caller's random state is left unchanged.
 
     Raises:

@@ -26,7 +26,10 @@ class FeatureError(KitError, ValueError):
 
 
 def stages_of(encoder: nn.Module) -> list[nn.Module]:
-    """Stages of an encoder, from input to output: 4 of a ResNet or DenseNet, each transformer block of a ViT."""
+    """Stages of an encoder, from input to output: 4 of a ResNet or DenseNet, each transformer block of a ViT.
+
+    They end before the final norm, so that the last stage's mean is the encoder's output for a ResNet only.
+    """
     if isinstance(encoder, ResNetEncoder):
         return [getattr(encoder.network, f"layer{number}") for number in range(1, 5)]
     if isinstance(encoder, DenseNetEncoder):
@@ -43,8 +46,8 @@ class FeatureReader(nn.Module):
         encoder: from `kit.models.encoders`, or a third-party network.
         pool: "mean" over voxels or brain tokens, "class" token of a ViT, or "default": the encoder's own output, or
             with stages their mean.
-        stages: numbers in `stages_of`, from 1, whose features are concatenated in this order; none: the encoder's
-            output.
+        stages: numbers in `stages_of`, from 1, whose features (before a final norm) are concatenated in this order;
+            none: the encoder's output.
         flips: average the features of a scan and of its mirror image.
 
     Raises:
@@ -72,7 +75,7 @@ class FeatureReader(nn.Module):
             self._read_at = [encoder.autoencoder.blocks[-1]]
 
     @property
-    def plain(self) -> bool:
+    def is_encoder_output(self) -> bool:
         """Whether the features read are simply the encoder's own output."""
         return not (self._read_at or self.flips)
 

@@ -101,6 +101,8 @@ def masks_for(keys: Sequence[int], tokens: int, ratio: float, *, seed: int, epoc
 def reconstruction_loss(true: torch.Tensor, predicted: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Mean squared error over each scan's scored patches, averaged over scans (He et al. 2022).
 
+    A scan without scored patches counts as 0.
+
     Args:
         true: see `MaskedAutoencoder.targets`.
         predicted: (batch, tokens, voxels of a patch), or one prediction for all scans (tokens, voxels of a patch).

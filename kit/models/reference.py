@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from sklearn.covariance import LedoitWolf
 
 from kit.runs import write_whole
@@ -68,7 +68,7 @@ def fit_reference(learned: np.ndarray, validation: np.ndarray) -> Reference:
 def save_reference(folder: Path, reference: Reference) -> None:
     """Write `reference.safetensors`."""
     arrays = {name: np.ascontiguousarray(value) for name, value in reference._asdict().items()}
-    write_whole(folder / FILE, lambda aside: save_file(arrays, aside))
+    write_whole(folder / FILE, lambda aside: aside.write_bytes(save(arrays)))
 
 
 def read_reference(model: Path) -> Reference | None:

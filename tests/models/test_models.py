@@ -1,6 +1,7 @@
 """Networks: MONAI's own, patches in order, encoder files that say what they are for."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -202,8 +203,19 @@ def test_encoder_file_round_trip_and_misfit(tmp_path, architecture):
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in encoder.state_dict().items())
     images = torch.randn(2, 1, *grid.shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded.eval()(images), encoder.eval()(images))
-    with pytest.raises(EncoderError, match=r"shape: .*\[.*\], these \[9, 9, 9\]\n.*spacing_mm: .*4.0, these 2"):
+    with pytest.raises(EncoderError, match=r"shape: encoder \[.*\], scans \[9, 9, 9\]\n.*spacing_mm: .*4.0, scans 2"):
         load_encoder(path, {**preparation, "shape": [9, 9, 9], "spacing_mm": 2.0})
+
+
+def test_an_encoder_without_room_is_an_os_error_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_encoder(tmp_path / "encoder.safetensors", build_encoder("resnet18_narrow", GRID), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_another_architecture_are_listed(tmp_path):
