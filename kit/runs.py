@@ -135,7 +135,7 @@ def _has_begun(folder: Path) -> bool:
     the logs of jobs are no results.
     """
     before = {"params.yaml", "environment.txt", "figures", "plan", MADE_FROM, "made_from.csv", "damaged.csv",
-              "tensorboard", "live.json"}
+              "tensorboard", "live.json", "stop", "preempted"}
     return any(path.name not in before and not path.name.startswith(".")  # .lock, .ipynb_checkpoints
                and path.suffix not in (".ipynb", ".html", ".out", ".err", ".log") for path in folder.iterdir())
 

@@ -61,6 +61,13 @@ def spelled(table: pd.DataFrame, name: str) -> str | None:
     return next((each for each in [name, *table] if each in table and str(each).casefold() == name), None)
 
 
+def numbers_in(column: pd.Series) -> pd.Series:
+    """Return the cells that are numbers, nan for other text, such as `NA`, `inf` and `007`."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column
+    return pd.to_numeric(column.where(column.astype(str).str.fullmatch(NUMBER)), errors="coerce")
+
+
 def looks_missing(cell: object) -> bool:
     """Return whether a cell looks like a code for a missing value: `WORDS_FOR_MISSING` or `CODES_FOR_MISSING`."""
     text = trimmed(str(cell)).casefold()

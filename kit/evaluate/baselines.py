@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError, sexes
-from kit.cohort.tabular import ages, spelled
+from kit.cohort.tabular import ages, numbers_in, spelled
 from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
 from kit.evaluate.tasks import CORRECTION, Part, Task
@@ -125,8 +125,8 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
     learned = index[column]
     if words_of(column) == {"age"}:
         learned, found = ages(learned), ages(found)
-    if pd.to_numeric(learned, errors="coerce").notna().sum() > learned.notna().sum() / 2:  # words are missing values
-        return pd.to_numeric(found, errors="coerce").astype(np.float64)
+    if numbers_in(learned).notna().sum() > learned.notna().sum() / 2:  # words among numbers are missing values
+        return numbers_in(found).astype(np.float64)
     return found.map(normalised, na_action="ignore").astype(object)
 
 
@@ -218,8 +218,8 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
         tell(f"validation scans with a value are all of one class, so the penalty is not chosen but {DEFAULT:g}")
     numbers = [name for name in train if train[name].dtype != object]
     categories = [name for name in train if name not in numbers]
-    for name in set(tables) - set(LEARNED):
-        for column in set(categories) - {"site"}:
+    for name in (each for each in tables if each not in LEARNED):
+        for column in (each for each in categories if each != "site"):
             values, known = tables[name][column].dropna(), train[column].dropna()
             if len(values) and len(known) and not values.isin(known).any():
                 tell(f"{column} of {name} has no value of training ({values.iloc[0]} there, {known.iloc[0]} in "

@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from sklearn.mixture import GaussianMixture
 
 from kit.cohort.identity import HEADINGS, headings, normalised, read_id
-from kit.cohort.tabular import TableError, read_foreign
+from kit.cohort.tabular import TableError, numbers_in, read_foreign
 from kit.preprocess.nifti import ScanError
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.template import template_on
@@ -152,9 +152,9 @@ def _read_volumes(path: Path, _stamp: tuple[int, int] | None) -> pd.DataFrame:
         raise TableError(f"{shown(path)}: several rows are of {', '.join(table.index[table.index.duplicated()][0])}; "
                          "add a column session, or scan as in index.csv, or keep one row")
     cells = table.drop(columns=[name for name in NAMES if name in table])
-    numbers = cells.apply(pd.to_numeric, errors="coerce")
+    numbers = cells.apply(numbers_in)
     text = [name for name in cells if numbers[name].count() < cells[name].count()]
-    if mixed := [name for name in text if numbers[name].count()]:
+    if mixed := [name for name in text if numbers[name].count() >= cells[name].count() / 2]:
         raise TableError(f"{shown(path)}: {', '.join(map(str, mixed[:5]))}: text among the numbers; leave the cells of "
                          "missing volumes empty")
     numbers = numbers.drop(columns=text).dropna(axis=1, how="all").astype(np.float64)
