@@ -4,8 +4,9 @@ BIN := .venv/bin
 READY := .venv/ready
 # packages from `make wheelhouse`, for a machine without internet: make WHEELHOUSE=wheelhouse setup
 FROM := $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
-# two files of tests at a time, one thread each; threads that wait leave the core to others
-TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2
+# two files of tests at a time, one thread each; threads that wait leave the core to others; the hundreds of processes
+# that tests start find the kit compiled, whatever the shell says
+TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2
 
 # whatever the machine's locale, and whatever a library makes of it, text is UTF-8
 export PYTHONUTF8 := 1

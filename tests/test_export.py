@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -44,6 +43,11 @@ WITHOUT_KIT = "import sys; sys.modules['kit'] = None; from monai.bundle import r
     "bundle_root=sys.argv[2])"
 
 
+def preparation(grid):
+    return {"axes": "zyx", "shape": list(grid.shape), "spacing_mm": 4.0, "origin_mm": list(grid.origin_mm),
+            "intensity": "zscore", "template": "t"}
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def exported(request, tmp_path_factory):
     """A folder, the encoder that it is of, three scans and their features; batch norms have seen scans."""
@@ -53,10 +57,9 @@ def exported(request, tmp_path_factory):
     with torch.no_grad():
         encoder(2 * scans + 1)
         features = encoder.eval()(scans)
-    preparation = {"axes": "zyx", "shape": list(grid.shape), "spacing_mm": 4.0, "origin_mm": list(grid.origin_mm),
-                   "intensity": "zscore", "template": "t"}
     save_encoder(folder / "run/encoder.safetensors", encoder, {
-        "architecture": request.param, "objective": "simclr", "preparation": preparation, "participants": ["ab"]})
+        "architecture": request.param, "objective": "simclr", "preparation": preparation(grid),
+        "participants": ["ab"]})
     return export(folder / "run", folder / "out"), grid, scans, features
 
 
@@ -142,11 +145,11 @@ def test_the_bundles_metadata_has_what_monais_schema_requires(exported):
     assert not model.exists() or torch.load(model, weights_only=True)
 
 
-def test_a_neighbours_reference_is_not_exported(exported, tmp_path):
-    own, *_ = exported
-    (tmp_path / "run").mkdir()
+def test_a_neighbours_reference_is_not_exported(tmp_path):
     for name in ("encoder.safetensors", "other.safetensors"):
-        shutil.copy(own / "encoder.safetensors", tmp_path / "run" / name)
+        save_encoder(tmp_path / "run" / name, build_encoder("resnet18_narrow", GRID), {
+            "architecture": "resnet18_narrow", "objective": "simclr", "preparation": preparation(GRID),
+            "participants": []})
     (tmp_path / "run" / "reference.safetensors").write_bytes(b"of encoder.safetensors")
     assert (export(tmp_path / "run", tmp_path / "one") / "reference.safetensors").exists()
     assert not (export(tmp_path / "run" / "other.safetensors", tmp_path / "two") / "reference.safetensors").exists()
@@ -154,13 +157,13 @@ def test_a_neighbours_reference_is_not_exported(exported, tmp_path):
 
 def test_the_folder_is_an_encoder_of_the_kit(exported):
     folder, _, scans, features = exported
-    preparation = read_record(folder)["preparation"]
-    again, record = load_encoder(folder, preparation)
+    prepared = read_record(folder)["preparation"]
+    again, record = load_encoder(folder, prepared)
     assert torch.equal(again.eval()(scans), features) and record["participants"] == ["ab"]
     with pytest.raises(EncoderError, match="prepared differently"):
-        load_encoder(folder, {**preparation, "intensity": "whitematter"})
+        load_encoder(folder, {**prepared, "intensity": "whitematter"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert config["preparation"] == preparation and config["input"] == ["batch", 1, *preparation["shape"]]
+    assert config["preparation"] == prepared and config["input"] == ["batch", 1, *prepared["shape"]]
 
 
 @pytest.fixture(scope="module")

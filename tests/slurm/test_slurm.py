@@ -160,27 +160,24 @@ def test_a_job_of_low_priority_makes_room_and_goes_on_where_it_was(jobs, scans, 
     assert one_log(job.run, 12)["loss"].tolist()[:len(first)] == [row["loss"] for row in first]
 
 
-def test_a_training_that_does_not_stop_in_time_is_requeued_from_its_last_checkpoint(jobs, scans, tmp_path, monkeypatch):
-    """As in a long validation, or where a process hangs: the kernel is suspended until Slurm kills it."""
+def test_a_training_that_fails_and_then_hangs_is_requeued_from_its_last_checkpoint(jobs, scans, tmp_path, monkeypatch):
+    """It hangs as in a long validation: the kernel is suspended until Slurm kills it."""
     monkeypatch.setitem(jobs.env, "KIT_STOP_SECONDS", "2")
     job = Job(jobs, tmp_path / "job", scans, "--cpus-per-task=1", epochs=12)
     job.reach(4)
+    kernel(job.number).kill()
+    job.wait("PENDING", seconds=60)
+    job.wait("RUNNING")
+    job.reach(12)
     kernel(job.number).suspend()
     first = checkpoint.read_checkpoint(job.run / "checkpoints")["log"]
     job.signal("-b", "-s", "USR1")
     job.wait("PENDING", seconds=60)
     job.wait("COMPLETED")
-    assert "it has not stopped yet; requeued as it is" in job.text()[0] and int(job.show("Restarts")) == 1
+    log = job.text()[0]
+    assert "it failed after a checkpoint; requeued" in log and "it has not stopped yet; requeued as it is" in log
+    assert job.show("Restarts") == "2"
     assert one_log(job.run, 12)["loss"].tolist()[:len(first)] == [row["loss"] for row in first]
-
-
-def test_a_training_that_fails_after_a_checkpoint_is_requeued_and_goes_on(jobs, scans, tmp_path):
-    job = Job(jobs, tmp_path / "job", scans, "--cpus-per-task=1", epochs=12)
-    job.reach(4)
-    kernel(job.number).kill()
-    job.wait("PENDING", seconds=60)
-    job.wait("COMPLETED")
-    assert "it failed after a checkpoint; requeued" in job.text()[0] and one_log(job.run, 12)["epoch"].size == 12
 
 
 def test_an_array_whose_tasks_would_write_one_notebook_is_refused(jobs, scans, tmp_path):

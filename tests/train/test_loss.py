@@ -117,18 +117,16 @@ class Embed(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_two_and_four_processes_go_the_way_of_one(tmp_path):
+def test_four_processes_go_the_way_of_one(tmp_path):
     _curves(str(tmp_path))
-    for processes in (2, 4):
-        launch(_curves, (str(tmp_path),), processes)
+    launch(_curves, (str(tmp_path),), 4)
     # Seen: float64 2e-14, where the loss falls from 3 to .04. Float32 1.3e-6, at a rate by which it falls 3 %: training
     # is chaotic, each step multiplies what rounding left.
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         one = np.load(tmp_path / f"{dtype}-1-0.npz")
         assert one["losses"][-1] < 0.98 * one["losses"][0]
-        for processes in (2, 4):
-            for number in range(processes):
-                there = np.load(tmp_path / f"{dtype}-{processes}-{number}.npz")
-                assert np.allclose(there["losses"], one["losses"], rtol=tolerance, atol=0)
-                if dtype == torch.float64:
-                    assert np.abs(there["gradient"] - one["gradient"]).max() < 1e-5 * np.abs(one["gradient"]).max()
+        for number in range(4):
+            there = np.load(tmp_path / f"{dtype}-4-{number}.npz")
+            assert np.allclose(there["losses"], one["losses"], rtol=tolerance, atol=0)
+            if dtype == torch.float64:
+                assert np.abs(there["gradient"] - one["gradient"]).max() < 1e-5 * np.abs(one["gradient"]).max()
