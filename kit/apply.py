@@ -44,7 +44,7 @@ from kit.params import Apply, is_model, is_prepared, is_there
 from kit.preprocess.index import FAILED
 from kit.preprocess.preprocess import prepare
 from kit.preprocess.quality import QC_METRICS
-from kit.preprocess.scan_file import read_scan
+from kit.preprocess.scan_file import is_dicom, read_scan
 from kit.preprocess.settings import Preparation
 from kit.problems import encoder_parts
 from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, read_made_from
@@ -205,6 +205,7 @@ def scans_at(path: Path, contrast: str = "T1w") -> pd.DataFrame:
         if (path / "dataset_description.json").exists() or is_collection(path):
             return read_cohort(path, contrast)
         files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SCANS) and not file.is_dir()
+                       and not (file.suffix.lower() == ".img" and is_dicom(file))  # a slice of a series
                        and not any(part.startswith(".") for part in file.relative_to(path).parts)) or [path]
     paths = pd.Series([str(file) for file in files])
     cohort = pd.DataFrame({"participant": named_by_file(paths), "session": "01", "dataset": "?", "image_path": paths,
@@ -247,7 +248,9 @@ def coarse_scans(cohort: pd.DataFrame, index: pd.DataFrame) -> pd.Series:
 def _learned_from(model: Path, made: MadeFrom) -> set[str]:
     """Names of the scans whose person a fine-tuned model was trained or stopped on, by name or by voxels."""
     known = read_made_from(model)
-    if known is None or known.rows is None or made.rows is None:
+    if made.rows is None:
+        return set()
+    if known is None or known.rows is None:
         print(f"{shown(model)} has no readable made_from.json and made_from.csv: whether the model learned from these "
               "people is unknown")
         return set()

@@ -154,11 +154,12 @@ def read_options(options: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """
     values, problems = {}, []
     for name, text in options:
+        text = text.lstrip("\ufeff")
         try:
             values[name], tokens = yaml.safe_load(text), list(yaml.scan(text, yaml.SafeLoader))
             problems += _misread(yaml.compose(text, yaml.SafeLoader), name)
             between = (text[one.end_mark.index:other.start_mark.index] for one, other in pairwise(tokens))
-            if lost := " ".join("".join(between).split()):  # what no token holds
+            if "\n" not in text.strip() and (lost := " ".join("".join(between).split())):  # what no token holds
                 problems.append(f"{name}: YAML reads {text!r} as {values[name]!r} and takes {lost!r} for a comment; "
                                 "put quotes inside the quotes, as in \"'run #1'\"")
         except yaml.YAMLError as error:

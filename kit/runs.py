@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK_SECONDS = 600  # how long a requeued job waits for the lock that its dead node held: file servers notice in minutes
-SHARED = ("shards", "cells", "preparation.json")  # what shards leave in the folder that they fill together
+UMASK = os.umask(0o022)  # the mode bits that this process keeps from new files; reading it means setting it
+os.umask(UMASK)
+# what a run would overwrite or delete; where there is no params.yaml, somebody else's
+WRITTEN = ("*.csv", "*.json", "*.safetensors", "*.parquet", "*.npy", "figures/*", "maps/*", "checkpoints/*")
 MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.provenance`
 
 
@@ -63,12 +67,19 @@ def shown(path: str | Path) -> str:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed."""
+    """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed.
+
+    The file gets at least the modes that the umask allows: safetensors' `save_file` alone makes files that only their
+    owner can read.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
     try:
         write(aside)
+        status, wanted = aside.stat(), 0o666 & ~UMASK
+        if wanted & ~status.st_mode and status.st_nlink == 1:  # a link has its source's mode
+            aside.chmod(stat.S_IMODE(status.st_mode) | wanted)
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -140,6 +151,14 @@ def _has_begun(folder: Path) -> bool:
                and path.suffix not in (".ipynb", ".html", ".out", ".err", ".log") for path in folder.iterdir())
 
 
+def _of_others(folder: Path) -> list[str]:
+    """Files in a folder without params.yaml that a run would overwrite or delete; shards merge into a run's folder."""
+    if (folder / "preparation.json").exists():
+        return []
+    return sorted(path.relative_to(folder).as_posix() for pattern in WRITTEN for path in folder.glob(pattern)
+                  if not path.name.startswith("."))
+
+
 def _take(folder: Path) -> Lock:
     """Lock a run's folder; a job that Slurm has requeued waits for it, because its node may have died with the lock.
 
@@ -188,9 +207,9 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take(folder)
         stored = folder / "params.yaml"
-        if not stored.exists() and _has_begun(folder) and not any((folder / name).exists() for name in SHARED):
-            raise RunError(f"{shown(folder)} holds files but no params.yaml, so it is no run of the kit, which would "
-                           "overwrite or delete some of them; give another output_dir, or empty that folder")
+        if not stored.exists() and (others := _of_others(folder)):
+            raise RunError(f"{shown(folder)} has no params.yaml, so it is no run of the kit, which could overwrite or "
+                           f"delete {', '.join(others[:3])}; give another output_dir, or move these files")
         if stored.exists() and _has_begun(folder) and (
                 listed := other_parameters(stored, params, may_change, defaults or {}, "the folder")):
             raise RunError(f"{shown(folder)} holds a run with other parameters:\n  {listed}\n"

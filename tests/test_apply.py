@@ -301,6 +301,8 @@ def test_scans_are_found_whatever_lies_there(tmp_path):
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "0001").touch()
     assert scans_at(tmp_path / "series")["image_path"].tolist() == [str(tmp_path / "series")]
+    (tmp_path / "series" / "0002.img").write_bytes(bytes(128) + b"DICM")  # a slice, not half of a pair
+    assert scans_at(tmp_path / "series")["image_path"].tolist() == [str(tmp_path / "series")]
     with pytest.raises(CohortError, match="no such file"):
         scans_at(tmp_path / "none.nii")
 

@@ -43,6 +43,30 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_its_writer_keeps_to_itself_is_for_others_as_well(tmp_path):
+    """As safetensors' `save_file` does; the umask decides, and a link's source keeps its mode."""
+    code = """if True:
+        import os, sys, pathlib
+        os.umask(int(sys.argv[2], 8))
+        import torch
+        from safetensors.torch import save_file
+        from kit.runs import write_whole
+        path = pathlib.Path(sys.argv[1])
+        path.parent.mkdir()
+        write_whole(path, lambda aside: save_file({"a": torch.zeros(1)}, aside))
+        path.with_name("text").write_text("")
+        print(oct(path.stat().st_mode & 0o777), oct(path.with_name("text").stat().st_mode & 0o777))
+    """
+    for number, (umask, mode) in enumerate((("022", "0o644"), ("027", "0o640"), ("077", "0o600"))):
+        path = tmp_path / str(number) / "encoder.safetensors"
+        done = subprocess.run([sys.executable, "-c", code, str(path), umask], capture_output=True, text=True)
+        assert done.stdout.split() == [mode, mode], done.stderr
+    source = tmp_path / "source"
+    source.touch(mode=0o600)
+    write_whole(tmp_path / "link", lambda aside: os.link(source, aside))
+    assert source.stat().st_mode & 0o777 == 0o600
+
+
 def test_other_parameters_are_refused_with_the_differences(tmp_path):
     Run.open(tmp_path / "run", {"seed": 5, "epochs": 3, "workers": 1}).close()
     Run.open(tmp_path / "run", {"seed": 0, "epochs": 3, "workers": 1}).close()  # nothing was done there
@@ -84,16 +108,18 @@ def test_a_folder_of_other_files_is_no_run_and_is_left_as_it_is(tmp_path):
     for name in ("predictions.csv", "figures/mine.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    with pytest.raises(RunError, match=r"holds files but no params.yaml, so it is no run of the kit.* another output"):
+    with pytest.raises(RunError, match=r"no params.yaml, so it is no run of the kit, which could overwrite or delete "
+                                       r"figures/mine.png, predictions.csv; give another output"):
         Run.open(tmp_path, {"seed": 0})
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} - {".lock"} == {
         "predictions.csv", "figures", "figures/mine.png"}
     (tmp_path / "predictions.csv").unlink()
+    (tmp_path / "figures" / "mine.png").unlink()
     Run.open(tmp_path, {"seed": 0}).close()
 
 
 @pytest.mark.parametrize("name", ["2_pretrain.ipynb", "report.html", "slurm-1.out", "slurm-1.err", "job.log",
-                                  "preparation.json", "shards/0", "cells/a"])
+                                  "preparation.json", "shards/0", "cells/a", "seed0/log.csv", "lost+found/x.csv"])
 def test_what_jobs_notebooks_and_shards_leave_before_a_run_is_no_other_file(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()

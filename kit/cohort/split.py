@@ -172,14 +172,14 @@ def site_folds(index: pd.DataFrame) -> pd.Series:
         SplitError: there is no column `site`, it has empty cells or codes for missing values, or it names only one
             site.
     """
-    if "site" not in index:
+    if (site := spelled(index, "site")) is None:
         raise SplitError("leave_one_site_out: the index has no column site")
     sites = site_names(index)
     if empty := int(sites.isna().sum()):
         raise SplitError(f"leave_one_site_out: {empty} of {len(index)} scans have no site; name it, or leave them out")
-    odd = index["site"].map(lambda cell: looks_missing(cell) and not str(cell)[0].isdigit())  # 7, 99 number real sites
+    odd = index[site].map(lambda cell: looks_missing(cell) and not str(cell)[0].isdigit())  # 7, 99 number real sites
     if odd.any():
-        codes = ", ".join(sorted(set(index["site"][odd].map(str))))
+        codes = ", ".join(sorted(set(index[site][odd].map(str))))
         raise SplitError(f"leave_one_site_out: {int(odd.sum())} of {len(index)} scans have site {codes}, which looks "
                          "like a code for a missing value; name the site, or leave them out")
     numbers, names = pd.factorize(sites, sort=True)

@@ -102,7 +102,7 @@ def named_by_file(paths: pd.Series) -> list[str]:
 
     The order of rows does not matter, but adding a file of the same name renames the first.
     """
-    names = paths.map(lambda path: re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name))
+    names = paths.map(lambda path: re.sub(r"(\.nii|\.img)?(\.gz)?$", "", Path(path).name))
     digests = paths.map(lambda path: "-" + hashlib.blake2b(path.encode(), digest_size=4).hexdigest())
     return (UNNAMED + names + digests.where(names.map(str.casefold).duplicated(keep=False), "")).tolist()
 

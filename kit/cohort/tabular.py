@@ -61,11 +61,18 @@ def spelled(table: pd.DataFrame, name: str) -> str | None:
     return next((each for each in [name, *table] if each in table and str(each).casefold() == name), None)
 
 
-def numbers_in(column: pd.Series) -> pd.Series:
-    """Return the cells that are numbers, nan for other text, such as `NA`, `inf` and `007`."""
+def numbers_of(column: pd.Series) -> pd.Series | None:
+    """Return a column's numbers, nan in cells that look like a missing value (`NA`); None if it holds other text.
+
+    `007` is text, as a column of such codes names things; a column without any number is text, too.
+    """
     if pd.api.types.is_numeric_dtype(column):
         return column
-    return pd.to_numeric(column.where(column.astype(str).str.fullmatch(NUMBER)), errors="coerce")
+    known = column.dropna().astype(str)
+    number = known.map(trimmed).str.fullmatch(NUMBER)
+    if not number.any() or not known[~number].map(looks_missing).all():
+        return None
+    return pd.to_numeric(column.where(number.reindex(column.index, fill_value=False)))
 
 
 def looks_missing(cell: object) -> bool:

@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError, sexes
-from kit.cohort.tabular import ages, numbers_in, spelled
+from kit.cohort.tabular import ages, numbers_of, spelled
 from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
 from kit.evaluate.tasks import CORRECTION, Part, Task
@@ -51,8 +51,8 @@ def baseline_predictions(name: str, task: Task, *, demographics: Sequence[str] |
     """Fit one of `BASELINES` on a task's training part and predict its test parts, whose labels are never read.
 
     Args:
-        name: "guess" (the training mean, or the class frequencies), "demographics", "site" (the column `site`, else
-            `dataset`), "volumes" or "voxels".
+        name: "guess" (the training mean, or the class frequencies), "demographics", "site" (the column `site`, in
+            any case, else `dataset`), "volumes" or "voxels".
         demographics: columns of the index; None: all `DEMOGRAPHICS` it has. The task's own column and near copies of
             it are left out.
         volumes: a table supplied by the user (see `kit.evaluate.volumes.read_volumes`); None: volumes measured in the
@@ -117,7 +117,7 @@ def _demographics(task: Task, columns: Sequence[str] | None, tell: Callable[[str
 
 
 def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Series:
-    """One column of a part: numbers if most of its known cells in training are, else categories; nan where missing."""
+    """One column of a part: numbers if it holds numbers in training, else categories; nan where missing."""
     alike = [name for name in rows if words_of(name) == words_of(column)]
     found = rows[column if column in rows else alike[0]] if alike else pd.Series(np.nan, rows.index)
     if words_of(column) == {"sex"}:  # always a category, even if coded as numbers; male, M and m are the same
@@ -125,8 +125,8 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
     learned = index[column]
     if words_of(column) == {"age"}:
         learned, found = ages(learned), ages(found)
-    if numbers_in(learned).notna().sum() > learned.notna().sum() / 2:  # words among numbers are missing values
-        return numbers_in(found).astype(np.float64)
+    if numbers_of(learned) is not None:
+        return pd.to_numeric(found, errors="coerce").astype(np.float64)
     return found.map(normalised, na_action="ignore").astype(object)
 
 

@@ -37,8 +37,8 @@ from kit.evaluate.metrics import (
 from kit.evaluate.predict import predict, predict_tested, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import CORRECTION, Task, check_tested, covariates, overlap, tasks_of
-from kit.evaluate.tune import Choice, gain, stoppable, tune
-from kit.evaluate.volumes import read_volumes
+from kit.evaluate.tune import Choice, gain, rules, stoppable, tune
+from kit.evaluate.volumes import looked_up, read_volumes
 from kit.machine import Lock
 from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, read_record, side_of, weights_digest
@@ -57,6 +57,7 @@ TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns 
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
           "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
           "precision", "check_converged")
+READING = 2  # of columns of tables, raised when its rules change; 2: words among numbers are missing values
 LOCK_PAUSE = 2.0  # seconds for another shard that holds the lock to remove a stale cell and record its new inputs
 RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "subgroups.csv", "table.*",
            "summary.txt")
@@ -153,6 +154,9 @@ class Bench:
         self.tasks = {(name, task.fold): task for name in params.tasks for task in tasks_of(
             params, self.stores, name, params.task_types.get(name, "auto"), params.missing_codes.get(name, ()),
             self.aliases)}
+        if params.volumes is not None and "volumes" in params.baselines:
+            for task in self.tasks.values():  # who is not told apart is refused before work, too
+                looked_up(read_volumes(params.volumes), pd.concat([part.rows for part in task.parts.values()]))
         self.cells = cells_of(params, {name: [fold for task, fold in self.tasks if task == name]
                                        for name in params.tasks})
         self.allowed = check_fit(self._sides(), params.allow_differences)
@@ -346,11 +350,12 @@ class Bench:
             files = [path for path in (self.params.volumes, self.params.atlas) if path and cell.encoder == "volumes"]
             encoder = {"from": "", "weights": _digest(path.read_bytes() for path in files), "objective": "none"}
             settings = {"columns": self._columns_of(cell)} if cell.encoder in ("demographics", "site") else {}
+            settings |= {"reading": READING} if cell.encoder == "demographics" or files else {}
         else:
             each = [self._noted_of(cell.encoder, cell.fold, seed)[0] for seed in self.seeds_of(cell)]
             encoder = {**each[0], "weights": weights_together([one["weights"] for one in each])}
             plain = self.params.plain()
-            settings = {name: plain[name] for name in TUNING} if cell.mode == "finetune" else {}
+            settings = {name: plain[name] for name in TUNING} | rules(self.params) if cell.mode == "finetune" else {}
         settings |= {"correct_bias": True} if self._corrects(cell) else {}
         return model_inputs(self.tasks[cell.task, cell.fold], {**encoder, "name": cell.encoder}, self.aliases,
                             self.allowed, self._memo, settings=settings)

@@ -21,7 +21,7 @@ from kit.evaluate.metrics import METRICS
 from kit.evaluate.predict import predict, predict_parts, prediction_columns
 from kit.evaluate.probe import probe_tested
 from kit.evaluate.tasks import Task, check_tested, score_tested, tasks_of
-from kit.evaluate.tune import TRIES, tune
+from kit.evaluate.tune import TRIES, rules, tune
 from kit.models.encoder import Encoder
 from kit.models.encoder_file import encoder_at, load_encoder, noted, side_of
 from kit.models.encoders import build_encoder
@@ -87,7 +87,8 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     for warning in check_tested(task, record, params.allow_seen_participants, aliases):
         print(warning)
     task = task.with_labels_for(params.label_fraction, params.seed)
-    made = model_inputs(task, noted(spec, encoder, record), aliases, allowed)
+    more: dict[str, Any] = {"settings": rules(params)} if params.mode == "finetune" and rules(params) else {}
+    made = model_inputs(task, noted(spec, encoder, record), aliases, allowed, **more)
     remove_stale(run.folder, made, RESULTS)
     if (run / "predictions.csv").exists() and (run / "metrics.json").exists():
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))

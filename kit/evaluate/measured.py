@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
 import kit
 from kit.runs import write_whole
@@ -59,5 +59,5 @@ def measured(scans: Mapping[str, Scan], measure: Callable[[list[Scan]], Iterable
         known.update(zip(keys, measure([scans[key] for key in keys]), strict=True))
         if path:  # another shard may have written to it meanwhile
             known.update((load_file(path) if path.exists() else {}) | known)
-            write_whole(path, lambda aside: aside.write_bytes(save(known)))
+            write_whole(path, lambda aside: save_file(known, aside))  # gigabytes, so not by way of memory
     return known

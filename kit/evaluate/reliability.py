@@ -161,8 +161,8 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
     Args:
         encoder: an encoder, or a predictor (then say so in `what`).
         name: of the encoder, for the row.
-        by: the raters of the ICC: "site", or "session", a participant's first, second, ... in the order of their names
-            (dates and days since entry, which hardly anybody shares, name sessions, too).
+        by: the raters of the ICC: "site", or "session"; where most sessions are one person's alone, as those named by
+            date are, a participant's first, second, ... in the order of their names.
         record: the encoder's; participants seen in pretraining are left out.
         accept_flags: see `kit.preprocess.quality.usable`.
         allow_seen: print what else was seen in pretraining, such as a scan under another name, instead of raising.
@@ -179,7 +179,7 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
         rows = rows[rows["split"] == TRAVELLING]
     ids, seen = participant_ids(rows), set((record or {}).get("participants", ()))
     known = ids.map(lambda each: participant_hash(each) in seen or not seen.isdisjoint(hashed_ids(each, aliases)))
-    raters = site_names(rows) if by == "site" else _session_order(rows["session"], ids)
+    raters = site_names(rows) if by == "site" else _sessions(rows["session"], ids)
     if (nowhere := raters.isna() | (raters == "")).any():
         print(f"reliability: {int(nowhere.sum())} scans without {by} are left out")
     rows, ids, known, raters = rows[~nowhere], ids[~nowhere], known[~nowhere], raters[~nowhere]
@@ -192,10 +192,15 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
     return reliability(predict(encoder, PreparedScans(store, rows)), ids, raters, name, what, seed)
 
 
-def _session_order(sessions: pd.Series, people: pd.Series) -> pd.Series:
-    """Number each person's sessions from 1, in the order of their names, in which `2` is before `10`; nan without."""
-    names = sessions.astype(str).str.replace(r"\d+", lambda digits: digits[0].zfill(12), regex=True)
-    return names.where(sessions.notna() & (names != "")).groupby(people).rank(method="dense")
+def _sessions(sessions: pd.Series, people: pd.Series) -> pd.Series:
+    """Sessions as raters: their names, or each person's first, second, ... if most names are one person's alone.
+
+    Names are in an order in which `2` is before `10`; a scan without a session has nan.
+    """
+    names = sessions.astype(str).str.casefold().str.replace(r"\d+", lambda digits: digits[0].zfill(12), regex=True)
+    names = names.where(sessions.notna() & (names != ""))
+    shared = people.groupby(names).nunique() > 1
+    return names if shared.mean() > 0.5 else names.groupby(people).rank(method="dense")
 
 
 def _interval(icc: float, values: np.ndarray, sites: np.ndarray, rows: list[np.ndarray],

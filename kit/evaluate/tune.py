@@ -146,6 +146,11 @@ class Job:
                           zscored=train.store.zscored)
 
 
+def rules(params: Tuning) -> dict[str, str]:
+    """Rules of training that are no parameters, for what results are made from: other rules, other models."""
+    return {"average": "rising"} if params.ema else {}  # until November 2026 its decay was constant
+
+
 def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path | None = None,
          choice: Choice | None = None, home: Path | None = None, check: bool | None = None) -> Tuned:
     """Fine-tune a copy of an encoder on a task's training part; every choice is made on its validation part.

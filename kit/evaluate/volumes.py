@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from sklearn.mixture import GaussianMixture
 
 from kit.cohort.identity import HEADINGS, headings, normalised, read_id
-from kit.cohort.tabular import TableError, numbers_in, read_foreign
+from kit.cohort.tabular import TableError, numbers_of, read_foreign
 from kit.preprocess.nifti import ScanError
 from kit.preprocess.scan_file import read_scan
 from kit.preprocess.template import template_on
@@ -127,8 +127,7 @@ def read_volumes(path: str | Path) -> pd.DataFrame:
     A file that has not changed is read only once.
 
     Raises:
-        TableError: no column `participant` or `scan`, no numeric column, text among a column's numbers, or two rows
-            for one scan.
+        TableError: no column `participant` or `scan`, no numeric column, or two rows for one scan.
     """
     path = Path(path)
     stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
@@ -152,12 +151,8 @@ def _read_volumes(path: Path, _stamp: tuple[int, int] | None) -> pd.DataFrame:
         raise TableError(f"{shown(path)}: several rows are of {', '.join(table.index[table.index.duplicated()][0])}; "
                          "add a column session, or scan as in index.csv, or keep one row")
     cells = table.drop(columns=[name for name in NAMES if name in table])
-    numbers = cells.apply(numbers_in)
-    text = [name for name in cells if numbers[name].count() < cells[name].count()]
-    if mixed := [name for name in text if numbers[name].count() >= cells[name].count() / 2]:
-        raise TableError(f"{shown(path)}: {', '.join(map(str, mixed[:5]))}: text among the numbers; leave the cells of "
-                         "missing volumes empty")
-    numbers = numbers.drop(columns=text).dropna(axis=1, how="all").astype(np.float64)
+    columns = {name: values for name in cells if (values := numbers_of(cells[name])) is not None}
+    numbers = pd.DataFrame(columns, table.index).dropna(axis=1, how="all").astype(np.float64)
     if numbers.empty:
         raise TableError(f"{shown(path)}: no column of numbers")
     numbers.attrs["keys"] = keys

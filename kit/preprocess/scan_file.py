@@ -68,7 +68,7 @@ def read_scan(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, 
         return _read_mgh(path)
     if name.endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
         return _read_itk(path, no_codes_ok)
-    if _is_dicom(path):
+    if is_dicom(path):
         return read_dicom(path)
     return read_nifti(path, no_codes_ok)
 
@@ -92,7 +92,8 @@ def _folder_and_series(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM, by its ending or by its first bytes."""
     if path.suffix.lower() in (".dcm", ".dicom", ".ima"):
         return path.is_file()
     try:

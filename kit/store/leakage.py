@@ -24,6 +24,7 @@ import pandas as pd
 
 from kit.cohort.identity import UNNAMED, Aliases, check_datasets_known, known_as, normalised, site_names
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
+from kit.cohort.tabular import spelled
 from kit.store.store import Store, StoreError, in_threads, scan_path
 
 SLICES = 8  # one or two blocks of the store
@@ -76,8 +77,8 @@ def origins_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
 
     Sites are named as in `kit.cohort.identity.site_names`.
     """
-    found = {column: (site_names(rows) if column == "site" else rows[column]).dropna().astype(str)
-             for column in ORIGIN_COLUMNS if column in rows}
+    found = {column: (site_names(rows) if column == "site" else rows[name]).dropna().astype(str)
+             for column in ORIGIN_COLUMNS if (name := spelled(rows, column)) is not None}
     return {column: names for column, names in found.items() if len(names)}
 
 

@@ -118,6 +118,7 @@ def test_leave_one_site_out_tests_each_site_and_never_learns_from_its_travellers
         assert (people["site"][learned] != site).all()
         assert place.isna().sum() == (~learned & (people["site"] != site)).sum()
     assert splits(people, way, 1).isna().any()
+    assert splits(people.rename(columns={"site": "Site"}), way, 1).equals(splits(people, way, 1))
     for table, words in ((people.drop(columns="site"), "no column site"), (people.assign(site="A"), "of one site, A"),
                          (people.assign(site=people["site"].where(people.index > 2)), "3 of 3.. scans have no site")):
         with pytest.raises(SplitError, match=words):

@@ -283,11 +283,16 @@ def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
     assert baseline_predictions("volumes", both, volumes=tmp_path / "other.csv") is None
     for text, words in (("name,a\nx,1\n", "needs a column participant"),
                         ("participant,a\n001,1\n1,2\n", "several rows"),
-                        ("participant,a,b,c\n1,2,x,\n2,NA,y,3\n", "bad.csv: a: text among the numbers; leave"),
                         ("participant,a\n1,x\n", "no column of numbers")):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(TableError, match=words):
             baseline_predictions("volumes", task, volumes=tmp_path / "bad.csv")
+
+
+def test_a_column_of_volumes_may_lack_some_and_codes_are_no_volumes(tmp_path):
+    (tmp_path / "ml.csv").write_text("participant,ml,mrn,age,note\n1,3.5,0012,30,x\n2,NA,0013,89+,y\n3,2,0014,40,z\n")
+    table = volumes_module.read_volumes(tmp_path / "ml.csv")
+    assert table.columns.tolist() == ["ml"] and table["ml"].isna().tolist() == [False, True, False]
 
 
 def test_a_table_of_volumes_is_read_once_until_it_changes(tmp_path, monkeypatch):

@@ -181,8 +181,9 @@ def test_settings_decide_what_is_stale(stores, tmp_path, capsys):
     params = params_for(stores, tmp_path / "run", baselines=["guess"], seeds=[0])
     filled(params)
     before = cell_files(tmp_path / "run")
-    (tmp_path / "run" / "params.yaml").unlink()  # else other parameters are refused at once
-    filled(params_for(stores, tmp_path / "run", baselines=["guess"], seeds=[0], steps=6))
+    other = params_for(stores, tmp_path / "run", baselines=["guess"], seeds=[0], steps=6)
+    (tmp_path / "run" / "params.yaml").write_text(yaml.safe_dump(other.plain()))  # else it is refused at once
+    filled(other)
     said = capsys.readouterr().out
     assert "computed again" in said and "steps: 4 then, 6 now: ResNet on lesion (1 cells)" in said
     after = cell_files(tmp_path / "run")
@@ -299,9 +300,9 @@ def test_a_cell_of_other_settings_that_another_process_computes_is_not_removed(s
     run, values = tmp_path / "run", {"baselines": ["guess"], "seeds": [0], "tasks": ["lesion"]}
     filled(params_for(stores, run, **values))
     before = cell_files(run)
-    (run / "params.yaml").unlink()
     cell = run / "cells/lesion/ResNet/finetune 50% fold 0"
     other = params_for(stores, run, steps=6, **values)
+    (run / "params.yaml").write_text(yaml.safe_dump(other.plain()))  # else it is refused at once
     with held_by_another(lock_of(cell)), pytest.raises(RunError, match=(
             r"finetune 50% fold 0: another process computes this cell from other inputs or settings:\n"
             r"  steps: 4 then, 6 now\n")):

@@ -9,6 +9,7 @@ from kit.cohort.identity import normalised
 from kit.cohort.split import hashed_ids, participant_hash, salt
 from kit.evaluate.reliability import (
     ReliabilityError,
+    _sessions,
     found_again,
     reliability,
     reliability_of,
@@ -153,6 +154,12 @@ def test_sessions_that_nobody_shares_are_each_persons_first_and_second(store, na
     index = store.index.assign(session=[named(*each) for each in zip(persons, visits, strict=True)])
     pd.testing.assert_frame_equal(reliability_of(Mean(), Store(store.folder, index, store.record)),
                                   reliability_of(Mean(), store))
+
+
+def test_sessions_that_people_share_keep_their_names():
+    sessions = pd.Series(["v1", "v2", "v3", "v2", "v3", "V2", ""])
+    found = _sessions(sessions, pd.Series(["a", "a", "a", "b", "b", "c", "c"]))
+    assert found.nunique() == 3 and found[1] == found[3] == found[5] and found[2] == found[4] and found.isna()[6]
 
 
 def test_site_1_of_two_datasets_is_two_sites(store):
