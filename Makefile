@@ -28,7 +28,7 @@ setup: $(READY)  ## make .venv from requirements.lock
 demo: $(READY)  ## the whole path through every notebook on the sample cohort (14 minutes on two cores)
 	$(BIN)/python -m kit.execute params/demo
 
-test: $(READY)  ## all tests: unit, integration, every notebook (27 minutes on two cores)
+test: $(READY)  ## all tests: unit, integration, every notebook (29 minutes on two cores)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy kit & types=$$!; $(TESTS) --nbval --durations=30; tests=$$?; wait $$types && exit $$tests
