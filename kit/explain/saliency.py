@@ -35,7 +35,6 @@ from captum.attr import (
     NoiseTunnel,
     Saliency,
 )
-from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from kit.device import evaluation, scans_at_a_time
@@ -44,6 +43,7 @@ from kit.explain.targets import Along, Cosine, Output, encoder_of
 from kit.models.encoders import ViTEncoder
 from kit.models.features import stages_of
 from kit.params import METHODS
+from kit.preprocess.resample import smoothed_inside
 
 if TYPE_CHECKING:
     from monai.networks.blocks.transformerblock import TransformerBlock
@@ -334,9 +334,7 @@ def baseline_of(image: np.ndarray, mask: np.ndarray, options: Options) -> np.nda
         return np.where(mask, options.mean_brain, 0).astype(np.float32)
     if options.baseline != "blurred":
         raise ValueError(f"baseline: got {options.baseline!r}; choose zero, mean_brain or blurred")
-    weight = gaussian_filter(mask.astype(np.float32), options.blur)  # corrects for zeros outside the brain
-    blurred = gaussian_filter(np.where(mask, image, 0).astype(np.float32), options.blur) / np.maximum(weight, 1e-6)
-    return np.where(mask, blurred, 0).astype(np.float32)
+    return smoothed_inside(image, mask, options.blur)
 
 
 def _baseline(scan: torch.Tensor, mask: np.ndarray, options: Options) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Resample arrays, and wrap arrays as SimpleITK images.
+"""Resample and smooth arrays, and wrap arrays as SimpleITK images.
 
 SimpleITK works in whatever millimetres its images are given. Images here are built from arrays and their RAS+
 affine, so points, transforms and matrices are RAS+ (x, y, z) throughout and LPS never appears. SimpleITK must not
@@ -64,3 +64,15 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+
+
+def smoothed_inside(values: np.ndarray, mask: np.ndarray, sigma: float) -> np.ndarray:
+    """Smooth by a Gaussian over a mask's voxels alone: float32, zero outside; a uniform array stays as it is.
+
+    Args:
+        values, mask: (depth, height, width); what lies outside the mask does not count.
+        sigma: standard deviation, voxels.
+    """
+    total, weight = (ndimage.gaussian_filter(each.astype(np.float32), sigma)
+                     for each in (np.where(mask, values, 0), mask))
+    return np.where(mask, total / np.maximum(weight, 1e-6), 0).astype(np.float32)

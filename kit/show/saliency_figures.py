@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from scipy import ndimage
 
 from kit.explain.regions import ELSEWHERE
-from kit.preprocess.resample import resample
+from kit.preprocess.resample import resample, smoothed_inside
 from kit.preprocess.template import template_on
 from kit.runs import write_whole
 from kit.show.figure import LEGEND, MAX_WIDTH, TEXT, bare, blank, in_words, label
@@ -62,9 +62,7 @@ def smoothed(saliency_map: np.ndarray, grid: Grid, mask: np.ndarray | None = Non
     sigma = FWHM_MM / 2.355 / grid.spacing_mm
     if mask is None:
         return ndimage.gaussian_filter(saliency_map.astype(np.float32), sigma)
-    values, weight = (ndimage.gaussian_filter(each.astype(np.float32), sigma)
-                      for each in (np.where(mask, saliency_map, 0), mask))
-    return np.where(mask, values / np.maximum(weight, 1e-6), np.float32(0)).astype(np.float32)
+    return smoothed_inside(saliency_map, mask, sigma)
 
 
 def scan_figure(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: str = "", unit: str = "",
