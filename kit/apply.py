@@ -30,10 +30,10 @@ from kit.cohort.identity import UNNAMED, key, participant_ids
 from kit.cohort.tables import named_by_file, read_cohort
 from kit.cohort.tabular import COLUMNS, CohortError, read_table
 from kit.errors import KitError
+from kit.evaluate.conformal import class_columns, number_columns
 from kit.evaluate.finetune import VALIDATION, load_predictor
 from kit.evaluate.metrics import join_scans
 from kit.evaluate.predict import in_label_units, predict
-from kit.evaluate.predicted import class_columns, number_columns
 from kit.models.encoder import Encoder
 from kit.models.encoder_file import EncoderError, load_encoder, noted, read_record, side_of, weights_digest
 from kit.models.features import FeatureReader
@@ -47,7 +47,7 @@ from kit.preprocess.quality import QC_METRICS
 from kit.preprocess.scan_file import is_dicom, read_scan
 from kit.preprocess.settings import Preparation
 from kit.problems import encoder_parts
-from kit.provenance import MadeFrom, Side, Used, check_fit, made_from, read_made_from
+from kit.provenance import MadeFrom, MisfitError, Side, Used, check_fit, compare, made_from, read_made_from
 from kit.reading import ParameterError, check, read_options
 from kit.runs import resolve, shown, write_table, write_whole
 from kit.store.dataset import PreparedScans
@@ -115,7 +115,7 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
 
     Raises:
         CohortError, PreparationError: nothing could be read; single scans that fail are listed in `failed`.
-        EncoderError, MisfitError, FeatureError: the encoder, or scans that were prepared before, do not fit.
+        EncoderError, MisfitError, FeatureError: the encoder, this kit's preparation or prepared scans do not fit.
     """
     started, spec = perf_counter(), params.encoder
     model = resolve(spec) if is_model(spec) else None
@@ -133,12 +133,18 @@ def apply(params: Apply, folder: Path, scans: pd.DataFrame | Store | None = None
     ready = None
     if isinstance(scans, Store):
         store = scans
-        print(f"a prepared cohort does not record the voxel sizes of its files: none over {THICK_MM:g} mm is named")
+        print("a prepared cohort does not record its files' voxel sizes: scans coarser than "
+              f"{THICK_MM:g} mm get no warning")
     else:
         settings = settings_for(record["preparation"], params)
         allow += [field for field in ("registration", "mask", "bias_correction")
                   if record["preparation"][field] not in (settings.record()[field], ANY)]
-        ready = load(settings.record())  # what does not fit is refused now, not after hours of preparation
+        # what does not fit is refused now, not after hours of preparation
+        unlike = compare({"training scans": record["preparation"], "this kit": settings.record()})
+        if lines := [line for field, line in unlike.items() if field not in allow]:
+            raise MisfitError(f"{spec}: this kit cannot prepare scans as its training scans were:\n  "
+                              + "\n  ".join(lines) + "\nprepare and train again, or use the kit that trained it")
+        ready = load(settings.record())
         index, failed = prepare(scans, folder / "prepared", settings, params.workers)
         store, coarse = Store.open(folder / "prepared"), coarse_scans(scans, index)
     sides = {"model": Side(shown(model), record["preparation"])} if model else side_of(spec)
@@ -260,7 +266,10 @@ def _learned_from(model: Path, made: MadeFrom) -> set[str]:
 
 
 def _person(participant_id: str) -> str:
-    """`key`, but a dataset without a name is told apart by its file: two such cohorts may both have a participant 1."""
+    """Normalise an id with `kit.cohort.identity.key`.
+
+    Left as it is in a dataset without a name, where `key` would make participant 1 of two cohorts one person.
+    """
     return participant_id if participant_id.startswith(UNNAMED) else key(participant_id)
 
 
@@ -351,7 +360,8 @@ def main() -> int:
     """Run the command line; see the module's docstring.
 
     Returns:
-        the exit status: 0; 1 if some scans could not be prepared, the others being written; 2 if nothing was written.
+        the exit status: 0; 1 if some scans could not be prepared (the others are written); 2 if there is no result, of
+        which `NAME_failed.csv` may give the reasons.
     """
     parser = argparse.ArgumentParser(prog="python -m kit.apply", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--input", required=True, help="a scan, a folder of scans or of a DICOM series, BIDS, a table, "
@@ -364,6 +374,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.encoder:
         parser.error("name an encoder: --encoder FILE, or the environment's KIT_ENCODER")
+    if not arguments.input:  # as a path it would be the current folder
+        parser.error("--input: got an empty path; name a scan, a folder, a table or a prepared cohort")
     if arguments.output.suffix not in (".npy", ".csv", ".parquet"):
         parser.error(f"--output: got {arguments.output}; its ending must be .npy, .csv or .parquet")
     try:  # now, not after hours of preparation
@@ -382,7 +394,7 @@ def main() -> int:
                 raise ParameterError("pool, stages and flips change embeddings only, and a fine-tuned model's table "
                                      "holds predictions; leave them out, or name a .npy")
             scans = scans_of(params)
-            count = len(scans.index)  # of a store's table, or of the cohort's
+            count = len(scans.index if isinstance(scans, Store) else scans)
             if arguments.output.suffix == ".npy" and count != 1:
                 raise ParameterError(f"--output: {arguments.output} is for one scan, and {shown(params.input)} has "
                                      f"{count}; name a .csv or .parquet")
@@ -390,7 +402,7 @@ def main() -> int:
             write_output(applied, arguments.output)
             write_failed(applied.failed, arguments.output)
         except KitError as error:
-            if (failed := Path(folder) / "prepared" / "failed.csv").is_file():  # none could be prepared
+            if (failed := Path(folder) / "prepared" / "failed.csv").is_file():  # preparation has begun
                 write_failed(read_table(failed, text=FAILED), arguments.output)
             print(f"kit.apply: {error}", file=sys.stderr)
             return 2

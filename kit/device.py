@@ -100,8 +100,8 @@ def at_least_float32(values: torch.Tensor) -> torch.Tensor:
 def upload(array: np.ndarray, where: torch.device, kind: torch.dtype | None = None) -> torch.Tensor:
     """Move a small array to a device, as it is or as another type; on the CPU it may share memory with the array.
 
-    numpy converts it, as torch would wake all of its threads for that. Pinning made views slower on an H200, because
-    each array needs a pinned allocation of its own.
+    numpy does the conversion, because torch would wake all its threads for it. Pinning made views slower on an H200,
+    because each array needs a pinned allocation of its own.
     """
     plain = array if kind is None else array.astype(torch.empty(0, dtype=kind).numpy().dtype)
     return torch.from_numpy(np.ascontiguousarray(plain)).to(where, non_blocking=True)
@@ -119,7 +119,7 @@ def set_threads() -> int:
         threads of this process.
     """
     own, here = cores(), 1
-    if dist.is_initialized():
+    if dist.is_initialized():  # srun binds each worker to its own cores; KIT_CORES counts those of all workers here
         own, here = int(os.environ.get("KIT_CORES", own)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = max(1, own // here)
     torch.set_num_threads(threads)

@@ -4,8 +4,8 @@
     python -m kit.execute 2_pretrain -f params/paper/2_pretrain.yaml --check   # only say where it would write
     python -m kit.execute params/demo        # every file of a folder that its budget.yaml names, in that order
 
-With `--output FILE.ipynb` the executed notebook and its report, `FILE.html`, go there; else into the run's folder. A
-path starts at the project's root, and `outputs/` follows $KIT_OUTPUTS.
+With `--output FILE.ipynb` the executed notebook and its report, `FILE.html`, go there; else into the run's folder.
+Relative paths start at the project's root; `outputs/...` lies in $KIT_OUTPUTS, if set.
 Plain `papermill notebooks/2_pretrain.ipynb OUTPUT.ipynb -f FILE.yaml` does the same without the report.
 """
 
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import groupby, product
 from pathlib import Path
 from queue import Queue
@@ -134,7 +135,7 @@ def fill(values: dict[str, Any], bar: dict[str, Any] | None = None) -> Path:
 
     Raises:
         ParameterError, MisfitError, LeakageError, ...: before any work; see `kit.evaluate.benchmark.run_benchmark`.
-        RunError: another process fills this table from other inputs or parameters; also between two cells.
+        RunError: another process is filling this table from other inputs or parameters; checked before each cell.
         TrainingError: some cells could not be trained; all others are done.
         Stopped: it was asked to stop; the same parameters resume it.
     """
@@ -190,8 +191,8 @@ def steps_of(folder: Path) -> list[Step]:
                 or not isinstance(entry.get("seconds"), int | float)):
             raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; give seconds, or "
                                  "{seconds: ..., each: {seed: [0, 1]}, at_once: 2}")
-        takes = notebook_of(file) == "5_benchmark"
-        if entry.get("shards", 1) > 1 and (entry.get("at_once", 1) > 1 or not takes):
+        can_shard = notebook_of(file) == "5_benchmark"
+        if entry.get("shards", 1) > 1 and (entry.get("at_once", 1) > 1 or not can_shard):
             raise ParameterError(f"{shown(folder)}/budget.yaml: {name}: got {entry}; shards are for 5_benchmark, and "
                                  "not beside at_once: they run side by side already")
         values = read_yaml(file)
@@ -208,34 +209,47 @@ def run_folder(folder: Path) -> None:
     """Execute what a folder's `budget.yaml` names, see `steps_of`, then print where things lie.
 
     Raises:
+        ParameterError: see `steps_of`; or a value cannot be used, or two runs would write to one folder.
         RunError: one of several runs side by side failed; those already started were allowed to finish.
     """
     steps, lines, started = steps_of(folder), [], time.monotonic()
+    writers: dict[Path, str] = {}
     for step in steps:  # all values are checked before the first run, but not files that earlier steps will make
-        built(NOTEBOOKS[step.notebook], {**defaults(step.notebook), **step.values})
+        where = built(NOTEBOOKS[step.notebook], {**defaults(step.notebook), **step.values}).run_dir
+        if where in writers:
+            raise ParameterError(f"{shown(folder)}/budget.yaml: {writers[where]} and {step.name} would both write to "
+                                 f"{shown(where)}; give each its own output_dir, such as outputs/seed{{seed}}")
+        writers[where] = step.name
     for _, group in groupby(enumerate(steps, start=1), key=lambda numbered: numbered[1].file):
         lines += _run_file(list(group), len(steps))
-    above = Path(os.path.commonpath([where for *_, where in lines]))
-    overview = above / "index.html"  # a single run has written its own
-    if len(lines) > 1:
-        write_overview(above, [(name, where) for name, _, where in lines])
-    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. To open in a browser: {shown(overview)}, "
-          "or a report, each with its executed notebook beside it:")
+    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.", end=" ")
+    _say_where(lines)
+
+
+def _say_where(lines: Sequence[tuple[str, float, Path]]) -> None:
+    """Write the overview of runs (name, seconds, folder of each), and print where things lie, losses and summaries."""
+    folders = [where for *_, where in lines]
+    above, overview = Path(os.path.commonpath(folders)), folders[-1] / "index.html"  # a run's own
+    if above not in folders and above != above.parent:  # no run's folder, nor the root of the disks
+        with suppress(OSError):  # perhaps not ours to write to
+            overview = write_overview(above, [(name, where) for name, _, where in lines])
+    print(f"To open in a browser: {shown(overview)}, or a report, each with its executed notebook beside it:")
     for name, seconds, where in lines:
         print(f"  {seconds:5.0f} s  {name:28s} {shown(where / 'report.html')}")
     print()
     for name, _, where in lines:
         if (where / "log.csv").exists():
             print(f"  {name}: {_losses(where / 'log.csv')}")
-    if (summary := lines[-1][2] / "summary.txt").exists():
-        print("\n" + summary.read_text(encoding="utf-8"))
+    for name, _, where in lines:
+        if (summary := where / "summary.txt").exists():
+            print(f"\n{name}\n{summary.read_text(encoding='utf-8')}")
 
 
-def _run_file(numbered: Sequence[tuple[int, Step]], of: int) -> list[tuple[str, float, Path]]:
-    """Run the steps of one parameter file: the name, seconds and folder of each."""
+def _run_file(numbered: Sequence[tuple[int, Step]], total: int) -> list[tuple[str, float, Path]]:
+    """Run the steps of one parameter file, numbered among `total`; return each one's name, seconds and folder."""
     lines, at_once = [], numbered[0][1].at_once
     for number, step in numbered:
-        print(f"\n[{number}/{of}] {step.name}, about {step.seconds:.0f} s", flush=True)
+        print(f"\n[{number}/{total}] {step.name}, about {step.seconds:.0f} s", flush=True)
         if step.at_once == 1:
             begun = time.monotonic()
             if step.shards > 1:
@@ -281,7 +295,7 @@ def _run_on(step: Step, bar_row: int, cores: set[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "values.yaml"
         file.write_text(yaml.safe_dump(step.values), encoding="utf-8")
-        # of a benchmark's shards the cells are enough: the run that follows makes the tables and figures
+        # a benchmark's shards only compute cells; the run that follows them makes the tables and figures
         cells = ["--cells"] if step.notebook == "5_benchmark" and step.values.get("shards", 1) > 1 else []
         process = subprocess.Popen([sys.executable, "-m", "kit.execute", step.notebook, "-f", str(file), *cells,
                                     "--line", str(bar_row), step.name], stdout=subprocess.DEVNULL)
@@ -322,8 +336,8 @@ def main() -> int:
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("-o", "--output", type=Path, help="the executed notebook; its report lies beside it")
     parser.add_argument("--log", action="store_true", help="print what the cells print, for the log of a job")
-    parser.add_argument("--cells", action="store_true", help="of 5_benchmark: compute a shard's cells, and no tables")
-    parser.add_argument("--line", nargs=2, metavar=("NUMBER", "NAME"), help="of the bar, where several run at once")
+    parser.add_argument("--cells", action="store_true", help="5_benchmark only: compute a shard's cells, and no tables")
+    parser.add_argument("--line", nargs=2, help=argparse.SUPPRESS)  # row and name of the bar, from `_run_on`
     parser.add_argument("--check", action="store_true", help="check the parameters and print the run's folder")
     arguments = parser.parse_args()
     try:
@@ -338,7 +352,7 @@ def main() -> int:
                     each.is_file() and each.samefile(own) for each in spelled):
                 parser.error(f"{arguments.what} is not {shown(own)}, and only the kit's own notebooks are run; give "
                              f"{notebook}, or run your copy with papermill")
-            values = read_yaml(arguments.file) if arguments.file else {}
+            values = {} if arguments.file is None else read_yaml(arguments.file)
             values.update(read_options(arguments.parameter))
             bar = {"position": int(arguments.line[0]), "desc": arguments.line[1]} if arguments.line else None
             if arguments.cells and notebook != "5_benchmark":

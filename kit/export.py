@@ -68,7 +68,7 @@ def export(encoder: str | Path, output: str | Path, benchmark: str | Path | None
                           "exported")
     network, _ = load_encoder(path, record["preparation"])
     config = config_of(network, record)
-    scores = scores_of(benchmark, config["weights"]) if benchmark else None
+    scores = None if benchmark is None else scores_of(benchmark, config["weights"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
         made = Path(aside)

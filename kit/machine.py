@@ -105,6 +105,8 @@ def missing_of_slurm() -> list[str]:
 def keep_freed_memory(*_: object) -> None:
     """Have glibc keep freed memory, instead of asking the system for zeroed pages again and again.
 
+    Arguments are ignored, so that it can be a DataLoader's `worker_init_fn`.
+
     This cuts reading a scan of 150x192x192 from 4 to 2 ms, a CPU training step of resnet18_narrow (64 views of
     36x48x40, two threads) from 2.0 to 1.0 s, and preparing a whole head from 12.0 to 9.7 s.
     """

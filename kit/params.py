@@ -58,7 +58,8 @@ class Explore(Parameters):
     """0_explore_augmentations: look at views before a network does."""
 
     feeds_others: ClassVar[bool] = False
-    may_change: ClassVar[frozenset[str]] = frozenset({"workers", "recipe", "encoder"})  # its result: prepared scans
+    # its results are prepared scans, which recipe and encoder do not change
+    may_change: ClassVar[frozenset[str]] = frozenset({"workers", "recipe", "encoder"})
 
     cohort: str = "sample"  # `sample`, a table (CSV, TSV) or a BIDS folder
     prepared: ProjectPath | None = None  # prepared scans, instead of `cohort`
@@ -81,7 +82,8 @@ class Explore(Parameters):
 class Preprocess(Parameters):
     """1_preprocess: from files to prepared scans."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({  # scans store what they were prepared with
+    # each scan stores the settings of its preparation: changing them prepares it again
+    may_change: ClassVar[frozenset[str]] = frozenset({
         "workers", "max_failed_fraction", "bias_correction", "registration", "mask", "intensity",
         "orientation_unknown", "brain_ml", "spacing_mm", "shape"})
 
@@ -90,7 +92,7 @@ class Preprocess(Parameters):
     sample_participants: Annotated[int, Field(ge=40)] = 160  # size of the sample cohort
     seed: Seed = 0  # of all that is random
     bias_correction: BiasCorrection = "none"  # none or n4 (SimpleITK)
-    # to the ICBM152 template: none (only of scans that lie there already), rigid or affine
+    # to the ICBM152 template: rigid, affine, or none (only for scans already in its space)
     registration: Registration = "none"
     mask: Mask = "auto"  # brain mask: auto, given, nonzero, deepbet, hd-bet, mri_synthstrip
     intensity: Intensity = "zscore"  # normalisation inside the mask: zscore or whitematter
@@ -112,7 +114,7 @@ class Preprocess(Parameters):
     def problems(self) -> list[str]:
         problems = _cohort_problems(self.cohort, self.contrast)
         if self.brain_ml[0] >= self.brain_ml[1]:
-            problems.append(f"brain_ml: got {list(self.brain_ml)}; the first is the smaller one")
+            problems.append(f"brain_ml: got {list(self.brain_ml)}; give the smaller volume first")
         if self.shard >= self.shards:
             problems.append(f"shard: got {self.shard}; {self.shards} shards are numbered 0 to {self.shards - 1}")
         from kit.preprocess.skullstrip import missing_tool
@@ -137,7 +139,7 @@ class Training(Parameters):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Precision = "fp32"  # of the network in training: fp32, bf16 (matrix products and convolutions only)
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10  # between checkpoints, besides one after each epoch
-    retry_minutes: Annotated[float, Field(ge=0)] = 30  # of trying again to write to a full disk
+    retry_minutes: Annotated[float, Field(ge=0)] = 30  # how long to retry writing to a full disk
     workers: Positive = 1  # processes per node; 1 on one node trains in the kernel
     nodes: Annotated[int, Field(ge=0)] = 0  # 0: all nodes of the Slurm job that the notebook runs in, or one
     loader_workers: Annotated[int, Field(ge=0)] = 0  # loading processes per worker
@@ -148,7 +150,7 @@ class Training(Parameters):
         return self.workers * self.all_nodes()
 
     def all_nodes(self) -> int:
-        """Nodes to train on: `nodes`, or else those of the Slurm job."""
+        """Nodes to train on: `nodes`; if 0, those of the Slurm job, or 1 if they cannot be used (see `why_alone`)."""
         job, missing = slurm_nodes()
         return self.nodes or (1 if missing else job)
 
@@ -200,7 +202,7 @@ class Pretrain(Training):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # share of brain patches that the MAE must fill in
     normalise_patches: bool = True  # MAE: targets are patches minus their mean, over their SD
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the participants
-    monitor_epochs: Annotated[int, Field(ge=0)] = 1  # between two looks at the validation scans; 0: none
+    monitor_epochs: Annotated[int, Field(ge=0)] = 1  # epochs between measures of validation features; 0: none
     torch_compile: bool = False  # SimCLR: compile the encoder, a minute at the start, for shorter steps on a GPU
     verify: bool = False  # before training, check every scan's checksum, not only its header (minutes to hours)
 
@@ -256,8 +258,8 @@ class Tuning(Training):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     accept_flags: list[Annotated[str, AfterValidator(_unusable_flag)]] = []  # also use scans unusable for these
     steps: Positive = 400  # at most; each step averages `accumulate` batches
-    check_steps: Positive = 20  # between two looks at the validation scans: one epoch of the log
-    patience: Annotated[int, Field(ge=0)] = 5  # looks without a lower validation loss before it stops; 0: never
+    check_steps: Positive = 20  # steps between validations; log.csv calls this interval an epoch
+    patience: Annotated[int, Field(ge=0)] = 5  # validations without a lower loss before it stops; 0: never
     # each is tried with each weight decay; validation chooses
     learning_rates: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1e-3]
     # of weights, not of biases and norms
@@ -285,7 +287,7 @@ class Tuning(Training):
         problems = _prepared_problems("prepared", self.prepared) or split_problems(self.prepared, self)
         problems = super().problems() + problems + alias_problems(self.aliases)
         if self.warmup_steps >= self.steps:
-            problems.append(f"warmup_steps: got {self.warmup_steps}, which are all of the {self.steps} steps")
+            problems.append(f"warmup_steps: got {self.warmup_steps}; set fewer than steps ({self.steps})")
         if self.out_of_distribution is not None and "out_of_distribution" in self.tests:
             problems.append("tests.out_of_distribution: the parameter out_of_distribution has this name; give another")
         sets = self.test_sets()
@@ -297,12 +299,6 @@ class Tuning(Training):
     def task_names(self) -> list[str]:
         """The label columns to predict."""
         return []
-
-    def encoder_problems(self, name: str, spec: str, seeds: list[int]) -> list[str]:
-        """Problems with an encoder, or with those of each fold and seed that `{fold}` and `{seed}` stand for."""
-        folds = range(fold_total(self.prepared, self)) if "{fold}" in spec else [0]
-        every = dict.fromkeys(encoder_at(spec, fold, seed) for fold in folds for seed in seeds)
-        return [problem for encoder in every for problem in encoder_problems(name, encoder, ARCHITECTURES)]
 
 
 class Finetune(Tuning):
@@ -341,7 +337,7 @@ class Saliency(Parameters):
     # test participants to show: surest (the highest scores), worst errors, random ones, controls (the first class)
     whom: Annotated[list[Literal["surest", "worst", "random", "controls"]], Field(min_length=1)] = ["surest",
                                                                                                     "controls"]
-    participants: Positive = 2  # test participants for each of these
+    participants: Positive = 2  # test participants for each entry of `whom`
     steps: Positive = 32  # of integrated gradients
     samples: Positive = 8  # of SmoothGrad
     noise: Annotated[float, Field(gt=0, le=5)] = 0.5  # of SmoothGrad, in SD of the brain's voxels
@@ -397,22 +393,29 @@ def _model_problems(name: str, folder: Path) -> list[str]:
             "first"] if missing else []
 
 
+def _no_seed(seed: int) -> int:
+    if seed:
+        raise ValueError(f"the benchmark does not use it; set seeds: [{seed}]")
+    return seed
+
+
 class Benchmark(Tuning):
     """5_benchmark: compare encoders on several tasks, in and out of distribution."""
 
-    may_change: ClassVar[frozenset[str]] = Tuning.may_change | {"shards", "shard"}
+    may_change: ClassVar[frozenset[str]] = Tuning.may_change | {"shards", "shard", "seed"}
 
     # by a name for the table: as `encoder` of 3_finetune; `random:ARCHITECTURE`, fine-tuned, is a supervised baseline;
     # `{fold}` and `{seed}` in it give each fold and seed its own encoder
     encoders: dict[str, str]
     baselines: list[Baseline] = list(BASELINES)  # rows of the table that need no network training
     demographics: list[str] | None = None  # columns of that baseline; null: age, sex and gender, if present
-    volumes: ProjectPath | None = None  # a table of volumes, such as FreeSurfer's; null: tissues of the prepared scans
+    # a table, all of whose columns of numbers count; null: tissues of the prepared scans
+    volumes: ProjectPath | None = None
     atlas: ProjectPath | None = None  # regions for these tissues, a NIfTI in MNI space; null: cubes of 30 mm
     tasks: list[str] = ["alzheimers", "age", "stroke", "sex"]  # label columns
     label_fractions: list[Fraction] = [0.2, 1.0]  # of the training and validation people, for probes and baselines
     finetune_tasks: list[str] = ["stroke"]  # tasks to also fine-tune on
-    finetune_fractions: list[Fraction] = [0.2]  # of the same, for fine-tuning
+    finetune_fractions: list[Fraction] = [0.2]  # of the training and validation people, for fine-tuning
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # each has its own label subset, head and `{seed}` encoder
     task_types: dict[str, TaskType] = {}  # of tasks that are not `auto`
     missing_codes: dict[str, list[Code]] = {}  # by task, as in 3_finetune
@@ -421,6 +424,7 @@ class Benchmark(Tuning):
     correct_bias: bool = False  # undo the pull of predicted numbers towards the mean, as measured on validation
     shards: Positive = 1  # parts to fill the table in, such as the tasks of a Slurm array
     shard: Annotated[int, Field(ge=0)] = 0  # this run's part, from 0
+    seed: Annotated[Seed, AfterValidator(_no_seed)] = 0  # not used here; see seeds
 
     @property
     def run_dir(self) -> Path:
@@ -430,8 +434,8 @@ class Benchmark(Tuning):
     def problems(self) -> list[str]:
         problems = super().problems()
         if not problems:
-            for name, encoder in self.encoders.items():
-                problems += self.encoder_problems(f"encoders.{name}", encoder, self.seeds)
+            for name in self.encoders:
+                problems += self._encoder_problems(name)
             problems += [f"tests.{name}: {task} is not among tasks" for name, test in self.tests.items()
                          for task in test.tasks if task not in self.tasks]
         if self.shard >= self.shards:
@@ -453,6 +457,13 @@ class Benchmark(Tuning):
                                             self.missing_codes.get(task, []))
         return problems
 
+    def _encoder_problems(self, name: str) -> list[str]:
+        """Problems with an encoder of the table, for each fold and seed that its `{fold}` and `{seed}` stand for."""
+        spec = self.encoders[name]
+        folds = range(fold_total(self.prepared, self)) if "{fold}" in spec else [0]
+        every = dict.fromkeys(encoder_at(spec, fold, seed) for fold in folds for seed in self.seeds)
+        return [line for each in every for line in encoder_problems(f"encoders.{name}", each, ARCHITECTURES)]
+
     def task_names(self) -> list[str]:
         return self.tasks
 
@@ -461,11 +472,10 @@ class Apply(Parameters):
     """6_apply: embeddings or predictions for any scans."""
 
     feeds_others: ClassVar[bool] = False
-    may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
 
-    # a scan, a folder of scans or with a DICOM series, BIDS, a table, a prepared cohort; or `sample`: six scans of the
-    # sample cohort that were not used for training
-    input: str = "sample"
+    # a scan, a folder of scans, the folder of a DICOM series, BIDS, a table, a prepared cohort; or `sample`: six scans
+    # of the sample cohort that were not used for training
+    input: Annotated[str, Field(min_length=1)] = "sample"
     encoder: str  # as in 3_finetune, but not random; or a run of 3_finetune, which also predicts
     contrast: str = "T1w"  # scans to take from a BIDS folder
     registration: Registration | None = None  # null: like the encoder's; if that is none, rigid

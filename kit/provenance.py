@@ -54,7 +54,7 @@ class Side(NamedTuple):
 
 
 def compare(records: Mapping[str, Mapping[str, Any]], fields: Iterable[str] = FIELDS) -> dict[str, str]:
-    """Differences between preparations: for each field a line with all values, such as `mask: encoder auto, ...`.
+    """Fields in which preparations differ: by field, a line with all values, such as `mask: encoder auto, scans given`.
 
     `any`, which the records of published weights use (`kit.models.third_party_formats`), matches everything.
     """
@@ -72,7 +72,7 @@ def misfit(sides: Mapping[str, Side], allow: Sequence[str] = ()) -> str:
     where = ", ".join(f"{name} ({side.where})" for name, side in sides.items())
     cure = "prepare them alike (1_preprocess)"
     if may := [field for field in lines if field in get_args(Allowed)]:
-        cure += f"; only what is meant to differ can be allowed, by allow_differences: [{', '.join(may)}]"
+        cure += f"; if a difference is intended, set allow_differences: [{', '.join(may)}]"
     return f"prepared differently: {where}:\n  " + "\n  ".join(lines.values()) + f"\n{cure}"
 
 
@@ -281,7 +281,8 @@ def read_made_from(folder: Path) -> MadeFrom | None:
     """Read what a run's folder was made from; None if it has no readable record."""
     try:
         record = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # another OSError may pass, and must not look like an older kit's folder
+    # other OSErrors may be temporary: with None, the folder would count as an older kit's and lose its results
+    except (FileNotFoundError, ValueError):
         return None
     try:
         rows = pd.read_csv(folder / "made_from.csv", dtype=str, keep_default_na=False)

@@ -77,7 +77,7 @@ class Parameters(BaseModel):
             default = "" if fields[name].is_required() else _text(_plain(fields[name].default))
             cells = [name, _text(value), "" if default == _text(value) else default, meaning.get(name, "")]
             rows.append("".join(f'<td style="text-align:left">{escape(cell)}</td>' for cell in cells))
-        head = "".join(f"<th>{title}</th>" for title in ("parameter", "value", "default, if another", "meaning"))
+        head = "".join(f"<th>{title}</th>" for title in ("parameter", "value", "default, if different", "meaning"))
         return HTML(f"<details><summary>{len(rows)} parameters</summary><table><tr>{head}</tr>"
                     f"{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>")
 
@@ -127,6 +127,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ParameterError: the file is missing, is not UTF-8 or YAML, does not map names to values, repeats a name, or
             has numbers that YAML reads as other numbers.
     """
+    if path == "":
+        raise ParameterError("the parameter file's name is empty; perhaps a variable of the shell is not set")
     path = resolve(path)
     if not path.is_file():
         raise ParameterError(f"{shown(path)}: no such file")
@@ -149,18 +151,21 @@ def read_options(options: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Read names and values from a command line; each value is YAML.
 
     Raises:
-        ParameterError: lists values that are not YAML, numbers that YAML reads as other numbers, and texts of which
-            YAML takes a part for a comment.
+        ParameterError: lists values that are empty or not YAML, numbers that YAML reads as other numbers, and text
+            that YAML reads in part as a comment.
     """
     values, problems = {}, []
     for name, text in options:
         text = text.lstrip("\ufeff")
+        if not text.strip():  # null to YAML: an unset variable of the shell would select the default
+            problems.append(f"{name}: got an empty value; write null for none, or '\"\"' for an empty text")
+            continue
         try:
             values[name], tokens = yaml.safe_load(text), list(yaml.scan(text, yaml.SafeLoader))
             problems += _misread(yaml.compose(text, yaml.SafeLoader), name)
             between = (text[one.end_mark.index:other.start_mark.index] for one, other in pairwise(tokens))
             if "\n" not in text.strip() and (lost := " ".join("".join(between).split())):  # what no token holds
-                problems.append(f"{name}: YAML reads {text!r} as {values[name]!r} and takes {lost!r} for a comment; "
+                problems.append(f"{name}: YAML reads {text!r} as {values[name]!r} and drops {lost!r} as a comment; "
                                 "put quotes inside the quotes, as in \"'run #1'\"")
         except yaml.YAMLError as error:
             problems.append(f"{name}: {text!r} is not YAML: {str(error).splitlines()[0]}")

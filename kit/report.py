@@ -113,6 +113,8 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _number(value: object) -> str:
+    if value is None:  # nan or infinite, see `Run.metrics`
+        return "–"
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
     return escape(str(value))

@@ -32,8 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK_SECONDS = 600  # how long a requeued job waits for the lock that its dead node held: file servers notice in minutes
 UMASK = os.umask(0o022)  # the mode bits that this process keeps from new files; reading it means setting it
 os.umask(UMASK)
-# what a run would overwrite or delete; where there is no params.yaml, somebody else's
-WRITTEN = ("*.csv", "*.json", "*.safetensors", "*.parquet", "*.npy", "figures/*", "maps/*", "checkpoints/*")
+# files that a run overwrites or deletes; in a folder without params.yaml they are somebody else's. Executed notebooks
+# and their pages are left out, as a job may put them there before the run
+WRITTEN = ("*.csv", "*.json", "*.safetensors", "*.parquet", "*.npy", "environment.txt", "summary.txt", "table.*",
+           "figures/*", "maps/*", "checkpoints/*")
 MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.provenance`
 
 
@@ -69,8 +71,8 @@ def shown(path: str | Path) -> str:
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """Write a file atomically: `write(aside)` writes a temporary file, which is fsynced and renamed.
 
-    The file gets at least the modes that the umask allows: safetensors' `save_file` alone makes files that only their
-    owner can read.
+    The file gets the permissions that the umask allows; safetensors' `save_file` alone would make it readable by its
+    owner only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

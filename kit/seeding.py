@@ -13,5 +13,9 @@ def scan_key(scan: str) -> int:
 
 
 def rng_for(*numbers: int) -> np.random.Generator:
-    """Random generator keyed by these numbers, the same on every machine."""
+    """Random generator keyed by these numbers, the same on every machine.
+
+    Keys of up to four numbers that differ only in trailing zeros are the same: numpy pads (5,) to (5, 0, 0, 0). A
+    number of 2**32 or more counts as several.
+    """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))

@@ -1,5 +1,6 @@
 """From scans to embeddings and predictions: what is written, what is refused, and what is warned of."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,12 +25,13 @@ from kit.apply import (
 )
 from kit.cohort.identity import participant_ids
 from kit.cohort.tabular import CohortError
-from kit.evaluate.finetune import run_finetune
+from kit.evaluate.conformal import class_columns, conformal_quantile, number_columns
+from kit.evaluate.finetune import VALIDATION, run_finetune
 from kit.evaluate.predict import predict
-from kit.evaluate.predicted import class_columns, conformal_quantile, number_columns
 from kit.models.encoder_file import EncoderError, save_encoder
 from kit.models.encoders import build_encoder
 from kit.models.features import FeatureError, FeatureReader
+from kit.models.heads import Predictor
 from kit.models.reference import fit_reference, read_reference, save_reference
 from kit.params import Apply, Finetune, Preprocess
 from kit.preprocess.index import FAILED
@@ -37,7 +39,8 @@ from kit.preprocess.nifti import write_nifti
 from kit.preprocess.quality import QC_METRICS
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template
-from kit.reading import check
+from kit.provenance import MisfitError
+from kit.reading import ParameterError, check
 from kit.runs import ROOT, Run
 from kit.store.dataset import PreparedScans
 from kit.store.grid import PAPER_GRID, Grid
@@ -214,6 +217,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     # 37 of 41 ranks: 90.2 % in the mean; 400 runs leave a standard error of .3 %
     assert 0.89 < np.mean(held) < 0.915
     assert 0.89 < np.mean(kept) < 0.94  # the likelier class always stays
+    rare = rng.random(400) < 0.08  # patients whose log-odds are lower than most controls', as weights of classes may do
+    logits = rng.normal(np.where(rare, -1.0, -3.0), 1.0)
+    sets = class_columns(logits[200:], ["CN", "AD"], pd.DataFrame({"true": rare[:200], "predicted": logits[:200]}))
+    assert sets["possible"][rare[200:]].str.contains("AD").mean() > 0.8  # though 92 % of people are controls
+    assert sets["possible"][~rare[200:]].str.contains("CN").mean() > 0.8
     assert conformal_quantile(np.arange(8.0)) == np.inf and conformal_quantile(np.arange(9.0)) == 8
     assert number_columns(np.ones(1), pd.DataFrame({"true": [1.0], "predicted": [2.0]}))["low"].isna().all()
 
@@ -270,6 +278,23 @@ def test_what_the_network_cannot_give_is_refused_before_scans_are_prepared(tmp_p
     write_nifti(tmp_path / "scan.nii.gz", np.ones((4, 5, 6), np.float32), np.eye(4))
     with pytest.raises(FeatureError, match="class"):
         apply(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_model_of_another_template_is_refused_before_scans_are_prepared(tmp_path, tuned):
+    record = {"architecture": "resnet18_narrow", "objective": "simclr", "participants": [], "made_from": {},
+              "preparation": Preparation(GRID, "rigid").record() | {"template": "another"}}
+    network = build_encoder("resnet18_narrow", GRID)
+    if tuned:
+        save_file(Predictor(network, 1).state_dict(), tmp_path / "model.safetensors")
+        (tmp_path / "task.json").write_text(json.dumps(record))
+        (tmp_path / VALIDATION).touch()
+    else:
+        save_encoder(tmp_path / "encoder.safetensors", network, record)
+    write_nifti(tmp_path / "scan.nii.gz", np.ones((4, 5, 6), np.float32), np.eye(4))
+    with pytest.raises(MisfitError, match="template: training scans another, this kit ICBM152 2009a"):
+        apply(Apply(input=str(tmp_path), encoder=str(tmp_path), output_dir="outputs/x"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -405,6 +430,17 @@ def test_without_an_encoder_the_command_says_how_to_name_one(monkeypatch, capsys
     with pytest.raises(SystemExit):
         main()
     assert "--encoder FILE, or the environment's KIT_ENCODER" in capsys.readouterr().err
+
+
+def test_an_empty_input_is_not_the_current_folder(encoder, tmp_path, monkeypatch, capsys):
+    write_nifti(tmp_path / "scan.nii.gz", np.ones((4, 5, 6), np.float32), np.eye(4))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kit.apply", "--input", "", "--encoder", str(encoder), "--output", "x.csv"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--input: got an empty path" in capsys.readouterr().err
+    with pytest.raises(ParameterError, match="input: got ''"):
+        check(Apply, {"input": "", "encoder": str(encoder), "output_dir": "outputs/x"})
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(monkeypatch, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """Notebooks headless: mistakes are refused before work, by the command line and by plain papermill."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from kit.cohort.tabular import read_table
-from kit.execute import FOLDER, _losses, defaults, main, notebook_of, run, run_folder, steps_of
+from kit.execute import FOLDER, _losses, _say_where, defaults, main, notebook_of, run, run_folder, steps_of
 from kit.params import NOTEBOOKS
 from kit.reading import ParameterError
 from kit.runs import ROOT, RunError
@@ -107,6 +108,21 @@ def test_plain_papermill_refuses_an_unknown_name_in_the_second_cell(tmp_path):
     assert error.value.ename == "ParameterError"
     assert "wrokers: unknown parameter; did you mean workers?" in error.value.evalue
     assert not (tmp_path / "outputs" / "sample").exists(), "work was done before"
+
+
+def test_an_empty_name_of_a_parameter_file_does_not_run_the_defaults():
+    done = command("1_preprocess", "-f", "", "--check")
+    assert done.returncode == 2 and "the parameter file's name is empty" in done.stderr
+
+
+def test_a_job_whose_parameter_file_is_not_there_ends_at_once(tmp_path):
+    """Also in a folder that is not there, for which `realpath` prints nothing."""
+    for file in ("none/mine.yaml", "none.yaml"):
+        done = subprocess.run(["bash", ROOT / "slurm" / "papermill.sbatch", "notebooks/1_preprocess.ipynb",
+                               tmp_path / "out.ipynb", tmp_path / file], capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, "KIT_PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT)})
+        assert done.returncode == 2 and file in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_losses_in_words(tmp_path):
@@ -286,6 +302,45 @@ def test_the_last_files_mistakes_are_told_before_the_first_runs(tmp_path):
     with pytest.raises(ParameterError, match="taks: unknown parameter; did you mean tasks"):
         run_folder(tmp_path)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_two_runs_of_one_folder_are_refused_before_the_first_runs(tmp_path):
+    (tmp_path / "budget.yaml").write_text("1_preprocess: {seconds: 9, each: {intensity: [zscore, whitematter]}}\n")
+    (tmp_path / "1_preprocess.yaml").write_text("output_dir: outputs/few\n")
+    with pytest.raises(ParameterError, match="1_preprocess intensity zscore and 1_preprocess intensity whitematter "
+                                             "would both write to outputs/few; give each its own output_dir"):
+        run_folder(tmp_path)
+    assert not (tmp_path / "outputs").exists()
+
+
+def runs_in(folder, *names):
+    """Finished runs, as `run_folder` lists them."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "index.html").write_text("its own")
+    return [(name, 1.0, folder / name) for name in names]
+
+
+def test_the_overview_of_runs_replaces_no_runs_own_index(tmp_path, capsys):
+    _say_where(runs_in(tmp_path, "one", "one/plan"))
+    assert (tmp_path / "one/index.html").read_text() == "its own"
+    assert f"To open in a browser: {tmp_path}/one/plan/index.html" in capsys.readouterr().out
+    _say_where(runs_in(tmp_path, "two"))
+    assert (tmp_path / "two/index.html").read_text() == "its own"
+
+
+def test_runs_that_share_no_folder_are_listed_without_an_overview(tmp_path, capsys):
+    _say_where([*runs_in(tmp_path, "one"), ("elsewhere", 1.0, Path("/elsewhere/two"))])
+    said = capsys.readouterr().out
+    assert not Path("/index.html").exists() and f"{tmp_path}/one/report.html" in said
+    assert "/elsewhere/two/report.html" in said
+
+
+def test_a_benchmarks_summary_is_printed_wherever_it_stands_in_the_order(tmp_path, capsys):
+    lines = runs_in(tmp_path, "5_benchmark", "6_apply")
+    (tmp_path / "5_benchmark/summary.txt").write_text("SimCLR 0.81")
+    _say_where(lines)
+    assert "5_benchmark\nSimCLR 0.81" in capsys.readouterr().out and (tmp_path / "index.html").exists()
 
 
 def test_a_folder_without_a_budget_is_refused():

@@ -278,8 +278,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(runs, tmp_path, c
     torch.save(resnet18(spatial_dims=3, n_input_channels=1).state_dict(), folder / "theirs.pt")
     with pytest.raises(ExportError, match=r"theirs.pt holds third-party weights \(resnet18\), .* only an encoder.saf"):
         export(folder / "theirs.pt", out)
-    with pytest.raises(ExportError, match="is not a finished run of 5_benchmark"):
-        export(folder / "pre0", out, folder / "pre0")
+    for benchmark in (folder / "pre0", ""):  # of an unset variable
+        with pytest.raises(ExportError, match="is not a finished run of 5_benchmark"):
+            export(folder / "pre0", out, benchmark)
     with pytest.raises(ExportError, match=r"has no score of this encoder \(weights .*; it has Ours .*, Theirs"):
         export(_another(tmp_path), out, folder / "benchmark")
     assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["another.safetensors"]

@@ -124,12 +124,27 @@ def test_what_was_typed_arrives(prepared, tmp_path, typed, name, value):
 def test_an_option_of_which_yaml_drops_a_part_as_a_comment_is_refused(typed, read, lost):
     with pytest.raises(ParameterError) as error:
         read_options([("seed", "1"), ("task", typed)])
-    assert f"task: YAML reads {typed!r} as {read} and takes {lost!r} for a comment" in str(error.value)
+    assert f"task: YAML reads {typed!r} as {read} and drops {lost!r} as a comment" in str(error.value)
 
 
 def test_an_option_may_hold_a_hash():
-    assert read_options([("task", "'run #1'"), ("split", "run#1"), ("aliases", "")]) == {
-        "task": "run #1", "split": "run#1", "aliases": None}
+    assert read_options([("task", "'run #1'"), ("split", "run#1")]) == {"task": "run #1", "split": "run#1"}
+
+
+@pytest.mark.parametrize("unset", ["", " ", "\ufeff"])
+def test_an_option_without_a_value_does_not_select_the_default(unset):
+    with pytest.raises(ParameterError) as error:
+        read_options([("aliases", unset), ("volumes", unset), ("atlas", "null"), ("split", '""')])
+    assert "2 things" in str(error.value) and "\n  aliases: got an empty value; write null for none" in str(error.value)
+    assert read_options([("atlas", "null"), ("split", '""')]) == {"atlas": None, "split": ""}
+
+
+def test_a_seed_that_the_benchmark_does_not_use_is_refused(prepared):
+    values = {"output_dir": "outputs/x", "prepared": prepared, "encoders": {"a": "random"}, "tasks": ["sex"],
+              "finetune_tasks": []}
+    assert check(NOTEBOOKS["5_benchmark"], values | {"seeds": [3]}).seeds == [3]
+    assert "seed: got 3; value error, the benchmark does not use it; set seeds: [3]" in refusal(
+        NOTEBOOKS["5_benchmark"], **values, seed=3)
 
 
 @pytest.mark.parametrize("name", ["output_dir", "prepared", "aliases"])

@@ -51,7 +51,7 @@ def test_an_index_links_what_is_there_and_nothing_else(run_folder):
     assert {path.name for path in found} == {"report.html", "scan & map.png", "scores.csv", "params.yaml",
                                              "encoder.safetensors"}
     text = page.read_text(encoding="utf-8")
-    assert all(f"<td>{value}</td>" in text for value in ("0.8123", "None", "123456")) and "scan &amp; map" in text
+    assert all(f"<td>{value}</td>" in text for value in ("0.8123", "–", "123456")) and "scan &amp; map" in text
 
 
 def test_an_overview_leads_to_each_run(run_folder, tmp_path):

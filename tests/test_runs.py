@@ -105,16 +105,19 @@ def test_what_is_written_before_the_first_checkpoint_does_not_fix_the_parameters
 
 
 def test_a_folder_of_other_files_is_no_run_and_is_left_as_it_is(tmp_path):
-    for name in ("predictions.csv", "figures/mine.png"):
+    for name in ("predictions.csv", "figures/mine.png", "environment.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     with pytest.raises(RunError, match=r"no params.yaml, so it is no run of the kit, which could overwrite or delete "
-                                       r"figures/mine.png, predictions.csv; give another output"):
+                                       r"environment.txt, figures/mine.png, predictions.csv; give another output"):
         Run.open(tmp_path, {"seed": 0})
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} - {".lock"} == {
-        "predictions.csv", "figures", "figures/mine.png"}
+        "predictions.csv", "figures", "figures/mine.png", "environment.txt"}
     (tmp_path / "predictions.csv").unlink()
     (tmp_path / "figures" / "mine.png").unlink()
+    with pytest.raises(RunError, match=r"could overwrite or delete environment.txt; give another output"):
+        Run.open(tmp_path, {"seed": 0})
+    (tmp_path / "environment.txt").unlink()
     Run.open(tmp_path, {"seed": 0}).close()
 
 

@@ -1,6 +1,6 @@
 """Change the grey levels of one scan's brain, in place.
 
-Every function modifies and returns the values of the brain's voxels, (voxels,) float32 or float64. If positions
+Functions that take `values`, the brain's voxels (voxels,) float32 or float64, modify and return them. If positions
 matter, `indices` (voxels,) int64 gives them in the flattened volume of `shape`. Functions on "magnitude" values expect
 the darkest value at zero, as in a scanner's image; the final z-score removes that shift.
 """
@@ -57,7 +57,7 @@ def histogram(values: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
 
 def bias_field(values: torch.Tensor, indices: torch.Tensor, shape: Sequence[int], sd: float, seed: int,
                points: Sequence[int]) -> torch.Tensor:
-    """Multiply magnitude values by exp(smooth field), like the sensitivity of a receive coil.
+    """Multiply magnitude values by a bias field, like the sensitivity of a receive coil.
 
     Args:
         sd: standard deviation of the log field at its control points, between which it is interpolated linearly.

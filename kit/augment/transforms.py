@@ -11,7 +11,6 @@ AXES: tuple[Axis, ...] = ("z", "y", "x")
 
 Axes = Annotated[tuple[Axis, ...], Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
 CropShare = Annotated[float, Field(ge=0.05, le=1)]
 Turn = Annotated[float, Field(ge=0, le=180)]
 ShearDegrees = Annotated[float, Field(ge=0, le=60)]
@@ -149,20 +148,23 @@ class Histogram(Ranged):
 
 
 class Bias(Ranged):
-    """Multiply by exp(smooth field), like a receive coil; `range` is the SD of the log field at its control points."""
+    """Multiply by a receive coil's field; `range` is the SD of its log at control points, linear in between."""
 
     drawn, limits, most = "bias_sd", (0, 5), 1
-    spacing_mm: Positive = 60  # between the field's control points
+    spacing_mm: Positive = 60  # at most, between control points, which divide each side of the box evenly
 
 
 class Noise(Ranged):
-    """Gaussian noise inside the mask; `range` is its SD, where the scan's is 1 before its grey levels change."""
+    """Gaussian noise inside the mask; `range` is its SD, in units of the scan's SD before its grey levels change."""
 
     drawn, most = "noise_sd", 1
 
 
 class Rician(Ranged):
-    """Noise of a magnitude image: Gaussian in both channels (Gudbjartsson and Patz 1995); dark voxels brighten."""
+    """Noise of a magnitude image (Gudbjartsson and Patz 1995), which brightens dark voxels.
+
+    `range` is the SD of the Gaussian noise in each of the two channels, in the unit of `Noise`.
+    """
 
     drawn, most = "rician_sd", 1
 
@@ -181,14 +183,20 @@ class Sharpen(Ranged):
 
 
 class ThickSlices(Ranged):
-    """An anisotropic acquisition: averages over slices this many mm thick, with linear interpolation between them."""
+    """An anisotropic acquisition: averages over slices this many mm thick, with linear interpolation between them.
+
+    Slices no thicker than the grid's spacing change nothing: at 4 mm, `range: [1, 6]` acts in two of five draws.
+    """
 
     drawn, limits, most = "slice_mm", (0, 60), 16
     axes: Axes = AXES  # across the slices; one of them is drawn
 
 
 class Gibbs(Ranged):
-    """Ringing at edges: k-space truncated as in an acquisition with voxels of this many mm."""
+    """Ringing at edges: k-space truncated as in an acquisition with voxels of this many mm.
+
+    Voxels no larger than the grid's spacing change nothing: at 4 mm, `range: [1, 3]` never acts.
+    """
 
     drawn, limits, most = "gibbs_mm", (0, 60), 12
 
@@ -202,7 +210,7 @@ class Motion(Ranged):
 
 
 class Ghosting(Ranged):
-    """Copies along the phase-encoding axis: every few lines of k-space lose this share of their signal."""
+    """Copies along the phase-encoding axis: every `ghosts`-th line of k-space loses this share of its signal."""
 
     drawn, limits, most = "ghosting", (0, 1), 1
     axes: Axes = ("y", "z")

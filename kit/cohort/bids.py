@@ -40,7 +40,11 @@ def read_bids(folder: Path, contrast: str) -> pd.DataFrame:
 
 
 def _tell_of_pipelines(folder: Path, masked: pd.Series) -> None:
-    """Warn where masks are of several pipelines (names by scan, separated by /): each scan has the first, by name."""
+    """Warn if several pipelines in derivatives/ made masks; each scan gets that of the alphabetically first.
+
+    Args:
+        masked: (scans with a mask,) the pipelines with a mask of the scan, such as "fmriprep/synthstrip".
+    """
     pipelines = [names.split("/") for names in masked]
     made, taken = sorted({name for each in pipelines for name in each}), Counter(each[0] for each in pipelines)
     if len(made) > 1:

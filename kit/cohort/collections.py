@@ -29,13 +29,18 @@ from kit.cohort.tabular import COLUMNS, CohortError, TableError, read_foreign, s
 from kit.runs import shown
 
 IDENTITY = ["dataset", "participant", "session"]
-# Labels are joined by those of these that their table has; visit: the session without acq-, run-, ...
+# Labels are joined by those of these columns that participants.tsv has. `visit` is the session as its folder is named,
+# before `_row` adds acq-, run-, ... to tell its scans apart.
 KEYS = ("dataset", "participant", "visit")
 OPENMIND = ("pretrain_data.json", "openneuro_metadata.csv")
 # Contrast names in lower case and their BIDS suffixes; a contrast-enhanced T1w is called T1ce here.
 CONTRASTS = {"t1": "T1w", "t1w": "T1w", "mprage": "T1w", "t2": "T2w", "t2w": "T2w", "pd": "PDw", "pdw": "PDw",
              "flair": "FLAIR", **dict.fromkeys(("t1c", "t1ce", "t1wce", "t1gd", "t1post"), "T1ce")}
-_SESSIONS = ("sub[-_]*/ses[-_]*", "*/sub[-_]*/ses[-_]*", "*/*/sub[-_]*/ses[-_]*")
+_SESSION = "sub[-_]*/ses[-_]*"
+# What BIDS has and FOMO has not, and what becomes of it if a folder is read as FOMO.
+_BIDS_ALONE = {"sub[-_]*/anat": "participants without a session folder are left out",
+               "sub[-_]*/sub*_sessions.tsv": "sessions.tsv is not read",
+               "derivatives": "masks in derivatives/ are not used"}
 
 
 def is_collection(path: Path) -> bool:
@@ -45,7 +50,7 @@ def is_collection(path: Path) -> bool:
     if any((path / name).is_file() for name in OPENMIND):
         return True
     bids = (path / "dataset_description.json").is_file() and not any(path.glob("PT[0-9]*"))
-    return path.is_dir() and not bids and next(_sessions(path), None) is not None
+    return path.is_dir() and not bids and next(_within(path, _SESSION), None) is not None
 
 
 def read_collection(path: Path, contrast: str = "T1w") -> pd.DataFrame:
@@ -116,14 +121,18 @@ def visible(files: Iterable[Path]) -> list[Path]:
     return [file for file in files if not file.name.startswith(".")]
 
 
-def _sessions(folder: Path) -> Iterator[Path]:
+def _within(folder: Path, pattern: str) -> Iterator[Path]:
+    """Find a pattern in a dataset's folder: this one, or one that lies one or two levels down."""
     made = {"derivatives", "sourcedata"}  # of BIDS: other files of the same people
-    return (session for pattern in _SESSIONS for session in folder.glob(pattern)
-            if not made & set(session.relative_to(folder).parts))
+    return (found for above in ("", "*/", "*/*/") for found in folder.glob(above + pattern)
+            if not made & set(found.relative_to(folder).parent.parts))
 
 
 def _fomo(folder: Path) -> Iterator[dict[str, Any]]:
-    sessions = sorted(_sessions(folder))
+    sessions = sorted(_within(folder, _SESSION))
+    if lost := [words for pattern, words in _BIDS_ALONE.items() if next(_within(folder, pattern), None)]:
+        say(f"{shown(folder)} is read as FOMO (sub-*/ses-*), so {', '.join(lost)}; if it is BIDS, read each dataset by "
+            "itself, with its dataset_description.json")
     if zipped := sum(session.suffix == ".zip" and not session.with_suffix("").is_dir() for session in sessions):
         raise CohortError(f"{shown(folder)}: {zipped} of its sessions are still zipped; unzip each one in its folder")
     for session in [session for session in sessions if session.is_dir()]:

@@ -65,6 +65,11 @@ def normalised(text: object) -> str:
     return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
 
 
+def plain_name(name: object) -> str:
+    """Strip case, leading zeros and punctuation from a dataset's name, so that HABS-HD and habs_hd are the same."""
+    return re.sub(r"[\W_]+", "", normalised(name))
+
+
 def key(participant_id: str) -> str:
     """Normalise `dataset/participant` to compare tables, stores and encoders; an unnamed dataset gives `?/...`."""
     dataset, _, participant = participant_id.rpartition("/")
@@ -88,10 +93,10 @@ def participant_ids(index: pd.DataFrame) -> pd.Series:
 
 
 def site_names(index: pd.DataFrame) -> pd.Series:
-    """Return each scan's site: the column `site` (in any case), nan in its empty cells; the dataset if there is none.
+    """Return each scan's site: its cell in the column `site` (ignoring case), nan if empty.
 
-    A number gets its dataset as a prefix, since site 1 of two datasets are different sites. Site 1 is also 1.0: a
-    column of whole numbers with an empty cell is read as floats.
+    Without such a column the site is the dataset. A number gets its dataset as a prefix, since site 1 of two datasets
+    are different sites. Site 1 is also 1.0: a column of whole numbers with an empty cell is read as floats.
     """
     site = spelled(index, "site")
     names = index[site or "dataset"]
@@ -106,7 +111,8 @@ def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
     It is the alphabetically first of those in the index.
 
     Raises:
-        IdentityError: the index has no dataset's name, so that no alias can be of its people.
+        IdentityError: no alias can be of the people of a dataset, as the index does not name it, or the aliases name
+            it with other punctuation.
     """
     if not aliases:
         return index
@@ -114,6 +120,11 @@ def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
     if len(index) and unnamed.all() and not any(name.startswith(UNNAMED) for name in aliases):
         raise IdentityError("aliases: the cohort has no column dataset, so nobody in the table of aliases is found in "
                             "it: add the column, or write the dataset there as in index.csv, with its leading ?")
+    written = {plain_name(name): name for name in sorted({each.rpartition("/")[0] for each in aliases})}
+    for name in index["dataset"][~unnamed].unique():
+        if (other := written.get(plain_name(name), normalised(name))) != normalised(name):
+            raise IdentityError(f"aliases: dataset {name!r} of the cohort is {other!r} in the table of aliases, where "
+                                "none of its people would be found; write it there as in the cohort")
     ids = participant_ids(index)
     first: dict[tuple[str, ...], str] = {}
     for name in sorted(set(ids)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,11 +15,12 @@ from kit.cohort.tabular import CODES_FOR_MISSING, DATE, DECIMAL_COMMA, NUMBER, l
 from kit.errors import KitError
 
 Kind = Literal["classification", "regression"]
-# Integers from 0 or 1 to n without a gap look like class codes: at most this many, 3 or more rows each on average.
+# Whole numbers 0..n or 1..n without a gap look like class codes if there are at most this many distinct ones, with
+# three or more rows for each on average.
 MOST_CODES = 20
 MOST_CLASSES = 20
 OLDEST = 120  # years
-CONTROLS = ("cn", "nc", "hc", "control", "controls", "con", "healthy", "normal")  # the negative class, in any case
+CONTROLS = ("cn", "nc", "hc", "control", "controls", "con", "healthy", "normal")  # the negative class, ignoring case
 
 
 class LabelError(KitError, ValueError):
@@ -49,7 +50,7 @@ class Labels:
 
 
 def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_codes: Iterable[str | float] = (),
-                classes: Sequence[str] = ()) -> Labels:
+                classes: Sequence[str] = (), beside: Sequence[float] | np.ndarray = ()) -> Labels:
     """Read a label column.
 
     With ``auto``, two distinct values or text mean classification, and many numbers mean regression. A few small whole
@@ -58,12 +59,18 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
     two, each needs at least two scans. Empty cells and `missing_codes` mean no label.
 
     Args:
+        index: one scan a row.
+        task: the label column.
+        kind: "auto", "classification" or "regression"; the last two are taken at their word, so that -9 is a value.
+        missing_codes: values of the label that mean missing.
         classes: the classes of the cohort that a model learns from, if these labels only test it; some may be absent.
+        beside: that cohort's numbers, if its kind was found by ``auto``. Numbers of this column that look like codes
+            for a missing value among both are refused, under "regression", too.
 
     Raises:
         LabelError: no such column, no values, text where numbers are needed, one class or more than `MOST_CLASSES`,
             a class of one scan among several, a class outside `classes`, classes that differ only by case or zeros, two
-            classes of one sex, or values that are ambiguous under ``auto``.
+            classes of one sex, or values that are ambiguous under ``auto`` or `beside` others.
     """
     if task not in index:
         raise LabelError(f"{task}: no such label column; the index has {', '.join(map(str, index.columns))}")
@@ -78,7 +85,10 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
         if is_number.all():
             _ask_about_codes(task, present)
     if kind == "regression":
-        return Labels(task, "regression", _numbers(task, column, present, is_number))
+        numbers = _numbers(task, column, present, is_number)
+        if len(beside):
+            _ask_about_odd_numbers(task, pd.to_numeric(present), beside)
+        return Labels(task, "regression", numbers)
     known = tuple(classes) or _classes(task, present, ask=auto and not is_number.all())
     names = present.map(_name)
     if others := sorted(set(names) - set(known)):
@@ -92,7 +102,7 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
 def _without(column: pd.Series, codes: Iterable[str | float]) -> pd.Series:
     """Return the column with missing-value codes as nan; text columns are trimmed and hold only text.
 
-    A code is found in any case, and a number however it is written: na is also NA, and -9 also -9.0.
+    Codes are compared ignoring case, and numbers by value: na is also NA, and -9 also -9.0.
     """
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         column = column.map(lambda cell: trimmed(_name(cell)), na_action="ignore").astype("str")
@@ -116,6 +126,7 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
     rest = [value for value in values if value not in CODES_FOR_MISSING]
     counts = ", ".join(f"{value:g} ({count})" for value, count in numbers.value_counts().sort_index().items())
     whole = bool(np.isfinite(values).all() and (values == np.round(values)).all())
+    # Two values are two classes, unless just one of them looks like a code (0 and 9); -1 and 1 are classes, too.
     if len(values) <= 2 and (len(rest) != 1 or set(values) == {-1, 1}):
         return
     run = sorted(value for value in values if value in rest or 0 <= value <= MOST_CODES)
@@ -124,9 +135,15 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
     if whole and (counted or all(abs(value) < 10 for value in rest)):
         raise LabelError(f"{task}: are these class codes or numbers? Found {counts}. Set task_type: regression or "
                          "classification, and list codes for missing values in missing_codes")
-    odd = _unlikely(task, rest)
-    rest = [value for value in rest if value not in odd]
-    strange = [value for value in values if rest and (value in odd or value in CODES_FOR_MISSING
+    _ask_about_odd_numbers(task, numbers)
+
+
+def _ask_about_odd_numbers(task: str, numbers: pd.Series, beside: Sequence[float] | np.ndarray = ()) -> None:
+    """Refuse numbers that look like codes for a missing value among each other and those `beside` them."""
+    values = {*numbers, *beside}
+    odd = _unlikely(task, values)
+    rest = [value for value in values if value not in CODES_FOR_MISSING and value not in odd]
+    strange = [value for value in numbers.unique() if rest and (value in odd or value in CODES_FOR_MISSING
                and (value < 0 <= min(rest) or abs(value) > 2 * max(map(abs, rest))))]
     if strange:
         listed = ", ".join(f"{value:g}" for value in sorted(strange)[:5]) + ", ..." * (len(strange) > 5)
@@ -135,13 +152,19 @@ def _ask_about_codes(task: str, present: pd.Series) -> None:
                          "it is a real value (an age in months, say), set task_type: regression")
 
 
-def _unlikely(task: str, values: list[float]) -> list[float]:
-    """Return ages below 0 or above `OLDEST`; of other labels the negative number, if there is one only, and whole."""
-    finite = [value for value in values if np.isfinite(value)]
+def _unlikely(task: str, values: Collection[float]) -> list[float]:
+    """Return those of distinct numbers that may be codes for a missing value, besides `CODES_FOR_MISSING`.
+
+    Of ages, those below 0 or above `OLDEST`. Of other labels a negative whole number, if there is one only, or two or
+    three beside five times as many others, if they leave gaps (-10, -3, -1 of UK Biobank; not -3, -2, -1).
+    """
     if task.casefold() == "age":
-        return [value for value in finite if not 0 <= value <= OLDEST]
-    below = [value for value in finite if value < 0]
-    return below if len(below) == 1 and below[0] == round(below[0]) else []
+        return [value for value in values if np.isfinite(value) and not 0 <= value <= OLDEST]
+    negative = sorted(value for value in values if np.isfinite(value) and value < 0)
+    below = [value for value in negative if value not in CODES_FOR_MISSING]
+    gaps = negative != list(range(-len(negative), 0))
+    few = len(below) == 1 or len(below) <= 3 and gaps and len(values) - len(negative) >= 5 * len(negative)
+    return below if few and all(value == round(value) for value in below) else []
 
 
 def _numbers(task: str, column: pd.Series, present: pd.Series, is_number: pd.Series) -> np.ndarray:
@@ -194,13 +217,22 @@ def _ask_about_words(task: str, counts: pd.Series) -> None:
 
 
 def sexes(column: pd.Series) -> pd.Series:
-    """First letters in upper case, so that male, m and M are one; codes stay text ("1"), as cohorts number differently.
+    """Reduce each cell to its first letter in upper case, so that male, m and M are one; XX and XY stay whole.
 
-    Missing cells, and those that look so (`NA`, -9), are nan; where all cells are -1 or 1, these are the two sexes.
+    Number codes stay text ("1"), as cohorts number differently. Missing cells, and those that look so (`NA`, -9), are
+    nan; where all cells are -1 or 1, these are the two sexes.
     """
     effect = set(column.dropna().map(_as_code)) <= {"-1", "1"}
-    return column.map(lambda cell: _as_code(cell) if effect else np.nan if looks_missing(cell) else
-                      normalised(cell)[:1].upper() or np.nan, na_action="ignore").astype(object)
+
+    def sex(cell: object) -> object:
+        name = normalised(cell).upper()
+        if effect:
+            return _as_code(cell)
+        if looks_missing(cell) or not name:
+            return np.nan
+        return name if name in ("XX", "XY") else name[0]
+
+    return column.map(sex, na_action="ignore").astype(object)
 
 
 def _name(value: object) -> str:

@@ -1,8 +1,8 @@
 """Split participants into train, validation and test, once or in folds, never one participant across two parts.
 
-Only the index and the split seed decide who is tested: row order, quality control, the training seed and the task do
-not. So pretraining can leave out the participants who will be tested. Folds are balanced by the columns in `STRATIFY`
-(age, sex, site, diagnosis), so these decide, too; a single split depends on names alone.
+Who is tested depends only on the index and `split_seed`, not on row order, quality control, the training seed or the
+task, so pretraining can leave out the same people. A single split follows the column `split`, or hashes of the names if
+there is none. Folds are also balanced by age, sex, site, ... (see `STRATIFY`), or each tests one site.
 """
 
 from __future__ import annotations
@@ -16,14 +16,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import SPLITS, UNNAMED, Aliases, check_people_known, known_as, participant_ids, site_names
+from kit.cohort.identity import (
+    SPLITS,
+    UNNAMED,
+    Aliases,
+    IdentityError,
+    check_people_known,
+    check_spellings,
+    known_as,
+    participant_ids,
+    site_names,
+)
 from kit.cohort.tabular import ages, looks_missing, spelled
 from kit.errors import KitError
 
 SALT = "kit participants v1"
 DIVIDED = ("train", "validation", "test")  # rows with these names in a column `split` are divided anew by folds
 TEST_FRACTION = 0.2  # of the participants, if neither folds nor a column `split` choose the test set
-STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns, in any case, that folds are balanced by
+STRATIFY = ("age", "sex", "site", "diagnosis", "group")  # columns that folds are balanced by, ignoring case
 MOST_LEVELS, BANDS = 10, 5  # a numeric column of more than 10 distinct values is cut into 5 quantile bands
 
 
@@ -43,6 +53,7 @@ def participant_hash(participant: str, salt: str = SALT) -> str:
 def salt() -> str:
     """Return the salt of hashed ids: the public one, or a site's own from `KIT_SALT`."""
     own = os.environ.get("KIT_SALT")
+    # ", one form" marks hashes of normalised names (`key`); older kits hashed names as written, with SALT alone
     return hashlib.blake2b(own.encode(), digest_size=32).hexdigest() if own else f"{SALT}, one form"
 
 
@@ -65,7 +76,7 @@ class Splitting:
         folds: number of cross-validation folds; 0 means a single split.
         leave_one_site_out: each fold tests one site.
         split_seed: seed of the choice of test and validation participants.
-        stratify: columns that folds are balanced by; None means those of `STRATIFY` that the index has, in any case.
+        stratify: columns that folds are balanced by; None means those of `STRATIFY` that the index has, ignoring case.
         validation_fraction: fraction of the participants who are not tested.
     """
 
@@ -95,9 +106,10 @@ def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 
 
     Args:
         fold: which fold of `splitting`, from 0.
-        labels: (rows,) float of `kind`, nan for unused rows. Validation takes its share of the participants with a
-            label, class by class, at least two of each; participants without one become train. None: of all
-            participants.
+        rows_are_people: treat each scan without a participant as another person.
+        labels: (rows,) float of `kind`, nan for unused rows. The validation share is drawn from the participants with a
+            label, class by class, at least two of each class; those without a label go to train. None: drawn from all
+            participants. Not used if a single split follows the column `split`.
 
     Raises:
         LeakageError: the column `split` puts one participant's scans into two splits.
@@ -110,7 +122,9 @@ def splits(index: pd.DataFrame, splitting: Splitting | None = None, fold: int = 
     if "split" in index:
         mixed = index["split"].fillna("").groupby(ids).nunique()
         if (mixed > 1).any():
-            raise LeakageError(f"split: {int((mixed > 1).sum())} participants have scans in two splits")
+            raise LeakageError(f"split: {int((mixed > 1).sum())} participants have scans in two splits, or in one and "
+                               f"in none (an empty cell), the first: {mixed.index[mixed > 1][0]}; give all scans of a "
+                               "participant the same split")
         if not splitting.cross_validated:
             return index["split"]
     test, divided = left_out(index, splitting, fold), _divided(index)
@@ -169,8 +183,8 @@ def site_folds(index: pd.DataFrame) -> pd.Series:
     """Return each row's site as a number, in the order of the site names; see `kit.cohort.identity.site_names`.
 
     Raises:
-        SplitError: there is no column `site`, it has empty cells or codes for missing values, or it names only one
-            site.
+        SplitError: there is no column `site`, it has empty cells or codes for missing values, two sites differ only by
+            case or leading zeros, or there is only one site.
     """
     if (site := spelled(index, "site")) is None:
         raise SplitError("leave_one_site_out: the index has no column site")
@@ -182,6 +196,10 @@ def site_folds(index: pd.DataFrame) -> pd.Series:
         codes = ", ".join(sorted(set(index[site][odd].map(str))))
         raise SplitError(f"leave_one_site_out: {int(odd.sum())} of {len(index)} scans have site {codes}, which looks "
                          "like a code for a missing value; name the site, or leave them out")
+    try:
+        check_spellings(sites.unique(), "leave_one_site_out: site")
+    except IdentityError as error:
+        raise SplitError(str(error)) from None
     numbers, names = pd.factorize(sites, sort=True)
     if len(names) < 2:
         raise SplitError(f"leave_one_site_out: all scans are of one site, {', '.join(names)}")

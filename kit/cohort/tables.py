@@ -1,7 +1,7 @@
 """Read a cohort: a table with one scan a row (participant, session, dataset, image_path, mask_path, labels).
 
-The source is a CSV or TSV (columns `image_path, mask_path, label` alone are enough), a BIDS folder, or a
-public collection (`kit.cohort.collections`).
+The source is a CSV or TSV (a column `image_path` is enough to prepare and pretrain; testing needs `participant` and
+`dataset`), a BIDS folder, or a public collection (`kit.cohort.collections`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pandas as pd
 
 from kit.cohort.bids import read_bids
 from kit.cohort.collections import is_collection, read_collection
-from kit.cohort.identity import UNNAMED, check_names, headings, participant_ids, read_id, split_names
-from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say
+from kit.cohort.identity import SPLITS, UNNAMED, check_names, headings, participant_ids, read_id, split_names
+from kit.cohort.tabular import COLUMNS, CohortError, read_foreign, say, trimmed
 from kit.runs import resolve, shown
 
 PROCEDURAL = "procedural-"  # prefix of the dataset names of `kit.sample`; no other dataset uses it
@@ -56,6 +56,9 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
     check_names(table, shown(path))
     if "split" in table:
         table["split"] = split_names(table["split"].replace("", None))
+        if strange := sorted(set(table["split"].dropna().astype(str)) - set(SPLITS)):
+            say(f"{shown(path)}: split has {', '.join(map(repr, strange))}: only 2_pretrain uses such rows, if its "
+                f"parameter `split` names them; known are {', '.join(SPLITS)}", level=3)
     if (doubled := table.duplicated(["dataset", "participant", "session"])).any():
         row = table[doubled].iloc[0]
         raise CohortError(f"{shown(path)}: {int(doubled.sum())} scans have the dataset, participant and session of "
@@ -102,7 +105,7 @@ def named_by_file(paths: pd.Series) -> list[str]:
 
     The order of rows does not matter, but adding a file of the same name renames the first.
     """
-    names = paths.map(lambda path: re.sub(r"(\.nii|\.img)?(\.gz)?$", "", Path(path).name))
+    names = paths.map(lambda path: re.sub(r"(\.nii|\.img)?(\.gz)?$", "", trimmed(Path(path).name)))
     digests = paths.map(lambda path: "-" + hashlib.blake2b(path.encode(), digest_size=4).hexdigest())
     return (UNNAMED + names + digests.where(names.map(str.casefold).duplicated(keep=False), "")).tolist()
 

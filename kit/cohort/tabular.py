@@ -1,7 +1,7 @@
 """Read tables: which cells are numbers, text or missing.
 
 `read_foreign` reads tables that others wrote, `read_table` those that `kit.runs.write_table` wrote. Neither guesses:
-`001` is text, and only an empty cell and BIDS's `n/a` are missing.
+`001` is text, and only an empty cell is missing, and BIDS's `n/a`, except in a quoted table of the kit's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPREADSHEET_ERRORS = ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", 
 # -1, and 7, 8, 9 repeated one to four times (7, 77, ... 9999), of either sign
 CODES_FOR_MISSING = frozenset(sign * int(digit * times) for sign in (1, -1) for digit in "789"
                               for times in range(1, 5)) | {-1}
-WORDS_FOR_MISSING = ("na", "n/a", "nan", "none", "null", "unknown", "missing", ".", "-", "?")  # in any case
+WORDS_FOR_MISSING = ("na", "n/a", "nan", "none", "null", "unknown", "missing", ".", "-", "?")  # ignoring case
 NO_AGES = (777, 888, 999, 7777, 8888, 9999)  # codes for a missing value, as are negative numbers
 COLUMNS = ("participant", "session", "dataset", "image_path", "mask_path")  # a cohort's columns, besides labels
 INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060"))  # byte-order mark and zero-width characters
@@ -44,20 +44,28 @@ class TableError(CohortError):
 
 
 def say(words: str, level: int = 5) -> None:
-    """Warn about a cohort's files; shown is the line that called `read_cohort`, `level` - 1 frames above this."""
+    """Warn about a cohort's files, at the line that called `read_cohort`.
+
+    Args:
+        level: `warnings.warn`'s stacklevel: 3 if `read_cohort` itself calls this, one more for each function between.
+    """
     warnings.warn(words, stacklevel=level)
 
 
 def ages(column: pd.Series) -> pd.Series:
-    """Ages as numbers; nan for text such as `NA`, negative numbers and `NO_AGES`. Unchanged if most cells are text."""
+    """Ages as numbers; nan for text such as `NA`, negative numbers and `NO_AGES`.
+
+    Unchanged if at least as many cells hold other text, such as `60-69`, as hold numbers.
+    """
     numbers = pd.to_numeric(column, errors="coerce")
-    if numbers.notna().sum() <= column.notna().sum() / 2:
+    text = column[numbers.isna()].dropna()
+    if numbers.notna().sum() <= sum(not looks_missing(cell) for cell in text):
         return column
     return numbers.mask((numbers < 0) | numbers.isin(NO_AGES))
 
 
 def spelled(table: pd.DataFrame, name: str) -> str | None:
-    """Return the column of this name in lower case or, if there is none, in any other; None if there is none."""
+    """Return the heading that is `name` (lower case), else the first that differs only in case, else None."""
     return next((each for each in [name, *table] if each in table and str(each).casefold() == name), None)
 
 
@@ -86,42 +94,48 @@ def trimmed(text: str) -> str:
     return unicodedata.normalize("NFKC", text.translate(INVISIBLE)).strip()
 
 
-def typed(column: pd.Series, decimal_comma: str = "") -> pd.Series:
+def _trimmed_path(cell: str) -> str:
+    """Return a path without surrounding whitespace or invisible characters; NFKC would name another file."""
+    return cell.strip().strip("".join(map(chr, INVISIBLE))).strip()
+
+
+def typed(column: pd.Series, where: str = "", semicolons: bool = False) -> pd.Series:
     """Convert text cells to numbers if every cell that is not missing is a number; otherwise keep the text.
 
     Args:
         column: (rows,) text.
-        decimal_comma: file and column, for the error message. If given, `63,5` is a number too, unless a cell of the
-            column has a decimal point.
+        where: file and column, such as "a.tsv: age", for error messages. If given, decimal commas are read (`63,5`),
+            unless a cell of the column has a decimal point.
+        semicolons: cells were separated by semicolons, as spreadsheets do where the comma marks decimals.
 
     Returns:
         (rows,) int64, float64, or text; nan where a cell is missing.
 
     Raises:
         TableError: commas may separate thousands: three digits follow each, and a number without a comma is larger than
-            one with a comma would be as a decimal (987 beside 1,234, read as 1.234).
+            one with a comma would be as a decimal (987 beside 1,234, read as 1.234), or there is none and no semicolon.
     """
     present = column[~column.isin(MISSING)]
-    if decimal_comma and present.str.fullmatch(f"{DECIMAL_COMMA}|{NUMBER}").all() and not present.str.contains(
+    if where and present.str.fullmatch(f"{DECIMAL_COMMA}|{NUMBER}").all() and not present.str.contains(
             ".", regex=False).any():
-        _check_commas(present, decimal_comma)
+        _check_commas(present, where, semicolons)
         column, present = column.str.replace(",", "."), present.str.replace(",", ".")
     if present.str.fullmatch(NUMBER).all():
         return pd.to_numeric(column.where(~column.isin(MISSING)))
     return column.where(~column.isin(MISSING))
 
 
-def _check_commas(numbers: pd.Series, where: str) -> None:
+def _check_commas(numbers: pd.Series, where: str, semicolons: bool) -> None:
     """Refuse numbers with commas that may separate thousands; see `typed`."""
     with_comma = numbers.str.contains(",", regex=False)
     written, plain = numbers[with_comma], numbers[~with_comma]
-    if not len(plain) or not len(written) or not written.str.fullmatch(THOUSANDS).all():
+    if not len(written) or not written.str.fullmatch(THOUSANDS).all():
         return
-    sizes = pd.to_numeric(written.str.replace(",", ".")).abs()
-    largest = pd.to_numeric(plain).abs().idxmax()
-    if abs(float(plain[largest])) > sizes.min():
-        raise TableError(f"{where} holds {written[sizes.idxmin()]!r} beside {plain[largest]!r}: does the comma mark "
-                         "decimals or thousands? Write the column with decimal points, and no mark between thousands")
+    sizes, others = pd.to_numeric(written.str.replace(",", ".")).abs(), pd.to_numeric(plain).abs()
+    if (others.max() > sizes.min()) if len(plain) else not semicolons:
+        beside = f" beside {plain[others.idxmax()]!r}" if len(plain) else ""
+        raise TableError(f"{where} holds {written[sizes.idxmin()]!r}{beside}: does the comma mark decimals or "
+                         "thousands? Write the column with decimal points, and no mark between thousands")
 
 
 def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
@@ -143,7 +157,9 @@ def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
     if not lines or not any(map(trimmed, lines[0])):
         raise TableError(f"{shown(path)} is not a table: it has no header")
     header = headings(lines[0])
-    rows = [(number, [trimmed(cell) for cell in line]) for number, line in enumerate(lines[1:], 2)]
+    paths = {place for place, name in enumerate(header) if name.casefold().endswith("_path")}
+    rows = [(number, [(_trimmed_path if place in paths else trimmed)(cell) for place, cell in enumerate(line)])
+            for number, line in enumerate(lines[1:], 2)]
     rows = [(number, row) for number, row in rows if any(row)]
     if long := [number for number, row in rows if any(row[len(header):])]:
         raise TableError(f"{shown(path)}: row {long[0]} has more cells than the header; put cells that hold "
@@ -162,7 +178,7 @@ def read_foreign(path: Path, headings: Callable[[list[str]], list[str]],
             raise TableError(f"{shown(path)}: {name} holds {table[place][broken].iloc[0]}, a spreadsheet error, in "
                              f"{int(broken.sum())} rows; correct the formula, or empty the cell")
     columns = {name: table[place].where(~table[place].isin(MISSING), "") if text is None or name in text
-               else typed(table[place], f"{shown(path)}: {name}" if between != "," else "")
+               else typed(table[place], f"{shown(path)}: {name}" if between != "," else "", between == ";")
                for place, name in zip(table, names, strict=True)}
     return pd.DataFrame(columns, index=table.index)
 
@@ -203,6 +219,10 @@ def read_table(path: str | Path, text: tuple[str, ...] = ()) -> pd.DataFrame:
     Args:
         path: the CSV.
         text: columns to read as text whatever the file says, with "" for empty cells.
+
+    Returns:
+        one row per row of the file: int64, float64 or text columns, nan in empty cells; a column without any filled
+        cell is float64.
     """
     cells = pd.read_csv(path, dtype=str, keep_default_na=False)
     quoted = _quoted_columns(Path(path))

@@ -2,7 +2,7 @@
 
 - ``tasks``        a label with its participant-level split or folds, checked for leakage
 - ``predict``      a network's output for each scan
-- ``predicted``    predictions for scans without a label, with conformal intervals
+- ``conformal``    predictions for scans without a label, with intervals or sets of classes
 - ``measured``     features, volumes and voxels, computed once for each scan
 - ``probe``        linear probes on frozen features
 - ``tune``         fine-tuning of all weights; learning rate and stopping point chosen on validation

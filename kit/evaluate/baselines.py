@@ -37,6 +37,7 @@ DEMOGRAPHICS = ("age", "sex", "gender")
 SAME = {"gender": "sex"}  # column names with the same meaning
 COPY = 0.99  # a column correlating more than this with the label is the label in other units
 LEAST_ROWS = 20  # fewer scans can agree by chance
+SHOWN = 20  # columns of a table of volumes that are named, for the user to see what else is in it
 COMPONENTS = 50
 POOLED_MM = 4.0  # voxels are averaged to about this size: PCA on finer voxels costs much and adds little
 
@@ -146,6 +147,8 @@ def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> 
         tell(f"without {', '.join(others)}, no volumes")
         found = found.drop(columns=others)
     columns = _without_label(task, {name: found.loc[name] for name in whole}, tell)
+    more = f", ... ({len(columns)} columns)" if len(columns) > SHOWN else ""
+    tell(f"read as volumes: {', '.join(columns[:SHOWN])}{more}")
     return {name: found.loc[name][columns] for name in parts}
 
 
@@ -171,7 +174,9 @@ def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[
     labels = pd.Series(np.concatenate([part.labels for part in _labelled(task).values()]), rows.index)
     kept = []
     for column in rows:
-        words, both = words_of(column), pd.DataFrame({"one": rows[column], "other": labels}).dropna()
+        numbers = numbers_of(rows[column])  # as they are learned: without words for missing values
+        values = rows[column] if numbers is None else numbers
+        words, both = words_of(column), pd.DataFrame({"one": values, "other": labels}).dropna()
         if (words and (words <= own or own <= words)) or _copy(both["one"], both["other"], task.labels.kind):
             tell(f"without {column}, which is the label or says the same")
         else:
@@ -194,10 +199,10 @@ def _copy(one: pd.Series, labels: pd.Series, kind: str) -> bool:
 def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> dict[str, np.ndarray]:
     """Encode columns and fit a probe: missing numbers become the training mean, categories are one-hot.
 
-    A category unseen in training, such as another site, becomes all zeros; a column of which a test set has no category
-    of training, such as a sex that is coded otherwise, is named. Scans with no known value are left out of
-    training and validation. In a test part they are predicted from mean values; a test part with only such scans is
-    left out.
+    A category unseen in training, such as another site, becomes all zeros. A column is named if a test set has no value
+    of it, or none of its categories of training, such as a sex that is coded otherwise. Scans with no known value are
+    left out of training and validation. In a test part they are predicted from mean values; a test part with only such
+    scans is left out.
     """
     parts, knowns = {}, {}
     for name, part in task.parts.items():
@@ -219,6 +224,9 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     numbers = [name for name in train if train[name].dtype != object]
     categories = [name for name in train if name not in numbers]
     for name in (each for each in tables if each not in LEARNED):
+        if lacking := [each for each in train if train[each].notna().any() and tables[name][each].isna().all()]:
+            tell(f"{name} has no values of {', '.join(lacking[:5])}{', ...' * (len(lacking) > 5)}, so it is "
+                 "predicted without")
         for column in (each for each in categories if each != "site"):
             values, known = tables[name][column].dropna(), train[column].dropna()
             if len(values) and len(known) and not values.isin(known).any():

@@ -24,6 +24,7 @@ from kit.evaluate.metrics import (
     further_metrics,
     join_scans,
     matched,
+    predicted_columns,
     predicted_of,
     score,
 )
@@ -61,10 +62,11 @@ def run_benchmark(params: Benchmark, run: Run) -> Results:
             flat: how many of these predict nearly one number, with a spread below `FLAT` of the labels' (both in
             distribution; empty for classes). `correct_bias` stretches predictions, and hides it.
         differences.csv: pretrained encoders minus their rivals; see `kit.evaluate.compare.differences`.
-        further.csv: other metrics, one row per score; see `kit.evaluate.metrics.further_metrics`.
-        subgroups.csv: scores within age bands (`age_bands`) and among cases and controls matched by age and sex
-            (`match_age_sex`). The column `subgroup` names the subgroup; the others are those of tidy.csv
-            up to `participants`.
+        further.csv: other metrics, a column each (empty for the other kind of task), and a row per encoder, mode, task,
+            label_fraction, seed and distribution; see `kit.evaluate.metrics.further_metrics`.
+        subgroups.csv: scores within age bands (`age_bands`; a band ends below its upper edge, the last one at it) and
+            among cases and controls matched by age and sex (`match_age_sex`). The column `subgroup` names the subgroup;
+            the others are those of tidy.csv up to `participants`.
         overlap.csv: what each test set shares with the training data; see `kit.evaluate.tasks.overlap`.
         made_from.json: what the models were made from, by fingerprint.
 
@@ -153,12 +155,14 @@ def _subgroups(predictions: pd.DataFrame, kinds: Mapping[str, str], params: Benc
 def _alike(scans: pd.DataFrame, task: str, kind: str, params: Benchmark) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each subgroup's name and its scans."""
     for lower, upper in pairwise(params.age_bands):
-        inside = scans[(scans["age"] >= lower) & (scans["age"] < upper)]
+        inclusive = "both" if upper == params.age_bands[-1] else "left"  # 90 often means 90 and older
+        inside = scans[scans["age"].between(lower, upper, inclusive)]
         if len(inside):
             yield f"age {lower:g} to {upper:g}", inside
     classes = sorted(set(scans["true"]))
     asked = params.match_age_sex and task.casefold() not in ("sex", "gender")
-    if asked and kind == "classification" and len(classes) == 2 and "predicted" in scans:
+    two = kind == "classification" and len(classes) == 2 and predicted_columns(scans) == ["predicted"]
+    if asked and two:
         one_class = scans.groupby("participant")["true"].transform("nunique") == 1  # no converters
         people = scans[one_class].drop_duplicates("participant").reset_index(drop=True)
         keep = matched(people["participant"], people["true"] == classes[1], people["age"], people["sex"])
@@ -187,6 +191,9 @@ def _converged(gains: pd.Series, errors: pd.Series) -> bool | None:
 
 def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
     """Measure repeat-scan reliability of each pretrained encoder and the untrained one; writes `reliability.csv`.
+
+    Participants whom an encoder saw in pretraining are left out of its row, and nobody of the untrained one's. Compare
+    `found_again` only between rows of equal `participants`: among fewer scans, chance finds more of them again.
 
     Returns:
         one row per encoder (first fold and seed); see `kit.evaluate.reliability.reliability`. An encoder for which too

@@ -4,7 +4,8 @@ A cell is one row of the table (an encoder in one mode, on one task, with one la
 `cells/TASK/ENCODER/…`, holds each seed's predictions, and all tables are made from these (`kit.evaluate.benchmark`). A
 finished cell with the same inputs and settings is not computed again, so a killed run resumes and the jobs of a Slurm
 array share the cells; each job embeds all scans that any task uses, with the encoders of its own cells. Each cell has
-one writer at a time, which holds its lock; processes that fill one table at the same time have the same parameters.
+one writer at a time, which holds its lock. Processes that fill one table at the same time must have the same
+parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.identity import read_aliases
-from kit.cohort.tabular import read_table
+from kit.cohort.tabular import numbers_of, read_table
 from kit.device import check_gpu
 from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions, words_of
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
@@ -57,7 +58,9 @@ TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns 
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
           "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
           "precision", "check_converged")
-READING = 2  # of columns of tables, raised when its rules change; 2: words among numbers are missing values
+# versions of the rules by which baselines read tables; a cell made by an older one is computed again
+READING = 2  # words among numbers are missing values
+READING_MIXED = 3  # of demographics with such words: these do not hide that a column repeats the label
 LOCK_PAUSE = 2.0  # seconds for another shard that holds the lock to remove a stale cell and record its new inputs
 RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "subgroups.csv", "table.*",
            "summary.txt")
@@ -95,7 +98,7 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
         Stopped: also between two cells; `unfinished.csv` then lists the cells that are not done.
         see `run_benchmark` for the others.
     """
-    check_gpu()  # now, as baselines come first and would run for hours without one
+    check_gpu()  # now: baselines need none and come first, so a missing GPU would be noticed only hours later
     bench = Bench(params)  # refuses inputs that do not fit: the run has not begun until then
     check_parameters(params, run)
     remove_stale_cells(bench)
@@ -155,8 +158,8 @@ class Bench:
             params, self.stores, name, params.task_types.get(name, "auto"), params.missing_codes.get(name, ()),
             self.aliases)}
         if params.volumes is not None and "volumes" in params.baselines:
-            for task in self.tasks.values():  # who is not told apart is refused before work, too
-                looked_up(read_volumes(params.volumes), pd.concat([part.rows for part in task.parts.values()]))
+            rows = pd.concat([part.rows for task in self.tasks.values() for part in task.parts.values()])
+            looked_up(read_volumes(params.volumes), rows)  # who is not told apart is refused before work, too
         self.cells = cells_of(params, {name: [fold for task, fold in self.tasks if task == name]
                                        for name in params.tasks})
         self.allowed = check_fit(self._sides(), params.allow_differences)
@@ -173,7 +176,7 @@ class Bench:
 
     @cached_property
     def specs(self) -> dict[str, str]:
-        """Encoders by name; the untrained one has the architecture of the first pretrained encoder, or of the first."""
+        """Encoders by name; the untrained one is built like the first pretrained encoder, or the first if none is."""
         first = next((spec for spec in self.params.encoders.values() if not is_random(spec)), None)
         untrained = (f"random:{read_record(encoder_at(first, 0, self.params.seeds[0]))['architecture']}" if first
                      else next(iter(self.params.encoders.values())))
@@ -257,10 +260,9 @@ class Bench:
                 try:
                     found = self._finetuned(cell, seed, task, folder, home)
                 except TrainingError as error:
-                    raise TrainingError(f"{cell.encoder} on {cell.task}, {cell.mode}, label_fraction "
-                                        f"{cell.label_fraction:g}, fold {cell.fold}, seed {seed}: {error}") from error
+                    raise TrainingError(f"{_named(cell, seed)}: {error}") from error
             if corrects:
-                found = self._corrected(cell, task, found)
+                found = self._corrected(cell, seed, task, found)
             write_table(self.file(cell, seed), _table(task, found or {}))
             shutil.rmtree(folder / f"seed{seed}", ignore_errors=True)  # its training, now that its result is written
 
@@ -275,7 +277,8 @@ class Bench:
         kind = self.tasks[cell.task, cell.fold].labels.kind
         return self.params.correct_bias and kind == "regression" and cell.encoder != "guess"
 
-    def _corrected(self, cell: Cell, task: Task, found: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    def _corrected(self, cell: Cell, seed: int, task: Task,
+                   found: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """Correct test predictions for their pull to the mean, estimated on validation.
 
         If validation has fewer than three different labels, or its predictions do not rise with the truth, they are
@@ -290,7 +293,8 @@ class Bench:
             try:
                 found = {name: bias_corrected(*known, values) for name, values in found.items()}
             except ValueError as error:
-                self._say(f"{cell.encoder} on {cell.task}, {cell.mode}: bias not corrected: {error}")
+                self._say(f"{_named(cell, seed)}: bias not corrected, so that this row may mix corrected and "
+                          f"uncorrected predictions: {error}")
         return found
 
     def _finetuned(self, cell: Cell, seed: int, task: Task, folder: Path, home: Path) -> dict[str, np.ndarray]:
@@ -349,32 +353,36 @@ class Bench:
         if cell.mode == "baseline":
             files = [path for path in (self.params.volumes, self.params.atlas) if path and cell.encoder == "volumes"]
             encoder = {"from": "", "weights": _digest(path.read_bytes() for path in files), "objective": "none"}
-            settings = {"columns": self._columns_of(cell)} if cell.encoder in ("demographics", "site") else {}
-            settings |= {"reading": READING} if cell.encoder == "demographics" or files else {}
+            columns = self._columns_of(cell) if cell.encoder in ("demographics", "site") else {}
+            settings = {"columns": _digest(each.to_csv(index=False).encode() for each in columns.values())} if (
+                columns) else {}
+            if cell.encoder == "demographics" or files:
+                settings["reading"] = READING_MIXED if columns and _mixed(columns["train"]) else READING
         else:
-            each = [self._noted_of(cell.encoder, cell.fold, seed)[0] for seed in self.seeds_of(cell)]
+            each, records = zip(*(self._noted_of(cell.encoder, cell.fold, seed) for seed in self.seeds_of(cell)),
+                                strict=True)
             encoder = {**each[0], "weights": weights_together([one["weights"] for one in each])}
             plain = self.params.plain()
-            settings = {name: plain[name] for name in TUNING} | rules(self.params) if cell.mode == "finetune" else {}
+            settings = {name: plain[name] for name in TUNING} | rules(self.params, records[0]["architecture"]) if (
+                cell.mode == "finetune") else {}
         settings |= {"correct_bias": True} if self._corrects(cell) else {}
         return model_inputs(self.tasks[cell.task, cell.fold], {**encoder, "name": cell.encoder}, self.aliases,
                             self.allowed, self._memo, settings=settings)
 
-    def _columns_of(self, cell: Cell) -> str:
-        """Digest of the columns that a baseline reads, which are in no other record."""
+    def _columns_of(self, cell: Cell) -> dict[str, pd.DataFrame]:
+        """The columns that a baseline reads, by part; they are in no other record."""
         names = {"site": ("site", "dataset"), "demographics": self.params.demographics or DEMOGRAPHICS}[cell.encoder]
         wanted = [words_of(name) for name in names]  # as the baseline finds them: `Age` is `age` elsewhere
-        rows = [part.rows[["scan", *(name for name in part.rows if words_of(name) in wanted)]]
-                for part in self.tasks[cell.task, cell.fold].parts.values()]
-        return _digest(each.to_csv(index=False).encode() for each in rows)
+        return {name: part.rows[["scan", *(column for column in part.rows if words_of(column) in wanted)]]
+                for name, part in self.tasks[cell.task, cell.fold].parts.items()}
 
     def _sides(self) -> dict[str, Any]:
         sides = sides_of(self.stores)
         for cell in self.cells:
             for seed in self.seeds_of(cell) if cell.mode != "baseline" else ():
                 spec = encoder_at(self.specs[cell.encoder], cell.fold, seed)
-                sides |= {f"encoder {spec}": side for side in side_of(spec).values()} if (
-                    f"encoder {spec}" not in sides) else {}
+                if f"encoder {spec}" not in sides and (side := side_of(spec).get("encoder")):
+                    sides[f"encoder {spec}"] = side
         return sides
 
     def _check_leakage(self) -> None:
@@ -435,6 +443,18 @@ def check_parameters(params: Benchmark, run: Run) -> None:
         if listed := other_parameters(file, params.plain(), params.may_change, params.defaults(), "it"):
             raise RunError(f"{shown(folder)} fills this table with other parameters now:\n  {listed}\n"
                            "wait until it has ended, or give another output_dir")
+
+
+def _mixed(table: pd.DataFrame) -> bool:
+    """Whether a column other than `scan` is text that is read as numbers, as it holds these and words like `NA`."""
+    return any(not pd.api.types.is_numeric_dtype(table[name]) and numbers_of(table[name]) is not None
+               for name in table if name != "scan")
+
+
+def _named(cell: Cell, seed: int) -> str:
+    """A cell and seed in words, for messages."""
+    return (f"{cell.encoder} on {cell.task}, {cell.mode}, label_fraction {cell.label_fraction:g}, fold {cell.fold}, "
+            f"seed {seed}")
 
 
 def _is_locked(path: Path) -> bool:

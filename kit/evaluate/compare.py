@@ -64,18 +64,19 @@ def scores(predictions: pd.DataFrame, kinds: Mapping[str, str], draws: int = RES
         participants (tested under every seed), seeds.
 
     Raises:
-        ValueError: a prediction is not finite.
+        NotFiniteError: a prediction is not finite; the message names the task.
+        ValueError: a label or another key is missing.
     """
     entries = _entries(predictions, kinds)
     drawn = _resampled(((entry, entry.names) for entry in entries.values()), draws, seed)
     rows = []
     for key, entry in entries.items():
-        on, metric = drawn[key, entry.names], METRICS[entry.kind]
-        low, high = np.nan, np.nan
-        if on.enough:
-            sides = [(on.found, on.drawn)] if len(entry.seeds) > 1 else []
-            low, high = interval(on.found.mean(), *variance(on.drawn.mean(0), len(entry.names), sides), metric)
-        rows.append({**dict(zip(ENTRY, key, strict=True)), "metric": metric, "value": on.found.mean(), "low": low,
+        sampled, metric = drawn[key, entry.names], METRICS[entry.kind]
+        value, low, high = sampled.found.mean(), np.nan, np.nan
+        if sampled.enough:
+            replicates = [(sampled.found, sampled.drawn)] if len(entry.seeds) > 1 else []
+            low, high = interval(value, *variance(sampled.drawn.mean(0), len(entry.names), replicates), metric)
+        rows.append({**dict(zip(ENTRY, key, strict=True)), "metric": metric, "value": value, "low": low,
                      "high": high, "participants": len(entry.names), "seeds": len(entry.seeds)})
     return pd.DataFrame(rows, columns=SCORES)
 
@@ -89,11 +90,14 @@ def differences(predictions: pd.DataFrame, kinds: Mapping[str, str], encoders: S
     variance between seeds to the interval; `seeds`, the smaller number of the two, shows this.
 
     p is two-sided, from Student's t with the bootstrap's standard error, and so is the interval. The share of draws
-    beyond 0 would not do: it cannot resolve p below 1 / draws, which Holm's correction would wipe out. p_holm corrects
-    over all rows of an encoder (all tasks, modes, distributions, label fractions and rivals with a p).
-    With few seeds it is approximate, as the degrees of freedom are estimated from them: p < .05 / 114 came up, in three
-    million simulations of three seeds, 3 to 4 times too often where seeds added as much variance as participants, 16 to
-    19 times where they added four times as much, and less than half as often as it should where they added none.
+    beyond 0 would not do: it cannot be below 1 / draws, which is too coarse for Holm's correction. p_holm corrects over
+    all rows of an encoder (all tasks, modes, distributions, label fractions and rivals with a p).
+
+    With few seeds a very small p is approximate, as the degrees of freedom are estimated from them. In three million
+    simulations of three seeds without a difference, p < .05 / 114 (Holm's first threshold for 114 comparisons) came up
+    3 to 4 times too often where seeds added as much variance as participants, 16 to 19 times where they added four
+    times as much, and less than half as often as it should where they added none. Where seeds vary much, run more of
+    them before relying on a p.
 
     Args:
         encoders: the encoders to judge, such as the pretrained ones.
@@ -105,7 +109,8 @@ def differences(predictions: pd.DataFrame, kinds: Mapping[str, str], encoders: S
         high, p, p_holm, participants, seeds.
 
     Raises:
-        ValueError: a prediction is not finite.
+        NotFiniteError: a prediction is not finite; the message names the task.
+        ValueError: a label or another key is missing.
     """
     entries = _entries(predictions, kinds)
     pairs = [(entry, rival, _common([entry.names, rival.names]))
@@ -172,7 +177,7 @@ def _entries(predictions: pd.DataFrame, kinds: Mapping[str, str]) -> dict[Key, _
         try:
             joined = join_scans(scans, [*ENTRY, "seed", "fold"])
         except ValueError as error:
-            raise ValueError(f"{task}: {error}") from error
+            raise type(error)(f"{task}: {error}") from error
         within = joined["distribution"] == "in_distribution"
         # cross-validation tests a participant in one fold; if in several, they share the weight
         shares = joined[within].groupby([*ENTRY, "seed", "participant"])["true"].transform("size")
@@ -206,16 +211,16 @@ def _resampled(wanted: Iterable[tuple[_Entry, Names]], draws: int, seed: int) ->
         chosen = {(key, replicate): [_on(test, names) for test in tests]
                   for key, entry in entries.items() for replicate, tests in entry.seeds.items()}
         enough = {key: bool(names) and all(
-            fewest(test.true, test.predicted, test.participants, entry.kind) >= LEAST_PARTICIPANTS
+            fewest(test.true, test.predicted, test.participants, entry.kind, test.folds) >= LEAST_PARTICIPANTS
             for replicate in entry.seeds for test in chosen[key, replicate]) for key, entry in entries.items()}
 
-        def on(drawn: np.ndarray, chosen=chosen, entries=entries) -> dict[tuple[Key, int], np.ndarray]:
+        def statistics_on(drawn: np.ndarray, chosen=chosen, entries=entries) -> dict[tuple[Key, int], np.ndarray]:
             return {model: np.mean([statistic(test.true, test.predicted, drawn[:, test.participants] * test.weight,
                                               entries[model[0]].kind, test.folds) for test in tests], axis=0)
                     for model, tests in chosen.items()}
 
-        whole = on(np.ones((1, len(names)))) if names else {model: np.full(1, np.nan) for model in chosen}
-        parts = [on(drawn) for drawn in bootstrap(len(names), draws, seed)] if any(enough.values()) else []
+        whole = statistics_on(np.ones((1, len(names)))) if names else {model: np.full(1, np.nan) for model in chosen}
+        parts = [statistics_on(drawn) for drawn in bootstrap(len(names), draws, seed)] if any(enough.values()) else []
         for key, entry in entries.items():
             models = [(key, replicate) for replicate in entry.seeds]
             drawn = [np.concatenate([part[model] for part in parts] or [np.empty(0)]) for model in models]

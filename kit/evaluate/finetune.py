@@ -76,7 +76,7 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     Raises:
         MisfitError, LabelError, EncoderError, IdentityError, LeakageError: before any training; each says what does
             not fit.
-        Stopped: see `kit.evaluate.tune.tune`.
+        TrainingError, Stopped, and errors of reading and of worker processes: see `kit.evaluate.tune.tune`.
     """
     aliases = read_aliases(params.aliases)
     stores = open_stores(params)
@@ -87,7 +87,8 @@ def run_finetune(params: Finetune, run: Run) -> tuple[Task, pd.DataFrame, dict[s
     for warning in check_tested(task, record, params.allow_seen_participants, aliases):
         print(warning)
     task = task.with_labels_for(params.label_fraction, params.seed)
-    more: dict[str, Any] = {"settings": rules(params)} if params.mode == "finetune" and rules(params) else {}
+    changed = rules(params, record["architecture"]) if params.mode == "finetune" else {}
+    more: dict[str, Any] = {"settings": changed} if changed else {}
     made = model_inputs(task, noted(spec, encoder, record), aliases, allowed, **more)
     remove_stale(run.folder, made, RESULTS)
     if (run / "predictions.csv").exists() and (run / "metrics.json").exists():

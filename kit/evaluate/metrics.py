@@ -23,7 +23,7 @@ from kit.errors import KitError
 
 METRICS = {"classification": "auc", "regression": "mean_absolute_error"}  # area under the ROC curve; label's unit
 RESAMPLES = 2000
-DRAWS = 100  # computed at a time; bounds memory
+AT_ONCE = 100  # bootstrap draws computed at a time; bounds memory
 LEAST_PARTICIPANTS = 10  # needed for an interval, per class (or in all for regression); see `score`
 FLAT = 0.2  # ratio of standard deviations, predictions over labels, below which a model hardly tells people apart
 
@@ -51,22 +51,23 @@ def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: 
         draws: number of bootstrap draws.
 
     Returns:
-        value (nan if a class is absent), low, high, participants.
+        value (nan if no fold has both classes), low, high, participants (all, with a pair to compare or without).
 
     Raises:
         NotFiniteError: a prediction is not finite.
+        ValueError: a label or a participant is missing.
     """
     joined = per_participant(labels, predictions, participants, folds)
     codes, names = pd.factorize(joined["participant"])
     true, predicted, weight = joined["true"].to_numpy(), predicted_of(joined), joined["weight"].to_numpy()
     within = None if folds is None else joined["fold"].to_numpy()
 
-    def on(drawn: np.ndarray) -> np.ndarray:
+    def statistic_on(drawn: np.ndarray) -> np.ndarray:
         return statistic(true, predicted, drawn[:, codes] * weight, kind, within)
 
-    value, low, high = on(np.ones((1, len(names))))[0], np.nan, np.nan
-    if fewest(true, predicted, codes, kind) >= LEAST_PARTICIPANTS:
-        drawn = np.concatenate([on(some) for some in bootstrap(len(names), draws, seed)])
+    value, low, high = statistic_on(np.ones((1, len(names))))[0], np.nan, np.nan
+    if fewest(true, predicted, codes, kind, within) >= LEAST_PARTICIPANTS:
+        drawn = np.concatenate([statistic_on(some) for some in bootstrap(len(names), draws, seed)])
         low, high = interval(value, *variance(drawn, len(names)), METRICS[kind])
     return {"value": float(value), "low": float(low), "high": float(high), "participants": float(len(names))}
 
@@ -89,6 +90,7 @@ def per_participant(labels: np.ndarray, predictions: np.ndarray, participants: S
 
     Raises:
         NotFiniteError: a prediction is not finite.
+        ValueError: a label, a participant or a fold is missing.
     """
     values = np.asarray(predictions, np.float64)
     scans = pd.DataFrame({"participant": np.asarray(participants)})
@@ -100,24 +102,27 @@ def per_participant(labels: np.ndarray, predictions: np.ndarray, participants: S
     return join_scans(scans, [])
 
 
-def join_scans(scans: pd.DataFrame, tests: list[str]) -> pd.DataFrame:
-    """As `per_participant`, within each group defined by the columns `tests`.
+def join_scans(scans: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """As `per_participant`, separately for each combination of values in the columns `by`.
 
     Args:
-        scans: participant, fold (if folds must stay apart within a test), true, predicted or predicted_0 …
+        scans: `by`, participant, fold (if folds must stay apart), true, predicted or predicted_0 …
 
     Raises:
         NotFiniteError: a prediction is not finite.
+        ValueError: a label, a participant or another key is missing.
     """
     names = predicted_columns(scans)
     finite = np.isfinite(scans[names]).all(axis=1)
     if not finite.all():
         raise NotFiniteError(f"{(~finite).sum()} of {len(scans)} predictions are not finite: there is no score; look "
                              "for nan in the encoder's weights or in the scans")
-    keys = [*tests, "participant", *(["fold"] if "fold" in scans and "fold" not in tests else []), "true"]
+    keys = [*by, "participant", *(["fold"] if "fold" in scans and "fold" not in by else []), "true"]
+    if empty := [name for name in keys if scans[name].isna().any()]:
+        raise ValueError(f"predictions: empty cells in {', '.join(empty)}; leave these scans out, or fill them in")
     scans = scans[[*keys, *names]].sort_values([*keys, *names])  # bit-identical whatever the order of rows
     joined = scans.groupby(keys, as_index=False, observed=True)[names].mean()
-    return joined.assign(weight=1 / joined.groupby([*tests, "participant"])["true"].transform("size"))
+    return joined.assign(weight=1 / joined.groupby([*by, "participant"])["true"].transform("size"))
 
 
 def predicted_columns(table: pd.DataFrame) -> list[str]:
@@ -156,7 +161,7 @@ def auc(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray,
         folds: (rows,) fold of each row; None: all pairs are compared.
 
     Returns:
-        (draws,), nan if a draw lacks one of the classes.
+        (draws,), nan if no fold of a draw has both classes; a fold with one class has no pairs and does not count.
     """
     if predictions.ndim == 2:
         odds = one_vs_rest(predictions)
@@ -182,37 +187,50 @@ def one_vs_rest(logits: np.ndarray) -> np.ndarray:
                      for each in range(logits.shape[1])], axis=1)
 
 
-def fewest(true: np.ndarray, predicted: np.ndarray, participants: np.ndarray, kind: str) -> int:
-    """Count participants of the rarest class, or all participants for regression."""
+def fewest(true: np.ndarray, predicted: np.ndarray, participants: np.ndarray, kind: str,
+           folds: np.ndarray | None = None) -> int:
+    """Count participants of the rarest class, or all participants for regression.
+
+    A class's participants count where their fold has another class, too: the AUC compares pairs within folds.
+    """
     if kind == "regression":
         return len(np.unique(participants))
-    classes = range(predicted.shape[1] if predicted.ndim == 2 else 2)
-    return min(len(np.unique(participants[true == each])) for each in classes)
+    counts = []
+    for each in range(predicted.shape[1] if predicted.ndim == 2 else 2):
+        own = true == each
+        paired = own if folds is None else own & np.isin(folds, folds[~own])
+        counts.append(len(np.unique(participants[paired])))
+    return min(counts)
 
 
 def bootstrap(participants: int, draws: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yield how often each participant is drawn, `DRAWS` draws at a time: (draws, participants).
+    """Yield how often each participant is drawn, `AT_ONCE` draws at a time: (draws, participants).
 
     The same number of participants, draws and seed give the same draws, which pairs statistics.
     """
     rng, even = np.random.default_rng(seed), np.full(participants, 1 / participants)
-    for begin in range(0, draws, DRAWS):
-        yield rng.multinomial(participants, even, size=min(DRAWS, draws - begin))
+    for begin in range(0, draws, AT_ONCE):
+        yield rng.multinomial(participants, even, size=min(AT_ONCE, draws - begin))
 
 
 def variance(drawn: np.ndarray, participants: int,
              replicates: Sequence[tuple[np.ndarray, np.ndarray]] = ()) -> tuple[float, float]:
-    """Estimate the variance of a mean over seeds across participants and seeds, and its degrees of freedom.
+    """Estimate the variance of a score averaged over seeds, as participants and seeds are sampled.
 
     The bootstrap captures participant sampling and the interaction of seeds with participants. The variance between
     seeds contains that interaction too, so only its excess is added. Degrees of freedom follow Satterthwaite: three
     seeds that differ a lot say little about how much seeds vary. Obuchowski & Rockette 1995 and Hillis 2007 treat
-    readers and cases in the same way. With one seed, only participants contribute.
+    readers and cases in the same way.
 
     Args:
-        drawn: (draws,) the statistic, a mean over seeds, in each draw of participants.
-        replicates: for each side with several seeds, the statistic by seed on all participants (seeds,) and in each
-            draw (seeds, draws). A difference paired by seed is one side.
+        drawn: (draws,) the score, a mean over seeds, in each draw of participants.
+        participants: their number.
+        replicates: for each independent set of several seeds, the score by seed on all participants (seeds,) and in
+            each draw (seeds, draws). A score, or a difference paired by seed, has one set; an unpaired difference has
+            two. With none, only participants contribute.
+
+    Returns:
+        the variance, and its degrees of freedom (nan if the variance is 0).
     """
     whole = np.isfinite(drawn)  # with 10 + 10 participants, one draw in 20,000 lacks a class
     people = drawn[whole].var(ddof=1) * participants / (participants - 1)
@@ -233,6 +251,7 @@ def interval(value: float, variance: float, freedom: float, metric: str = "") ->
     92 %); for an error with 10, 20 and 60 participants 95, 94 and 94 % (quantiles: 89, 91 and 93 %).
 
     Args:
+        value, variance, freedom: on the metric's own scale; see `variance`.
         metric: one of `METRICS`; anything else, such as a difference, stays on its own scale.
 
     Returns:
@@ -240,16 +259,19 @@ def interval(value: float, variance: float, freedom: float, metric: str = "") ->
     """
     if not variance > 1e-24:  # zero but for rounding
         return np.nan, np.nan
-    to, back, slope = {"auc": (logit, expit, value * (1 - value)),
-                       "mean_absolute_error": (np.log, np.exp, value)}.get(metric, (float, float, 1.0))
-    half = student.ppf(0.975, freedom) * np.sqrt(variance) / slope
+    # delta method: on the new scale the standard error is divided by the derivative of `back`
+    to, back, derivative = {"auc": (logit, expit, value * (1 - value)),
+                            "mean_absolute_error": (np.log, np.exp, value)}.get(metric, (float, float, 1.0))
+    half = student.ppf(0.975, freedom) * np.sqrt(variance) / derivative
     return float(back(to(value) - half)), float(back(to(value) + half))
 
 
 def further_metrics(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray, kind: str) -> dict[str, float]:
     """Compute metrics beyond `METRICS`; nan where undefined, such as when a class is absent.
 
-    Scans of several folds are treated as on one scale (unlike in `auc`).
+    Scans of several folds are treated as on one scale (unlike in `auc`). In cross-validation this biases correlations
+    downwards: the more high labels a fold tests, the lower the mean label of its training data. Guessing that mean has
+    a correlation below 0.
 
     - classification: balanced_accuracy (log-odds above 0, or the largest logit), brier (mean over classes if there are
       more than two). For two classes also average_precision, sensitivity_at_90_specificity (on the ROC curve, no
@@ -265,10 +287,11 @@ def further_metrics(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray,
     """
     if kind == "regression":
         (spread, shared), (_, theirs) = np.cov(true, predicted, aweights=weight)
+        differ, theirs_differ = np.ptp(true) > 0, np.ptp(predicted) > 0  # a constant's variance may be 1e-30
         return {"rmse": float(root_mean_squared_error(true, predicted, sample_weight=weight)),
-                "r2": float(r2_score(true, predicted, sample_weight=weight)) if spread > 0 else np.nan,
-                "correlation": float(shared / np.sqrt(spread * theirs)) if min(spread, theirs) > 0 else np.nan,
-                "bias_slope": float(shared / spread - 1) if spread > 0 else np.nan}
+                "r2": float(r2_score(true, predicted, sample_weight=weight)) if differ else np.nan,
+                "correlation": float(shared / np.sqrt(spread * theirs)) if differ and theirs_differ else np.nan,
+                "bias_slope": float(shared / spread - 1) if differ else np.nan}
     several = predicted.ndim == 2
     chosen = predicted.argmax(1) if several else (predicted > 0).astype(float)
     odds = softmax(predicted, axis=1) if several else expit(predicted)
@@ -349,7 +372,8 @@ def matched(participants: Sequence[str], case: np.ndarray, age: np.ndarray, sex:
     Raises:
         ValueError: a participant has several rows.
     """
-    people = pd.DataFrame({"participant": np.asarray(participants), "case": case, "age": age, "sex": sex})
+    people = pd.DataFrame({"participant": np.asarray(participants), "case": np.asarray(case), "age": np.asarray(age),
+                           "sex": np.asarray(sex)})
     twice = people["participant"][people["participant"].duplicated()]
     if len(twice):
         raise ValueError(f"matching: {twice.iloc[0]} has several rows; give one row per participant")

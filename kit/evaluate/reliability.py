@@ -25,7 +25,7 @@ from kit.store.dataset import PreparedScans
 from kit.store.leakage import check_encoder
 from kit.store.store import Store
 
-Each = Sequence[Any] | np.ndarray  # something of each scan
+Names = Sequence[Any] | np.ndarray  # (scans,) hashable: each scan's person, site or session
 
 RESAMPLES = 500
 LEAST_PARTICIPANTS = 5  # needed for an interval: with fewer, draws hold too few distinct people
@@ -60,7 +60,7 @@ class Components(NamedTuple):
         return tuple(_ratio(sums, sums.sum())[:2].tolist())
 
 
-def variance_components(values: np.ndarray, people: Each, sites: Each) -> Components:
+def variance_components(values: np.ndarray, people: Names, sites: Names) -> Components:
     """Run a two-way random-effects analysis of variance without interaction, over people and sites.
 
     The design may be unbalanced: sums of squares are from least squares (Henderson's method III; Searle, Casella and
@@ -91,7 +91,7 @@ def variance_components(values: np.ndarray, people: Each, sites: Each) -> Compon
                       _ratio(square_sites - rank * rest, per_site) if rank else np.zeros_like(rest), rest)
 
 
-def found_again(values: np.ndarray, people: Each) -> tuple[float, float]:
+def found_again(values: np.ndarray, people: Names) -> tuple[float, float]:
     """Share of scans whose nearest other scan is of the same person, and the share expected by chance.
 
     Candidates are all other scans, including other people's at the same site. Distance is cosine, or the absolute
@@ -109,7 +109,7 @@ def found_again(values: np.ndarray, people: Each) -> tuple[float, float]:
     return float(((same & nearest).sum(1) / nearest.sum(1)).mean()), float(same.sum() / (len(same) * (len(same) - 1)))
 
 
-def reliability(values: np.ndarray, people: Each, sites: Each, encoder: str = "", what: str = "features",
+def reliability(values: np.ndarray, people: Names, sites: Names, encoder: str = "", what: str = "features",
                 seed: int = 0) -> pd.DataFrame:
     """Summarise the reliability of features or predictions in one row.
 
@@ -133,18 +133,18 @@ def reliability(values: np.ndarray, people: Each, sites: Each, encoder: str = ""
     values = np.asarray(values)
     values = values[:, None] if values.ndim == 1 else values
     several = pd.Series(np.asarray(people)).duplicated(keep=False).to_numpy()
-    values, persons, places = values[several], np.asarray(people)[several], np.asarray(sites)[several]
-    rows = list(pd.Series(persons).groupby(persons).indices.values())  # by participant
-    parts = variance_components(values, persons, places) if len(rows) > 1 else None
+    values, kept_people, kept_sites = values[several], np.asarray(people)[several], np.asarray(sites)[several]
+    rows = list(pd.Series(kept_people).groupby(kept_people).indices.values())  # by person
+    parts = variance_components(values, kept_people, kept_sites) if len(rows) > 1 else None
     if parts is None or np.isnan(parts.rest).all():
         raise ReliabilityError(f"{what}: {len(values)} scans of {len(rows)} participants with several scans; needed: "
                                "two participants or more, and sites or sessions that several of them share")
     icc = _median(parts.agreement())
-    low, high = _interval(icc, values, places, rows, seed) if len(rows) >= LEAST_PARTICIPANTS else (np.nan, np.nan)
-    again, chance = found_again(values, persons)
+    low, high = _interval(icc, values, kept_sites, rows, seed) if len(rows) >= LEAST_PARTICIPANTS else (np.nan, np.nan)
+    again, chance = found_again(values, kept_people)
     person, site = parts.shares()
-    if not pd.Series(places).groupby(persons).nunique().gt(1).any():
-        site = np.nan  # nobody was at two places: their differences are people's, too
+    if not pd.Series(kept_sites).groupby(kept_people).nunique().gt(1).any():
+        site = np.nan  # nobody was at two sites: their differences are people's, too
     return pd.DataFrame([{
         "encoder": encoder, "what": what, "icc": icc, "icc_low": low, "icc_high": high,
         "found_again": again, "chance": chance, "variance_person": person, "variance_site": site,
@@ -159,10 +159,11 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
     If the index has the split "travelling" (the same people scanned at every site), only those scans are used.
 
     Args:
-        encoder: an encoder, or a predictor (then say so in `what`).
+        encoder: an encoder, or a predictor (then say so in `what`). Whom a predictor was fine-tuned on is in no
+            encoder's record: give it a store whose index lacks these people.
         name: of the encoder, for the row.
-        by: the raters of the ICC: "site", or "session"; where most sessions are one person's alone, as those named by
-            date are, a participant's first, second, ... in the order of their names.
+        by: the raters of the ICC: "site", or "session". Sessions whose names mostly belong to one person alone, as
+            dates do, count as each person's first, second, ... in the order of their names.
         record: the encoder's; participants seen in pretraining are left out.
         accept_flags: see `kit.preprocess.quality.usable`.
         allow_seen: print what else was seen in pretraining, such as a scan under another name, instead of raising.

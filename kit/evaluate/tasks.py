@@ -17,6 +17,7 @@ from kit.cohort.identity import (
     joined,
     normalised,
     participant_ids,
+    plain_name,
 )
 from kit.cohort.labels import LabelError, Labels, read_labels, sexes
 from kit.cohort.split import Splitting, fold_count, label_subset, sites_of, splits
@@ -33,7 +34,6 @@ from kit.store.leakage import (
     check_encoder,
     datasets_seen,
     origins_of,
-    plain_name,
 )
 from kit.store.store import Store
 
@@ -72,7 +72,7 @@ class Task:
     Attributes:
         parts: train, validation, test, and further test sets by their names.
         fold: number of the cross-validation fold; 0 for a single split.
-        labelled: train and validation with all their labels, if `parts` has only a fraction of them; else empty.
+        labelled: after `with_labels_for`, train and validation with all their labels; empty before.
     """
 
     labels: Labels
@@ -99,7 +99,8 @@ def tasks_of(params: Tuning, stores: Mapping[str, Store], task: str, kind: str =
              only: Collection[int] | None = None) -> list[Task]:
     """Read a label's tasks as a notebook's parameters specify; see `read_tasks`.
 
-    A test set without this label is left out, with a line that says so, unless its parameters list its tasks.
+    A test set without this label column, or with an empty one, is left out, with a line that says so, unless its
+    parameters list its tasks. One that holds nothing but `missing_codes` is refused.
 
     Args:
         stores: see `kit.evaluate.finetune.open_stores`.
@@ -145,7 +146,8 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
     Raises:
         LabelError: the label cannot be used, a test set has other classes, a part lacks scans or a class, or training
             has fewer than two participants.
-        IdentityError: participants have no name, or with two stores, datasets have none.
+        IdentityError: participants have no name, or with two stores, datasets have none; or see
+            `kit.cohort.identity.joined`.
         LeakageError: a participant, or a scan under two names, is in two parts.
         SplitError: the requested folds cannot be made.
     """
@@ -155,12 +157,13 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
         check_datasets_known(one.index, "another cohort")
     codes = list(missing_codes)
     labels = read_labels(store.index, task, kind, codes)
+    beside = labels.values[~np.isnan(labels.values)] if kind == "auto" else ()
     kept, index = usable(store.index, accept_flags), joined(store.index, aliases or {})
     fixed = {}
     for name, other in tests.items():
         check_people_known(other.index, rows_are_people)
         keep = _tested_rows(other, of_itself=other.folder == store.folder) & usable(other.index, accept_flags)
-        fixed[name] = _part(other, _labels_like(labels, name, other, codes), keep, aliases)
+        fixed[name] = _part(other, _labels_like(labels, name, other, codes, beside), keep, aliases)
     tasks = []
     for fold in range(fold_count(index, splitting)) if only is None else sorted(only):
         place = splits(index, splitting, fold, rows_are_people, np.where(kept, labels.values, np.nan), labels.kind)
@@ -181,10 +184,11 @@ def read_tasks(stores: Mapping[str, Store], task: str, kind: str = "auto", split
     return tasks
 
 
-def _labels_like(labels: Labels, name: str, store: Store, missing_codes: Sequence[str | float]) -> Labels:
-    """Read the same label from a test set, with the classes of training."""
+def _labels_like(labels: Labels, name: str, store: Store, missing_codes: Sequence[str | float],
+                 beside: Sequence[float] | np.ndarray) -> Labels:
+    """Read the same label from a test set, with the classes of training; `beside` as in `read_labels`."""
     try:
-        return read_labels(store.index, labels.task, labels.kind, missing_codes, labels.classes)
+        return read_labels(store.index, labels.task, labels.kind, missing_codes, labels.classes, beside)
     except LabelError as error:
         raise LabelError(f"{name}, {shown(store.folder)}: {error}") from None
 
@@ -286,7 +290,7 @@ def overlap(task: Task, record: Mapping[str, Any]) -> pd.DataFrame:
 def covariates(part: Part) -> pd.DataFrame:
     """Age and sex of a part's scans, for age bands and matching.
 
-    The columns are age, and sex or else gender, in any case (`Age`, `GENDER`).
+    The columns are age, and sex or else gender, ignoring case (`Age`, `GENDER`).
 
     Returns:
         One row per scan: `scan`, `participant` (the joined id), `age` (float, nan if unknown, see

@@ -27,6 +27,7 @@ from kit.evaluate.metrics import NotFiniteError, bootstrap, per_participant, pre
 from kit.evaluate.predict import in_label_units, predict
 from kit.evaluate.tasks import Task
 from kit.models.encoder import Encoder
+from kit.models.encoders import VIT_SIZES
 from kit.models.heads import Predictor
 from kit.params import Tuning
 from kit.reading import ParameterError
@@ -51,7 +52,8 @@ TRIES = "tries"  # in `tune`'s folder: each try's log and checkpoints
 JOB = "job.pt"  # in the run's folder: the `Job` that worker processes read
 DIVERGED = "diverged.txt"  # beside job.pt: why training in worker processes diverged
 LONGER = 3  # times the steps and the patience, in the check of whether training was long enough
-# may differ when training goes on at a constant rate; the warm-up keeps its steps, as a fraction of other epochs
+# may differ when a longer training continues a shorter one at a constant rate: the warm-up has as many steps, which are
+# a smaller fraction of more epochs
 LENGTH = {"epochs", "patience", "warmup_fraction"}
 VALIDATION_DRAWS = 200  # of the bootstrap, for a validation score
 
@@ -127,10 +129,10 @@ class Job:
         steps, warm, each = times * params.steps, params.warmup_steps, params.check_steps
         epochs = math.ceil(steps / each)
         full = (epochs - 1) * each  # steps before the last epoch, which may be shorter
-        # in epochs, as `fit` counts
-        risen = warm / each if warm <= full else epochs - 1 + (warm - full) / (steps - full)
+        # warm-up in epochs, as `fit` counts: a step of a shorter last epoch is a larger part of it
+        warm_epochs = warm / each if warm <= full else epochs - 1 + (warm - full) / (steps - full)
         settings = Settings.of(params, **choice._asdict(), seed=seed, epochs=epochs, patience=times * params.patience,
-                               warmup_fraction=risen / epochs)
+                               warmup_fraction=warm_epochs / epochs)
         by_score = params.select_by == "score" and task.labels.kind == "classification" and not _unvalidated(task)
         return cls(task, encoder, settings, steps, params.check_steps, params.flip, params.standardise, by_score,
                    folder, home)
@@ -146,9 +148,12 @@ class Job:
                           zscored=train.store.zscored)
 
 
-def rules(params: Tuning) -> dict[str, str]:
-    """Rules of training that are no parameters, for what results are made from: other rules, other models."""
-    return {"average": "rising"} if params.ema else {}  # until November 2026 its decay was constant
+def rules(params: Tuning, architecture: str) -> dict[str, str]:
+    """Training rules that no parameter sets; recorded with a result's inputs, so that a new rule trains it again."""
+    found = {"average": "rising"} if params.ema else {}  # its decay was constant until November 2026
+    if params.layer_decay < 1 and architecture in VIT_SIZES:  # the final norm counted as a block until November 2026
+        found["layer_decay"] = "final norm with the head"
+    return found
 
 
 def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path | None = None,
@@ -168,18 +173,19 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
         choice: hyperparameters already known; then there is one try.
         home: the run's folder, watched for the file `stop`, which the caller removes (see `stoppable`); None: `folder`
             is watched, and its file removed at the end.
-        check: whether to check that training was long enough; None: as the parameters say (`check_converged`).
+        check: whether to train three times as long, too; None: as the parameters say (`check_converged`).
 
     Raises:
         Stopped: the run was asked to stop; the checkpoint and `unfinished.csv` in `home` are written.
         TrainingError: every try diverged.
-        StoreError, MemoryError, CheckpointError: see `kit.train.loop.fit`.
+        ParameterError, and errors of worker processes: see `train`.
+        StoreError, MemoryError, CheckpointError, LoaderError: see `kit.train.loop.fit`.
     """
     if folder is None and params.processes() > 1:
         with tempfile.TemporaryDirectory() as place:  # worker processes read their job from here
             return tune(task, encoder, params, seed, Path(place), choice, home, check)
     watch = stoppable(folder) if home is None else nullcontext()
-    home, check = home or folder, params.check_converged if check is None else check
+    home, check_converged = home or folder, params.check_converged if check is None else check
     kind = task.labels.kind
 
     def job(choice: Choice, times: int = 1) -> Job:
@@ -217,7 +223,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
         _, predictor, log, each, score, found = best
         error = standard_error(found, kind, seed)
         longer, longer_steps, change_error = score, 0, 0.0
-        if check:
+        if check_converged:
             once, again = job(each), job(each, LONGER)
             whole = params.steps % params.check_steps == 0  # else the try's last epoch is shorter than the longer one's
             if once.folder and again.folder and params.schedule == "constant" and whole:
@@ -233,7 +239,7 @@ def tune(task: Task, encoder: Encoder, params: Tuning, seed: int, folder: Path |
     tries = pd.DataFrame(rows)
     if folder:
         write_table(folder / "tries.csv", tries)
-    judged = check and math.isfinite(error + change_error)
+    judged = check_converged and math.isfinite(error + change_error)
     converged = not gain(kind, score, longer) > change_error if judged else None
     return Tuned(predictor, log, each, tries, score, error, longer, longer_steps, change_error, converged)
 
@@ -247,6 +253,9 @@ def train(job: Job, params: Tuning) -> tuple[Predictor, pd.DataFrame]:
     Raises:
         TrainingError: training diverged, in one process or in several.
         ParameterError: a batch has fewer scans than there are processes.
+        Stopped: the run was asked to stop; the checkpoint and `unfinished.csv` are written.
+        ChildFailedError, NodesError: a worker process failed for another reason, which its output says; see
+            `kit.train.distributed`. In one process that error itself is raised; see `kit.train.loop.fit`.
     """
     if params.processes() == 1:
         objective, log = train_here(job)

@@ -124,6 +124,7 @@ def native_size(store: Store, rows: pd.DataFrame) -> np.ndarray:
 def read_volumes(path: str | Path) -> pd.DataFrame:
     """Read a table of volumes, such as `asegstats2table` of FreeSurfer writes: identifiers and columns of numbers.
 
+    Every column of numbers counts as a volume: remove test scores, visits and the like from the table first.
     A file that has not changed is read only once.
 
     Raises:
@@ -168,16 +169,14 @@ def looked_up(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """
     keys = table.attrs["keys"]
     names = _names(rows, keys)
-    if not {"dataset", "scan"} & set(keys):
-        datasets = rows["dataset"].map(normalised).groupby(names.to_numpy()).nunique()
-        if several := [name for name in datasets.index[datasets > 1] if name in table.index]:
-            raise TableError(f"the table of volumes has a row of {', '.join(several[0])}, who is in several datasets: "
-                             "add a column dataset")
-    if not {"session", "scan"} & set(keys):
-        scans = rows["scan"].groupby(names.to_numpy()).nunique()
-        if several := [name for name in scans.index[scans > 1] if name in table.index]:
-            raise TableError(f"the table of volumes has one row of {', '.join(several[0])}, who has several scans: add "
-                             "a column session, or scan as in index.csv")
+    for column, found, words in (
+            ("dataset", rows["dataset"].map(normalised), "is in several datasets: add a column dataset"),
+            ("session", rows["scan"], "has several scans: add a column session, or scan as in index.csv")):
+        if {column, "scan"} & set(keys):
+            continue
+        counts = found.groupby(names.to_numpy()).nunique()
+        if several := [name for name in counts.index[counts > 1] if name in table.index]:
+            raise TableError(f"the table of volumes has one row of {', '.join(several[0])}, who {words}")
     return table.reindex(names).set_axis(rows.index)
 
 

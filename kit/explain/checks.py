@@ -183,11 +183,11 @@ def curves(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed: i
 
     Cubes have half the side of occlusion's, at least two voxels, and deleted ones take the baseline's values. The
     strongest have the largest mean over their brain voxels: by their sum, full cubes would come before those at the
-    brain's edge whatever the map. For signed contributions, cubes that push the output away from the baseline's output
-    come first.
+    brain's edge whatever the map. If some are equal, these come in random order, and the output is the mean over such
+    orders. For signed contributions, cubes that push the output away from the baseline's output come first.
 
     Returns:
-        One row per order, kind and fraction: `method` (or `random 0`, ...), `kind` (deletion or insertion), `fraction`
+        One row per method (or `random 0`, ...), kind and fraction: `method`, `kind` (deletion or insertion), `fraction`
         of the brain's voxels (in whole cubes), `output`.
     """
     image, mask = explainer.read(scan)
@@ -195,22 +195,26 @@ def curves(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed: i
     number = cubes(mask, side)
     sizes, empty = np.bincount(number[mask]), baseline_of(image, mask, explainer.options)
     ends = _outputs(score, [image, empty], explainer)
-    orders = {}
+    rng = np.random.default_rng([seed, 1806])
+    drawn = [rng.permutation(len(sizes)) for _ in range(ORDERS)]
+    orders: list[tuple[str, np.ndarray]] = []
     for method, found in maps.items():
         weight = found * (np.sign(ends[0] - ends[1]) or 1.0) if method in CONTRIBUTIONS else np.abs(found)
         means = np.bincount(number[mask], weights=weight[mask]) / sizes
-        orders[method] = np.argsort(-means, kind="stable")
-    rng = np.random.default_rng([seed, 1806])
-    orders |= {f"random {turn}": rng.permutation(len(sizes)) for turn in range(ORDERS)}
-    jobs = [(name, kind, fraction) for name in orders for fraction in FRACTIONS for kind in ("deletion", "insertion")]
-    place = {name: _places(order, sizes) for name, order in orders.items()}
+        tied = len(np.unique(means)) < len(means)  # as where Grad-CAM is zero, or within one of occlusion's cubes
+        orders += [(method, any_order[np.argsort(-means[any_order], kind="stable")])
+                   for any_order in (drawn if tied else drawn[:1])]
+    orders += [(f"random {turn}", order) for turn, order in enumerate(drawn)]
+    jobs = [(name, kind, fraction, _places(order, sizes)) for name, order in orders for fraction in FRACTIONS
+            for kind in ("deletion", "insertion")]
 
-    def changed(name: str, kind: str, fraction: float) -> np.ndarray:
-        first = place[name][number] < fraction
+    def changed(kind: str, fraction: float, places: np.ndarray) -> np.ndarray:
+        first = places[number] < fraction
         return np.where(first == (kind == "insertion"), image, empty)
 
-    outputs = _outputs(score, (changed(*job) for job in jobs), explainer, len(jobs))
-    return pd.DataFrame(jobs, columns=["method", "kind", "fraction"]).assign(output=outputs)
+    outputs = _outputs(score, (changed(*job) for _, *job in jobs), explainer, len(jobs))
+    table = pd.DataFrame([job[:3] for job in jobs], columns=["method", "kind", "fraction"]).assign(output=outputs)
+    return table.groupby(["method", "kind", "fraction"], sort=False, as_index=False)["output"].mean()
 
 
 def _places(order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -374,7 +378,7 @@ def _numbers(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], copie
 
 
 def verdicts(table: pd.DataFrame, model_fault: str = "", limits: Thresholds = THRESHOLDS) -> pd.DataFrame:
-    """Judge each method by its means over scans.
+    """Judge each method by its means over the scans of which it has a map; the verdict says how many have none.
 
     Args:
         table: see `Checked`.
@@ -384,7 +388,9 @@ def verdicts(table: pd.DataFrame, model_fault: str = "", limits: Thresholds = TH
     Returns:
         One row per method: `method`, `supported` (bool), `verdict` (which checks fail, or that it passes).
     """
-    means = table.groupby("method", sort=False).mean(numeric_only=True)
+    blank = table[["randomised", "noise"]].isna().all(axis=1)  # the map is the same everywhere
+    scans, without = table["method"].value_counts(), table["method"][blank].value_counts()
+    means = table[~blank].groupby("method").mean(numeric_only=True).reindex(table["method"].unique())
     rows = []
     for method, row in means.iterrows():
         faults = [model_fault] * bool(model_fault) + _faults(row, limits)
@@ -392,6 +398,8 @@ def verdicts(table: pd.DataFrame, model_fault: str = "", limits: Thresholds = TH
         words = "not supported: " + "; ".join(faults) if faults else (
             f"passes: {anew} with random weights, beats random order by {row[['deletion', 'insertion']].mean():.2f}, "
             f"at least {min(row['noise'], row['shift']):.2f} after noise and shift")
+        if 0 < without.get(method, 0) < scans[method]:
+            words += f" (no map in {without[method]} of {scans[method]} scans)"
         rows.append((method, not faults, words))
     return pd.DataFrame(rows, columns=["method", "supported", "verdict"])
 
@@ -406,8 +414,8 @@ def _faults(row: pd.Series, limits: Thresholds) -> list[str]:
         faults.append(f"so do shuffled labels ({row['shuffled']:.2f})" if faults else
                       f"shuffled labels give much the same map ({row['shuffled']:.2f})")
     if not faithful >= limits.faithful:
-        faults.append("removing what it marks changes the output no more than removing brain at random "
-                      f"({faithful:.2f})")
+        faults.append("removing what it marks changes the output hardly sooner than removing brain at random "
+                      f"({faithful:.3f}; at least {limits.faithful:g} is asked)")
     faults += [f"it is another map after {what} ({row[name]:.2f})"
                for name, what in (("noise", "a little noise"), ("shift", "a shift by one voxel"))
                if not row[name] >= limits.stable]

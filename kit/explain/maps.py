@@ -95,10 +95,10 @@ def open_model(params: Saliency, store: Store, run: Run) -> Opened:
         record = {**record, "task": None, "kind": "encoder"}
         index = index_by_person(store, params.model)
         chosen = _drawn(index[usable(index)], params.participants, params.seed).assign(whom="random", said="")
-    check_methods(model, params.methods, params.layer)
+    check_methods(model, params.methods, params.layer, params.baseline)
     for folder in params.compare.values():  # refused here, not after the maps
         check_model(folder, store, params.allow_differences)
-        check_methods(load_predictor(folder, store.record)[0], params.methods, params.layer)
+        check_methods(load_predictor(folder, store.record)[0], params.methods, params.layer, params.baseline)
     noted = {"from": shown(params.model), "weights": weights_digest(model)}
     drawn = Used("prepared", "drawn", store, chosen, participant_ids(chosen))
     remove_stale(run.folder, made_from([drawn], model=noted, allowed=allowed), RESULTS)
@@ -238,27 +238,27 @@ def _predicted(model: Path, task: dict[str, Any]) -> pd.DataFrame:
     else:
         said = [f"true {one:.1f}, predicted {other:.1f}" for one, other in zip(true, known["predicted"], strict=True)]
         return known.assign(p_true=np.nan, right=True, said=said)
-    number = true.astype(int)
+    place = true.astype(int)  # of the true class
     classes = task.get("classes") or [str(each) for each in range(probabilities.shape[1])]
-    p_true = probabilities[np.arange(len(known)), number]
+    p_true = probabilities[np.arange(len(known)), place]
     if "predicted_0" in known:
         known = known.assign(predicted=probabilities.max(1))
     said = [f"true {classes[one]}, predicted {classes[row.argmax()]} ({row.max():.2f})"
-            for one, row in zip(number, probabilities, strict=True)]
-    return known.assign(p_true=p_true, right=probabilities.argmax(1) == number, said=said)
+            for one, row in zip(place, probabilities, strict=True)]
+    return known.assign(p_true=p_true, right=probabilities.argmax(1) == place, said=said)
 
 
 def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, count: int, seed: int) -> list[str]:
     """Names of one group's scans, at most `count` participants."""
-    number = known["p_true"].isna().all()
+    regression = known["p_true"].isna().all()
     if name in ("random", "controls"):
         able = rows if name == "random" else rows[(known["true"] == 0).to_numpy()]
         return _drawn(able, count, seed)["scan"].tolist()
     if name == "worst":
-        error = (known["predicted"] - known["true"]).abs() if number else 1 - known["p_true"]
-        ranked = known.assign(rank=error)[~known["right"] | number]
+        error = (known["predicted"] - known["true"]).abs() if regression else 1 - known["p_true"]
+        ranked = known.assign(rank=error)[~known["right"] | regression]
     else:
-        two = not number and "predicted_0" not in known
+        two = not regression and "predicted_0" not in known
         ranked = known.assign(rank=known["predicted"])[(known["true"] == 1) if two else known["right"]]
     best = rows.loc[ranked.sort_values("rank", ascending=False, kind="stable")["scan"]]
     return best[~participant_ids(best).duplicated()].head(count)["scan"].tolist()
@@ -274,7 +274,8 @@ def no_better_than_chance(model: Path) -> str:
     """Reason not to trust a model's maps, from its predictions for tested participants; "" if it beats chance.
 
     The 95 % interval over participants must lie above chance. Classes: the AUC's interval, above 0.5. Numbers: the
-    interval of the mean gain in absolute error over giving everybody the median of the tested labels, above 0.
+    interval of the mean gain in absolute error over giving everybody the median of the tested labels, above 0. With
+    fewer than `LEAST_PARTICIPANTS`, of each class or in all for numbers, it is unknown.
 
     A map can be faithful to a model that has learned nothing, and still mean nothing.
     """
@@ -298,8 +299,11 @@ def no_better_than_chance(model: Path) -> str:
                            "median": (known["true"] - known["true"].median()).abs()})
     errors = errors.groupby(_people(known).to_numpy()).mean()  # each participant counts once
     gain = (errors["median"] - errors["model"]).to_numpy()
-    low, high = (np.quantile(np.concatenate([counts @ gain / len(gain) for counts in bootstrap(len(gain))]),
-                             [0.025, 0.975]) if len(gain) > 1 else (np.nan, np.nan))
+    if len(gain) < LEAST_PARTICIPANTS:
+        return (f"too few were tested to know whether the model predicts better than chance ({len(gain)} participants, "
+                f"of {LEAST_PARTICIPANTS} that are needed)")
+    low, high = np.quantile(np.concatenate([counts @ gain / len(gain) for counts in bootstrap(len(gain))]),
+                            [0.025, 0.975])
     return "" if low > 0 else (
         f"the model itself is not shown to predict better than the median does (mean absolute error "
         f"{errors['model'].mean():.1f}, median's {errors['median'].mean():.1f}; gain {gain.mean():.1f} "
@@ -316,10 +320,10 @@ def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[st
     masks = {scan: explainer.store.read(scan)[1] for scan in rows["scan"]}
     passes = {(scan, method): passes_of(method, mask, explainer.options) for scan, mask in masks.items()
               for method in methods}
-    done = 0  # passes, when the present map is finished
+    due = 0  # passes of all maps up to the present one
     with progress(total=sum(passes.values()), desc="maps", unit="pass") as bar:
         def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
-            bar.update(min(len(inputs[0]), done - bar.n))  # not returned: a hook's value replaces the model's output
+            bar.update(min(len(inputs[0]), due - bar.n))  # not returned: a hook's value replaces the model's output
 
         # Of the encoder, which all targets and methods call; a similarity or attention rollout skips the head.
         hook = (encoder_of(explainer.model) or explainer.model).register_forward_hook(count)
@@ -327,11 +331,11 @@ def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[st
             for scan, mask in masks.items():
                 for method in methods:
                     bar.set_postfix_str(f"{scan} {method}", refresh=False)
-                    done += passes[scan, method]
+                    due += passes[scan, method]
                     values = np.where(mask, explainer.map(scan, method), np.float32(0))
                     maps[scan, method] = values
                     write_nifti(run / "maps" / f"{scan}_{method}.nii.gz", values, explainer.store.grid.affine)
-                    bar.update(done - bar.n)
+                    bar.update(due - bar.n)
         finally:
             hook.remove()
     return maps
@@ -433,7 +437,7 @@ def native_maps(maps: Maps, store: Store, cohort: str | None, contrast: str, run
     if changed := [scan for scan in sorted({scan for scan, _ in maps} & set(paths))
                    if changed_since(store, scan, paths[scan])]:
         print(f"{cohort}: the files of {len(changed)} of the scans shown were written after they were prepared: "
-              f"{', '.join(changed[:3])}; if they were changed, not only copied, their native maps lie elsewhere: run "
+              f"{', '.join(changed[:3])}; unless they were only copied, their native maps may be misplaced: run "
               "1_preprocess again")
     return [write_native(run / "native" / f"{scan}_{method}.nii.gz", store, scan, values, paths[scan])
             for (scan, method), values in maps.items() if scan in paths]

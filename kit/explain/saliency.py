@@ -130,7 +130,7 @@ def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: s
     integrated gradients, as scan and baseline are 0 there, and SmoothGrad, whose noisy copies are masked.
     """
     mask = np.asarray(mask, dtype=bool)
-    check_methods(model, [method], options.layer)
+    check_methods(model, [method], options.layer, options.baseline)
     if image.ndim != 3 or image.shape != mask.shape:
         raise ValueError(f"image has shape {image.shape}, mask {mask.shape}: both must be the same (D, H, W)")
     if np.any(image[~mask]):
@@ -155,8 +155,12 @@ def attribution(model: nn.Module, image: np.ndarray, mask: np.ndarray, method: s
     return values
 
 
-def check_methods(model: nn.Module, methods: Sequence[str], layer: int | str | None = None) -> None:
+def check_methods(model: nn.Module, methods: Sequence[str], layer: int | str | None = None,
+                  baseline: str = DEFAULTS.baseline) -> None:
     """Check, before any work, that methods can work with a network; not that a module named in `layer` outputs maps.
+
+    Args:
+        layer, baseline: see `Options`.
 
     Raises:
         MethodError: for the first method that is unknown or cannot; it says why, and which can.
@@ -164,13 +168,17 @@ def check_methods(model: nn.Module, methods: Sequence[str], layer: int | str | N
     for method in methods:
         if method not in METHODS:
             raise MethodError(f"method: {method!r} is unknown; choose one of {', '.join(METHODS)}")
-        if reason := _unfit(model, method, layer):
-            able = [each for each in METHODS if not _unfit(model, each, layer)]
+        if reason := _unfit(model, method, layer, baseline):
+            able = [each for each in METHODS if not _unfit(model, each, layer, baseline)]
             raise MethodError(f"methods: {method} cannot explain this network: {reason}; these can: {', '.join(able)}")
 
 
-def _unfit(model: nn.Module, method: str, layer: int | str | None) -> str:
+def _unfit(model: nn.Module, method: str, layer: int | str | None, baseline: str) -> str:
     encoder = encoder_of(model)
+    if any(getattr(module, "rescales", False) for module in model.modules()) and (
+            method == "gradient_x_input" or method == "integrated_gradients" and baseline == "zero"):
+        return ("it normalises each scan itself, so that multiples of a scan have one output and the gradient towards "
+                "the scan is zero" + "; give another baseline" * (method == "integrated_gradients"))
     vit = isinstance(encoder, ViTEncoder)
     if method == "attention_rollout" and not vit:
         return f"{type(encoder or model).__name__} has no attention that the kit knows"
@@ -272,7 +280,12 @@ def _grad_cam_pp(score: nn.Module, scan: torch.Tensor, layer: nn.Module) -> torc
     smaller than that at 150x192x192.
     """
     kept: list[torch.Tensor] = []
-    hook = layer.register_forward_hook(lambda _, __, output: kept.append(output))
+
+    def keep(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        kept.append(output)
+        return output.clone()  # what follows, such as an in-place ReLU, must not overwrite what is kept
+
+    hook = layer.register_forward_hook(keep)
     try:
         answer = score(scan)
     finally:

@@ -91,7 +91,7 @@ def truth_table(params: Saliency, explainer: Explainer, task: str | None, run: R
     for name, folder in models.items():
         check_model(folder, store, params.allow_differences)
         model, record = load_predictor(folder, store.record)
-        check_methods(model, params.methods, params.layer)
+        check_methods(model, params.methods, params.layer, params.baseline)
         output = target_of("prediction", on_device(model), record, store, pd.DataFrame({"scan": []}))
         here = explainer._replace(model=model.eval(), of=output.of, words=output.words)
         scans = scans_with_place(folder, store, record["task"], params.truth_participants, params.seed)

@@ -1,8 +1,8 @@
 """Networks, mostly MONAI's, and the files that hold their weights.
 
-- ``encoders``   (batch, 1, depth, height, width) -> (batch, features); ``encoder``: what all of them are
+- ``encoders``   (batch, 1, depth, height, width) -> (batch, features); ``encoder``: their base class
 - ``convolution``  a 3D convolution whose gradient is right in bfloat16 on a CPU, too
-- ``pooling``    global average pooling
+- ``pooling``    the global average in float32, and maxima whose gradient is bit-reproducible on CUDA
 - ``features``   which activations count as a scan's features: pooling, stages, mirrored copies
 - ``reference``  a model's training features, and how far another scan lies from them
 - ``heads``      the projection head, and an encoder with a prediction head

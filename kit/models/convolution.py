@@ -20,8 +20,8 @@ class Conv3d(nn.Conv3d):
 
     Under a CPU's autocast it runs in float32 if its kernel is larger than a side of its input. There, oneDNN 3.12
     (torch 2.13, avx512_bf16) computes bfloat16 gradients of the weights from uninitialised memory, or writes out of
-    bounds: garbage, infinities, gradients that differ between runs, or a crash. None of 250 random shapes failed whose
-    sides were all at least the kernel's. The last stages of small grids have shorter ones.
+    bounds: garbage, infinities, gradients that differ between runs, or a crash. Of 250 random shapes with no side
+    shorter than the kernel's, none failed; in the last stages of a network on a small grid, sides are shorter.
 
     On CUDA, a layer that reads one channel and writes `INDEX_LIMIT` elements or more reads shifted copies of that
     channel as channels instead, see `by_columns`. For the paper's ResNet-18 this holds for more than three
@@ -39,18 +39,25 @@ class Conv3d(nn.Conv3d):
 
     def gains_by_columns(self, shape: Sequence[int]) -> bool:
         """Whether an input of this shape, (batch, channels, depth, height, width), goes through `by_columns`."""
-        if self.in_channels > 1 or set(self.dilation) != {1} or self.padding_mode != "zeros" or self.padding == "same":
+        if (self.in_channels > 1 or set(self.dilation) != {1} or self.padding_mode != "zeros"
+                or isinstance(self.padding, str)):
             return False
         places = [side // step for side, step in zip(shape[2:], self.stride, strict=True)]  # to within the padding
         return shape[0] * self.out_channels * math.prod(places) >= INDEX_LIMIT
 
     def by_columns(self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The same convolution, its kernel's width turned into channels: a kernel (kd, kh, kw) of one channel becomes
-        one of (kd, kh, 1) and `kw` channels, zeros added up to a multiple of `LANES`.
+        """The same convolution with the kernel's width turned into channels (im2col along one axis).
+
+        A kernel (kd, kh, kw) of one channel becomes one of (kd, kh, 1) and kw channels, padded with zeros to a multiple
+        of `LANES`.
 
         Args:
             images: (batch, 1, depth, height, width).
             weight: (out channels, 1, kd, kh, kw).
+            bias: (out channels,), or None.
+
+        Returns:
+            (batch, out channels, depth, height, width) as `forward` gives it; under autocast in its dtype.
         """
         assert not isinstance(self.padding, str)
         width, (*steps, step), (*pads, pad) = self.kernel_size[2], self.stride, self.padding
@@ -64,7 +71,7 @@ class Conv3d(nn.Conv3d):
 
 
 def with_right_gradients(network: nn.Module) -> None:
-    """Make all of a network's 3D convolutions `Conv3d`, with the weights that they have."""
+    """Turn all 3D convolutions of a network into `Conv3d`, in place; their weights stay."""
     for layer in network.modules():
         if type(layer) is nn.Conv3d:
             layer.__class__ = Conv3d

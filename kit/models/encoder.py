@@ -1,4 +1,4 @@
-"""What every encoder is, for those who take one."""
+"""The base class of all encoders, for annotations that need no network."""
 
 from __future__ import annotations
 
@@ -9,3 +9,4 @@ class Encoder(nn.Module):
     """A network from scans (batch, 1, depth, height, width) to features (batch, `features`)."""
 
     features: int
+    rescales = False  # whether it normalises each scan itself: its output does not depend on the scan's scale

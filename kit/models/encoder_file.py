@@ -112,12 +112,14 @@ def weights_digest(network: nn.Module, drawn: str = "") -> str:
 
 
 def noted(spec: str | Path, network: nn.Module, record: dict[str, Any]) -> dict[str, str]:
-    """What a run's `made_from.json` notes about its encoder."""
+    """What a run's `made_from.json` notes about its encoder; `weights` also changes where its input does."""
     if record["objective"] == "random":
         path, drawn = str(spec), f"{record['architecture']} seed {record['seed']}"
     else:
         path, drawn = shown(resolve(encoder_parts(spec)[1])), ""
-    return {"from": path, "weights": weights_digest(network, drawn), "objective": record["objective"]}
+    # until November 2026, BrainIAC's networks read scans resized with mean tissue around them instead of black
+    reading = "black-" if record["architecture"].startswith("brainiac") else ""
+    return {"from": path, "weights": reading + weights_digest(network, drawn), "objective": record["objective"]}
 
 
 def load_encoder(spec: str | Path, preparation: dict[str, Any], seed: int = 0,

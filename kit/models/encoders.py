@@ -75,7 +75,7 @@ class DenseNetEncoder(Encoder):
                             "resnet18_narrow, or prepare the scans on a finer grid")
         self.network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1)
         self.features = cast(nn.Linear, self.network.class_layers.out).in_features
-        self.network.class_layers.pool = AveragePool(1)
+        self.network.features.pool0, self.network.class_layers.pool = MaxPool(3, 2, 1), AveragePool(1)
         self.network.class_layers.out = nn.Identity()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

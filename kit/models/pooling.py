@@ -20,10 +20,13 @@ class AveragePool(nn.AdaptiveAvgPool3d):
 
 
 class MaxPool(nn.MaxPool3d):
-    """Like torch's, but on CUDA, too, its gradient is the same to the bit each time.
+    """torch's max-pool of undilated cubes, but its gradient is bit-reproducible on CUDA as well.
 
-    torch adds the gradients of overlapping windows there in whatever order they come.
+    There, torch adds the gradients of overlapping windows in whatever order they come.
     """
+
+    def __init__(self, kernel_size: int, stride: int, padding: int = 0) -> None:
+        super().__init__(kernel_size, stride, padding)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, channel, depth, height, width) -> the same with shorter sides."""
@@ -36,7 +39,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, pool: nn.MaxPool3d) -> torch.Tensor:
         values, indices = nn.functional.max_pool3d(images, pool.kernel_size, pool.stride, pool.padding,
-                                                   ceil_mode=pool.ceil_mode, return_indices=True)
+                                                   return_indices=True)
         ctx.save_for_backward(indices)
         ctx.shape, ctx.apart = images.shape, -(-cast(int, pool.kernel_size) // cast(int, pool.stride))
         return values

@@ -37,7 +37,7 @@ class Reference(NamedTuple):
     validation: np.ndarray
 
     def distances(self, features: np.ndarray) -> np.ndarray:
-        """Mahalanobis distances: (scans, features) -> (scans,), in standard deviations."""
+        """Mahalanobis distances: (scans, features) -> (scans,); about sqrt(features) for scans like those fitted."""
         scaled = (np.asarray(features, np.float64) - self.mean) / self.sd
         return np.sqrt(np.einsum("nf,fg,ng->n", scaled, self.precision, scaled))
 
@@ -54,8 +54,8 @@ def fit_reference(learned: np.ndarray, validation: np.ndarray) -> Reference:
     """Fit the Gaussian to a model's training features.
 
     Args:
-        learned: (scans, features) of training scans.
-        validation: (scans, features) of validation scans from the same population; may be empty.
+        learned: (scans, features) of at least two training scans; fitted to a single one, all distances are 0.
+        validation: (scans, features) of validation scans from the same population; if empty, all p-values are 1.
     """
     learned = np.asarray(learned, np.float64)
     mean, sd = learned.mean(0), learned.std(0)

@@ -6,6 +6,7 @@ Reads files of `torch.save` and safetensors, tensors only, and accounts for ever
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import pickle
 import re
@@ -29,7 +30,7 @@ from kit.runs import shown
 Shapes = dict[str, tuple[int, ...]]
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
-MOST_NAMES = 20  # listed of each kind in an error
+MOST_NAMES = 20  # that an error lists of each kind
 
 
 class EncoderError(KitError, ValueError):
@@ -60,7 +61,7 @@ def third_party_record(kind: str, path: Path) -> dict[str, Any]:
         raise EncoderError(f"no file {shown(path)} ({error.strerror})") from None
     except OSError as error:
         raise EncoderError(f"{shown(path)} cannot be read ({error.strerror})") from None
-    return dict(_described(kind, path, status.st_mtime_ns, status.st_size))
+    return copy.deepcopy(_described(kind, path, status.st_mtime_ns, status.st_size))
 
 
 @lru_cache(maxsize=32)
@@ -94,8 +95,11 @@ def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, i
     if digest in known.hashes:
         lines.append(f"sha256 {digest[:12]}... is the released file's")
     else:
-        meant = ": what the kit knows of its preparation, data and licence is of the released weights"
-        lines.append(f"sha256 {digest} is not known here{meant * bool(known.source)}")
+        note = "; preparation and licence below are those of the released weights" if known.source else ""
+        lines.append(f"sha256 {digest} is not known here{note}")
+        if not known.source:
+            lines.append("a state dict does not hold strides, pooling and attention heads: the features are right only "
+                         f"if the network was built with those of the kit's {kind} (kit.models.encoders)")
         if kind == "medicalnet":
             lines.append("if it is a ResNet of your own, its features here are wrong: MedicalNet's last stages are "
                          "dilated")
@@ -105,9 +109,9 @@ def _say(kind: str, known: Format, architecture: str, path: Path, digest: str, i
     else:
         lines.append(f"licence: {known.licence}")
     if not known.datasets:
-        lines.append("the kit does not know which datasets and participants it was trained on: whether those tested "
-                     "are among them is yours to find out")
-    lines += [f"left aside: {', '.join(ignored)}"] if ignored else []
+        lines.append("the kit does not know which datasets and participants it was trained on: check yourself that the "
+                     "people tested are not among them")
+    lines += [f"ignored: {', '.join(ignored)}"] if ignored else []
     print("\n  ".join(lines))
 
 
@@ -201,17 +205,23 @@ def _no_weights(path: Path) -> str:
 
 
 def _sorted_out(state: Mapping[str, Any], known: Format) -> tuple[dict[str, Any], list[str]]:
-    """Select the encoder's weights, without prefix; also return the expected parts that are ignored, with counts."""
+    """Strip the encoder's prefix, and take out the parts of a file that are known not to be needed.
+
+    Returns:
+        the other values by name: the encoder's, and any that nothing expects, which `fill` reports; and the parts that
+        were taken out, with counts.
+    """
     prefix = known.prefix if any(name.startswith(known.prefix) for name in state) else ""
+    bare = bool(known.prefix) and not prefix  # the file holds the encoder alone
     weights: dict[str, Any] = {}
     ignored: Counter[str] = Counter()
     for name, value in state.items():
         own = name.removeprefix(prefix)
-        if own == name and (prefix or not known.prefix):  # outside the encoder
-            part = name.partition(".")[0] if re.match(known.heads, name) else None
-        else:
+        if bare or own != name:  # certainly the encoder's
             found = re.match(known.unused, own)
             part = found[0].strip(".").rpartition(".")[2] if found else None
+        else:
+            part = name.partition(".")[0] if re.match(known.heads, name) else None
         if part is None:
             weights[own] = value
         else:
@@ -254,9 +264,10 @@ def _medicalnet(weights: Mapping[str, Any], path: Path) -> str:
     Raises:
         EncoderError: there is none.
     """
-    blocks = [len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})
+    names = [name.removeprefix("network.") for name in weights]
+    blocks = [len({name.split(".")[1] for name in names if name.startswith(f"layer{stage}.")})
               for stage in (1, 2, 3, 4)]
-    kind = "bottleneck" if "layer1.0.conv3.weight" in weights else "basic"
+    kind = "bottleneck" if "layer1.0.conv3.weight" in names else "basic"
     for name, (block, layers, *_) in resnet_params.items():
         if (block, layers) == (kind, blocks):
             return f"medicalnet_{name}"

@@ -38,8 +38,7 @@ _BOX = {"axes": "zyx", "shape": list(PAPER_GRID.shape), "spacing_mm": PAPER_GRID
 _RIGID = {**_BOX, "registration": "rigid", "bias_correction": "n4", "mask": ANY, "intensity": "zscore"}
 _BRAINIAC = Format(
     architecture="brainiac", objective="simclr", preparation=_RIGID,
-    differences="published: masks by HD-BET; the scan is resized before it is z-scored, so that the brain's edge mixes "
-                "with zero instead of the mean",
+    differences="published: masks by HD-BET; black is the raw scan's zero, here it is the brain's darkest voxel",
     unverified="that the file loads; the box (its size is that of the repository's sample scan); axes and orientation; "
                "the projection head's names; the datasets",
     licence="non-commercial academic research only (Mass General Brigham; earlier versions of the repository: "
@@ -52,7 +51,7 @@ PUBLISHED: dict[str, Format] = {
         architecture="resnet18", objective="simclr", preparation=_RIGID,
         differences="published: TurboPrep, that is N4, SynthStrip, rigid registration to ICBM152 2009c (symmetric) and "
                     "WhiteStripe, which a z-score undoes; the kit's template is 2009a in the same millimetres",
-        unverified="nothing but what other masks and the other template change",
+        unverified="how much other masks and the other template change the features",
         datasets=("ADNI", "AOMIC", "CoRR", "DLBS", "GSP", "HABS-HD", "MCSA", "NIFD", "PPMI", "SALD", "SOOP"),
         licence="none is stated in its repository",
         source="https://github.com/emilykaczmarek/3D-Neuro-SimCLR (release v1.0.0)",
@@ -60,10 +59,7 @@ PUBLISHED: dict[str, Format] = {
         prefix="encoder.", heads=r"projector\."),
     "brainiac": _BRAINIAC,
     "brainiac_resnet50": _BRAINIAC._replace(
-        architecture="brainiac_resnet50",
-        differences="published: masks by HD-BET; intensities from 0 to 1 of the raw scan with its background as 0: "
-                    "here the brain's darkest voxel is 0",
-        unused="(?!)"),
+        architecture="brainiac_resnet50", unused="(?!)"),
     "medicalnet": Format(
         architecture="", objective="segmentation",
         preparation={**dict.fromkeys((*_BOX, "registration", "bias_correction", "mask"), ANY), "axes": "zyx",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from kit.device import at_least_float32
 from kit.models.encoder import Encoder
-from kit.models.pooling import AveragePool
+from kit.models.pooling import AveragePool, MaxPool
 from kit.store.grid import Grid, Shape
 
 DEPTHS = tuple(int(name.removeprefix("resnet")) for name in resnet_params)  # 10 to 200
@@ -35,6 +35,7 @@ class BrainIACViT(Encoder):
     """
 
     features = 768
+    rescales = True
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
@@ -45,8 +46,8 @@ class BrainIACViT(Encoder):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, 1, depth, height, width) -> (batch, 768)."""
-        images = F.interpolate(whole_head(images, self.grid), (96, 96, 96), mode="trilinear")
-        return at_least_float32(self.network(brain_zscored(images))[0][:, 0])
+        resized = F.interpolate(darkest_zero(whole_head(images, self.grid)), (96, 96, 96), mode="trilinear")
+        return at_least_float32(self.network(brain_zscored(resized))[0][:, 0])
 
 
 class BrainIACResNet(Encoder):
@@ -56,17 +57,20 @@ class BrainIACResNet(Encoder):
     """
 
     features = 2048
+    rescales = True
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
         self.network = ResNet("bottleneck", [3, 4, 6, 3], get_inplanes(), n_input_channels=1, conv1_t_stride=2,
                               feed_forward=False)
-        self.network.avgpool = AveragePool(1)
+        self.network.maxpool, self.network.avgpool = MaxPool(3, 2, 1), AveragePool(1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, 1, depth, height, width) -> (batch, 2048)."""
-        return self.network(zero_to_one(F.interpolate(whole_head(images, self.grid), (128, 128, 128), mode="area")))
+        resized = F.interpolate(darkest_zero(whole_head(images, self.grid)), (128, 128, 128), mode="area")
+        brightest = resized.amax((1, 2, 3, 4), keepdim=True)
+        return self.network(resized / torch.where(brightest > 0, brightest, 1))
 
 
 class MedicalNet(Encoder):
@@ -80,6 +84,8 @@ class MedicalNet(Encoder):
         shape: voxels (depth, height, width) that scans are resized to.
     """
 
+    rescales = True
+
     def __init__(self, depth: int, shape: Shape = SLAB) -> None:
         super().__init__()
         block, layers, *_ = resnet_params[f"resnet{depth}"]
@@ -89,12 +95,15 @@ class MedicalNet(Encoder):
                               shortcut_type=shortcut, bias_downsample=bias)
         _dilate(self.network.layer3, 2)
         _dilate(self.network.layer4, 4)
-        self.network.avgpool = AveragePool(1)
+        self.network.maxpool, self.network.avgpool = MaxPool(3, 2, 1), AveragePool(1)
         self.features = get_inplanes()[-1] * (ResNetBlock.expansion if block == "basic" else 4)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(batch, 1, depth, height, width) -> (batch, features)."""
-        return self.network(brain_zscored(nearest(images, self.shape)))
+        # Callers choose the batch by the scans' own size; enlarged, a single one takes 0.8 GB.
+        singly = not (self.training or torch.is_grad_enabled())
+        return torch.cat([self.network(brain_zscored(nearest(some, self.shape)))
+                          for some in images.split(1 if singly else len(images))])
 
 
 def _dilate(stage: nn.Sequential, rate: int) -> None:
@@ -139,12 +148,14 @@ def brain_zscored(images: torch.Tensor) -> torch.Tensor:
     return centred / torch.where(deviation > 0, deviation, 1)
 
 
-def zero_to_one(images: torch.Tensor) -> torch.Tensor:
-    """Scale each scan's non-zero voxels to the range 0 (darkest) to 1; the others stay zero."""
-    brain, every = images != 0, (1, 2, 3, 4)
-    low = torch.where(brain, images, torch.inf).amin(every, keepdim=True)
-    high = torch.where(brain, images, -torch.inf).amax(every, keepdim=True)
-    return torch.where(brain, (images - low) / torch.where(high > low, high - low, 1), 0)
+def darkest_zero(images: torch.Tensor) -> torch.Tensor:
+    """Shift each scan's non-zero voxels so that the darkest becomes zero; the others stay zero.
+
+    This makes a z-scored brain (batch, 1, depth, height, width) as dark at its edge as the raw scan with its background
+    set to zero, up to a factor and the raw value of the darkest voxel: resizing mixes the edge with black.
+    """
+    brain = images != 0
+    return torch.where(brain, images - torch.where(brain, images, torch.inf).amin((1, 2, 3, 4), keepdim=True), 0)
 
 
 def build_third_party(architecture: str, grid: Grid) -> Encoder:

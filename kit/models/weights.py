@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,15 +38,15 @@ def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
 
     Args:
         name: one of `DOWNLOADS`.
-        to: the folder.
+        to: the folder; a relative path starts at the project's root. A file there with another hash is replaced.
         sha256: of the file, if the kit does not know it.
 
     Returns:
         the file's path.
 
     Raises:
-        EncoderError: unknown name, no hash to check against, wrong hash, or no network (the message then says how to
-            download it by hand).
+        EncoderError: unknown name, no hash to check against, wrong hash, or a failed download (the message then says
+            how to download it by hand).
     """
     if name not in DOWNLOADS:
         raise EncoderError(f"got {name!r}; only {', '.join(DOWNLOADS)} can be downloaded; for others see "
@@ -62,7 +63,7 @@ def fetch(name: str, to: str | Path, sha256: str = "") -> Path:
     try:
         with urllib.request.urlopen(url, timeout=60) as source:
             return keep(source, path, wanted)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise EncoderError(f"{name} could not be downloaded ({error}). By hand: get {url} where there is a network, "
                            f"put it at {shown(path)}, and see that `sha256sum` says {wanted}") from None
 
@@ -77,7 +78,8 @@ def keep(source: BinaryIO, path: Path, sha256: str) -> Path:
         with open(aside, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
         if (digest := sha256_of(aside)) != sha256.lower():
-            raise EncoderError(f"the download of {path.name} has the sha256 {digest}, not {sha256}: discarded")
+            raise EncoderError(f"the download of {path.name} broke off or is another file (sha256 {digest}, not "
+                               f"{sha256}): discarded; try again")
 
     return write_whole(path, write)
 
@@ -86,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m kit.models.weights", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", help=", ".join(DOWNLOADS))
-    parser.add_argument("to", help="the folder")
+    parser.add_argument("to", help="the folder; a relative path starts at the project's root")
     parser.add_argument("--sha256", default="", help="of the file, if the kit does not know it: 64 hexadecimal digits")
     given = parser.parse_args(arguments)
     if given.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", given.sha256):

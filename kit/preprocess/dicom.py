@@ -37,7 +37,8 @@ def read_dicom(path: str | Path, series: str | None = None) -> tuple[np.ndarray,
 
     Raises:
         ScanError: no series, or several and none chosen (they are listed, without names or descriptions), missing
-            slices or slices of different shapes, a multi-frame file, or not a greyscale volume.
+            slices, slices of different shapes, pixel sizes or orientations, a multi-frame file, or not a greyscale
+            volume.
     """
     with quiet():
         try:
@@ -147,6 +148,7 @@ def _information(file: str) -> sitk.ImageFileReader:
 
 def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
     slices = [_information(file) for file in files]
+    _check_alike(slices)
     origins = np.array([each.GetOrigin() for each in slices])
     normal = np.reshape(slices[0].GetDirection(), (3, 3))[:, 2]
     _check_volumes(slices, origins @ normal)
@@ -154,16 +156,25 @@ def _read_slices(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
     reader.SetFileNames(files)
     reader.SetOutputPixelType(sitk.sitkFloat32)  # rescale slope and intercept applied
     image = reader.Execute()
-    # ITK assumes an unsheared stack with even spacing, (last - first) / (n - 1): others must be refused here.
+    # ITK takes the first slice's orientation and pixel size, and assumes an unsheared stack with even spacing,
+    # (last - first) / (n - 1): others must be refused here.
     _check_steps(np.diff(origins @ normal))
     _check_shear(origins[-1] - origins[0], normal, min(slices[0].GetSpacing()[:2]))
     return from_itk(image)
 
 
+def _check_alike(slices: list[sitk.ImageFileReader]) -> None:
+    """Refuse slices of different orientations or pixel sizes, such as two stacks under one series UID."""
+    turns, sizes = np.array([each.GetDirection() for each in slices]), np.array([each.GetSpacing() for each in slices])
+    if np.ptp(turns, axis=0).max() > 1e-3 or (np.ptp(sizes[:, :2], axis=0) > 1e-3 * sizes[0, :2]).any():
+        raise ScanError("DICOM slices differ in orientation or pixel size, so they are not one volume; keep the files "
+                        "of one in a folder of their own, or convert them to NIfTI with dcm2niix")
+
+
 def _check_volumes(slices: list[sitk.ImageFileReader], places: np.ndarray) -> None:
     """Refuse several slices at each place (echoes, a time series); `places` (slices,) is mm along the slice normal."""
     distinct, volumes = np.unique(places.round(2), return_counts=True)
-    if len(distinct) < 2 or np.median(volumes) < 2:  # one doubled slice is the steps' fault
+    if len(distinct) < 2 or np.median(volumes) < 2:  # a single doubled slice is left to _check_steps
         return
     fullest, most = distinct[volumes.argmax()], volumes.max()
     same = [each for each, place in zip(slices, places.round(2), strict=True) if place == fullest]

@@ -31,7 +31,7 @@ FEW = 5  # up to this many missing files in a shard may be chance; more suggest 
 
 
 class PreparationError(KitError, ValueError):
-    """A preparation cannot start or prepared nothing; the message lists every problem."""
+    """A preparation cannot start, was stopped by a failing disk, or prepared nothing; the message says why."""
 
 
 def scan_names(cohort: pd.DataFrame) -> list[str]:
@@ -79,10 +79,10 @@ def write_tables(cohort: pd.DataFrame, names: list[str], outcomes: Mapping[str, 
         part: whether the cohort is a shard of a larger one, so that it may have no good scan.
 
     Raises:
-        PreparationError: no scan was prepared. The tables are still written, except in two cases: the folder already
-            has an index of prepared scans (kept, as the disk with the scans may only be unmounted), or all files of a
-            shard are missing, and they are more than `FEW` or none of their folders exists (else it would be merged
-            without them).
+        PreparationError: no scan was prepared. Nothing is written if the folder already has an index of prepared scans
+            (the disk with the scans may only be unmounted), or if all files of a shard are missing, and they are more
+            than `FEW` or none of their folders exists (else it would be merged without them). Otherwise the tables are
+            written, and a shard raises nothing.
     """
     table = cohort.reset_index(drop=True)
     table.insert(0, "scan", names)
@@ -122,8 +122,8 @@ def _lists_scans(path: Path) -> bool:
 def shard_of(cohort: pd.DataFrame, shard: int, shards: int, mask: str = "auto") -> pd.DataFrame:
     """Return one shard of a cohort: the scans whose names' hashes fall to it.
 
-    So each shard mixes the sites, and adding, deleting or sorting rows leaves every other scan in its shard. The sizes
-    of 100 shards of 60,000 scans have a standard deviation of 4 %; of 200 shards of 1,000 scans, 45 %.
+    So each shard mixes the sites, and adding, deleting or sorting rows leaves every other scan in its shard. Sizes
+    vary: of 60,000 scans in 100 shards by a standard deviation of 4 %, of 1,000 in 200 by 45 %.
 
     Raises:
         PreparationError: a shard would be empty, two scans would have one name, or none has the mask that

@@ -12,8 +12,9 @@ from kit.preprocess.resample import one_thread, to_image
 # N4 runs on voxels of about this size: bias fields are smooth, and halving the size costs eight times as much.
 N4_MM = 4.0
 N4_ITERATIONS = [50, 50, 50, 50]  # maximum at each of four levels of ever finer splines; N4's own default
-# N4 takes logarithms. Ringing of cubic splines puts at most 1.1 % of a brain below zero (20 stripped scans, 13 heads);
-# z-scoring inside the brain puts 45 % or more there (8 scans), over a whole head 1.9 to 4.7 % (13).
+# N4 takes logarithms, and white-matter scaling keeps zero where it is. Ringing of cubic splines puts at most 1.1 % of a
+# brain below zero (20 stripped scans, 13 heads); z-scoring inside the brain puts 45 % or more there (8 scans), over a
+# whole head 1.9 to 4.7 % (13).
 MOST_NEGATIVE = 0.015
 
 
@@ -32,9 +33,7 @@ def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.
     """
     if not mask.any():
         raise ScanError("N4 found no bias field: the mask is empty")
-    if (negative := np.mean(array[mask] < 0)) > MOST_NEGATIVE:
-        raise ScanError(f"N4 needs intensities above zero, found {negative:.0%} of the brain below: was the scan "
-                        "z-scored? Give it as it was before, or set bias_correction: none")
+    check_positive(array[mask], "N4", "bias_correction: none")
     positive = np.maximum(array, 0)  # N4 takes its logarithm
     with one_thread():
         image = to_image(positive, affine)
@@ -51,6 +50,22 @@ def correct_bias(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.
     if not np.isfinite(corrected).all():
         raise ScanError("N4 found a bias field that is not finite")
     return corrected
+
+
+def check_positive(inside: np.ndarray, step: str, otherwise: str) -> None:
+    """Refuse a scan whose zero was shifted, such as a z-scored one.
+
+    Args:
+        inside: (voxels,) intensities of the brain, not resampled: smoothing hides negative ones.
+        step: what needs intensities above zero.
+        otherwise: the setting that works without it.
+
+    Raises:
+        ScanError: more than `MOST_NEGATIVE` of the intensities are below zero.
+    """
+    if (negative := np.mean(inside < 0)) > MOST_NEGATIVE:
+        raise ScanError(f"{step} needs intensities above zero, found {negative:.0%} of the brain below: was the scan "
+                        f"z-scored? Give it as it was before, or set {otherwise}")
 
 
 def z_score(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -70,7 +85,7 @@ def by_white_matter(image: np.ndarray, mask: np.ndarray, white_matter: np.ndarra
 
     The peak is the mode of the smoothed histogram of brain voxels where the template is white matter (of all brain
     voxels if those are fewer than 100). Lesions, and grey matter that imperfect registration puts there, do not move
-    the peak.
+    the peak. The image must not have been z-scored; see `check_positive`.
 
     Raises:
         ScanError: the mask is empty, the image is constant inside it, or the peak is not above zero.

@@ -89,7 +89,8 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
     - probabilities up to 1: above 0.5
     - two values, such as 0 and 100: the higher one
     - a graded edge up to 100, 255 or another maximum: above half the maximum
-    - labels, or a skull-stripped scan given as a mask: above 0.5
+    - labels: above 0.5
+    - a skull-stripped scan given as a mask: above 0.5, or `FAINT` of its brightness if that is less
 
     Args:
         values: (z, y, x), finite, not constant.
@@ -104,11 +105,17 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
     two, whole = len(levels) == 2, bool((levels == np.rint(levels)).all())
     saturated = np.count_nonzero(values >= SATURATED * top) / max(int(np.count_nonzero(values > 0.05 * top)), 1)
     probability = not two and not whole and 0.5 < top <= PROBABILITY_TOP
-    graded = (not two and not probability and not (whole and top <= MOST_LABELS) and saturated >= LEAST_SATURATED
-              and _equal_neighbours(values, top, affine) < LABELS_EQUAL)
+    labels = (whole and top <= MOST_LABELS) or _equal_neighbours(values, top, affine) >= LABELS_EQUAL
+    graded = not two and not probability and not labels and saturated >= LEAST_SATURATED
     if top <= 0 or (not two and not whole and low < -top / 4) or (probability and saturated < LEAST_SATURATED):
         raise ScanError(f"mask: no mask ({found}); give one that is 1 in the brain and 0 elsewhere")
-    mask = values > ((low + top) / 2 if two else top / 2 if graded else 0.5)
+    if two or graded:
+        threshold = (low + top) / 2 if two else top / 2
+    elif whole or probability or labels:
+        threshold = 0.5
+    else:  # a skull-stripped scan
+        threshold = min(0.5, FAINT * float(np.percentile(values, 99.5)))
+    mask = values > threshold
     volume = millilitres(mask, affine)
     if volume >= LEAST_BRAIN_ML and _is_inverted(mask):
         raise ScanError(f"mask: inverted ({found}): its {volume:.0f} ml lie around a brain; make it 1 in the brain and "

@@ -75,7 +75,7 @@ def other_form(path: str | Path) -> np.ndarray | None:
         with gzip.open(file) if zipped else file.open("rb") as stream:
             data = stream.read(540)
         kind = _kind(data)
-        header = kind.header_class(data[: kind.header_class.sizeof_hdr], check=False) if kind else None
+        header = _header(kind, data) if kind else None
         if header is None or header["sform_code"] <= 0 or header["qform_code"] <= 0:
             return None
         shape, sform, qform = header.get_data_shape()[:3], affine_of(header), in_mm(header.get_qform(), header)
@@ -129,7 +129,7 @@ def write_nifti(path: str | Path, array_zyx: np.ndarray, affine: np.ndarray) -> 
     image.header.set_xyzt_units("mm")
     data = image.to_bytes()
     if str(path).endswith(".gz"):
-        data = gzip.compress(data, compresslevel=1, mtime=0)  # nibabel's: more hardly shrinks noise
+        data = gzip.compress(data, compresslevel=1, mtime=0)  # nibabel's level; higher ones hardly shrink noise
     write_whole(Path(path), lambda aside: aside.write_bytes(data))
 
 
@@ -180,7 +180,10 @@ def check_volume(shape: tuple[int, ...], dtype_kind: str, sizes: np.ndarray) -> 
     Args:
         shape: voxels along each axis, x first.
         dtype_kind: numpy's kind letter for the voxel type.
-        sizes: voxel sizes along x, y, z, in mm.
+        sizes: voxel sizes along x, y (and z), in the header's unit.
+
+    Raises:
+        ScanError: not 3D, too large, colours or complex numbers, or a voxel size of zero or less.
     """
     dimensions = "x".join(map(str, shape))
     if len(shape) < 3 or any(side != 1 for side in shape[3:]) or min(shape[:3]) < 2:
@@ -205,7 +208,6 @@ def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pai
             raise ScanError("a Git LFS pointer in place of the scan; fetch the scan with git lfs pull")
         raise ScanError("not a NIfTI file (.nii, .nii.gz, or .hdr with .img); convert it with mri_convert, or DICOM "
                         "with dcm2niix")
-    header_size = kind.header_class.sizeof_hdr
     files = {"image": data}
     if (data[344:346] if kind is nib.Nifti1Image else data[4:6]) == b"ni":  # the magic of a header and image pair
         if voxels is None:
@@ -213,14 +215,23 @@ def _open(data: bytes, voxels: bytes | None, no_codes_ok: bool) -> nib.Nifti1Pai
         kind = nib.Nifti1Pair if kind is nib.Nifti1Image else nib.Nifti2Pair
         files = {"header": data, "image": voxels}
     try:
-        # Unchecked: nibabel's check silently repairs voxel sizes of zero or less.
-        header = kind.header_class(data[:header_size], check=False)
-        _check(header, no_codes_ok)
+        _check(_header(kind, data), no_codes_ok)
         return kind.from_file_map({name: nib.FileHolder(fileobj=BytesIO(each)) for name, each in files.items()})
     except ScanError:
         raise
     except (nib.spatialimages.HeaderDataError, KeyError, ValueError, OverflowError) as error:
         raise ScanError("damaged NIfTI header; copy the file again, or convert the scan anew") from error
+
+
+def _header(kind: type[nib.Nifti1Pair], data: bytes) -> nib.Nifti1Header:
+    """Return a file's header without nibabel's check, which silently repairs voxel sizes of zero or less.
+
+    Only `pixdim[0]`, the handedness of the qform, is repaired as there: all but -1 mean 1.
+    """
+    header = kind.header_class(data[: kind.header_class.sizeof_hdr], check=False)
+    if header["pixdim"][0] != -1:
+        header["pixdim"][0] = 1
+    return header
 
 
 def _check(header: nib.Nifti1Header, no_codes_ok: bool) -> None:

@@ -23,6 +23,9 @@ def run_all(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> It
 
     A killed process breaks its whole pool. The jobs in flight are then retried one by one to find the one at
     fault; the remaining jobs run in parallel again.
+
+    Raises:
+        Exception: whatever `function` raises, once the jobs in flight have ended; their results are lost.
     """
     if workers == 0:
         yield from ((job, function(job)) for job in jobs)

@@ -35,7 +35,7 @@ from kit.preprocess.register import (
     likeliest,
     rotation_angle,
 )
-from kit.preprocess.resample import resample
+from kit.preprocess.resample import one_thread, resample
 from kit.preprocess.scan_file import read_scan, scan_files
 from kit.preprocess.settings import Preparation
 from kit.preprocess.template import tissue_on
@@ -83,9 +83,9 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
 
     Returns:
         The index of prepared scans and the table of failed ones, both in the cohort's order and also written. The
-        index has the cohort's columns except those ending in `_path`, then mask_source, the metrics of
-        `kit.preprocess.quality`, seconds (time taken), header_note (if sform and qform disagree; those scans are
-        also printed), flags and unusable (see `kit.preprocess.quality.flagged`).
+        index has scan (its name), the cohort's columns except those ending in `_path`, mask_source, the metrics
+        of `kit.preprocess.quality`, seconds (time taken), header_note (if the sform and qform of the scan or of its
+        mask disagree; those scans are also printed), flags and unusable (see `kit.preprocess.quality.flagged`).
 
     Raises:
         PreparationError: the cohort cannot be prepared with these settings, every scan failed (see
@@ -114,13 +114,14 @@ def prepare(cohort: pd.DataFrame, output_dir: str | Path, settings: Preparation,
     index, failed = write_tables(cohort, names, outcomes, folder, brain_ml, part)
     if len(noted := index[index["header_note"] != ""]):
         some = [f"{row.scan} ({row.header_note})" for row in noted.head(3).itertuples()]
-        print(f"{len(noted)} scans whose sform and qform disagree: {', '.join(some)}{', ...' * (len(noted) > 3)}")
+        print(f"{len(noted)} scans whose sform and qform, or their mask's, disagree: "
+              f"{', '.join(some)}{', ...' * (len(noted) > 3)}")
     return index, failed
 
 
 def _take_prepared(jobs: list[ScanJob], merged: Path) -> None:
     """Link scans that this shard lacks from the merged folder or other shards; `_found` and `_known` check them."""
-    homes = [*sorted((merged / "shards").glob("*-of-*"), reverse=True), merged]  # a later one's file counts
+    homes = [*sorted((merged / "shards").glob("*-of-*"), reverse=True), merged]  # the last one's file wins
     there = {path.name: path for home in homes for path in scan_path(home, "any").parent.glob("*")}  # listed once
     for job in jobs:
         if not job.output.exists() and job.output.name in there:
@@ -135,10 +136,11 @@ def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
     """
     start = perf_counter()
     try:
-        search, source = _sources(job)
-        image, mask, notes = _to_template_space(job, _known(job, search))
+        search_digest, full_digest = _digests(job)
+        with one_thread():
+            image, mask, notes = _to_template_space(job, _known(job, search_digest))
         notes["quality"]["seconds"] = round(perf_counter() - start, 2)
-        notes |= {"search": search, "source": source}
+        notes |= {"search": search_digest, "source": full_digest}
         write_scan(job.output, image, mask, job.scan, job.settings.grid.affine, notes)
         return notes["quality"]
     except Exception as error:  # one bad scan must not stop the others
@@ -171,6 +173,8 @@ def _to_template_space(job: ScanJob, known: dict[str, Any]) -> tuple[np.ndarray,
     array, affine, native_mask = head.array, head.affine, head.brain.mask
     if settings.bias_correction == "n4":
         array = intensity.correct_bias(array, affine, native_mask)
+    if settings.intensity == "whitematter":
+        intensity.check_positive(array[native_mask], "white-matter scaling", "intensity: zscore")
     # stored transforms map MNI millimetres to the header's; those used here map them to the upright head's
     turn, transforms = head.orientation, None
     if settings.registration != "none":
@@ -182,12 +186,12 @@ def _to_template_space(job: ScanJob, known: dict[str, Any]) -> tuple[np.ndarray,
     mask = resample(native_mask, affine, matrix, grid.shape, grid.affine) > 0.5
     scaled = (intensity.z_score(image, mask) if settings.intensity == "zscore"
               else intensity.by_white_matter(image, mask, tissue_on(grid, "white")))
-    metrics = quality.measure(array, affine, native_mask, transforms, turn)
-    metrics["grey_levels"] = float(quality.grey_levels(head.array[native_mask]))  # N4 makes nearly all values distinct
+    metrics = quality.measure(array, affine, native_mask, transforms, turn, head.array)
+    found = known  # without a registration, what an earlier one found is kept for the next
     if transforms:
-        known = {"orientation": turn.tolist(), "pose": None if head.pose is None else head.pose.tolist(),
+        found = {"orientation": turn.tolist(), "pose": None if head.pose is None else head.pose.tolist(),
                  **{kind: (turn @ getattr(transforms, kind)).tolist() for kind in KINDS}}
-    return scaled, mask, {"transform": (turn @ matrix).tolist(), "transforms": known,
+    return scaled, mask, {"transform": (turn @ matrix).tolist(), "transforms": found,
                           "quality": {"mask_source": head.brain.source, "header_note": head.brain.note, **metrics}}
 
 
@@ -204,10 +208,10 @@ class Head(NamedTuple):
 def _upright_head(job: ScanJob, known: dict[str, Any]) -> Head:
     """Read a scan, find its brain, and turn both upright if the header's orientation is wrong.
 
-    deepbet expects upright heads and finds half a brain in others. If its brain is unlike the template's, it sees all
-    24 orientations, and the one with the most similar brain is used. A tilted head is levelled and shown to it again,
-    and the mask more like the template's brain is kept. `known` holds what an earlier preparation found; if empty,
-    everything is searched.
+    deepbet expects upright heads and finds half a brain in others. If the brain is unlike the template's, all 24
+    orientations are tried (deepbet segments each; other masks are turned along), and the likeliest is used. If deepbet
+    made the mask and the head is tilted, it segments the levelled head too, and the mask more like the template's brain
+    is kept. `known` holds what an earlier preparation found; if empty, everything is searched.
     """
     kind, no_codes_ok = job.settings.mask, job.settings.orientation_unknown == "assume_ras"
     array, affine = read_scan(job.image_path, no_codes_ok=no_codes_ok)
@@ -237,7 +241,7 @@ def _orientation(head: Head) -> np.ndarray:
     if head.brain.source != "deepbet":
         return find_orientation(head.array, head.affine, head.brain.mask)
     return from_matvec(likeliest(
-        [_quick_likeness(*_turned(head.array, head.affine, from_matvec(turn))) for turn in ORIENTATIONS]))
+        [_quick_likeness(*_turned_back(head.array, head.affine, from_matvec(turn))) for turn in ORIENTATIONS]))
 
 
 def _quick_likeness(array: np.ndarray, affine: np.ndarray) -> float:
@@ -252,18 +256,18 @@ def _turn(head: Head, orientation: np.ndarray) -> Head:
     """Undo a wrong orientation of a head; deepbet segments it again."""
     if np.array_equal(orientation, np.eye(4)):
         return head
-    array, affine = _turned(head.array, head.affine, orientation)
+    array, affine = _turned_back(head.array, head.affine, orientation)
     if head.brain.source == "deepbet":
         mask = skullstrip.deepbet_mask(array)
     else:
-        mask = _turned(head.brain.mask.astype(np.float32), head.affine, orientation)[0] > 0.5
+        mask = _turned_back(head.brain.mask.astype(np.float32), head.affine, orientation)[0] > 0.5
     return Head(array, affine, head.brain._replace(mask=mask), orientation)
 
 
 def _level(head: Head, pose: np.ndarray) -> Head:
     """Let deepbet segment a tilted head again, levelled and cropped around the brain.
 
-    `pose` (4, 4) takes the level box's millimetres, from the brain's centre, to the head's.
+    `pose` (4, 4) maps the level box's millimetres, whose origin is the brain's centre, to the head's.
 
     Raises:
         ScanError: it finds no brain there.
@@ -275,12 +279,12 @@ def _level(head: Head, pose: np.ndarray) -> Head:
     return head._replace(brain=head.brain._replace(mask=mask), pose=pose)
 
 
-def _turned(array: np.ndarray, affine: np.ndarray, orientation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _turned_back(array: np.ndarray, affine: np.ndarray, orientation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Undo a wrong orientation of an array (z, y, x) and its affine by flipping and swapping axes only."""
     return upright(array.T, orientation.T @ affine)
 
 
-def _sources(job: ScanJob) -> tuple[str, str]:
+def _digests(job: ScanJob) -> tuple[str, str]:
     """Return two digests: of the inputs of a scan's transform search, and of everything the scan is made from.
 
     Both cover `METHOD` and its files' paths, sizes and modification times; the first only the settings that affect the
@@ -297,16 +301,16 @@ def _sources(job: ScanJob) -> tuple[str, str]:
         files.append([path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     settings = asdict(job.settings)
     before = [settings["orientation_unknown"], settings["bias_correction"], settings["mask"]]
-    search, source = (hashlib.sha256(json.dumps([FORMAT, METHOD, files, each]).encode()).hexdigest()
-                      for each in (before, settings))
-    return search, source
+    search, full = (hashlib.sha256(json.dumps([FORMAT, METHOD, files, each]).encode()).hexdigest()
+                    for each in (before, settings))
+    return search, full
 
 
-def _known(job: ScanJob, search: str) -> dict[str, Any]:
+def _known(job: ScanJob, search_digest: str) -> dict[str, Any]:
     """Return what an earlier preparation found in the same files: orientation, pose, rigid, affine; or nothing."""
     try:
         notes = read_facts(job.output)["notes"]
-        return notes["transforms"] if notes.get("search") == search else {}
+        return notes["transforms"] if notes.get("search") == search_digest else {}
     except StoreError:
         return {}
 
@@ -315,6 +319,6 @@ def _found(job: ScanJob) -> dict[str, Any] | None:
     """Return the QC metrics of a scan already prepared from these files and settings, else None."""
     try:
         notes = read_facts(job.output)["notes"]
-        return notes["quality"] if notes["source"] == _sources(job)[1] else None
+        return notes["quality"] if notes["source"] == _digests(job)[1] else None
     except (StoreError, ScanError):
         return None

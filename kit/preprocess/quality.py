@@ -51,7 +51,7 @@ QC_METRICS = {
     "snr": Metric("median of the brain over the noise's standard deviation", "low", 1.0, low=3.0, high=999.0),
     "grey_levels": Metric("distinct intensities in the brain", "", low=32),
     "outside_share": Metric("share of the template's brain outside the scan's field of view", "high", 0.005, high=0.05),
-    "scale": Metric("size of the template's brain in the scan, mean of three directions", "", low=0.7, high=1.2),
+    "scale": Metric("size of the brain over the template's, geometric mean of three directions", "", low=0.7, high=1.2),
     "stretch": Metric("largest over smallest of the three directions' scales", "high", 0.02, high=1.5),
     "orientation_deg": Metric("rotation by which the header's orientation was wrong, degrees", "", high=1.0),
     "pose_deg": Metric("rotation between the rigid and the affine transform, degrees", "", high=4.0),
@@ -78,7 +78,7 @@ NEAR_MM = 12.0  # sigma of the Gaussian window within which grey and white matte
 
 
 def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms: Transforms | None,
-            orientation: np.ndarray) -> dict[str, float]:
+            orientation: np.ndarray, original: np.ndarray) -> dict[str, float]:
     """Return a scan's QC metrics; `QC_METRICS` says what each is.
 
     Args:
@@ -87,6 +87,7 @@ def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms:
         mask: (z, y, x) bool, its brain.
         transforms: MNI millimetres to the scan's; None for scans already in MNI space.
         orientation: (4, 4) rotation by which the header was wrong; see `kit.preprocess.register.find_orientation`.
+        original: (z, y, x), the scan before bias correction, for grey_levels: N4 makes nearly all values distinct.
     """
     pose = transforms or Transforms(np.eye(4), np.eye(4))
     image = resample(array, affine, pose.affine, QC_GRID.shape, QC_GRID.affine)
@@ -102,7 +103,7 @@ def measure(array: np.ndarray, affine: np.ndarray, mask: np.ndarray, transforms:
         "largest_piece": largest_piece(mask),
         "bright_edge": bright_edge(image, brain),
         "snr": signal_to_noise(array, mask),
-        "grey_levels": grey_levels(array[mask]),
+        "grey_levels": grey_levels(original[mask]),
         "outside_share": outside_share(array.shape, affine, pose.affine),
         "scale": float(np.cbrt(scales.prod())),
         "stretch": float(scales.max() / scales.min()),
@@ -223,7 +224,7 @@ def flagged(index: pd.DataFrame, brain_ml: tuple[float, float] | None = None) ->
         for row, (value, distance) in enumerate(zip(index[name], far[name], strict=True)):
             beyond = value < low or value > high or np.isnan(value)
             if beyond or abs(distance) > DEVIATIONS:
-                # what is not a number is beyond the lower limit, if there is one
+                # NaN counts as below the lower limit, if there is one
                 below = value < low or (not value > high and distance < 0) or (np.isnan(value) and low > -np.inf)
                 flags[row].append(f"{name} {'low' if below else 'high'}")
             if beyond and name in UNUSABLE:

@@ -133,7 +133,7 @@ def find_orientation(array: np.ndarray, affine: np.ndarray, mask: np.ndarray) ->
     """
     with one_thread():
         scan = _scan(array, affine, mask)
-        # Turn the scan, not the start: ITK's versor has no room to move around 180 degrees.
+        # Turn the scan back, not the start: ITK's versor has no room to move around 180 degrees.
         return from_matvec(likeliest([_initial_pose(_turned(scan, turn.T)).likeness for turn in ORIENTATIONS]))
 
 

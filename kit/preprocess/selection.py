@@ -8,7 +8,8 @@ from scipy import stats
 
 from kit.cohort.tabular import ages
 
-# Labels with more classes are not tested; numbers with fewer than FEWEST_NUMBERS distinct values count as classes.
+# Labels with more classes are not tested; numbers with fewer than FEWEST_NUMBERS distinct values count as classes, and
+# so do all numbers of sites.
 MOST_CLASSES = 12
 FEWEST_NUMBERS = 6
 # Significance level, after Holm's correction over the labels tested.
@@ -16,8 +17,8 @@ ALPHA = 0.05
 FEW = 10  # scans hit, below which only the largest differences would be found
 
 
-def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
-    """Test whether scans hit by a filter differ from the rest.
+def selection_bias(labels: pd.DataFrame, hit: np.ndarray, people: pd.Series | None = None) -> pd.DataFrame:
+    """Test whether the scans that a filter hits, or their people, differ from the rest.
 
     Numbers are compared by the Mann-Whitney U test, two classes by Fisher's exact test, and more classes by the
     chi-square statistic with row permutations. Holm's method corrects p over the labels.
@@ -25,14 +26,21 @@ def selection_bias(labels: pd.DataFrame, hit: np.ndarray) -> pd.DataFrame:
     Args:
         labels: one scan a row; columns that cannot separate groups are skipped.
         hit: (rows,) bool, whether the filter refused or flagged the scan in that row.
+        people: (rows,) whose scan it is. One person's scans are not independent, so each person counts once: with the
+            first known value of each label, and as hit if any scan is. None: each row is another person.
 
     Returns:
         One row per label that could be tested, smallest p first: label, hit, rest (medians, or class shares), p,
         differs.
     """
+    if people is not None:
+        names = people.to_numpy()
+        labels, hit = labels.groupby(names).first(), pd.Series(hit).groupby(names).any().to_numpy()
     rows = []
     for name in labels:
         values = ages(labels[name]) if str(name).casefold() == "age" else labels[name]
+        if str(name).casefold() == "site":  # numbers of sites are names
+            values = values.astype(str).str.removesuffix(".0").where(values.notna())
         known = values.notna().to_numpy() & (values.astype(str).str.strip() != "").to_numpy()
         chosen, rest = values[known & hit], values[known & ~hit]
         if len(chosen) and len(rest) and (tested := _tested(chosen, rest)):

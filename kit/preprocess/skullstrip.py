@@ -29,7 +29,7 @@ NETWORKS = {
     "bbox_model.pt": "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",
     "model.pt": "de8ee7c69654d0dd3935dc4a5d84571d8ecf4637a6bfc01df399c4c2bc86e0fd",
 }
-# External tools, not Python packages of this kit: the command that reads IMAGE and writes MASK.
+# External commands: each reads IMAGE and writes MASK, or (HD-BET) its mask as <BRAIN>_bet.nii.gz.
 COMMANDS = {
     "hd-bet": ["hd-bet", "-i", "IMAGE", "-o", "BRAIN", "-device", "cpu", "--disable_tta", "--save_bet_mask",
                "--no_bet_image"],
@@ -78,7 +78,8 @@ def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str,
         other: where the header's other form (qform) puts the scan; see `kit.preprocess.nifti.other_form`.
 
     Raises:
-        ScanError: the mask is missing or cannot be a brain.
+        ScanError: no mask is given, or it cannot be used; deepbet or the tool is missing, fails or finds nothing; or
+            the brain has less than `LEAST_BRAIN_ML`.
     """
     note = "" if other is None else (
         f"sform and qform disagree by {corners_apart(affine, other, array.shape):.1f} mm, sform taken")
@@ -87,7 +88,7 @@ def find_brain(kind: str, array: np.ndarray, affine: np.ndarray, mask_path: str,
             raise ScanError("mask: no mask_path given for this scan; add it, or choose mask: auto")
         given = read_mask(mask_path, array, affine, no_codes_ok, other)
         if given.by_other_form:
-            note = ", ".join(filter(None, [note, "mask lies by the other form, taken voxel by voxel"]))
+            note = ", ".join(filter(None, [note, "mask aligned only by the qform, applied voxel by voxel"]))
         found = Brain(given.mask, "given")
     elif kind == "nonzero":
         found = Brain(nonzero_mask(array, affine), kind)
@@ -163,7 +164,7 @@ def tool_mask(tool: str, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
             last = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-1:]
             raise ScanError(f"{tool} ended with code {done.returncode} and "
                             f"{'a' if found else 'no'} mask: {''.join(last)[:200]}".replace(folder, ""))
-        # ITK takes the qform, which cannot be sheared, where the sform is
+        # the tool may use ITK, which reads the qform if the sform is sheared; a qform cannot be
         return read_mask(found, array, affine, other=other_form(paths["IMAGE"])).mask
 
 

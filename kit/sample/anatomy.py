@@ -61,7 +61,7 @@ class Anatomy:
     dark_white: float  # darkening of the white matter near the ventricles, 0 to 1
     ventricles_mm: float  # how far their walls lie outside the template's
     sulci: float  # their opening, in log-odds of CSF
-    hippocampus: tuple[float, float]  # its atrophy (left, right), larger for less tissue; 0 in healthy people at 60
+    hippocampus: tuple[float, float]  # atrophy (left, right), larger for less tissue; healthy at 60: mean 0, SD 0.7
     temporal_horns: float = 0.0  # their opening, in log-odds of CSF; only in Alzheimer's disease
     temporal_sulci: float = 0.0  # the same for the temporal lobes' sulci
     lesion_side: str = ""  # "left", "right", or "" for none
@@ -102,7 +102,8 @@ def draw_anatomy(seed: int, participant: str, age: float, sex: str, diagnosis: s
 def smooth_field(rng: np.random.Generator, grid: Grid, knots_mm: float, channels: int) -> torch.Tensor:
     """Draw cubic B-spline fields, float32 (channel, z, y, x).
 
-    Coefficients are standard normal, clipped at 2.5; the field's own SD is about a third of that of its coefficients.
+    Knots are `knots_mm` apart. Coefficients are standard normal, clipped at 2.5; the field's own SD is about a third of
+    that of its coefficients.
     """
     bases = [_bspline_basis(side, grid.spacing_mm / knots_mm) for side in grid.shape]
     knots = rng.standard_normal((channels, *(basis.shape[1] for basis in bases)), dtype=np.float32)
@@ -135,8 +136,8 @@ def deform(head_points: torch.Tensor, warp: torch.Tensor, anatomy: Anatomy, atla
     share, offset = bump(points, *CEREBELLUM)
     points = points - anatomy.cerebellum * share * offset
     for _ in range(FLOW_STEPS):
-        shape = atlas.distances.at(points)
-        distance, outward = shape[0], shape[1:4]
+        near = atlas.distances.at(points)
+        distance, outward = near[0], near[1:4]
         reach = torch.exp(-distance.clamp(min=0) / VENTRICLE_FALL_MM) * (1 + distance / 5).clamp(0, 1)
         points = points - anatomy.ventricles_mm / FLOW_STEPS * reach * outward
     for atrophy, place in zip(anatomy.hippocampus, HIPPOCAMPI, strict=True):

@@ -20,7 +20,7 @@ from kit.runs import write_whole
 # Mean T1 intensity of each tissue in the template, whose brightest voxel is 1.
 TEMPLATE_CSF, TEMPLATE_GREY, TEMPLATE_WHITE = 0.281, 0.660, 0.879
 MARGIN_MM = 6
-SHAPE_STEP_MM = 2
+DISTANCES_STEP_MM = 2  # spacing of `Atlas.distances`
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ def load_atlas(cache: Path | None = None) -> Atlas:
 
 
 def _as_atlas(tissue: np.ndarray, shape: np.ndarray, origin_mm: np.ndarray) -> Atlas:
-    """Convert the arrays from `_build` to float32 volumes."""
+    """Convert the arrays from `_build` to float32 volumes; `shape` is what caches call the distances."""
     shares = torch.from_numpy(tissue).float() / 255
     shares[3] = 2 * shares[3] - 1
     x, y, z = (float(at) for at in origin_mm)
     return Atlas(Volume(shares[None], 1.0, (x, y, z)),
-                 Volume(torch.from_numpy(shape).float()[None], float(SHAPE_STEP_MM), (x, y, z)))
+                 Volume(torch.from_numpy(shape).float()[None], float(DISTANCES_STEP_MM), (x, y, z)))
 
 
 def _build() -> dict[str, np.ndarray]:
-    """Build the maps: tissue uint8 (5, z, y, x), shape float16 (5, z, y, x), the first voxel's centre in mm.
+    """Build the maps: tissue uint8 (5, z, y, x), distances float16 (5, z, y, x), the first voxel's centre in mm.
 
     The residual channel is stored as (value + 1) / 2, so that all channels of `tissue` fit in 0 to 255.
     """
@@ -93,10 +93,10 @@ def _build() -> dict[str, np.ndarray]:
     gradient = [ndimage.gaussian_filter(slope, 2.0) for slope in np.gradient(distance)[::-1]]
     channels = [csf, grey, white, (residual + 1) / 2, brain.astype(np.float32)]
     tissue = np.stack([ndimage.gaussian_filter(channel, 0.6) for channel in channels])
-    step = slice(None, None, SHAPE_STEP_MM)
-    shape = np.stack([distance, *gradient, depth])[:, step, step, step]
+    step = slice(None, None, DISTANCES_STEP_MM)
+    distances = np.stack([distance, *gradient, depth])[:, step, step, step]
     return {"tissue": np.round(tissue.clip(0, 1) * 255).astype(np.uint8),
-            "shape": shape.astype(np.float16), "origin_mm": origin}
+            "shape": distances.astype(np.float16), "origin_mm": origin}
 
 
 def _template() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

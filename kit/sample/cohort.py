@@ -138,7 +138,7 @@ def make_scans(scans: pd.DataFrame, folder: Path, seed: int, workers: int, cache
 
 
 def effect_masks(bids_folder: Path | str, participant: str, session: str) -> dict[str, Path]:
-    """Return the masks of where age, sex and disease are known to act in a scan: file by name.
+    """Return the masks of where age, sex and disease change a scan most: file by name; see `ProceduralScan.effects`.
 
     The names are `ventricles`, `cortex`, `hippocampus`, `cerebellum`, and `lesion` after a stroke. Participant and
     session may be named as in BIDS (`sub-0001`, `ses-01`) or as in a cohort's table (`0001`, `01`).
@@ -157,7 +157,7 @@ def effect_masks(bids_folder: Path | str, participant: str, session: str) -> dic
 
 
 def write_effects(bids_folder: Path | str, store: Store, rows: pd.DataFrame, folder: Path | str) -> int:
-    """Write where age, sex and disease act in prepared scans, on their grid: `effects/<scan>_<effect>.nii.gz`.
+    """Write where age, sex and disease change prepared scans most, on their grid: `effects/<scan>_<effect>.nii.gz`.
 
     Args:
         bids_folder: the sample cohort's.

@@ -7,6 +7,7 @@ version, the seed, the names of participant and session, and their labels.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ class Site:
     csf: float  # mean intensities; 1 is the template's brightest voxel
     grey: float
     white: float
-    gamma: float  # exponent of the intensities, its mean over the site's scans
-    gamma_spread: float  # and its SD
+    gamma: float  # mean exponent of the intensities over the site's scans
+    gamma_spread: float  # SD of that exponent between scans
     bias: float  # SD of the log field's spline coefficients
     noise: float  # SD of each part of the complex signal
     fwhm_mm: tuple[float, float, float]  # of the point spread function along (x, y, z), at least the voxel's 2 mm
@@ -53,17 +54,19 @@ class ProceduralScan:
     Args:
         image: int16 (z, y, x), 0 outside the brain and at least 1 inside.
         brain: bool (z, y, x).
-        effects: bool (z, y, x) for each place that age, sex or disease changes: `ventricles`, `cortex`
-            (the outer 6 mm), `hippocampus` (medial temporal lobes), `cerebellum`, and `lesion` if any.
+        effects: bool (z, y, x), where the effect of each name is strongest, not all that it changes: `lesion` (if any)
+            holds about 85 % of a stroke's change in intensity, `hippocampus` (medial temporal lobes) a third of AD's,
+            which also opens horns and sulci, `ventricles` (to 3 mm outside their walls) 8 % of ageing's and `cortex`
+            (the outer 6 mm) 58 %. `cerebellum` is for sex, which also scales the whole head.
         affine: (4, 4), voxel (x, y, z) to mm, RAS+.
-        latent: the parameters of anatomy and pose, serialisable as JSON.
+        latent: the fields of `Anatomy`, `lesion_ml` (millilitres) and `pose` ((4, 4), head mm to RAS mm); JSON values.
     """
 
     image: np.ndarray
     brain: np.ndarray
     effects: dict[str, np.ndarray]
     affine: np.ndarray
-    latent: dict[str, float | str | list[float]]
+    latent: dict[str, Any]
 
 
 def make_scan(
@@ -133,13 +136,14 @@ def _tissue(
     grid: Grid, pose: np.ndarray, seed: int, participant: str, person: Anatomy, atlas: Atlas,
 ) -> dict[str, torch.Tensor]:
     """Look up the tissue in the atlas and apply age and disease; return named (z, y, x) maps."""
-    # Deformations are smooth: compute them at every second voxel and interpolate, for speed.
+    # Deformations are smooth: compute them on a grid of half the (even) sides and interpolate, for speed. Each coarse
+    # voxel is centred on 2x2x2 fine ones, as `interpolate` takes it to be.
     depth, height, width = grid.shape
     coarse = Grid((depth // 2, height // 2, width // 2), 2 * grid.spacing_mm)
     points = head_points(coarse, pose)
     fields = head.draw_fields(seed, participant).at(points)
     points = head.deform(points, fields[:3], person, atlas)
-    smooth = torch.cat([points, atlas.distances.at(points)[[0, 4]], fields[3:]])
+    smooth = torch.cat([points, atlas.distances.at(points)[[0, 4]], fields[3:]])  # 0 and 4: distance, depth
     smooth = torch.nn.functional.interpolate(smooth[None], scale_factor=2, mode="trilinear")[0]
     points, (distance, below), (texture, cortex_texture, edge) = smooth.split([3, 2, 3])
     tissue = torch.zeros(5, *grid.shape)

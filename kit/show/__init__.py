@@ -2,7 +2,7 @@
 
 - `planes`: cut slices the right way up; convert millimetres to voxels; scale grey levels
 - `figure`: an empty figure with a title and a note ("procedural data"); figures as PNG
-- `slices`: a scan in three planes with overlay and outline; many scans; views beside their original; a
+- `slices`: a scan in three planes with an outline; many scans; views beside their original; a
   transform at several strengths
 - `cohort_figures`: a cohort by dataset, split and label, and what became of its scans
 - `quality_figures`: prepared scans with the template's outline; quality metrics by site

@@ -14,13 +14,14 @@ MOST = 8  # labels drawn
 
 
 def cohort_figure(scans: pd.DataFrame, note: str = "") -> Figure:
-    """Draw a cohort. Left: scans by dataset and split. Right: each label's classes or range; in grey what is missing.
+    """Draw a cohort. Left: scans by dataset and split. Right: the classes or range of its first `MOST` labels.
 
     Args:
         scans: one scan per row, as `kit.cohort.tables.read_cohort` returns it.
     """
     others = (*COLUMNS, "split", "scan")
-    labels = [name for name in scans if name not in others and not name.endswith("_path")][:MOST]
+    every = [name for name in scans if name not in others and not name.endswith("_path")]
+    labels = every[:MOST]
     datasets = scans["dataset"].unique()
     figure = blank(900, 70 + 26 * max(len(datasets), len(labels)), "The cohort", note)
     left, right = figure.subplots(1, 2)
@@ -32,7 +33,8 @@ def cohort_figure(scans: pd.DataFrame, note: str = "") -> Figure:
     for row, name in enumerate(reversed(labels)):
         _label_row(right, row, scans[name])
     right.set(yticks=range(len(labels)), yticklabels=labels[::-1], xlim=(0, 1))
-    label(right, "share of scans; grey: missing", "")
+    some = f"; the first {MOST} of {len(every)} labels" if len(every) > MOST else ""
+    label(right, f"share of scans; grey: missing{some}", "")
     return figure
 
 

@@ -23,7 +23,7 @@ BASELINES = ("guess", "demographics", "site", "volumes", "voxels", "random init"
 BLIND = ("guess", "demographics", "site")  # rows that see no scan
 MODES = {"probe": "Linear probe on frozen features", "finetune": "All weights trained",
          "baseline": "Without an encoder"}
-METRICS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
+METRIC_WORDS = {"auc": "AUC, higher is better", "mean_absolute_error": "mean absolute error, lower is better"}
 ERRORS = ("mean_absolute_error",)  # lower is better
 SIGNIFICANT = 0.05  # for p after Holm's correction
 PAGE = 130  # characters per line of the summary
@@ -175,7 +175,7 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
         of_mode = cells[cells["mode"] == mode]
         fraction = of_mode["label_fraction"].max()
         lines += ["", f"{MODES[mode]}, {100 * fraction:g}% of the labels"]
-        lines += _text_tables(of_mode[of_mode["label_fraction"] == fraction], METRICS)
+        lines += _text_tables(of_mode[of_mode["label_fraction"] == fraction], METRIC_WORDS)
         chosen = differences if reference is None else differences[
             (differences["encoder"] == reference) & (differences["mode"] == mode)
             & (differences["label_fraction"] == fraction)]
@@ -184,7 +184,7 @@ def summary(scores: pd.DataFrame, differences: pd.DataFrame, note: str = "") -> 
             lines += _text_tables(chosen.assign(encoder=chosen["rival"], text=_difference_texts(chosen)),
                                   {name: words.replace(" is better", f": {reference} is better")
                                    .replace(", higher", ", above 0").replace(", lower", ", below 0")
-                                   for name, words in METRICS.items()})
+                                   for name, words in METRIC_WORDS.items()})
     lines += ["", *textwrap.wrap(verdict(differences), PAGE)]
     known = scores["converged"].map(str).where(scores["converged"].notna(), "")
     tuned = scores["mode"] == "finetune"

@@ -15,13 +15,13 @@ IN_A_ROW = 3
 
 
 def training_curves(log: pd.DataFrame, title: str = "", note: str = "", chance: float | None = None) -> Figure:
-    """Draw what the log of a training has against epochs: a panel each for the measures named below.
+    """Plot a training log against epochs, a panel for each kind of measure that the log has.
 
     Args:
-        log: one row per epoch: `epoch`, at least one column ending in `loss` (validation may have gaps;
-            `mean_scan_loss` is dashed), and optionally top-1 accuracies, `rank`, `alignment` and `uniformity`, probes
-            (see `kit.train.monitor`), `learning_rate` and `seconds`.
-        chance: of SimCLR, the share of training views that find their partner by chance; draws chance lines.
+        log: one row per epoch: `epoch`, at least one column ending in `loss` (with gaps for validation), and optionally
+            top-1 accuracies, `rank`, `alignment` and `uniformity`, probes (see `kit.train.monitor`), `learning_rate`
+            and `seconds`. `mean_scan_loss`, the loss of predicting the mean training scan, is dashed.
+        chance: SimCLR's top-1 accuracy by guessing; it is drawn dotted, and so is the loss -log(chance).
     """
     losses = [name for name in log.columns if name.endswith("loss")]
     need(log, "log", ["epoch", *(losses or ["loss"])])

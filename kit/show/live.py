@@ -1,4 +1,4 @@
-"""A figure that follows a run while it trains, by reading its `live.json`; workers may run anywhere."""
+"""A figure that follows a run while it trains, by reading its `live.json`; the run may be on another machine."""
 
 from __future__ import annotations
 

@@ -55,10 +55,14 @@ def focus(volume: np.ndarray, grid: Grid) -> Point:
     """Return the point (x, y, z) in MNI mm to cut through: where a map or mask, smoothed by 8 mm FWHM, is largest.
 
     Args:
-        volume: (depth, height, width) on the grid; signs are ignored.
+        volume: (depth, height, width) on the grid, not smoothed yet; signs are ignored.
     """
-    smooth = ndimage.gaussian_filter(np.abs(volume).astype(np.float32), 8 / 2.355 / grid.spacing_mm)
-    z, y, x = np.unravel_index(smooth.argmax(), smooth.shape)
+    return strongest(ndimage.gaussian_filter(np.abs(volume).astype(np.float32), 8 / 2.355 / grid.spacing_mm), grid)
+
+
+def strongest(volume: np.ndarray, grid: Grid) -> Point:
+    """Return the point (x, y, z) in MNI mm of the largest absolute value; volume (depth, height, width)."""
+    z, y, x = np.unravel_index(np.abs(volume).argmax(), volume.shape)
     right, front, up = (float(at) for at in grid.affine[:3] @ (x, y, z, 1))
     return right, front, up
 

@@ -26,7 +26,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import ConfusionMatrixDisplay, brier_score_loss, mean_absolute_error
 
 from kit.cohort.identity import participant_ids
-from kit.evaluate.metrics import LEAST_PARTICIPANTS, auc, per_participant, predicted_columns
+from kit.evaluate.metrics import LEAST_PARTICIPANTS, auc, fewest, per_participant, predicted_columns, predicted_of
 from kit.show.figure import LEGEND, MAX_WIDTH, TEXT, blank, label
 from kit.show.planes import PLANES
 from kit.show.slices import montage
@@ -40,13 +40,19 @@ _ONE_CELL = ("task", "label_fraction")
 _FALSE_POSITIVES = np.linspace(0, 1, 501)
 
 
-def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = "") -> Figure:
-    """Draw predictions in the form that suits the metric, titled by the task: ROC, confusion matrix, or scatter."""
+def predictions(table: pd.DataFrame, metric: str, task: str = "", note: str = "",
+                classes: Sequence[str] | None = None) -> Figure:
+    """Draw predictions in the form that suits the metric, titled by the task: ROC, confusion matrix, or scatter.
+
+    Args:
+        metric: a value of `kit.evaluate.metrics.METRICS`.
+        classes: their names, in the order of the numbers, for a confusion matrix; None: the numbers.
+    """
     if metric != "auc":
         return scatter(table, task, note=note)
     if len(predicted_columns(table)) > 1:
-        return confusion(table, title=task, note=note)
-    return roc(table, task, note)
+        return confusion(table, classes, readable(task), note)
+    return roc(table, readable(task), note)
 
 
 def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
@@ -60,17 +66,16 @@ def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
     need(table, "predictions", ["true", *predicted_columns(table)])
     figure, panels = _panels(table, title, note)
     for axes, group in panels:
-        for number, (name, joined) in enumerate(_by_distribution(group)):
+        for name, colour, joined in _by_distribution(group):
             seeds = [each for _, each in joined.groupby("seed")]
             curves, areas = zip(*(_curves(each, each["weight"].to_numpy()[None]) for each in seeds), strict=True)
             curve = np.mean(curves, axis=0)[0]
             found = np.interp(1 - SPECIFICITY, _FALSE_POSITIVES, curve)
-            axes.plot([0, *_FALSE_POSITIVES], [0, *curve], color=f"C{number}", linewidth=1.3,
+            axes.plot([0, *_FALSE_POSITIVES], [0, *curve], color=colour, linewidth=1.3,
                       label=f"{name}\nAUC {np.mean(areas):.2f}, sensitivity {found:.2f}")
-            axes.plot(1 - SPECIFICITY, found, color=f"C{number}", marker="o", markersize=5)
-            people = joined.groupby("true")["participant"].nunique()
-            if len(people) == 2 and people.min() >= LEAST_PARTICIPANTS:
-                axes.fill_between(_FALSE_POSITIVES, *_band(seeds), color=f"C{number}", alpha=0.15, linewidth=0)
+            axes.plot(1 - SPECIFICITY, found, color=colour, marker="o", markersize=5)
+            if all(_fewest(each) >= LEAST_PARTICIPANTS for each in seeds):
+                axes.fill_between(_FALSE_POSITIVES, *_band(seeds), color=colour, alpha=0.15, linewidth=0)
         _identity(axes, [0, 1])
         label(axes, f"false positive rate (● {SPECIFICITY:.0%} specificity)", "sensitivity", axes.get_title())
         axes.legend(loc="lower right", **LEGEND)
@@ -78,24 +83,27 @@ def roc(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
 
 
 def _curves(joined: pd.DataFrame, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One seed's sensitivities (draws, rates) and areas (draws,) under row weights (draws, rows)."""
-    curves, areas, total = (np.zeros(()) for _ in range(3))
+    """One seed's sensitivities (draws, rates) and areas (draws,) under row weights (draws, rows); nan without pairs."""
+    curves, (areas, total) = np.zeros((len(weights), len(_FALSE_POSITIVES))), np.zeros((2, len(weights)))
     for rows in joined.groupby("fold").indices.values():
         true, predicted = (joined[name].to_numpy()[rows] for name in ("true", "predicted"))
         order = np.argsort(-predicted, kind="stable")
         ends = np.flatnonzero(np.diff(predicted[order], append=np.inf))  # tied predictions share a threshold
         up, across = ((weights[:, rows] * (true == of))[:, order].cumsum(1)[:, ends] for of in (1, 0))
-        pairs = up[:, -1] * across[:, -1]
-        both = pairs > 0  # a fold or draw that lacks a class has no pairs
-        if both.any():
-            curve, area = np.zeros((len(weights), len(_FALSE_POSITIVES))), np.zeros(len(weights))
-            for draw in np.flatnonzero(both):  # 1e-9 to the right: the upper end of a step
-                curve[draw] = np.interp(_FALSE_POSITIVES + 1e-9, [0, *across[draw] / across[draw, -1]],
-                                        [0, *up[draw] / up[draw, -1]])
-            area[both] = auc(true, predicted, weights[both][:, rows])
-            curves, areas, total = curves + pairs[:, None] * curve, areas + pairs * area, total + pairs
-    total = np.where(np.broadcast_to(total, len(weights)), total, np.nan)
-    return np.broadcast_to(curves / total[:, None], (len(weights), len(_FALSE_POSITIVES))), areas / total
+        pairs = up[:, -1] * across[:, -1]  # 0 if a fold or draw lacks a class
+        for draw in np.flatnonzero(pairs):  # 1e-9 to the right: the upper end of a step
+            curves[draw] += pairs[draw] * np.interp(_FALSE_POSITIVES + 1e-9, [0, *across[draw] / across[draw, -1]],
+                                                    [0, *up[draw] / up[draw, -1]])
+        areas += pairs * np.nan_to_num(auc(true, predicted, weights[:, rows]))
+        total += pairs
+    total[total == 0] = np.nan
+    return curves / total[:, None], areas / total
+
+
+def _fewest(joined: pd.DataFrame) -> int:
+    """Participants of the rarer class in the folds of one seed that have both classes."""
+    true, predicted, people, folds = (joined[name].to_numpy() for name in ("true", "predicted", "participant", "fold"))
+    return fewest(true, predicted, people, "classification", folds)
 
 
 def _band(seeds: list[pd.DataFrame]) -> np.ndarray:
@@ -111,21 +119,22 @@ def _band(seeds: list[pd.DataFrame]) -> np.ndarray:
 def calibration(table: pd.DataFrame, title: str = "", note: str = "") -> Figure:
     """Draw a calibration curve for two classes: the observed frequency of class 1 against its predicted probability.
 
-    There are two to ten equal-sized bins, with about twenty participants or more each if there are at least forty. The
-    legend has the Brier score.
+    There are two to ten bins of equally many rows, about twenty participants or more in each if there are at least
+    forty. In the curve every row counts equally (someone with two labels twice), in the legend's Brier score every
+    participant.
     """
     need(table, "predictions", ["true", "predicted"])
     figure, panels = _panels(table, title, note)
     for axes, group in panels:
-        for number, (name, joined) in enumerate(_by_distribution(group)):
+        for name, colour, joined in _by_distribution(group):
             given, people = expit(joined["predicted"]), joined["participant"].nunique()
             found, stated = calibration_curve(joined["true"], given, strategy="quantile",
                                               n_bins=int(np.clip(people // 20, 2, 10)))
             score = brier_score_loss(joined["true"], given, sample_weight=joined["weight"])
-            axes.plot(stated, found, color=f"C{number}", linewidth=1.2, marker="o", markersize=4,
+            axes.plot(stated, found, color=colour, linewidth=1.2, marker="o", markersize=4,
                       label=f"{name}\nBrier {score:.2f}")
         _identity(axes, [0, 1])
-        label(axes, "predicted probability", "share that is true", axes.get_title())
+        label(axes, "predicted probability of class 1", "observed share of class 1", axes.get_title())
         axes.legend(loc="best", **LEGEND)
     return figure
 
@@ -140,17 +149,17 @@ def scatter(table: pd.DataFrame, task: str = "", title: str = "", note: str = ""
     figure, panels = _panels(table, title or readable(task), note)
     ends = [table[["true", "predicted"]].min(axis=None), table[["true", "predicted"]].max(axis=None)]
     for axes, group in panels:
-        for number, (name, joined) in enumerate(_by_distribution(group)):
+        for name, colour, joined in _by_distribution(group):
             true, predicted, weight = joined["true"], joined["predicted"], joined["weight"]
             error = mean_absolute_error(true, predicted, sample_weight=weight)
             words = f"{name}\nerror {error:.1f} {UNITS.get(task, '')}".rstrip()
             if true.nunique() > 1:
                 slope, start = np.polyfit(true, predicted, 1, w=np.sqrt(weight))
                 span = np.array([true.min(), true.max()])
-                axes.plot(span, start + slope * span, color=f"C{number}", linestyle="--", linewidth=1.6,
+                axes.plot(span, start + slope * span, color=colour, linestyle="--", linewidth=1.6,
                           path_effects=[withStroke(linewidth=3, foreground="white")])
                 words += f", slope {round(slope, 2) + 0:.2f}"
-            axes.scatter(true, predicted, s=12, alpha=0.6, color=f"C{number}", linewidth=0, label=words)
+            axes.scatter(true, predicted, s=12, alpha=0.6, color=colour, linewidth=0, label=words)
         _identity(axes, ends)
         label(axes, in_units("true", task), in_units("predicted", task), axes.get_title())
         axes.legend(loc="upper left", **LEGEND)
@@ -171,7 +180,7 @@ def confusion(table: pd.DataFrame, classes: Sequence[str] | None = None, title: 
         raise ValueError(f"classes: {len(classes)} names, {', '.join(classes)}; the predictions are of {count} classes")
     figure, panels = _panels(table, title, note, by=("encoder", "mode", "distribution"))
     for axes, group in panels:
-        (name, joined), = _by_distribution(group)
+        (name, _, joined), = _by_distribution(group)
         chosen = _probabilities(joined).argmax(axis=1)
         ConfusionMatrixDisplay.from_predictions(
             joined["true"].astype(int), chosen, labels=range(count), display_labels=list(map(readable, classes)),
@@ -268,6 +277,8 @@ def _panels(table: pd.DataFrame, title: str, note: str,
             by: Sequence[str] = ("encoder", "mode")) -> tuple[Figure, Iterator[tuple[Axes, pd.DataFrame]]]:
     """Make a square panel for each combination of these columns' values, titled by them, and pair it with its rows."""
     need_one(table, "predictions", _ONE_CELL)
+    order = pd.factorize(table["distribution"], sort=True)[0] if "distribution" in table.columns else 0
+    table = table.assign(colour=[f"C{each}" for each in np.broadcast_to(order, len(table))])  # the same in each panel
     names = [name for name in by if name in table.columns and table[name].nunique() > 1]
     groups = list(table.groupby(names, sort=False)) if names else [((), table)]
     columns = min(IN_A_ROW, len(groups))
@@ -284,11 +295,12 @@ def _panels(table: pd.DataFrame, title: str, note: str,
     return figure, zip(panels, (group for _, group in groups), strict=False)
 
 
-def _by_distribution(group: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield each distribution's name with its number of participants, and its rows after `_joined`."""
+def _by_distribution(group: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield each distribution's name with its number of participants, its colour, and its rows after `_joined`."""
     for name, rows in group.groupby("distribution") if "distribution" in group.columns else [("", group)]:
         joined = _joined(rows)
-        yield ", ".join(filter(None, (readable(name), f"n = {joined['participant'].nunique()}"))), joined
+        words = ", ".join(filter(None, (readable(name), f"n = {joined['participant'].nunique()}")))
+        yield words, rows["colour"].iloc[0], joined
 
 
 def _joined(rows: pd.DataFrame) -> pd.DataFrame:
@@ -297,13 +309,10 @@ def _joined(rows: pd.DataFrame) -> pd.DataFrame:
     Weights sum to 1 per participant.
     """
     parts: list[pd.DataFrame] = []
-    rows = rows.assign(**{name: 0 for name in ("seed", "fold") if name not in rows.columns})
+    rows = rows.assign(who=_who(rows), **{name: 0 for name in ("seed", "fold") if name not in rows.columns})
     for (seed, fold), of_model in rows.groupby(["seed", "fold"]):
-        who = _who(of_model)
-        joined = [per_participant(of_model["true"], of_model[name], who).rename(columns={"predicted": name})
-                  for name in predicted_columns(rows)]  # same rows for every class
-        predicted = {name: each[name] for name, each in zip(predicted_columns(rows), joined, strict=True)}
-        parts.append(joined[0].assign(**predicted, seed=seed, fold=fold, model=len(parts)))
+        joined = per_participant(of_model["true"], predicted_of(of_model), of_model["who"])
+        parts.append(joined.assign(seed=seed, fold=fold, model=len(parts)))
     whole = pd.concat(parts, ignore_index=True)
     models = whole.groupby("participant")["model"].transform("nunique")
     return whole.assign(weight=whole["weight"] / models)

@@ -88,7 +88,7 @@ def quality_histograms(index: pd.DataFrame, title: str = "", note: str = "",
         axes.set_visible(False)
     for number, (axes, (name, metric)) in enumerate(zip(panels, differing.items(), strict=False)):
         edges = np.histogram_bin_edges(index[name].astype(float), bins=16)
-        for site, group in index.groupby(site_names(index)):
+        for site, group in index.groupby(site_names(index).fillna("no site")):
             axes.hist(group[name], bins=edges, histtype="step", linewidth=1.3, label=f"{site} (n = {len(group)})")
         flagged = index[name][index["flags"].str.contains(name)]
         if len(flagged):

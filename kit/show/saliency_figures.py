@@ -23,7 +23,7 @@ from kit.preprocess.resample import resample, smoothed_inside
 from kit.preprocess.template import template_on
 from kit.runs import write_whole
 from kit.show.figure import LEGEND, MAX_WIDTH, TEXT, bare, blank, in_words, label
-from kit.show.planes import PLANES, Point, cut, focus, footer, slice_mm, slice_name, voxel_at, window
+from kit.show.planes import PLANES, Point, cut, footer, slice_mm, slice_name, strongest, voxel_at, window
 from kit.show.slices import draw_grey, letters, same_shape
 from kit.show.wording import need, readable
 from kit.store.grid import Grid
@@ -85,7 +85,7 @@ def scan_figure(image: np.ndarray, saliency_map: np.ndarray, grid: Grid, title: 
     """
     same_shape(grid, image=image, saliency_map=saliency_map, outline=outline)
     smooth = smoothed(saliency_map, grid, image != 0)
-    at = focus(smooth, grid) if at is None else at
+    at = strongest(smooth, grid) if at is None else at
     rows = {"scan": None, f"map, smoothed {FWHM_MM:g} mm": smooth, "map as it is": saliency_map}
     scales = {name: Scale.of(values) for name, values in rows.items() if values is not None}
     relative = Scale(1.0, any(scale.signed for scale in scales.values()))  # the bar's: both maps have its colours
@@ -163,7 +163,7 @@ def group_figure(means: Mapping[str, np.ndarray], grid: Grid, title: str = "",
         one, other = rows
         rows[f"{other} − {one}"] = rows[other] - rows[one]
     with_difference = len(rows) - len(means)
-    at = focus(list(rows.values())[-1 if with_difference else 0], grid) if at is None else at
+    at = strongest(list(rows.values())[-1 if with_difference else 0], grid) if at is None else at
     scales = [shared] * len(means) + [Scale.of(list(rows.values())[-1])._replace(signed=True)] * with_difference
     figure, panels = _planes(grid, len(rows), title, note)
     for row, (name, values), scale in zip(panels, rows.items(), scales, strict=True):

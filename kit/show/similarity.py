@@ -45,7 +45,7 @@ Similarity = Callable[[int, Recipe, int], list[Similar]]
 
 def similarity_under(encoders: Mapping[str, nn.Module], scans: Batch, spacing_mm: float,
                      zscored: bool = True) -> Similarity:
-    """Make a function of (number of the scan shown, recipe, seed) that compares all scans' views, by each encoder.
+    """Return a function of (scan number, recipe, seed) that compares the views of all scans by each encoder's features.
 
     Args:
         encoders: by name, for the figure; each maps scans (batch, 1, depth, height, width) to features (batch,

@@ -1,15 +1,13 @@
-"""Figures of scans: three planes with a map over them, many scans on a sheet, views beside the original."""
+"""Figures of scans: three planes, many scans on a sheet, views beside the original; maps: `saliency_figures`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 
 from kit.show.figure import MAX_WIDTH, TEXT, bare, blank
@@ -20,16 +18,14 @@ IN_A_ROW = 3  # scans of a montage, transforms of a sheet
 
 
 def three_planes(
-    image: np.ndarray, grid: Grid, overlay: np.ndarray | None = None, outline: np.ndarray | None = None,
-    title: str = "", note: str = "", crosshair: Point | None = None,
+    image: np.ndarray, grid: Grid, outline: np.ndarray | None = None, title: str = "", note: str = "",
+    crosshair: Point | None = None,
 ) -> Figure:
     """Draw one scan in an axial, a coronal and a sagittal slice, with left on the left.
 
     Args:
         image: (depth, height, width) on the grid; exact zeros are drawn black.
         grid: its position in MNI152.
-        overlay: (depth, height, width), a map drawn in colour, more opaque where stronger; red and blue around 0 if
-            signed. Full colour is the 99.5th percentile of its non-zero absolute values.
         outline: (depth, height, width), a mask drawn as a contour, such as the template's brain.
         title, note: see `kit.show.figure.blank`.
         crosshair: (x, y, z) MNI mm to cut through, marked by lines; None: the grid's middle, unmarked.
@@ -37,17 +33,15 @@ def three_planes(
     Raises:
         ValueError: an array's shape is not the grid's.
     """
-    same_shape(grid, image=image, overlay=overlay, outline=outline)
+    same_shape(grid, image=image, outline=outline)
     depth, height, width = grid.shape
     voxel, limits = voxel_at(grid, crosshair), window(image)
-    page = MAX_WIDTH if overlay is not None else MAX_WIDTH - 60
-    tall = max(depth, height) / (2 * width + height) * (MAX_WIDTH - 60)
+    page = MAX_WIDTH - 60
+    tall = max(depth, height) / (2 * width + height) * page
     figure = blank(page, tall + 30, title, footer(note))
     panels = figure.subplots(1, 3, width_ratios=(width, width, height))
     for axes, plane, index in zip(panels, PLANES, voxel, strict=True):
         draw_grey(axes, cut(image, plane, index), limits)
-        if overlay is not None:
-            coloured = _draw_overlay(axes, overlay, plane, index)
         if outline is not None and cut(outline, plane, index).any():
             edge = cut(outline, plane, index).astype(float)
             axes.contour(edge, levels=[0.5], colors="#ffd54a", linewidths=0.9)
@@ -58,9 +52,6 @@ def three_planes(
             axes.axhline(height - 1 - y if plane == "axial" else depth - 1 - z, **line)  # rows run down
         letters(axes, plane)
         bare(axes, slice_name(grid, plane, index))
-    if overlay is not None:
-        bar = figure.colorbar(coloured, ax=list(panels), fraction=0.02, pad=0.01)
-        bar.ax.tick_params(labelsize=TEXT - 1)
     return figure
 
 
@@ -80,8 +71,8 @@ def montage(images: Sequence[np.ndarray], grid: Grid, titles: Sequence[str], not
     panels = figure.subplots(rows, IN_A_ROW, squeeze=False).ravel()
     for axes in panels:
         bare(axes)
-    around: Iterable[np.ndarray | None] = outlines or repeat(None)
-    for axes, image, text, outline in zip(panels, images, titles, around, strict=False):
+    around: Sequence[np.ndarray | None] = [None] * len(images) if outlines is None else outlines
+    for axes, (image, text, outline) in zip(panels, zip(images, titles, around, strict=True), strict=False):
         same_shape(grid, image=image, outline=outline)
         draw_grey(axes, _beside(image, grid, planes), window(image))
         if outline is not None and (edge := _beside(outline, grid, planes)).any():
@@ -163,15 +154,6 @@ def _beside(volume: np.ndarray, grid: Grid, planes: Sequence[str]) -> np.ndarray
 
 def draw_grey(axes: Axes, picture: np.ndarray, limits: tuple[float, float]) -> None:
     axes.imshow(grey(picture, limits), cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
-
-
-def _draw_overlay(axes: Axes, overlay: np.ndarray, plane: str, index: int) -> AxesImage:
-    strength = np.abs(overlay[overlay != 0])
-    top = float(np.percentile(strength, 99.5)) if strength.size else 1.0
-    signed, picture = bool((overlay < 0).any()), cut(overlay, plane, index)
-    opacity = np.clip(np.abs(picture) / top, 0, 1) ** 0.5
-    return axes.imshow(picture, cmap="RdBu_r" if signed else "inferno", vmin=-top if signed else 0, vmax=top,
-                       alpha=opacity, interpolation="nearest")
 
 
 def letters(axes: Axes, plane: str) -> None:

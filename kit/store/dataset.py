@@ -76,7 +76,8 @@ class PreparedScans(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what loading processes get: they read scans by name, and need no copy of a large index."""
-        return {**self.__dict__, "store": Store(self.store.folder, None, self.store.record)}
+        no_rows = pd.DataFrame(columns=self.store.index.columns)
+        return {**self.__dict__, "store": Store(self.store.folder, no_rows, self.store.record)}
 
     def __getitem__(self, number: int) -> Item:
         image, mask = self.store.read(self.scans[number])

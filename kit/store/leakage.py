@@ -15,14 +15,23 @@ preparations, but on coarse grids it would confuse different people.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kit.cohort.identity import UNNAMED, Aliases, check_datasets_known, known_as, normalised, site_names
+from kit.cohort.identity import (
+    UNNAMED,
+    Aliases,
+    check_datasets_known,
+    key,
+    known_as,
+    normalised,
+    participant_ids,
+    plain_name,
+    site_names,
+)
 from kit.cohort.split import LeakageError, check_unseen, participant_hash, salt
 from kit.cohort.tabular import spelled
 from kit.store.store import Store, StoreError, in_threads, scan_path
@@ -82,6 +91,34 @@ def origins_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
     return {column: names for column, names in found.items() if len(names)}
 
 
+def _as_recorded(ids: pd.Series, datasets: Iterable[str], aliases: Aliases | None) -> Aliases:
+    """Return all names of these people, also with datasets punctuated as in an encoder's record (OASIS3, OASIS-3)."""
+    written: dict[str, set[str]] = {}
+    for dataset in datasets:
+        written.setdefault(plain_name(dataset), set()).add(normalised(dataset))
+    found = {}
+    for each in set(ids):
+        names = set(known_as(each, aliases))
+        for dataset, _, participant in [name.rpartition("/") for name in names]:
+            names |= {f"{other}/{participant}" for other in written.get(plain_name(dataset), ())}
+        found[key(each)] = tuple(sorted(names))
+    return found
+
+
+def _unnamed(record: Mapping[str, Any], store: Store, rows: pd.DataFrame) -> int:
+    """Count the scans without a participant in datasets that an encoder saw.
+
+    0 if it saw other such scans of this store: then `rows_are_people` speaks for all of them.
+    """
+    def without(index: pd.DataFrame) -> pd.Series:
+        return index["participant"].astype(str).str.startswith(UNNAMED)
+
+    datasets = {plain_name(name) for name in record.get("seen", {}).get("dataset", ())}
+    count = int((without(rows) & rows["dataset"].map(plain_name).isin(datasets)).sum())
+    ids = participant_ids(store.index[without(store.index)])
+    return 0 if not count or check_unseen(ids, record["participants"], allow=True) else count
+
+
 def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, ids: pd.Series, allow: bool = False,
                   aliases: Aliases | None = None) -> None:
     """Check that an encoder saw neither the people nor the scans it is to be tested on.
@@ -106,7 +143,11 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
             raise LeakageError(f"{words}, or set allow_seen_participants: true and report it")
         print(f"{words}; whom it saw is unknown")
         return
-    people = check_unseen(ids, record["participants"], allow, aliases)
+    datasets = record.get("seen", {}).get("dataset", ())  # an older kit's record has none
+    people = check_unseen(ids, record["participants"], allow, _as_recorded(ids, datasets, aliases))
+    if unnamed := _unnamed(record, store, rows):
+        print(f"MAYBE SEEN IN PRETRAINING: {unnamed} of {len(rows)} scans have no participant, and the encoder saw "
+              "scans of the same dataset: another scan of a person that it saw is not recognised")
     found, seen = voxel_hashes(store, rows["scan"]), set(record["voxels"])
     scans = sum(each in seen for each in found.values())
     if scans and not allow:
@@ -119,11 +160,6 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
         alone = unnamed and not scans
         by_name = " (by name alone: without names of datasets these may be other people)" if alone else ""
         print(f"SEEN IN PRETRAINING: {people} of {ids.nunique()} participants, {scans} of {len(rows)} scans{by_name}")
-
-
-def plain_name(name: object) -> str:
-    """Strip case, leading zeros and punctuation from a dataset's name, so that HABS-HD and habs_hd are the same."""
-    return re.sub(r"[\W_]+", "", normalised(name))
 
 
 def datasets_seen(record: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
@@ -139,7 +175,8 @@ def datasets_seen(record: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
 def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], aliases: Aliases | None = None) -> None:
     """Check that no person, and no scan under two names, is in two parts of a split.
 
-    Test parts may share people with each other, but not with parts used for training.
+    Test parts may share people with each other, but not with parts used for training. Datasets whose names differ only
+    by case, zeros or punctuation count as one.
 
     Args:
         parts: by name (those of `TRAINING_PARTS` are learned from): a store, rows of its index, and the rows'
@@ -148,10 +185,14 @@ def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], alia
     Raises:
         LeakageError: with the number on both sides, and the parts concerned.
     """
+    def person(name: str) -> str:
+        dataset, _, participant = known_as(name, aliases)[0].rpartition("/")
+        return f"{plain_name(dataset)}/{participant}"
+
     people: dict[str, dict[str, str]] = {}
     scans: dict[str, dict[str, str]] = {}
     for name, (store, rows, ids) in parts.items():
-        people[name] = {known_as(each, aliases)[0]: each for each in set(ids)}
+        people[name] = {person(each): each for each in set(ids)}
         hashes = voxel_hashes(store, rows["scan"])
         scans[name] = {each: scan for scan, each in hashes.items()}
         if twice := len(hashes) - len(scans[name]):

@@ -88,7 +88,7 @@ def write_scan(path: str | Path, image: np.ndarray, mask: np.ndarray, scan: str,
         notes: numbers, text, lists and dicts to keep with the scan.
 
     Raises:
-        OSError: as of any file; a full disk is ENOSPC.
+        OSError: the file cannot be written; on a full disk its errno is ENOSPC.
     """
     array = np.where(mask, image, 0).astype(np.float16)
     array[mask & (array == 0)] = -0.0
@@ -247,10 +247,10 @@ def unreadable(store: Store, scans: Sequence[str], verify: bool = False) -> dict
     return {scan: words for scan, words in zip(scans, found, strict=True) if words}
 
 
-def in_threads(read: Callable[[str], str], scans: Sequence[str], said: str, hidden: bool = False) -> list[str]:
-    """Return what `read` gives of each scan, several files at a time, with a progress bar called `said`."""
+def in_threads(read: Callable[[str], str], scans: Sequence[str], title: str, hidden: bool = False) -> list[str]:
+    """Call `read` for each scan in 16 threads, under a progress bar, and return the results in order."""
     with ThreadPoolExecutor(16) as pool:
-        return list(progress(pool.map(read, scans), total=len(scans), desc=said, unit="scan", disable=hidden))
+        return list(progress(pool.map(read, scans), total=len(scans), desc=title, unit="scan", disable=hidden))
 
 
 def _whole(stored: blosc2.NDArray) -> np.ndarray:

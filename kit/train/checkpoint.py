@@ -127,6 +127,7 @@ def read_checkpoint(folder: Path, name: str | None = None, set_aside: bool = Fal
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
+        OSError, MemoryError: the disk or the machine failed; the file may be whole, so it is not set aside.
     """
     damaged: dict[Path, str] = {}
     for path in [folder / f"{name}.pt"] if name else [folder / "last.pt", folder / "previous.pt"]:

@@ -88,7 +88,7 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         params: dict[str, Any] | None = None, stop: Path | None = None, live: bool = False,
         monitor: Callable[[Any, int], dict[str, float]] | None = None,
         place: Place = as_counted) -> pd.DataFrame:
-    """Train an objective; the best epoch is the one with the lowest validation loss.
+    """Train an objective; the best epoch has the lowest validation loss, or the lowest `monitor` if that is returned.
 
     An epoch is the interval between two validations: one pass over the scans, or whatever `batches` returns.
 
@@ -96,7 +96,8 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         objective: see `kit.train.objectives.Objective`.
         train: scans to learn from.
         batches: the global batches of an epoch, as scan numbers.
-        validation: scans of other participants; may be empty.
+        validation: scans of other participants. With fewer than two there is no validation loss, and the training loss
+            decides which epoch is best and when patience ends.
         settings: see `Settings`.
         folder: of the run, for `log.csv` and `checkpoints/`, from which it resumes; None writes nothing.
         params: what must be the same when the run is resumed; by default the settings.
@@ -107,9 +108,11 @@ def fit(objective: Objective, train: PreparedScans, batches: Callable[[int], lis
         place: which pass over the scans a batch belongs to, and its number in that pass; see `Place`.
 
     Returns:
-        one row per epoch: epoch, loss, whatever else the objective reports, learning_rate, validation_loss, what
-        `monitor` returned, monitor (the value to minimise), seconds. `objective` holds the last epoch's weights (their
-        moving average with `ema`), and `best.pt` the best epoch's; without a folder, `objective` holds the best.
+        one row per epoch: epoch, loss and whatever else the objective reports, gradient_norm (with `clip`),
+        learning_rate, the same report on validation scans (`validation_loss`, ...) and what `monitor` returned (both on
+        rank 0 only), monitor (the value to minimise), seconds (of a resumed epoch: since then). `objective` holds the
+        last epoch's weights (their moving average with `ema`), and `best.pt` the best epoch's; without a folder,
+        `objective` holds the best.
 
     Raises:
         TrainingError: the loss or its gradient is not finite; names the scans of that step. Or a batch has fewer scans
@@ -322,8 +325,9 @@ class State:
 
     def plain(self) -> dict[str, Any]:
         """The state as a checkpoint holds it."""
+        # `restore` skips "scaler" and "random": bfloat16 needs no scaler, and all randomness is keyed
         return {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "average": self.average.state_dict() if self.average else {}, "scaler": {},  # bfloat16 needs none
+                "average": self.average.state_dict() if self.average else {}, "scaler": {},
                 "scheduler": {"rate": self.rate},
                 "position": {"epoch": len(self.log), "step": len(self.reports)},
                 "random": {"seed": self.settings.seed, "torch": torch.get_rng_state()},
@@ -350,7 +354,17 @@ class State:
         old = {"workers": saved["workers"], "threads": saved["threads"], **saved["versions"]}
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in now.items() if old.get(name) != value]
         if changed and rank() == 0:
-            print(f"resumed with {', '.join(changed)}: results stay valid, but may differ in their last digits")
+            before, after = (self.normalised_together(workers) for workers in (saved["workers"], world_size()))
+            effect = ("results stay valid, but may differ in their last digits" if before == after else
+                      f"BatchNorm now sees up to {after} scans at a time instead of {before}, so results differ")
+            print(f"resumed with {', '.join(changed)}: {effect}")
+
+    def normalised_together(self, workers: int) -> int:
+        """Most scans that BatchNorm sees at a time: one chunk of every process; 0 without BatchNorm."""
+        if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules()):
+            return 0
+        chunk, items = self.settings.chunk, self.settings.batch_size
+        return self.objective.scans_per_item * min(chunk * workers or items, items)
 
 
 def moving_average(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
@@ -369,9 +383,9 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
     Args:
         batch: scan numbers.
         chunk: items at a time; 0 takes the whole share.
-        equal: drop items so that all shares are equal, which objectives that compare scans need; otherwise shares
-            differ by one item at most. They are made equal too if that item would need one more chunk: all processes
-            run the same number of chunks, or synchronised BatchNorm would wait for one that does not come.
+        equal: give all processes equally many items, as objectives that compare scans need, and drop the rest. If
+            false, shares may differ by one item. The rest is dropped even then if the extra item would need a chunk of
+            its own: all processes must run equally many chunks, or synchronised BatchNorm waits forever.
         scans_per_item: neighbouring scans of the batch that stay together.
 
     Raises:
@@ -382,8 +396,8 @@ def chunks_of(batch: list[int], chunk: int, equal: bool = True, scans_per_item: 
     if not each:
         raise TrainingError(f"a batch of {len(items)} {'scans' if scans_per_item == 1 else 'pairs of scans'} (one per "
                             f"participant) for {world_size()} processes: use fewer workers, or more participants")
-    alone = chunk > 0 and each % chunk == 0  # the item by which shares would differ
-    used = each * world_size() if equal or alone else len(items)
+    own_chunk = chunk > 0 and each % chunk == 0  # an extra item would need a chunk of its own
+    used = each * world_size() if equal or own_chunk else len(items)
     share = np.array_split(items[:used], world_size())[rank()]
     size = chunk or len(share)
     return [share[start:start + size].flatten().tolist() for start in range(0, len(share), size)]
@@ -400,8 +414,8 @@ def gradients(model: nn.Module, objective: Objective, stream: Iterator[Batch], s
 
     Batches may be split into chunks. An objective that compares scans (SimCLR) then embeds chunk by chunk without a
     graph, computes the loss's gradient with respect to the embeddings, and runs each chunk again to backpropagate it
-    (gradient caching, Gao et al. 2021, arXiv 2101.06983). Memory is that of one chunk, and BatchNorm sees one chunk at
-    a time. Any other objective's loss is a mean over scans, so the gradients of its chunks add up.
+    (gradient caching, Gao et al. 2021, arXiv 2101.06983). Memory is that of one chunk, and BatchNorm sees one chunk of
+    every process at a time. Any other objective's loss is a mean over scans, so the gradients of its chunks add up.
 
     Args:
         model: `objective`, or its DistributedDataParallel.

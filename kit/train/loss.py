@@ -17,8 +17,8 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float,
         first, second: (scans, width) embeddings of the two views, of this process's share of the batch. Half
             precision is raised to float32 and float64 is kept, even under autocast.
         temperature: divides the cosine similarities.
-        gather: compare with the embeddings of all processes. Their gradients are summed over processes, so with DDP's
-            mean, N processes equal one process with the whole batch.
+        gather: compare with the embeddings of all processes, which must have equally many scans. Their gradients are
+            summed over processes, so with DDP's mean, N processes equal one process with the whole batch.
 
     Returns:
         the mean loss over this process's views, and the share of views whose most similar view is the right one;

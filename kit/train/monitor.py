@@ -1,6 +1,7 @@
 """Is it learning? Measures on embeddings of validation scans, and a verdict in plain words.
 
-- alignment and uniformity of the two views: Wang & Isola 2020 (arXiv 2005.10242), alpha 2, t 2
+- alignment of the two views of a scan, and uniformity over scans, averaged over the views: Wang & Isola 2020
+  (arXiv 2005.10242), alpha 2, t 2
 - effective rank of the features: RankMe, Garrido et al. 2023 (arXiv 2210.02885)
 - std: mean standard deviation of the embedding's dimensions on the unit sphere, times sqrt(width); 1 is evenly spread
 - probes: how well a nearest-neighbour or ridge model predicts a label from the features, across participants
@@ -34,7 +35,7 @@ from kit.train.loss import nt_xent
 from kit.train.objectives import MaskedReconstruction, Objective
 
 LABELS = ("age", "sex", "site", "dataset")  # columns of the index to probe, in any case; all but age are classes
-SITES = ("site", "dataset")  # the first of these that could be probed is the site of the verdict
+SITES = ("site", "dataset")  # the verdict on memorising site uses the first of these that could be probed
 MEAN_SCANS = 512  # most training scans that `mean_scan_loss` averages
 LEAST = 20  # fewest participants for a probe, and validation scans for a verdict on the validation loss
 
@@ -47,11 +48,15 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
         scans, rows: validation scans, and their rows of the index in the same order.
 
     Returns:
-        rank (at most scans - 1); for SimCLR alignment, uniformity, std and found (share of views whose nearest view
-        among those of all these scans is their partner: 1 / (2 scans - 1) by chance; top1 in the log is the same
-        within a training batch); `probe_LABEL` for each label: balanced accuracy, or R² for age; `classes_site` and
-        `classes_dataset`, how many were probed (those of two participants or more), for their chance level. Empty if
-        a feature or embedding is not finite.
+        rank: effective rank of the features, at most scans - 1.
+        alignment, uniformity, std: of SimCLR's embeddings.
+        found: for SimCLR, the share of views whose nearest other view is their partner, among both views of all these
+            scans; 1 / (2 scans - 1) by chance. The log's top1 is this share within a training batch.
+        probe_LABEL: balanced accuracy for each label, or R² for age.
+        classes_site, classes_dataset: number of classes in these probes, for their chance level. A class needs two
+            participants.
+
+        The dict is empty if a feature or embedding is not finite.
     """
     features, views = embed(objective, scans)
     if not all(bool(part.isfinite().all()) for part in (features, views) if part is not None):
@@ -59,9 +64,9 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
     measures = {"rank": effective_rank(features)}
     if views is not None:
         first, second = F.normalize(views, dim=-1)
-        both, (_, top1) = torch.cat([first, second]), nt_xent(first, second, 1.0, gather=False)
-        measures |= {"alignment": alignment(first, second), "uniformity": uniformity(both), "std": std(both),
-                     "found": float(top1)}
+        _, top1 = nt_xent(first, second, 1.0, gather=False)
+        measures |= {"alignment": alignment(first, second), "uniformity": (uniformity(first) + uniformity(second)) / 2,
+                     "std": std(torch.cat([first, second])), "found": float(top1)}
     people = participant_ids(rows).to_numpy()
     for name in LABELS:
         if (column := spelled(rows, name)) is None:
@@ -81,7 +86,7 @@ def look(objective: Objective, scans: PreparedScans, rows: pd.DataFrame) -> dict
 
 
 def _classes(rows: pd.DataFrame, name: str) -> pd.Series:
-    """A column's cells as names, as sites may be number codes; site 1 of two datasets is two, M and male are one."""
+    """Labels as text, as sites may be numbers. Site 1 of two datasets makes two sites; `M` and `male` make one sex."""
     known = site_names(rows) if name == "site" else sexes(rows[name]) if name == "sex" else rows[name]
     return known.astype("string")
 
@@ -170,7 +175,8 @@ def monitor_of(learned: PreparedScans, validation: PreparedScans, rows: pd.DataF
                epochs: int) -> Callable[[Objective, int], dict[str, float]]:
     """Make the monitor for `kit.train.loop.fit`: it looks after the first, the last and every `every`-th epoch.
 
-    For an MAE it also returns `mean_scan_loss` after every epoch with a `validation_loss`.
+    It never looks at fewer than three validation scans. For an MAE with at least two, it also returns `mean_scan_loss`
+    after every epoch.
 
     Args:
         learned: training scans, for the mean scan.
@@ -197,8 +203,8 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
       chance, or below chance plus 0.1 if that is less.
     - Collapsed: few partners found, and std below 0.1 or uniformity above -0.05; or an effective rank below 1.5 and
       below half its first value.
-    - Not learning: the loss fell by less than 1 %, few partners found, or an MAE's validation loss is not below that
-      of always predicting the mean training scan (`mean_scan_loss`).
+    - Not learning: the validation loss is not finite, the loss fell by less than 1 %, few partners found, or an MAE's
+      validation loss is not below that of always predicting the mean training scan (`mean_scan_loss`).
     - Memorising site: chance-corrected site accuracy above 0.6 and up by more than 0.1 since the first epoch.
     - Overfitting: in each of the last three epochs the validation loss was above its best by more than a fifth of its
       first value, and the training loss is lower than at that best. Needs at least 20 validation scans, since the
@@ -213,6 +219,10 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
     """
     if len(log) < 2:
         return "too early to say: fewer than two epochs"
+    ended = log.dropna(subset=["seconds"]) if "seconds" in log else log.iloc[:0]  # without an unfinished epoch
+    if "validation_loss" in ended and len(ended) and not math.isfinite(ended["validation_loss"].iloc[-1]):
+        return ("NOT LEARNING: the validation loss is not finite, so in evaluation mode the network's output is not; "
+                "lower learning_rate, or set clip: 1")
     seen = log.dropna(subset=["rank"]) if "rank" in log else log.iloc[:0]
     last, fell = log.iloc[-1], (log["loss"].iloc[0] - log["loss"].iloc[-1]) / abs(log["loss"].iloc[0])
     now, start = (seen.iloc[-1], seen.iloc[0]) if len(seen) else ({}, {})
@@ -248,6 +258,8 @@ def verdict(log: pd.DataFrame, chance: float, sites: int = 0, validation_scans: 
         held_out = log.dropna(subset=["validation_loss"]).iloc[-1]
         words += (f"; on held-out scans it is {held_out['validation_loss']:.3f}, that of the mean scan "
                   f"{held_out['mean_scan_loss']:.3f}")
+    elif "validation_loss" not in log:
+        words += "; whether it beats the mean scan is unknown: that takes two validation scans"
     probes = [f"{name.removeprefix('probe_')} {now[name]:.2f}" for name in seen if name.startswith("probe_")]
     return words + (f"; read off the features: {', '.join(probes)}" if probes else "")
 

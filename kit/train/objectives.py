@@ -71,7 +71,15 @@ class Objective(Protocol):
 
 
 class SimCLR(nn.Module):
-    """Make two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020)."""
+    """Make two views of a scan agree, and differ from the views of all other scans (Chen et al. 2020).
+
+    Args:
+        projection: widths of the projection head's layers; the last is the embedding's.
+        temperature: of NT-Xent.
+        spacing_mm: of the grid, for the recipe's ranges in mm.
+        paired: training batches hold pairs of sessions, and each session gives one view.
+        zscored: the scans' intensity scale, which their views keep; see `kit.augment.views.make_views`.
+    """
 
     encoder: Encoder
     compares = True
@@ -82,8 +90,8 @@ class SimCLR(nn.Module):
         self.encoder = encoder
         self.head = projection_head(encoder.features, projection)
         self.recipe, self.temperature, self.seed, self.spacing_mm = recipe, temperature, seed, spacing_mm
-        self.zscored = zscored  # intensity scale of the scans, which their views keep; see `make_views`
-        self.scans_per_item = 2 if paired else 1  # paired: training scans come in pairs
+        self.zscored = zscored
+        self.scans_per_item = 2 if paired else 1
 
     def forward(self, batch: Batch, epoch: int, embed: bool = False) -> Report | torch.Tensor:
         """Loss and the share of views that find their partner, see `compare`; with `embed`, only the embeddings.
@@ -95,7 +103,7 @@ class SimCLR(nn.Module):
         return torch.stack([first, second]) if embed else self.compare(first, second)
 
     def views(self, batch: Batch, epoch: int) -> list[torch.Tensor]:
-        """The two views, each (scans, 1, depth, height, width); for validation scans, the same throughout a run."""
+        """The two views, each (items, 1, depth, height, width); for validation scans, the same throughout a run."""
         key = epoch if self.training else VALIDATION_EPOCH
         parts = [batch, batch]
         if self.scans_per_item == 2 and self.training:
@@ -115,6 +123,11 @@ class MaskedReconstruction(nn.Module):
     """Fill in masked patches from the rest (He et al. 2022); the whole scan is the only view.
 
     A recipe, if given, augments the training scans first; validation scans stay as they are.
+
+    Args:
+        mask_ratio: share of the tokens that are masked, 0 to 1.
+        normalise: predict each patch minus its mean, over its SD.
+        spacing_mm, zscored: as of `SimCLR`.
     """
 
     compares, scans_per_item = False, 1
@@ -159,7 +172,13 @@ class MaskedReconstruction(nn.Module):
 
 
 class Supervised(nn.Module):
-    """Predict a label: cross-entropy for classes, squared error for a standardised number."""
+    """Predict a label: cross-entropy for classes, squared error for a standardised number.
+
+    Args:
+        kind: "regression" or "classification".
+        flip: mirror each training scan left-right with probability 0.5.
+        zscored: as of `SimCLR`.
+    """
 
     compares, scans_per_item = False, 1
 

@@ -45,15 +45,15 @@ class Lars(torch.optim.Optimizer):
 def build_optimizer(objective: nn.Module, settings: Any) -> torch.optim.Optimizer:
     """Build the optimiser; weight decay acts on parameters of two or more dimensions, not on biases and norms.
 
-    With `layer_decay`, a group's learning rate is the run's times its `scale`: 1 for the head, `layer_decay` for the
-    encoder's last stage, its square for the one before (layer-wise decay, as in BEiT, Bao et al. 2022).
+    With `layer_decay`, a group's learning rate is the run's times its `scale`: 1 for the head and a final norm,
+    `layer_decay` for the encoder's last stage, its square for the one before (as in BEiT, Bao et al. 2022).
 
     Args:
         objective: module to train.
         settings: `kit.train.loop.Settings`.
 
     Raises:
-        ParameterError: `layer_decay`, of a network whose stages `depths_of` does not find.
+        ParameterError: `layer_decay` is not 1, and `depths_of` finds no stages in the network.
     """
     weights = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
     scales = dict.fromkeys(weights, 1.0)
@@ -75,11 +75,14 @@ def build_optimizer(objective: nn.Module, settings: Any) -> torch.optim.Optimize
     return kind(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
 
 
-STAGE = re.compile(r"\.(?:layer|blocks\.|denseblock|transition)(\d+)\.")  # of ResNet, ViT, DenseNet
+# of ResNet, ViT, DenseNet; only a stage has submodules, unlike the final norm that MONAI appends to a ViT's `blocks`
+STAGE = re.compile(r"\.(?:layer|blocks\.|denseblock|transition)(\d+)\.\w+\.")
 
 
 def depths_of(names: list[str]) -> dict[str, int]:
-    """Depth of each parameter: 0 in the stem, then a ResNet's stages or a ViT's or DenseNet's blocks, then the head.
+    """Depth of each parameter: 0 in the stem, from 1 in a ResNet's stages or a ViT's or DenseNet's blocks.
+
+    What follows, a final norm and the head, is one deeper than the last of them.
 
     Args:
         names: of the parameters, in the network's order.
@@ -98,7 +101,10 @@ def depths_of(names: list[str]) -> dict[str, int]:
 
 
 def learning_rate(settings: Any, progress: float) -> float:
-    """Learning rate at a fraction (0 to 1) of the run: linear warm-up, then constant or a half cosine to zero."""
+    """Learning rate at a fraction (0 to 1) of the run.
+
+    Linear warm-up, never below 1 % of the full rate, then constant or a half cosine to zero.
+    """
     if progress < settings.warmup_fraction:
         return settings.learning_rate * max(progress / settings.warmup_fraction, 0.01)
     if settings.schedule == "constant":

@@ -19,6 +19,7 @@ from kit.models.mae import masks_for, seen_tokens
 from kit.params import Pretrain
 from kit.store.dataset import Batch
 from kit.store.store import Store
+from kit.train.loop import explained_out_of_memory
 from kit.train.objectives import VALIDATION_EPOCH, MaskedReconstruction
 from kit.train.pretrain import OBJECTIVES, Pretext, batches_for, build_objective, choose_scans
 
@@ -86,7 +87,11 @@ def _counted(params: Pretrain, store: Store, scans: int) -> tuple[int, int, int]
 def seconds_per_item(params: Pretrain, store: Store, wanted: Need, items: int) -> tuple[float, str]:
     """Return the seconds per item of a training step of `items` scans (with session pairs: pairs), and their source.
 
-    Measured if there is a CUDA device, else estimated from the counted operations and an H200's speed.
+    Measured if there is a CUDA device, with fewer at a time if they do not fit into its memory; else estimated from the
+    counted operations and an H200's speed.
+
+    Raises:
+        MemoryError: not even one scan (with session pairs: pair) fits.
     """
     where = device()
     if where.type != "cuda":
@@ -98,14 +103,15 @@ def seconds_per_item(params: Pretrain, store: Store, wanted: Need, items: int) -
     if params.torch_compile:
         objective.encoder.compile(dynamic=False)
     while True:
+        scans = items * objective.scans_per_item
         try:
-            scans = items * objective.scans_per_item
-            seconds = _measured(objective, scans, store.grid.shape, params.precision) / items
+            with explained_out_of_memory([[list(range(scans))]], objective.scans_per_item):
+                seconds = _measured(objective, scans, store.grid.shape, params.precision) / items
             return seconds, f"measured on {torch.cuda.get_device_name()}, {scans} scans at a time"
-        except torch.OutOfMemoryError:
-            if items <= 2:  # NT-Xent needs two
+        except MemoryError:
+            if items == 1:
                 raise
-        items = max(items // 2, 2)
+        items //= 2
 
 
 def _measured(objective: Pretext, scans: int, shape: Sequence[int], precision: str) -> float:
@@ -132,6 +138,9 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
     Returns:
         one row per number of devices: devices, scans_at_a_time and memory_gb of each device (with session pairs: pairs
         at a time), hours, gpu_hours, scans_per_second (that the store must deliver); and a summary in words.
+
+    Raises:
+        MemoryError: see `seconds_per_item`.
     """
     store = Store.open(params.prepared)
     learned = choose_scans(params, store)[0]
@@ -143,7 +152,7 @@ def plan(params: Pretrain) -> tuple[pd.DataFrame, str]:
     rounded = math.floor if OBJECTIVES[params.objective].compares else math.ceil
     shares = [max(rounded(size / devices), 1) for devices in DEVICES]
     at_a_time = [min(params.chunk or share, share) for share in shares]
-    per_item, source = seconds_per_item(params, store, wanted, max(at_a_time[-1], 2))
+    per_item, source = seconds_per_item(params, store, wanted, at_a_time[-1])
     read = sum(map(len, batches)) * epochs
     scans = read / 2 if params.session_pairs else read  # each of a pair's two sessions gives one view
     rows: list[dict[str, Any]] = []

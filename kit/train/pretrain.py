@@ -70,8 +70,10 @@ def pretrain(params: Pretrain, run: Run) -> pd.DataFrame:
     Raises:
         CheckpointError: the run has other parameters or only damaged checkpoints, or its recipe's file, the scans that
             it learned from or their participants have changed since.
-        LeakageError: a scan that will be tested would be learned from under another name.
+        LeakageError: a test participant or scan would be learned from, under another name or in another session.
+        ParameterError: too few participants, or a batch has fewer scans than there are processes.
         DeviceError: torch does not see the GPUs of this Slurm job.
+        NodesError, ChildFailedError: a worker process failed. In one process: see `kit.train.loop.fit`.
     """
     if (run / "encoder.safetensors").exists():
         if "views" in (record := read_record(run.folder)):
@@ -146,7 +148,11 @@ def check_workers(params: Pretrain, folder: Path) -> None:
 
 
 def readable_scans(params: Pretrain, store: Store, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Like `choose_scans`, without the scans that `check_files` found damaged when the folder's run began."""
+    """Like `choose_scans`, without the scans that `check_files` found damaged when the folder's run began.
+
+    Raises:
+        ParameterError: fewer than two participants are left to learn from.
+    """
     damaged = _damaged(folder)
     learned, validation = (rows[~rows["scan"].isin(damaged)] for rows in choose_scans(params, store))
     if participant_ids(learned).nunique() < 2:
@@ -221,8 +227,8 @@ def status(params: Pretrain, run: Run) -> str:
 def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of the index to learn from, and rows of the validation participants.
 
-    Neither has participants who are tested, in this fold or (without a column `split`) in the single split, unless
-    `leave_out_test` is false; see `kit.cohort.split.left_out`.
+    Unless `leave_out_test` is false, both exclude the test participants: of this fold or, if the index has no column
+    `split`, of the single split; see `kit.cohort.split.left_out`.
 
     Raises:
         ParameterError: fewer than two participants are left to learn from.
@@ -258,10 +264,10 @@ def _tested(params: Pretrain, every: pd.DataFrame, rows: pd.DataFrame) -> pd.Ser
 
 
 def check_start(params: Pretrain) -> None:
-    """Print who is left out of pretraining, and check that nobody and no scan to be tested is learned from.
+    """Print who is left out of pretraining, and check that no test participant and no test scan is learned from.
 
     Raises:
-        LeakageError: one that will be tested would be learned from, under another name or in another session.
+        LeakageError: a test participant or scan would be learned from, under another name or in another session.
     """
     store, aliases = Store.open(params.prepared), read_aliases(params.aliases)
     index, splitting = joined(store.index, aliases), Splitting.of(params)
@@ -422,12 +428,12 @@ def train(params: Pretrain, folder: Path) -> None:
             print("CHANGED WHILE IT WAS TRAINED: " + "; ".join(lines))
             made.record["changed"] = lines
         record = record_of(params, store, objective, made, folder)
-        save_reference(folder, _seen(params, objective, store, learned, validation))
+        save_reference(folder, _reference_of(params, objective, store, learned, validation))
         save_encoder(folder / "encoder.safetensors", objective.encoder, record)
 
 
-def _seen(params: Pretrain, objective: Pretext, store: Store, learned: pd.DataFrame,
-          validation: pd.DataFrame) -> Reference:
+def _reference_of(params: Pretrain, objective: Pretext, store: Store, learned: pd.DataFrame,
+                  validation: pd.DataFrame) -> Reference:
     """Fit the encoder's reference features; of many training scans a subset, drawn by the seed."""
     drawn = rng_for(params.seed).permutation(len(learned))[:SCANS]
     features = embed(objective, PreparedScans(store, learned.iloc[drawn]), views=False)[0].numpy()

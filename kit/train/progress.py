@@ -21,7 +21,7 @@ POINTS = 400  # most points of the curve in live.json; of a longer run it has ev
 class Progress:
     """Report each step in a progress bar, `live.json` and `tensorboard/`, on rank 0 only.
 
-    A full disk does not stop the run here; writing is tried again at the next update.
+    A full disk does not stop the run: `live.json` is written again at the next update, TensorBoard's curves end there.
 
     Args:
         folder: of the run; None shows only the bar.

@@ -105,6 +105,15 @@ def test_each_table_is_joined_by_its_own_columns_and_labels_without_scans_are_co
         "PT002_B/participants.tsv: 1 of 2 rows are of no scan taken; their labels are not used"]
 
 
+def test_what_is_lost_of_bids_that_is_read_as_fomo_is_said(tmp_path: Path) -> None:
+    touch(tmp_path, "A/sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "B/sub-01/anat/sub-01_T1w.nii.gz",
+          "A/sub-01/sub-01_sessions.tsv", "A/derivatives/x/sub-01/ses-1/anat/sub-01_ses-1_desc-brain_mask.nii.gz")
+    with pytest.warns(UserWarning, match="FOMO .*, so participants without a session folder are left out, sessions.tsv "
+                                         "is not read, masks in derivatives/ are not used; if it is BIDS") as said:
+        assert len(read_cohort(tmp_path)) == 1
+    assert [each.filename for each in said] == [__file__]
+
+
 def image(path: str, modality: str, **info: object) -> dict:
     return {"name": Path(path).name, "image_path": path, "modality": modality, "image_info": info,
             "associated_masks": {"anatomy_mask": f"{path}.mask", "anonymization_mask": None}}

@@ -191,6 +191,8 @@ def test_aliases(tmp_path):
     unnamed = index.assign(dataset="?site")
     with pytest.raises(IdentityError, match="the cohort has no column dataset, so nobody in the table of aliases"):
         joined(unnamed, aliases)
+    with pytest.raises(IdentityError, match="dataset 'OA-SIS' of the cohort is 'oasis' in the table of aliases"):
+        joined(index.replace("oasis", "OA-SIS"), aliases)  # its 17 would stay another person
     assert participant_ids(joined(unnamed, {"?/1": ("?/1", "?/3"), "?/3": ("?/1", "?/3")})).nunique() == 2
     path.write_text("dataset,participant,person\nadni,1,P\nadni,001,Q\n")
     with pytest.raises(IdentityError, match="adni/1 is listed as several persons"):

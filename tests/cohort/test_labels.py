@@ -100,6 +100,15 @@ def test_a_test_cohorts_labels_are_of_the_classes_that_are_learned():
     assert codes.values.tolist() == [0, 1]
 
 
+def test_a_code_for_missing_in_a_test_set_is_asked_about_beside_the_numbers_that_are_learned():
+    there = pd.DataFrame({"x": [61, 72, -9, 999, 70.5, -4]})
+    with pytest.raises(LabelError, match="x: -9, -4, 999 in 3 rows looks like a code for a missing value among numbers "
+                                         "from 55 to 80: list it in missing_codes"):
+        read_labels(there, "x", "regression", (), beside=[55.0, 80.0])
+    assert read_labels(there, "x", "regression", [999], beside=[-20.0, -3.0, 80.0]).values[2] == -9  # as learned
+    assert read_labels(there, "x", "regression").values[3] == 999
+
+
 @pytest.mark.parametrize(("values", "code"), [([63, 71, 999, 55], "999"), ([63.5, 71, -99, 55], "-99"),
                                               ([20.5, 30, -1, 40, 50], "-1"),
                                               ([-1.5, 0.3, 2.1, -999], "-999"), ([-1.5, 0.3, 2.1, -9], "-9")])
@@ -114,8 +123,8 @@ def test_a_code_for_missing_among_numbers_is_asked_about(values, code):
 @pytest.mark.parametrize(("task", "values", "codes"), [
     ("age", [60, -4, 71.5, -2, 80], [-4, -2]), ("Age", [60, 71.5, 80, 635], [635]),
     ("age", [60, 999, -4, 70, 81], [-4, 999]), ("mmse", [28, -4, 30, 12, -4], [-4]),
-    ("mmse", [28, -4, 30, -9, 12], [-9, -4])])
-def test_ages_that_cannot_be_and_a_lone_negative_number_are_asked_about(task, values, codes):
+    ("mmse", [28, -4, 30, -9, 12], [-9, -4]), ("cigarettes", [*range(41), -10, -3, -1], [-10, -3, -1])])
+def test_ages_that_cannot_be_and_few_negative_numbers_are_asked_about(task, values, codes):
     def read(kind="auto", missing_codes=()):
         return read_labels(pd.DataFrame({task: values}), task, kind, missing_codes)
 
@@ -129,7 +138,7 @@ def test_ages_that_cannot_be_and_a_lone_negative_number_are_asked_about(task, va
 
 @pytest.mark.parametrize(("task", "values"), [
     ("age", [0.5, 3.25, 119.5]), ("age", [280, 300, 310]), ("months", [20, 300, 310]), ("change", [-20, 12, -4, 30]),
-    ("change", [-4.5, 12, 30])])
+    ("change", [-4.5, 12, 30]), ("change", [*range(-3, 60)]), ("change", [-5, -3, 20, 30, 40, 50, 60])])
 def test_numbers_that_can_be_are_not_asked_about(task, values):
     assert read_labels(pd.DataFrame({task: values}), task).values.tolist() == values
 
@@ -175,6 +184,7 @@ def test_a_sex_written_in_two_ways_is_asked_about(task, kind):
 
 
 def test_sexes_that_share_a_letter_and_effect_codes_are_two():
+    assert sexes(pd.Series(["XX", "xy", None, "x"])).fillna("").tolist() == ["XX", "XY", "", "X"]
     assert read_labels(pd.DataFrame({"sex": ["XX", "XY", "XX"]}), "sex").classes == ("XX", "XY")
     assert sexes(pd.Series([-1, 1.0, None, "1"])).tolist()[:2] == ["-1", "1"]
 

@@ -125,6 +125,13 @@ def test_leave_one_site_out_tests_each_site_and_never_learns_from_its_travellers
             splits(table, way)
 
 
+@pytest.mark.parametrize(("one", "other"), [("Oxford", "oxford"), ("02", "2"), ("site-01", "site-1")])
+def test_a_site_spelled_in_two_ways_is_asked_about(people, one, other):
+    sites = people["site"].replace("A", one).mask(people.index < 9, other)
+    with pytest.raises(SplitError, match=f"leave_one_site_out: site: are '(a/)?{one}' and '(a/)?{other}' the same"):
+        fold_count(people.assign(site=sites), Splitting(leave_one_site_out=True))
+
+
 @pytest.mark.parametrize("code", ["NA", "-9", "unknown", "?", -9, -1])
 def test_a_code_for_a_missing_site_is_no_site(people, code):
     sites = people["site"].map({"A": 7, "B": 9, "C": 99, "D": 999}) if isinstance(code, int) else people["site"]

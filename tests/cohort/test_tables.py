@@ -173,23 +173,26 @@ def test_decimal_commas_are_numbers_beside_semicolons(tmp_path):
     assert cohort["age"].tolist() == [63.5, 71] and cohort["mixed"].tolist() == ["1,5", "1.5"]
 
 
-@pytest.mark.parametrize("cells", [("1,234", "987"), ("n/a", "12,345", "40", "1,234"), ("-1,234", "-987")])
+@pytest.mark.parametrize("cells", [("1,234", "987"), ("n/a", "12,345", "40", "1,234"), ("-1,234", "-987"),
+                                   ("3,412", "n/a", "1,234")])
 def test_commas_that_may_separate_thousands_are_asked_about(tmp_path, cells):
     text = "image_path\tvolume\n" + "".join(f"{row}.nii\t{cell}\n" for row, cell in enumerate(cells))
-    with pytest.raises(CohortError, match="site.tsv: volume holds '-?1,234' beside '-?[0-9]+': does the comma"):
+    with pytest.raises(CohortError, match="site.tsv: volume holds '-?1,234'( beside '-?[0-9]+')?: does the comma"):
         table_of(tmp_path, text, "site.tsv")
-    with pytest.raises(CohortError, match=": volume holds '-?1,234' beside"):
+    with pytest.raises(CohortError, match=": volume holds '-?1,234'"):
         bids(tmp_path, [f"sub-{row}" for row in range(len(cells))], {
             "participants.tsv": "participant_id volume\n" + "".join(f"sub-{row} {cell}\n"
                                                                     for row, cell in enumerate(cells))})
 
 
 @pytest.mark.parametrize(("cells", "values"), [
-    (("1,234", "2,345"), [1.234, 2.345]), (("1,234", "987,5"), [1.234, 987.5]), (("0,123", "1"), [0.123, 1]),
+    (("1,234", "987,5"), [1.234, 987.5]), (("0,123", "1"), [0.123, 1]),
     (("2,345", "1", "0"), [2.345, 1, 0])])
 def test_three_decimals_behind_a_comma_are_read(tmp_path, cells, values):
     text = "image_path\tvolume\n" + "".join(f"{row}.nii\t{cell}\n" for row, cell in enumerate(cells))
     assert table_of(tmp_path, text, "site.tsv")["volume"].tolist() == values
+    text = "image_path;thickness\na.nii;2,512\nb.nii;2,431\n"  # as a spreadsheet writes decimal commas
+    assert table_of(tmp_path, text)["thickness"].tolist() == [2.512, 2.431]
 
 
 def test_latin_1_is_refused_by_name(tmp_path):
@@ -252,6 +255,19 @@ def test_linked_scans_keep_their_own_names(tmp_path):
     assert row["participant"] == "?anna"
     assert row["image_path"] == str(tmp_path / "scans" / "anna.nii")
     assert row["mask_path"] == str(tmp_path / "scans" / "mask.nii")
+
+
+@pytest.mark.parametrize("name", ["患者（1）/scan.nii", "m².nii", "u\u0308.nii", "می\u200cروم.nii"])
+def test_a_file_is_looked_for_under_the_name_that_it_has(tmp_path, name):
+    row = table_of(tmp_path, f"participant,image_path,mask_path\n０1, {name}\u200b,{name}\u00a0\n").iloc[0]
+    assert row[["participant", "image_path", "mask_path"]].tolist() == ["01", *[str(tmp_path / name)] * 2]
+
+
+def test_rows_of_an_unknown_split_are_said(tmp_path):
+    text = "participant,image_path,split\n1,a.nii,Train\n2,b.nii,ood\n3,c.nii,\n4,d.nii,travelling\n"
+    with pytest.warns(UserWarning, match="site.csv: split has 'ood': only 2_pretrain uses such rows") as said:
+        table_of(tmp_path, text)
+    assert len(said) == 1
 
 
 def test_names_by_file_do_not_depend_on_the_order_of_rows(tmp_path):

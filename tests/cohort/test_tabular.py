@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.cohort.tabular import TableError, read_foreign, read_table
+from kit.cohort.tabular import TableError, ages, read_foreign, read_table
 from kit.runs import write_table
 from kit.store.store import read_index
 
@@ -60,3 +60,13 @@ def test_an_index_of_this_and_of_an_older_kit(tmp_path, quoted):
     found = read_index(tmp_path / "i.csv")
     for name in index:
         assert found[name].fillna("-").tolist() == index[name].fillna("-").tolist()
+
+
+@pytest.mark.parametrize("cells", [["63", "999", "NA"], ["63", "999", "NA", "unknown", "n/a"]])
+def test_ages_are_numbers_however_many_are_missing(cells):
+    assert ages(pd.Series(cells)).dropna().tolist() == [63.0]
+
+
+@pytest.mark.parametrize("cells", [["60-69", "70-79", "999"], ["60-69", "63"], ["NA", "NA"]])
+def test_bands_of_ages_are_left_as_they_are(cells):
+    assert ages(pd.Series(cells)).tolist() == cells

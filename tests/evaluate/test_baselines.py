@@ -98,7 +98,10 @@ def test_demographics_never_have_the_label_in_another_dress(store):
     for name, columns, kept in (
             ("sex", {"gender": store.index["sex"]}, "age"),
             ("sex", {"Female": (store.index["sex"] == "F").astype(int)}, "age"),
+            ("sex", {"Female": (store.index["sex"] == "F").astype(object).map(int).mask(store.index.index == 3, "NA")},
+             "age"),  # read as numbers all the same
             ("age", {"months": store.index["age"] * 12}, "sex"),
+            ("age", {"months": (store.index["age"] * 12).astype(object).mask(store.index.index == 3, "NA")}, "sex"),
             ("age", {"age_at_scan": store.index["lesion"]}, "sex")):
         said.clear()
         task = task_of(with_index(store, **columns), name)
@@ -157,6 +160,15 @@ def test_a_category_that_a_test_set_codes_otherwise_is_said(store, elsewhere):
         task = task_of(store, "lesion", other)
         assert baseline_predictions("site", task, say=said.append) and not said
         assert baseline_predictions("demographics", task, demographics=["sex"], say=said.append)
+        assert said == words
+
+
+def test_a_column_that_a_test_set_lacks_is_said(store, elsewhere):
+    theirs, sex = elsewhere.index.drop(columns=["age", "gender"]), ["F", "M"] * 8
+    for age, words in ((np.nan, ["demographics on lesion: elsewhere has no values of age, so it is predicted without"]),
+                       (np.arange(16) + 40, [])):
+        other, said = Store(elsewhere.folder, theirs.assign(sex=sex, age=age), elsewhere.record), []
+        assert baseline_predictions("demographics", task_of(store, "lesion", other), say=said.append)
         assert said == words
 
 
@@ -261,7 +273,8 @@ def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
     table.to_csv(tmp_path / "aseg.tsv", sep="\t", index=False)
     task, said = task_of(first, "age"), []
     found = baseline_predictions("volumes", task, volumes=tmp_path / "aseg.tsv", say=said.append)
-    assert error_or_auc(task, found) < 5 and said == ["volumes on age: without Age, no volumes"]
+    assert error_or_auc(task, found) < 5 and said == ["volumes on age: without Age, no volumes",
+                                                      "volumes on age: read as volumes: hippocampus, pallidum"]
 
     lost = task.parts["train"].participants.iloc[0], task.parts["test"].participants.iloc[0]
     table[~index["participant"].isin([name.split("/")[1] for name in lost]).to_numpy()].to_csv(
@@ -269,7 +282,7 @@ def test_a_table_of_volumes_is_joined_by_who_it_is(store, elsewhere, tmp_path):
     said.clear()
     found = baseline_predictions("volumes", task, volumes=tmp_path / "some.csv", say=said.append)
     assert error_or_auc(task, found) < 8 and np.isfinite(found["test"]).all()
-    assert said[1:] == [f"volumes on age: no values for 1 participants of {part}: {name}"
+    assert said[2:] == [f"volumes on age: no values for 1 participants of {part}: {name}"
                         for part, name in zip(("train", "test"), lost, strict=True)]
 
     with pytest.raises(TableError, match=r"has one row of \d+, who has several scans: add a column session, or scan"):

@@ -513,6 +513,23 @@ def test_models_that_predict_nearly_one_number_are_counted():
     assert benchmark._flat(pd.concat(rows)) == (4, 2)
 
 
+def test_a_last_age_band_holds_its_upper_edge():
+    """De-identified tables have 90 for all who are older."""
+    scans = pd.DataFrame({"participant": list("abcd"), "true": 0.0, "predicted": 0.0, "age": [59.9, 60, 90, 91]})
+    params = Benchmark.model_construct(age_bands=[20, 60, 90], match_age_sex=False)
+    found = {name: rows["participant"].tolist() for name, rows in benchmark._alike(scans, "age", "regression", params)}
+    assert found == {"age 20 to 60": ["a"], "age 60 to 90": ["b", "c"]}
+
+
+def test_two_of_three_classes_make_no_pairs():
+    """Another task's column `predicted` is there, but empty."""
+    scans = pd.DataFrame({"participant": list("ab"), "true": [0.0, 1], "age": 70, "sex": "F"})
+    several = scans.assign(predicted=np.nan, predicted_0=0.0, predicted_1=0.0, predicted_2=0.0)
+    params = Benchmark.model_construct(age_bands=[], match_age_sex=True)
+    assert not list(benchmark._alike(several, "stage", "classification", params))
+    assert list(benchmark._alike(scans.assign(predicted=0.0), "stage", "classification", params))
+
+
 def test_who_changed_class_is_in_no_pair():
     scans = pd.DataFrame([("a", 0, 70, "F"), ("a", 1, 71, "F"), ("b", 1, 70, "F"), ("c", 0, 71, "F")],
                          columns=["participant", "true", "age", "sex"]).assign(predicted=0.0)

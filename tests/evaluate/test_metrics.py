@@ -111,6 +111,14 @@ def test_pairs_are_of_one_fold(several):
     assert found == score(labels[turned], logits[turned], "classification", np.arange(90)[turned], folds=folds[turned])
 
 
+def test_people_whose_fold_has_one_class_are_not_enough_for_an_interval():
+    """Two sites of patients or controls only, and one of two each: the AUC is of four people."""
+    labels, folds = np.repeat([1.0, 0, 1, 0], [30, 30, 2, 2]), np.repeat(["A", "B", "C"], [30, 30, 4])
+    found = score(labels, labels + np.random.default_rng(0).normal(size=64), "classification", range(64), folds=folds)
+    assert np.isfinite(found["value"]) and np.isnan(found["low"]) and found["participants"] == 64
+    assert np.isnan(score(labels[:60], labels[:60], "classification", range(60), folds=folds[:60])["value"])
+
+
 def test_further_metrics_of_two_classes_are_scikit_learns():
     rng = np.random.default_rng(0)
     labels, weights = rng.integers(0, 2, 80).astype(float), rng.integers(1, 4, 80) / 2
@@ -154,6 +162,8 @@ def test_further_metrics_that_are_not_defined_are_nan():
     assert np.isnan(wrong_way["calibration_slope"])
     same = further_metrics(np.array([0.0, 1, 2]), np.ones(3), np.ones(3), "regression")
     assert np.isnan(same["correlation"]) and same["bias_slope"] == -1  # as guessing does
+    rounded = further_metrics(np.arange(7.0), np.full(7, 0.1), np.ones(7), "regression")  # its variance is 2e-34
+    assert np.isnan(rounded["correlation"])
 
 
 def test_further_metrics_of_several_classes():
@@ -202,6 +212,8 @@ def test_matching_pairs_by_sex_and_age():
     turned = np.random.default_rng(0).permutation(8)
     again = matched(np.array(names)[turned], case[turned], age[turned], sex[turned], caliper=1.5)
     assert (again == keep[turned]).all()
+    table = pd.DataFrame({"name": names, "case": case, "age": age, "sex": sex}).iloc[turned]  # with its old index
+    assert (matched(table["name"], table["case"], table["age"], table["sex"], caliper=1.5) == again).all()
     assert matched(names, case, age, sex, caliper=5).sum() == 6  # f and e of 70 and 75
     with pytest.raises(ValueError, match="a has several rows"):
         matched(["a", "a"], np.array([0, 1]), np.ones(2), np.ones(2))
@@ -290,6 +302,13 @@ def test_an_absent_class_and_predictions_that_are_no_numbers_have_no_score():
     assert np.isnan(score(np.ones(30), np.arange(30.0), "classification", range(30))["value"])
     with pytest.raises(ValueError, match="1 of 3 predictions are not finite: there is no score"):
         score(np.array([0.0, 1, 1]), np.array([0.0, np.nan, 1]), "classification", range(3))
+
+
+@pytest.mark.parametrize(("labels", "people", "word"), [([0.0, np.nan, 1], ["a", "b", "c"], "true"),
+                                                        ([0.0, 1, 1], ["a", None, "c"], "participant")])
+def test_a_missing_label_or_participant_is_not_left_out_unseen(labels, people, word):
+    with pytest.raises(ValueError, match=f"predictions: empty cells in {word}; leave these scans out"):
+        score(np.array(labels), np.zeros(3), "classification", people)
 
 
 LARGE = """

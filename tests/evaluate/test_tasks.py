@@ -328,6 +328,16 @@ def test_a_label_that_a_test_set_lacks_is_not_tested_there_and_that_is_said(tmp_
         "age: GSP has no such label, so it is not tested there"]
 
 
+def test_codes_for_missing_in_a_test_set_are_asked_about_as_in_training(store, others):
+    gsp = others["GSP"]
+    coded = Store(gsp.folder, gsp.index.assign(age=gsp.index["age"].where(gsp.index.index > 0, 999)), gsp.record)
+    stores = {"prepared": store, "GSP": coded}
+    with pytest.raises(LabelError, match="GSP, .*: age: 999 in 1 rows looks like a code for a missing value"):
+        read_tasks(stores, "age")
+    read_tasks(stores, "age", missing_codes=[999])
+    read_tasks(stores, "age", "regression")
+
+
 def test_what_a_test_set_shares_with_training_and_pretraining_is_said(store, others):
     here = Store(store.folder, store.index.assign(scanner="Prisma"), store.record)
     aibl, gsp = others["AIBL"], others["GSP"]

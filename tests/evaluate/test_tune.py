@@ -15,7 +15,7 @@ from kit.evaluate import tune as tune_module
 from kit.evaluate.metrics import NotFiniteError, per_participant
 from kit.evaluate.predict import predict
 from kit.evaluate.tasks import read_tasks
-from kit.evaluate.tune import TRIES, Choice, Job, score_validation, standard_error, train, train_here, tune
+from kit.evaluate.tune import TRIES, Choice, Job, rules, score_validation, standard_error, train, train_here, tune
 from kit.models.encoders import build_encoder
 from kit.params import Finetune
 from kit.reading import ParameterError
@@ -44,6 +44,13 @@ def same(first, second):
     """Weights, bit for bit."""
     first, second = first.state_dict(), second.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("architecture", "layer_decay", "recorded"), [
+    ("vit_narrow", 0.75, True), ("vit_narrow", 1.0, False), ("resnet18", 0.75, False), ("brainiac", 0.75, False)])
+def test_models_that_a_new_rule_leaves_as_they_were_are_not_trained_again(store, architecture, layer_decay, recorded):
+    """The final norm counted as a block, in the kit's ViTs alone."""
+    assert ("layer_decay" in rules(params(store, layer_decay=layer_decay), architecture)) == recorded
 
 
 def losses(log):

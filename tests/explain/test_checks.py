@@ -188,6 +188,15 @@ def test_deletion_and_insertion_of_a_sum(store, scan):
     assert (found.loc["gradient_x_input"] > 0.2).all() and (found.loc["occlusion"] < -0.2).all()
 
 
+@pytest.mark.parametrize("bottom", [True, False])
+def test_equal_cubes_come_in_random_order_and_not_from_the_bottom_up(store, scan, bottom):
+    """A map of zeros is worth nothing, wherever the model looks."""
+    third = np.indices(SHAPE)[0] < SHAPE[0] // 3 if bottom else np.indices(SHAPE)[0] >= SHAPE[0] - SHAPE[0] // 3
+    explainer = explainer_for(SumOf(lambda images: images.abs() * torch.from_numpy(third)), store, patch=4)
+    found = areas(curves(explainer, scan, {"grad_cam": np.zeros(SHAPE)}))
+    np.testing.assert_allclose(found, 0, atol=1e-5)
+
+
 @pytest.mark.parametrize("patch", [4, 8])
 def test_a_map_of_white_noise_is_no_better_than_random_order(store, scan, patch):
     explainer = explainer_for(SumOf(torch.abs), store, patch=patch)  # cubes of 2 and 4 voxels, cut at the brain's edge
@@ -237,7 +246,7 @@ GOOD = {"method": "gradient", "randomised": 0.1, "head": 0.9, "shuffled": 0.2, "
 
 @pytest.mark.parametrize(("changed", "words"), [
     ({"randomised": 0.8}, "random weights give much the same map"), ({"shuffled": 0.7}, "shuffled labels"),
-    ({"deletion": -0.2}, "no more than removing brain at random"), ({"noise": 0.1}, "another map after a little noise"),
+    ({"deletion": -0.2}, "hardly sooner than removing brain"), ({"noise": 0.1}, "another map after a little noise"),
     ({"shift": 0.1}, "after a shift by one voxel"), ({"outside": 1.4}, "prefers what is outside the brain"),
     ({"incomplete": 0.2}, "off by 20 % (take more steps)"),
     ({"randomised": np.nan, "noise": np.nan}, "the same everywhere"),
@@ -251,6 +260,15 @@ def test_each_check_can_fail_a_map(changed, words):
     assert caption("occlusion", good) == caption("occlusion", good[:0]) == "occlusion: not checked"
     without = verdicts(pd.DataFrame([GOOD | {"shuffled": np.nan, "incomplete": np.nan}]))
     assert without["supported"].all()  # what was not looked at is no fault
+
+
+def test_scans_without_a_map_do_not_count_and_are_said():
+    empty = GOOD | {"randomised": np.nan, "noise": np.nan, "shift": np.nan, "deletion": 0.9, "insertion": 0.9}
+    found = verdicts(pd.DataFrame([GOOD, empty, empty]))
+    assert found["supported"].all() and "beats random order by 0.25" in found["verdict"][0]  # as by the first alone
+    assert found["verdict"][0].endswith("(no map in 2 of 3 scans)")
+    unfaithful = GOOD | {"deletion": 0.0, "insertion": 0.0}
+    assert not verdicts(pd.DataFrame([unfaithful, empty, empty]))["supported"].any()
 
 
 def trained(store, task, steps=60):

@@ -164,21 +164,35 @@ def test_an_auc_of_one_counts_if_ten_of_each_class_were_tested(tmp_path, people,
     assert ("too few were tested" in words and "9 of a class, of 10" in words) if doubted else words == ""
 
 
-def test_a_number_is_doubted_where_the_median_does_as_well(six, tmp_path):
-    write_json(tmp_path / "metrics.json", {})
-    true = [20.0, 30, 40, 50, 60, 70, 80]
-    predicted(tmp_path, six, true, [22.0, 33, 44, 51, 60, 66, 75], kind="regression", classes=[])
-    assert no_better_than_chance(tmp_path) == ""
-    predicted(tmp_path, six, true, [50.0, 80, 20, 50, 10, 52, 49], kind="regression", classes=[])
-    assert "not shown to predict better than the median does" in no_better_than_chance(tmp_path)
+def number_predicted(folder, true, said) -> str:
+    """Why a model of a number is doubted that predicts this for as many people; the first has a second scan."""
+    index = pd.DataFrame({"scan": [f"{number:02d}" for number in range(len(true) + 1)], "session": "01", "dataset": "A",
+                          "participant": ["00", *(f"{number:02d}" for number in range(len(true)))]})
+    store = Store(None, index, {"shape": [1, 1, 1], "spacing_mm": 1.0})
+    predicted(folder, store, [true[0], *true], [said[0], *said], kind="regression", classes=[])
+    write_json(folder / "metrics.json", {})
+    return no_better_than_chance(folder)
 
 
-def test_a_gain_over_the_median_by_luck_is_doubted(six, tmp_path):
-    write_json(tmp_path / "metrics.json", {})
-    true = np.array([20.0, 30, 40, 50, 60, 70, 80])
-    predicted(tmp_path, six, true, [49.0, 50, 51, 52, 49, 51, 62], kind="regression", classes=[])  # one is much better
-    words = no_better_than_chance(tmp_path)
-    assert re.search(r"mean absolute error 14\.2, median's 15\.8; gain 1\.6 \[-1\.2, 5\.8\]", words), words
+def test_a_number_is_doubted_where_the_median_does_as_well(tmp_path):
+    true = np.linspace(20, 80, 12)
+    assert number_predicted(tmp_path, true, 50 + 0.8 * (true - 50)) == ""
+    assert "not shown to predict better than the median does" in number_predicted(tmp_path, true, true[::-1])
+
+
+@pytest.mark.parametrize(("people", "doubted"), [(4, True), (9, True), (10, False)])
+def test_a_number_counts_if_ten_people_were_tested(tmp_path, people, doubted):
+    true = np.linspace(20, 80, people)
+    words = number_predicted(tmp_path, true, 50 + 0.4 * (true - 50))
+    assert (f"too few were tested to know whether the model predicts better than chance ({people} participants, of 10 "
+            "that are needed)" if doubted else "") == words
+
+
+def test_a_gain_over_the_median_by_luck_is_doubted(tmp_path):
+    true, said = np.linspace(20, 80, 12), np.full(12, 50.0)
+    said[-1] = 65  # one is much better
+    words = number_predicted(tmp_path, true, said)
+    assert re.search(r"mean absolute error 15\.1, median's 16\.4; gain 1\.2 \[-1\.4, 5\.1\]", words), words
 
 
 def test_a_file_that_was_replaced_since_its_preparation_is_named(tmp_path, capsys):

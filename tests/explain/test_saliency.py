@@ -1,5 +1,6 @@
 """Saliency maps against values found by hand, and against what their theories promise."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from kit.explain.saliency import MethodError, Options, attribution, baseline_of,
 from kit.explain.targets import Cosine, Output
 from kit.models.encoders import build_encoder
 from kit.models.heads import Predictor
+from kit.models.third_party_networks import MedicalNet
 from kit.params import METHODS
 from kit.runs import ROOT
 from kit.store.grid import Grid
@@ -216,6 +218,18 @@ def test_a_module_that_runs_twice_gives_the_map_of_its_last_call(resnet, brain, 
 
 
 @pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
+def test_an_in_place_relu_does_not_change_the_map_of_the_norm_before_it(resnet, brain, method):
+    plain = copy.deepcopy(resnet)
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    expected, found = (saliency(model, *brain, method, options=Options(layer="layer3.0.bn1"))
+                       for model in (plain, resnet))
+    assert expected.any()
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
 def test_a_layer_that_outputs_no_maps_is_refused_by_name(resnet, brain, method):
     with pytest.raises(MethodError, match="layer: 'head' outputs no maps"):
         saliency(resnet, *brain, method, options=Options(layer="head"))
@@ -289,6 +303,18 @@ def test_methods_that_cannot_are_refused_with_those_that_can(vit, resnet, net):
     with pytest.raises(MethodError, match="name a module in layer"):
         check_methods(net, ["grad_cam_pp"])
     check_methods(resnet, OF_CNNS, layer="layer2")
+
+
+def test_contributions_are_refused_of_a_network_that_rescales_its_input():
+    """Multiples of a scan have one output, so nothing adds up to the output's rise."""
+    network = Predictor(MedicalNet(10, (16, 32, 32)))
+    able = "gradient, smoothgrad, guided_backpropagation, occlusion"
+    for method in ("gradient_x_input", "integrated_gradients"):
+        with pytest.raises(MethodError, match=f"normalises each scan itself.*these can: {able}$"):
+            check_methods(network, ["gradient", method])
+        with pytest.raises(MethodError, match="normalises each scan itself"):
+            saliency(network, np.ones(SHAPE, np.float32), np.ones(SHAPE, bool), method)
+    check_methods(network, ["gradient", "integrated_gradients", "occlusion"], baseline="blurred")
 
 
 def test_a_layers_full_name_is_taken_first_and_an_ambiguous_one_is_refused(resnet, scan):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kit.models.convolution import with_right_gradients
+from kit.models.convolution import Conv3d, with_right_gradients
 from kit.models.encoders import build_encoder
 from kit.models.pooling import MaxPool, _MaxPool
 from kit.store.grid import PAPER_GRID
@@ -37,6 +37,14 @@ def test_only_a_huge_output_of_one_channel_goes_that_way():
     first, second = encoder.network.conv1, encoder.network.layer1[0].conv1
     assert not first.gains_by_columns((6, 1, *PAPER_GRID.shape)) and first.gains_by_columns((7, 1, *PAPER_GRID.shape))
     assert not second.gains_by_columns((1000, 64, 75, 96, 96))
+    assert not Conv3d(1, 64, 7, padding="valid").gains_by_columns((7, 1, *PAPER_GRID.shape)), "it has no numbers"
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "densenet121", "brainiac_resnet50", "medicalnet_resnet10"])
+def test_encoders_max_pools_have_reproducible_gradients_on_cuda(architecture):
+    pools = [type(layer) for layer in build_encoder(architecture, PAPER_GRID).modules()
+             if isinstance(layer, nn.MaxPool3d)]
+    assert pools == [MaxPool]
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.nets import ResNet, ViT, resnet50
-from monai.transforms import NormalizeIntensity, Resize
+from monai.transforms import NormalizeIntensity, Resize, ScaleIntensity
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
 from kit.evaluate.predict import predict
-from kit.models.encoder_file import load_encoder
+from kit.models.encoder_file import load_encoder, noted, weights_digest
 from kit.models.encoders import build_encoder
-from kit.models.third_party_networks import SLAB, nearest
+from kit.models.third_party_networks import SLAB, MedicalNet, nearest
 from kit.preprocess.settings import Preparation
 from kit.store.dataset import PreparedScans
 from kit.store.grid import PAPER_GRID
@@ -27,12 +27,19 @@ PAPER = Preparation(PAPER_GRID, "rigid", "auto", "n4").record()
 
 
 @pytest.fixture(scope="module")
-def scan() -> np.ndarray:
-    """A z-scored brain without symmetry in the paper's box, (150, 192, 192) float32."""
+def raw() -> np.ndarray:
+    """A brain without symmetry in the paper's box, (150, 192, 192) float32: 0 outside, almost 0 where it is darkest."""
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in PAPER_GRID.shape), indexing="ij")
     brain = (z + 0.1) ** 2 / 0.6 + (y - 0.05) ** 2 / 0.7 + (x + 0.1) ** 2 / 0.4 < 1
-    raw = 3 + np.sin(5 * z + 2 * y) + np.cos(7 * x - y) + x
-    return np.where(brain, (raw - raw[brain].mean()) / raw[brain].std(), 0).astype(np.float32)
+    values = 3 + np.sin(5 * z + 2 * y) + np.cos(7 * x - y) + x
+    return np.where(brain, values - values[brain].min() + 1e-6, 0).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def scan(raw: np.ndarray) -> np.ndarray:
+    """The same, z-scored in the brain."""
+    brain = raw > 0
+    return np.where(brain, (raw - raw[brain].mean(dtype=float)) / raw[brain].std(), 0).astype(np.float32)
 
 
 def in_nifti_order(scan: np.ndarray) -> np.ndarray:
@@ -70,7 +77,7 @@ def plain_vit() -> ViT:
 
 
 @pytest.mark.parametrize("cross_attention", ["none", "as some of MONAI's versions save it"])
-def test_brainiac(tmp_path: Path, scan: np.ndarray, plain_vit: ViT, cross_attention: str,
+def test_brainiac(tmp_path: Path, raw: np.ndarray, scan: np.ndarray, plain_vit: ViT, cross_attention: str,
                   capsys: pytest.CaptureFixture[str]) -> None:
     """The first patch's token of their transforms' output: resize, z-score where not zero."""
     names = dict(plain_vit.state_dict())
@@ -84,17 +91,19 @@ def test_brainiac(tmp_path: Path, scan: np.ndarray, plain_vit: ViT, cross_attent
     encoder, record = load_encoder(tmp_path / "BrainIAC.ckpt", PAPER)
     assert (record["format"], record["architecture"]) == ("brainiac", "brainiac")
     said = capsys.readouterr().out
-    assert "non-commercial" in said and "left aside: epoch, " in said and "projection_head (1)" in said
+    assert "non-commercial" in said and "ignored: epoch, " in said and "projection_head (1)" in said
     assert ("cross_attn (1)" in said) == (cross_attention != "none")
 
-    resized = Resize((96, 96, 96), mode="trilinear")(in_nifti_order(scan)[None])
+    resized = Resize((96, 96, 96), mode="trilinear")(in_nifti_order(raw)[None])
     with torch.no_grad():
         wanted = plain_vit(torch.as_tensor(NormalizeIntensity(nonzero=True, channel_wise=True)(resized))[None])[0][0, 0]
     np.testing.assert_allclose(features(encoder, scan), wanted.numpy(), rtol=1e-4, atol=1e-4)
     assert encoder.features == 768 and wanted.std() > 0.1
+    digest = weights_digest(encoder)
+    assert noted(tmp_path / "BrainIAC.ckpt", encoder, record)["weights"] != digest, "results on other input are stale"
 
 
-def test_brainiac_resnet50(tmp_path: Path, scan: np.ndarray) -> None:
+def test_brainiac_resnet50(tmp_path: Path, raw: np.ndarray, scan: np.ndarray) -> None:
     """Their ResNet50_3D on intensities from 0 to 1 at 128x128x128, resized as MONAI's `Resized` does by default."""
     torch.manual_seed(2)
     plain = resnet50(pretrained=False)
@@ -105,11 +114,9 @@ def test_brainiac_resnet50(tmp_path: Path, scan: np.ndarray) -> None:
     encoder, record = load_encoder(tmp_path / "BrainIAC.ckpt", PAPER)
     assert record["format"] == "brainiac_resnet50" and encoder.features == 2048
 
-    resized = np.asarray(Resize((128, 128, 128))(in_nifti_order(scan)[None]))
-    brain = resized != 0
-    values = np.where(brain, (resized - resized[brain].min()) / np.ptp(resized[brain]), 0).astype(np.float32)
+    values = ScaleIntensity(0.0, 1.0)(Resize((128, 128, 128))(in_nifti_order(raw)[None]))
     with torch.no_grad():
-        wanted = plain(torch.from_numpy(values)[None])[0].numpy()
+        wanted = plain(torch.as_tensor(values)[None])[0].numpy()
     np.testing.assert_allclose(features(encoder, scan), wanted, rtol=1e-4, atol=1e-4)
     assert np.ptp(wanted) > 0.1
 
@@ -159,6 +166,27 @@ def test_medicalnet(tmp_path: Path, store: Store, depth: int, layers: list[int],
         wanted = med3d(state, torch.from_numpy(values.astype(np.float32))[None, None])[0].numpy()
     np.testing.assert_allclose(features(encoder, image), wanted, rtol=1e-4, atol=1e-5)
     assert np.ptp(wanted) > 0.1
+    assert encoder.rescales
+    np.testing.assert_allclose(features(encoder, 3 * image), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_medicalnet_enlarges_one_scan_at_a_time_in_evaluation() -> None:
+    """The features are those of the batch to float rounding, not to the bit: convolutions of other sizes sum anew."""
+    encoder, sizes = MedicalNet(10, (16, 40, 32)).eval(), []
+    encoder.network.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    images = torch.randn(3, 1, 6, 9, 8, generator=torch.Generator().manual_seed(0))
+    together = encoder(images)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), together)
+        encoder.train()(images)
+    assert sizes == [3, 1, 1, 1, 3], "training and gradients take the batch whole"
+
+
+def test_a_state_dict_of_the_kits_own_medicalnet_is_read_again(tmp_path: Path) -> None:
+    state = build_encoder("medicalnet_resnet10", GRID, seed=1).state_dict()
+    torch.save(state, tmp_path / "a.pt")
+    loaded = load_encoder(tmp_path / "a.pt", PAPER)[0].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_resizing_is_scipys() -> None:

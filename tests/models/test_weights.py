@@ -8,7 +8,9 @@ import os
 import tarfile
 import tempfile
 from functools import cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -83,8 +85,10 @@ def test_the_papers_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert record["sha256"] == digest and f"sha256 {digest} is not known here" in said
     assert said.count("licence: ") == 1, "it is said once for a file"
     assert "no tar archive" in said
-    assert "left aside: epoch, optimizer_state_dict, projector (2)" in said
+    assert "ignored: epoch, optimizer_state_dict, projector (2)" in said
     assert side_of(spec)["encoder"].where == path.as_posix() == noted(spec, encoder, record)["from"]
+    record["preparation"]["mask"] = "changed by a caller"
+    assert read_record(spec)["preparation"]["mask"] == "any"
 
 
 def test_random_weights_are_known_by_their_seed_whatever_their_last_bits() -> None:
@@ -242,12 +246,13 @@ def test_a_plain_state_dict(tmp_path: Path, architecture: str, file: str, words:
     said = capsys.readouterr().out
     assert record["format"] == record["architecture"] == architecture and record["preparation"] is None
     assert "how its scans were prepared is not known" in said and side_of(spec) == {}
-    assert "does not know which datasets and participants it was trained on: whether those tested are among" in said
+    assert "does not know which datasets and participants it was trained on: check yourself" in said
+    assert f"only if the network was built with those of the kit's {architecture}" in said, "another stride would load"
     if architecture == "resnet18":
         plain.fc = None
     if architecture == "densenet121":
         plain.class_layers.out = nn.Identity()
-    assert ("left aside" in said) == (architecture in ("resnet18", "densenet121"))
+    assert ("ignored: " in said) == (architecture in ("resnet18", "densenet121"))
     images = torch.randn(1, 1, *grid.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(encoder.eval()(images), plain.eval()(images))
@@ -347,7 +352,7 @@ def test_presets_prepare_scans_as_each_format_wants_them(name: str, capsys: pyte
 
 def test_a_download_appears_only_with_the_right_hash(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"weights").hexdigest()
-    with pytest.raises(EncoderError, match=f"a.pt has the sha256 {digest}, not ff"):
+    with pytest.raises(EncoderError, match=rf"a.pt broke off or is another file \(sha256 {digest}, not ff\)"):
         keep(io.BytesIO(b"weights"), tmp_path / "a.pt", "ff")
     assert list(tmp_path.iterdir()) == []
     assert keep(io.BytesIO(b"weights"), tmp_path / "a.pt", digest.upper()).read_bytes() == b"weights"
@@ -369,6 +374,28 @@ def test_the_command_checks_the_hash_first_and_downloads_no_file_twice(
     assert capsys.readouterr().out.strip().endswith("resnet_18_23dataset.pth")
     assert main(["medicalnet_resnet18", to, "--sha256", "a" * 64]) == 2
     assert "could not be downloaded" in capsys.readouterr().err
+
+
+class BreaksOff(BaseHTTPRequestHandler):
+    """Announces a chunk of 16 bytes, sends 4 and hangs up."""
+
+    def do_GET(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\nhalf")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_download_that_breaks_off_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), BreaksOff) as server:
+        monkeypatch.setitem(DOWNLOADS, "cut", (f"http://127.0.0.1:{server.server_port}/a.pt", "a" * 64))
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(EncoderError, match=r"cut could not be downloaded \(IncompleteRead.*By hand: get http"):
+            fetch("cut", tmp_path)
+        thread.join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_network_it_says_how_to_do_it_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

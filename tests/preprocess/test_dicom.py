@@ -157,6 +157,17 @@ def test_a_sheared_stack_is_refused(tmp_path: Path, degrees: float, refused: boo
         assert read_dicom(folder)[0].shape == SHAPE
 
 
+@pytest.mark.parametrize("change", ["PixelSpacing", "ImageOrientationPatient"])
+def test_two_stacks_under_one_series_are_refused(tmp_path: Path, change: str) -> None:
+    folder = write_series(tmp_path / "scan", numbers(), np.eye(3))
+    for file in sorted(folder.iterdir())[:6]:
+        data = pydicom.dcmread(file)
+        setattr(data, change, [1, 1] if change == "PixelSpacing" else [0.8, 0.6, 0, -0.6, 0.8, 0])
+        data.save_as(file)
+    with pytest.raises(ScanError, match="differ in orientation or pixel size, .*; keep the files of one in a folder"):
+        read_dicom(folder)
+
+
 def test_multi_frame_files_are_refused_with_the_way_out(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     image = sitk.GetImageFromArray(numbers().astype(np.uint16))
     image.SetMetaData("0010|0010", SECRET)

@@ -100,6 +100,21 @@ def test_one_form_and_two_that_agree_are_no_disagreement(tmp_path: Path) -> None
     assert other_form(tmp_path / "a.mgz") is None
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_qform_whose_handedness_is_zero_is_right_handed(tmp_path: Path, kind: type) -> None:
+    """Of `pixdim[0]` NIfTI says that 0 means 1."""
+    paths = [save(tmp_path / "one.nii", None, rotated(), kind=kind),
+             save(tmp_path / "two.nii", AFFINE, rotated(), kind=kind)]
+    for path in paths:
+        raw = bytearray(path.read_bytes())
+        offset, number = (76, np.float32) if kind is nib.Nifti1Image else (104, np.float64)
+        assert np.frombuffer(raw, number, 1, offset) == 1
+        raw[offset : offset + number().nbytes] = number(0).tobytes()
+        path.write_bytes(raw)
+    np.testing.assert_allclose(read_nifti(paths[0])[1], rotated(), atol=1e-4)
+    np.testing.assert_allclose(other_form(paths[1]), rotated(), atol=1e-4)
+
+
 @given(st.tuples(*[st.floats(-1, 1)] * 4), st.tuples(*[st.floats(0.5, 1.2)] * 3))
 def test_rounding_of_a_quaternion_is_no_disagreement(quaternion: tuple, sizes: tuple) -> None:
     length = np.linalg.norm(quaternion)

@@ -40,6 +40,13 @@ def parcels() -> np.ndarray:
     return np.where(white, np.where(right, 41, 2), cortex) * brain
 
 
+def normalised(white: float, top: float) -> np.ndarray:
+    """The stripped brain with its white matter at about `white`, and a vessel of intensity `top`."""
+    scan = stripped()[0] * np.float32(white / 100)
+    scan[20:23, 30, 25] = top
+    return scan
+
+
 MASKS = {
     "0 and 1": lambda brain: brain * 1.0,
     "0 and 100": lambda brain: brain * 100.0,
@@ -55,6 +62,8 @@ MASKS = {
     "hemispheres 127 and 255": lambda brain: np.where(np.indices(brain.shape)[2] > 25, 127, 255) * brain,
     "tissues 1 to 3": lambda brain: brain * (1 + np.indices(brain.shape)[0] % 3),
     "the stripped scan": lambda brain: stripped()[0],
+    "stripped, white matter at 0.6": lambda brain: normalised(0.6, 1.8),
+    "stripped, a bright vessel": lambda brain: normalised(1, 10),
 }
 
 

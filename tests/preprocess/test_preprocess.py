@@ -290,9 +290,11 @@ def test_two_forms_that_disagree_are_said_and_a_mask_by_the_other_is_taken(
     apart = np.subtract(*(nib.affines.apply_affine(form, corners) for form in (AFFINE, qform)))
     says = f"sform and qform disagree by {np.linalg.norm(apart, axis=1).max():.1f} mm, sform taken"
     assert index["participant"].tolist() == ["000", "001", "002"]
-    assert index["header_note"].tolist() == ["", says, f"{says}, mask lies by the other form, taken voxel by voxel"]
+    assert index["header_note"].tolist() == [
+        "", says, f"{says}, mask aligned only by the qform, applied voxel by voxel"]
     assert [note in flags for note, flags in zip(index["header_note"], index["flags"], strict=True)] == [True] * 3
-    assert f"2 scans whose sform and qform disagree: Test_001_ses-1 ({says}), Test_002" in capsys.readouterr().out
+    assert (f"2 scans whose sform and qform, or their mask's, disagree: Test_001_ses-1 ({says}), Test_002"
+            in capsys.readouterr().out)
     assert failed["reason"].str.contains("mask: it is not aligned with the scan").tolist() == [True, True]
     store = Store.open(tmp_path / "out")
     assert store.index["header_note"].fillna("").tolist() == index["header_note"].tolist()
@@ -328,6 +330,18 @@ def test_a_z_scored_brain_is_prepared_whole(tmp_path: Path, background: str) -> 
     np.testing.assert_array_equal(other_mask, mask)
     within = ndimage.binary_erosion(mask)  # at the rim the background is mixed in
     assert np.corrcoef(other[within].astype(float), image[within].astype(float))[0, 1] > 0.99
+
+
+def test_white_matter_scaling_refuses_a_z_scored_brain(tmp_path: Path) -> None:
+    """It divides by the peak, so the zero of z-scores would stay where it is and grey matter end below it."""
+    values = brain()
+    mask = ndimage.binary_fill_holes(values > 0)
+    scored = np.where(mask, (values - values[mask].mean()) / values[mask].std(), 0)
+    paths = [save(tmp_path / "a.nii.gz", values), save(tmp_path / "b.nii.gz", scored)]
+    index, failed = prepare(table(paths), tmp_path / "out", replace(settings(), intensity="whitematter"), workers=0)
+    assert index["participant"].tolist() == ["000"]
+    assert "white-matter scaling needs intensities above zero, found" in failed["reason"][0]
+    assert failed["reason"][0].endswith("was the scan z-scored? Give it as it was before, or set intensity: zscore")
 
 
 def test_whole_head_is_no_nonzero_mask(tmp_path: Path) -> None:

@@ -57,6 +57,30 @@ def test_chance_is_called_chance() -> None:
         assert re.fullmatch(words, warning("flagged scans", hit.sum(), selection_bias(people()[["age"]], hit)))
 
 
+def test_scans_of_one_person_count_once() -> None:
+    """Flags come with the person, so six sessions of each are no more evidence than one."""
+    alarms = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scans = pd.DataFrame({"person": np.arange(60), "sex": rng.choice(["F", "M"], 60), "flag": rng.random(60) < 0.2})
+        scans = scans.loc[np.repeat(scans.index, 6)].sample(frac=1, random_state=seed)
+        alarms += selection_bias(scans[["sex"]], scans["flag"].to_numpy(), scans["person"])["differs"].any()
+    assert alarms <= 5
+    labels = pd.DataFrame({"sex": [None, "F", "M", "M", "M", "F"]})
+    hit = np.array([False, True, False, False, False, False])
+    found = selection_bias(labels, hit, pd.Series(["a", "a", "b", "b", "c", "d"]))
+    assert (found["hit"][0], found["rest"][0]) == ("100% F, 0% M", "33% F, 67% M")
+
+
+def test_sites_may_be_numbers() -> None:
+    site = pd.Series(np.random.default_rng(0).integers(1, 9, 400))
+    hit = site.isin([4, 5]).to_numpy()
+    named, numbered, some = (selection_bias(pd.DataFrame({"Site": each}), hit) for each in (
+        site.astype(str), site, site.astype(float).mask(site.index < 3)))
+    pd.testing.assert_frame_equal(numbered, named)
+    assert named["differs"].all() and some["differs"].all() and "% 4" in some["hit"][0]
+
+
 def test_missing_labels_and_nobody_hit() -> None:
     table = people()
     table.loc[:99, "age"] = np.nan

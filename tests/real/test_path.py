@@ -27,8 +27,7 @@ from kit.preprocess.settings import Preparation
 from kit.preprocess.template import template_on
 from kit.runs import Run
 from kit.sample import sample_cohort
-from kit.show.planes import focus
-from kit.show.slices import three_planes
+from kit.show.saliency_figures import scan_figure
 from kit.store.dataset import PreparedScans
 from kit.store.grid import PAPER_GRID, Grid
 from kit.store.store import Store, read_transform
@@ -162,7 +161,6 @@ def test_a_saliency_map_of_a_real_scan(prepared: Store, tmp_path: Path) -> None:
     write_nifti(tmp_path / "map.nii.gz", values, prepared.grid.affine)
     written = nib.load(tmp_path / "map.nii.gz")
     assert nib.aff2axcodes(written.affine) == ("R", "A", "S") and written.shape == (192, 192, 150)
-    figure = three_planes(image.astype(np.float32), prepared.grid, overlay=values, title=scan,
-                          crosshair=focus(values, prepared.grid))
+    figure = scan_figure(image.astype(np.float32), values, prepared.grid, scan)
     figure.savefig(tmp_path / "map.png")
     assert np.asarray(Image.open(tmp_path / "map.png")).std() > 10

@@ -101,6 +101,20 @@ def test_there_is_a_panel_per_encoder_and_mode():
             draw(pd.concat([table, table.assign(task="age")]))
 
 
+def test_a_test_set_has_one_colour_in_all_panels():
+    table = pd.concat([two_classes().assign(encoder=encoder, distribution=distribution)
+                       for encoder, distribution in (("SimCLR", "elsewhere"), ("SimCLR", "in_distribution"),
+                                                     ("volumes", "in_distribution"))])
+    first, second = roc(table).axes
+    colours = {text.split(",")[0]: line.get_color() for text, line in zip(names(first), first.lines[::2], strict=False)}
+    assert second.lines[0].get_color() == colours["in distribution"] != colours["elsewhere"]
+
+
+def test_without_names_each_row_is_a_participant_in_every_fold():
+    table = two_classes(100).drop(columns="participant").assign(fold=np.arange(100) % 5)
+    assert names(roc(table).axes[0])[0].startswith("n = 100\n") and len(roc(table).axes[0].collections) == 1
+
+
 def test_calibration_is_on_the_diagonal_where_probabilities_are_true():
     rng = np.random.default_rng(0)
     odds = rng.normal(size=4000)
@@ -153,6 +167,9 @@ def test_the_metric_chooses_the_figure():
     three = table.drop(columns="predicted").assign(predicted_0=0.0, predicted_1=1.0, predicted_2=0.5)
     figure = predictions(three, "auc", "diagnosis", NOTE)
     assert len(figure.axes[0].texts) == 9 and figure.get_suptitle() == "diagnosis" and figure.get_supxlabel() == NOTE
+    three["true"] = np.arange(len(three)) % 3
+    named = predictions(three, "auc", "diagnosis", classes=["CN", "MCI", "AD"]).axes[0]
+    assert [tick.get_text() for tick in named.get_xticklabels()] == ["CN", "MCI", "AD"]
 
 
 def titles(figure) -> list[str]:

@@ -56,6 +56,12 @@ def test_histograms_mark_what_is_flagged_and_the_limits() -> None:
     assert dashed["template similarity"] == [QC_METRICS["template_similarity"].low]
 
 
+def test_scans_without_a_site_are_in_the_histograms() -> None:
+    figure = quality_histograms(index().assign(site=["S1", "S2", None, None] * 4))
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"S1 (n = 4)", "S2 (n = 4)", "no site (n = 8)"} <= set(named)
+
+
 def test_heads_are_drawn_whole_under_the_mask_that_was_made(tmp_path: Path) -> None:
     """What the mask cut off shows: the head is the file's, moved to the template, and the outline the store's mask."""
     image, brain = template_on(QC_GRID)

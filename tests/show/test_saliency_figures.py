@@ -61,6 +61,17 @@ def test_a_scan_is_drawn_plain_and_under_both_maps_through_the_strongest_place(s
     assert figure.get_size_inches()[0] * figure.dpi <= 900 and plt.get_fignums() == []
 
 
+def test_slices_go_through_a_strongest_place_at_the_brains_edge(scan):
+    """Smoothed once more over the edge, it would lose to a weaker place inside."""
+    z, y, x = next(place for place in np.argwhere(scan != 0) if place[0] == 12)  # at the cortex
+    values = np.where(scan != 0, 0.01, 0).astype(np.float32)
+    values[8:11, 11:14, 9:12] = 1
+    values[z, y, x] = 3 / smoothed((np.arange(values.size) == np.ravel_multi_index((z, y, x), values.shape)).reshape(
+        values.shape).astype(np.float32), GRID, scan != 0)[z, y, x]
+    figure = scan_figure(scan, values, GRID)
+    assert figure.axes[0].get_title() == f"axial, z = {GRID.origin_mm[2] + 8 * z:g} mm"
+
+
 def test_what_is_not_supported_says_so_in_red(scan, found):
     title = "sub-1 · true M, predicted F · gradient: not supported"
     # Matplotlib's own way to a figure's title is its list of texts.

@@ -66,3 +66,13 @@ def test_a_small_picture_looks_the_same():
     assert len(reduced) < 0.7 * len(whole)
     one, other = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in (whole, reduced))
     assert one.shape == other.shape and np.abs(one - other).mean() < 3
+
+
+def test_a_small_picture_keeps_rare_colours():
+    """The few blue voxels of a map, among many greys."""
+    picture = np.repeat(np.arange(0, 256, 1, np.uint8)[:, None], 300, axis=1)[..., None].repeat(3, 2)
+    picture[100:104, 100:104] = 40, 60, 200
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    kept = np.asarray(Image.open(io.BytesIO(small(buffer.getvalue()).data)).convert("RGB")).astype(int)
+    assert np.abs(kept[100:104, 100:104] - (40, 60, 200)).max() < 15

@@ -21,6 +21,7 @@ from kit.runs import ROOT
 from kit.store.dataset import PreparedScans, collate
 from kit.store.sampler import epoch_batches
 from kit.store.store import StoreError
+from kit.train.checkpoint import save
 from kit.train.distributed import launch, process_group, rank
 from kit.train.loop import Settings, State, TrainingError, chunks_of, fit, gradients, reads
 from kit.train.objectives import MaskedReconstruction, SimCLR, Supervised
@@ -311,6 +312,18 @@ def test_a_scan_that_cannot_be_read_leaves_the_running_statistics_as_they_were(s
     with pytest.raises(StoreError):
         state.gradients(stream(), step, [(0, number) for number in range(accumulate)])
     assert all(torch.equal(*pair) for pair in zip(before, state.objective.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(("architecture", "chunk", "words"), [
+    ("resnet18_narrow", 2, "BatchNorm now sees up to 2 scans at a time instead of 8"),
+    ("resnet18_narrow", 0, "results stay valid, but may differ in their last digits"),
+    ("resnet18_narrow", 8, "results stay valid, but may differ in their last digits"),
+    ("vit_narrow", 2, "results stay valid, but may differ in their last digits")])
+def test_other_workers_that_change_batch_norms_statistics_are_told(tmp_path, capsys, architecture, chunk, words):
+    state = State(simclr(build_encoder(architecture, GRID)), replace(SETTINGS, chunk=chunk), tmp_path, None)
+    save(tmp_path / "checkpoints", state.plain() | {"workers": 4})
+    state.restore()
+    assert capsys.readouterr().out.startswith(f"resumed with workers 4 -> 1: {words}")
 
 
 class BarlowTwins(nn.Module):

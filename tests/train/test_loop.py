@@ -252,7 +252,8 @@ def test_the_rate_falls_from_the_head_to_the_stem():
         "resnet18_narrow": {"network.conv1.weight": 0, "network.bn1.bias": 0, "network.layer1.0.conv1.weight": 1,
                             "network.layer4.1.bn2.weight": 4, "head.weight": 5},
         "vit_narrow": {"autoencoder.cls_token": 0, "autoencoder.blocks.0.norm1.weight": 1,
-                       "autoencoder.blocks.3.mlp.linear2.bias": 4, "head.weight": 6},
+                       "autoencoder.blocks.3.mlp.linear2.bias": 4,
+                       "autoencoder.blocks.4.weight": 5, "head.weight": 5},  # MONAI lists the final norm as a block
         "densenet": {"features.conv0.weight": 0, "features.denseblock1.denselayer1.layers.conv1.weight": 1,
                      "features.transition3.conv.weight": 3, "features.denseblock4.denselayer16.layers.conv2.weight": 4,
                      "features.norm5.weight": 5, "head.weight": 5}}

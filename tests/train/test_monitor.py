@@ -85,6 +85,15 @@ def test_a_site_of_one_participant_is_not_probed(store, monkeypatch):
     assert "probe_site" not in alone and alone["probe_dataset"] == 1  # no site has two participants
 
 
+def test_uniformity_is_of_different_scans(store, monkeypatch):
+    """A scan's two views are no pair: aligned perfectly, they do not change it."""
+    asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused"})
+    rows = store.index[:4]
+    monkeypatch.setattr("kit.train.monitor.embed", lambda *_: (torch.eye(4), torch.eye(4).expand(2, 4, 4)))
+    found = look(build_objective(asked, store), PreparedScans(store, rows), rows)
+    assert found["alignment"] == 0 and found["uniformity"] == pytest.approx(-4)  # all squared distances are 2
+
+
 def test_labels_are_read_as_elsewhere(store):
     """A code among ages is no age, few ages are numbers, site 1 of two datasets is two sites, male and M are one."""
     asked = Pretrain.model_validate({"prepared": store.folder, "output_dir": "unused"})
@@ -148,6 +157,15 @@ def test_the_verdict_in_plain_words(columns, word):
     assert verdict(log(**columns).head(1), 1 / 31).startswith("too early")
 
 
+@pytest.mark.parametrize(("losses", "seconds", "word"), [
+    ([3.0, math.nan], [9.0, 9.0], "NOT LEARNING: the validation loss is not finite"),
+    ([3.0, math.nan], [9.0, math.nan], "LEARNING"),  # stopped in an epoch, before validation
+    ([math.nan, 2.0], [9.0, 9.0], "LEARNING"),
+])
+def test_a_network_that_fails_on_validation_is_not_learning(losses, seconds, word):
+    assert verdict(log(validation_loss=losses, seconds=seconds), 1 / 31).startswith(word)
+
+
 @pytest.mark.parametrize(("batch", "top1", "word"), [(2, 0.5, "LEARNING"), (2, 0.4, "NOT LEARNING"),
                                                      (72, 0.03, "LEARNING"), (72, 0.01, "NOT LEARNING")])
 def test_how_many_partners_are_more_than_chance_finds(batch, top1, word):
@@ -181,6 +199,11 @@ def test_scans_learned_by_heart_are_called_so(losses, scans, word):
 def test_an_autoencoder_that_the_mean_scan_beats_is_not_learning(losses, word):
     rows = log(validation_loss=losses, mean_scan_loss=[0.7, 0.7]).drop(columns=["top1", "std", "uniformity"])
     assert verdict(rows, 1 / 31).startswith(word)
+
+
+def test_an_autoencoder_without_validation_scans_is_not_called_better_than_the_mean_scan():
+    words = verdict(pd.DataFrame({"epoch": [1, 2], "loss": [1.0, 0.9]}), 0.0)
+    assert words.startswith("LEARNING: the loss fell by 10%; whether it beats the mean scan is unknown")
 
 
 def autoencoder(store, **changes):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kit.models.mae import masks_for
 from kit.params import Pretrain
 from kit.runs import Run
-from kit.train.plan import SUSTAINED, _counted, need, plan
+from kit.train.plan import SUSTAINED, _counted, need, plan, seconds_per_item
 from kit.train.pretrain import build_objective, pretrain
 
 
@@ -70,6 +70,35 @@ def test_the_plan_has_the_batches_of_the_cohort(store, tmp_path, monkeypatch):
     assert plan(mae)[0]["scans_at_a_time"].tolist() == [15, 4, 2]  # no scan is left out: 15 on 4 are 4, 4, 4 and 3
     table, words = plan(params(store, tmp_path / "run", batch_size=1024, session_pairs=True))
     assert table["scans_at_a_time"].tolist() == [15, 3, 1] and "of 1 batch of 15 pairs; times given" in words
+
+
+@pytest.mark.parametrize(("fits", "tried"), [(4, [6, 3]), (1, [6, 3, 1]), (0, [6, 3, 1])])
+def test_a_step_that_does_not_fit_into_a_gpu_is_tried_with_fewer_scans(store, tmp_path, monkeypatch, fits, tried):
+    asked, seen = params(store, tmp_path / "run"), []
+
+    def measured(_objective, scans, *_):
+        seen.append(scans)
+        if scans > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.5 * scans
+
+    monkeypatch.setattr("kit.train.plan.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("kit.train.plan._measured", measured)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    if fits:
+        source = f"measured on a GPU, {tried[-1]} scans at a time"
+        assert seconds_per_item(asked, store, need(asked, store), 6) == (0.5, source)
+    else:
+        with pytest.raises(MemoryError, match="with 1 scans at a time: take a coarser grid or a smaller network"):
+            seconds_per_item(asked, store, need(asked, store), 6)
+    assert seen == tried
+
+
+def test_the_plan_measures_a_single_scan_at_a_time(store, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("kit.train.plan.seconds_per_item", lambda *given: asked.append(given[-1]) or (0.1, "given"))
+    plan(params(store, tmp_path / "run", chunk=1))
+    assert asked == [1]
 
 
 @pytest.mark.parametrize(("size", "refused"), [(12, ""), (4, "12"), (24, "12"), (15, "4 or 12")])
