@@ -93,7 +93,7 @@ def test_set_problems(tests: dict[str, Any], tasks: list[str]) -> list[str]:
     problems = []
     for name, test in tests.items():
         if name in RESERVED or not name.isprintable() or "/" in name:
-            problems.append(f"tests.{name}: not a name for a test set: printable, without /, and none of "
+            problems.append(f"tests.{name}: not a name for a test set; give a printable one without /, and none of "
                             f"{', '.join(RESERVED)}")
             continue
         columns = _index(test.prepared).columns

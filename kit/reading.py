@@ -44,7 +44,7 @@ class Parameters(BaseModel):
     """Base of all notebooks' parameters: unknown names are errors, and relative paths start at the project's root."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-    may_change: ClassVar[frozenset[str]] = frozenset({"workers"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"workers"})  # may differ when a run is resumed
     feeds_others: ClassVar[bool] = True  # whether other notebooks read this one's output
 
     output_dir: ProjectPath  # folder of this run
@@ -245,7 +245,7 @@ def built(model: type[Model], values: Mapping[str, Any]) -> Model:
 
 
 def _of_the_sample(params: Parameters) -> list[str]:
-    """Problems with paths of the sample's runs (outputs/quick) beside another cohort: defaults left unchanged."""
+    """Problems with paths still at their defaults, the sample's runs in outputs/quick, when the cohort is another."""
     values, quick = dict(params), resolve("outputs/quick")
     source = next((name for name in ("prepared", "cohort", "input") if values.get(name) is not None), "")
     if not source or values[source] == "sample" or _is_within(values[source], quick):
@@ -284,12 +284,13 @@ def _odd(given: Any, read: Any, name: str = "") -> list[str]:
 def _wording(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, model.model_fields, n=1)
+        known = model.model_fields if len(fault["loc"]) == 1 else ()  # names of nested models are not looked up
+        near = difflib.get_close_matches(name, known, n=1)
         return f"{name}: unknown parameter" + (f"; did you mean {near[0]}?" if near else "")
     if fault["type"] == "missing":
         return f"{name}: missing"
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{name}: got {fault['input']!r}; {message}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{name}: got {fault['input']!r}; {message[0].lower() + message[1:]}"
 
 
 def _listing(problems: list[str]) -> str:

@@ -34,8 +34,8 @@ UMASK = os.umask(0o022)  # the mode bits that this process keeps from new files;
 os.umask(UMASK)
 # files that a run overwrites or deletes; in a folder without params.yaml they are somebody else's. Executed notebooks
 # and their pages are left out, as a job may put them there before the run
-WRITTEN = ("*.csv", "*.json", "*.safetensors", "*.parquet", "*.npy", "environment.txt", "summary.txt", "table.*",
-           "figures/*", "maps/*", "checkpoints/*")
+WRITTEN = ("*.csv", "*.json", "*.safetensors", "*.parquet", "*.npy", "environment.txt", "summary.txt", "table.md",
+           "table.tex", "figures/*", "maps/*", "checkpoints/*")
 MADE_FROM = "made_from.json"  # what a run's results were made from; see `kit.provenance`
 
 

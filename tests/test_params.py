@@ -143,14 +143,14 @@ def test_a_seed_that_the_benchmark_does_not_use_is_refused(prepared):
     values = {"output_dir": "outputs/x", "prepared": prepared, "encoders": {"a": "random"}, "tasks": ["sex"],
               "finetune_tasks": []}
     assert check(NOTEBOOKS["5_benchmark"], values | {"seeds": [3]}).seeds == [3]
-    assert "seed: got 3; value error, the benchmark does not use it; set seeds: [3]" in refusal(
+    assert "seed: got 3; the benchmark does not use it; set seeds: [3]" in refusal(
         NOTEBOOKS["5_benchmark"], **values, seed=3)
 
 
 @pytest.mark.parametrize("name", ["output_dir", "prepared", "aliases"])
 def test_an_empty_path_is_not_the_current_folder(prepared, name):
     text = refusal(Pretrain, **{"output_dir": "outputs/x", "prepared": prepared, name: ""})
-    assert f"\n  {name}: got ''; value error, an empty path; name a file or folder" in text
+    assert f"\n  {name}: got ''; an empty path; name a file or folder" in text
 
 
 def test_a_parameter_file_in_another_encoding_is_named(tmp_path):

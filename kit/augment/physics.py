@@ -100,9 +100,9 @@ def _filter(gains: np.ndarray) -> np.ndarray:
 
 
 def spike(image: torch.Tensor, amplitude: float, draw: Draw) -> torch.Tensor:
-    """Add the plane wave of one corrupted k-space value; return the magnitude.
+    """Add the plane wave of one corrupted k-space value, in place; return the magnitude.
 
-    Its frequency is up to a quarter of the sampling rate along each axis.
+    `amplitude` is in the image's unit. The frequency is 0.02 to 0.25 cycles per voxel along each axis.
     """
     waves = plane_wave(draw, image.shape)
     along_z = torch.from_numpy(waves[0].astype(np.complex64)).to(image.device)
@@ -149,7 +149,7 @@ def poses(draw: Draw, movements: int) -> list[tuple[float, Draw]]:
 
 
 def cutout(image: torch.Tensor, side: float, boxes: int, draw: Draw) -> torch.Tensor:
-    """Set boxes of `side` voxels a side, centred anywhere in the image, to zero (DeVries and Taylor 2017)."""
+    """Set boxes of `side` voxels a side, centred anywhere in the image, to zero, in place (DeVries and Taylor 2017)."""
     for low, high in cutout_boxes(draw, side, boxes, image.shape):
         image[low[0]:high[0], low[1]:high[1], low[2]:high[2]] = 0
     return image
@@ -162,7 +162,7 @@ def cutout_boxes(draw: Draw, side: float, boxes: int, shape: Sequence[int]) -> n
 
 
 def blank_patches(image: torch.Tensor, share: float, size: float, draw: Draw) -> torch.Tensor:
-    """Set a share of the patches of a regular grid, `size` voxels a side, to zero (He et al. 2022)."""
+    """Set a share of the patches of a regular grid, `size` voxels a side, to zero, in place (He et al. 2022)."""
     widths = (max(1, round(size)),) * 3
     count = math.prod(-(-side // width) for side, width in zip(image.shape, widths, strict=True))
     masked = over_voxels(masked_patches(count, share, detail(draw, "patches")), widths, tuple(image.shape))

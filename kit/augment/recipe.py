@@ -84,7 +84,8 @@ def alone(name: str, share: float = 1.0) -> Recipe:
 
     Args:
         name: the transform's name.
-        share: 0 changes nothing; for transforms with a `range`, the number drawn is always its end.
+        share: 0 changes nothing, 1 is full strength (`most`). Both ends of a `range` are the value at this share, so
+            that nothing about it is random.
     """
     kind = transform_types()[name]
     end = kind.neutral + share * (kind.most - kind.neutral)

@@ -8,7 +8,7 @@ the file listing of huggingface.co/datasets/AnonRes/OpenMind:
   `PT030_OpenNeuro/ds000001/sub-01/ses-01/anat/sub-01_ses-01_run-2_T1w.nii.gz`, with a `participants.tsv` that holds
   dataset, participant_id, session_id and labels. Scans of unknown contrast are named `scan`.
 - OpenMind: `openneuro_metadata.csv` beside `OpenMind/ds000001/sub-01/anat/sub-01_T1w.nii.gz`, or nnssl's
-  `pretrain_data.json`: datasets > subjects > sessions > images.
+  `pretrain_data.json`: datasets > subjects > sessions > images, with one age per subject, that of the first scan.
 
 None of them has brain masks: OpenMind's anatomy masks cover everything but air. FOMO60K's scans are skull-stripped.
 """
@@ -29,15 +29,16 @@ from kit.cohort.tabular import COLUMNS, CohortError, TableError, read_foreign, s
 from kit.runs import shown
 
 IDENTITY = ["dataset", "participant", "session"]
-# Labels are joined by those of these columns that participants.tsv has. `visit` is the session as its folder is named,
-# before `_row` adds acq-, run-, ... to tell its scans apart.
+# Rows of participants.tsv are matched to scans by whichever of these columns the file has. `visit` is the session's
+# folder; `_row` appends acq-, run-, ... to `session`, to tell a visit's scans apart.
 KEYS = ("dataset", "participant", "visit")
-OPENMIND = ("pretrain_data.json", "openneuro_metadata.csv")
+OPENMIND = ("openneuro_metadata.csv", "pretrain_data.json")  # the CSV first: it has each scan's own age
 # Contrast names in lower case and their BIDS suffixes; a contrast-enhanced T1w is called T1ce here.
-CONTRASTS = {"t1": "T1w", "t1w": "T1w", "mprage": "T1w", "t2": "T2w", "t2w": "T2w", "pd": "PDw", "pdw": "PDw",
-             "flair": "FLAIR", **dict.fromkeys(("t1c", "t1ce", "t1wce", "t1gd", "t1post"), "T1ce")}
+CONTRASTS = {"t1": "T1w", "t1w": "T1w", "t1weighted": "T1w", "mprage": "T1w", "t2": "T2w", "t2w": "T2w",
+             "t2weighted": "T2w", "pd": "PDw", "pdw": "PDw", "flair": "FLAIR",
+             **dict.fromkeys(("t1c", "t1ce", "t1wce", "t1gd", "t1post"), "T1ce")}
 _SESSION = "sub[-_]*/ses[-_]*"
-# What BIDS has and FOMO has not, and what becomes of it if a folder is read as FOMO.
+# Found only in BIDS: a pattern, and what becomes of it if such a folder is read as FOMO.
 _BIDS_ALONE = {"sub[-_]*/anat": "participants without a session folder are left out",
                "sub[-_]*/sub*_sessions.tsv": "sessions.tsv is not read",
                "derivatives": "masks in derivatives/ are not used"}
@@ -149,7 +150,9 @@ def _nnssl(file: Path) -> Iterator[dict[str, Any]]:
             for participant, subject in content["subjects"].items():
                 for session, images in subject["sessions"].items():
                     for image in images["images"]:
-                        labels = (subject.get("subject_info") or {}) | (image.get("image_info") or {})
+                        labels: dict[str, Any] = {}
+                        for held in (subject.get("subject_info"), images.get("session_info"), image.get("image_info")):
+                            labels |= held or {}
                         labels = {name: "" if value is None or value != value else trimmed(str(value))  # NaN != NaN
                                   for name, value in labels.items()}
                         scan = _resolved(image["image_path"], file)
@@ -191,7 +194,8 @@ def _row(dataset: str, participant: str, session: str, scan: Path, contrast: str
 
 def _contrast(modality: str, scan: Path) -> str:
     """Return the contrast named in a table; only the file name says whether a contrast agent was given."""
-    return contrast_of(f"ce-agent_{modality}" if "_ce-" in scan.name else str(modality))
+    modality = str(modality).replace("-", "")  # MP-RAGE: a hyphen would make it a BIDS entity
+    return contrast_of(f"ce-agent_{modality}" if "_ce-" in scan.name else modality)
 
 
 def _resolved(text: str, file: Path) -> Path:

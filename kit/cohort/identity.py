@@ -120,11 +120,12 @@ def joined(index: pd.DataFrame, aliases: Aliases) -> pd.DataFrame:
     if len(index) and unnamed.all() and not any(name.startswith(UNNAMED) for name in aliases):
         raise IdentityError("aliases: the cohort has no column dataset, so nobody in the table of aliases is found in "
                             "it: add the column, or write the dataset there as in index.csv, with its leading ?")
-    written = {plain_name(name): name for name in sorted({each.rpartition("/")[0] for each in aliases})}
+    written = sorted({name.rpartition("/")[0] for name in aliases})
     for name in index["dataset"][~unnamed].unique():
-        if (other := written.get(plain_name(name), normalised(name))) != normalised(name):
-            raise IdentityError(f"aliases: dataset {name!r} of the cohort is {other!r} in the table of aliases, where "
-                                "none of its people would be found; write it there as in the cohort")
+        alike = [other for other in written if plain_name(other) == plain_name(name)]
+        if alike and normalised(name) not in alike:
+            raise IdentityError(f"aliases: dataset {name!r} of the cohort is {alike[0]!r} in the table of aliases, "
+                                "where none of its people would be found; write it there as in the cohort")
     ids = participant_ids(index)
     first: dict[tuple[str, ...], str] = {}
     for name in sorted(set(ids)):

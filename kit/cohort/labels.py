@@ -64,8 +64,8 @@ def read_labels(index: pd.DataFrame, task: str, kind: str = "auto", missing_code
         kind: "auto", "classification" or "regression"; the last two are taken at their word, so that -9 is a value.
         missing_codes: values of the label that mean missing.
         classes: the classes of the cohort that a model learns from, if these labels only test it; some may be absent.
-        beside: that cohort's numbers, if its kind was found by ``auto``. Numbers of this column that look like codes
-            for a missing value among both are refused, under "regression", too.
+        beside: the training cohort's numbers, if ``auto`` made them a regression. Numbers here that look like codes
+            for a missing value among these and those are then refused, although `kind` is "regression".
 
     Raises:
         LabelError: no such column, no values, text where numbers are needed, one class or more than `MOST_CLASSES`,
@@ -149,7 +149,8 @@ def _ask_about_odd_numbers(task: str, numbers: pd.Series, beside: Sequence[float
         listed = ", ".join(f"{value:g}" for value in sorted(strange)[:5]) + ", ..." * (len(strange) > 5)
         raise LabelError(f"{task}: {listed} in {int(numbers.isin(strange).sum())} rows looks like a code for a missing "
                          f"value among numbers from {min(rest):g} to {max(rest):g}: list it in missing_codes, or, if "
-                         "it is a real value (an age in months, say), set task_type: regression")
+                         "it is a real value (an age in months, a change since baseline), set task_type (5_benchmark: "
+                         "task_types): regression")
 
 
 def _unlikely(task: str, values: Collection[float]) -> list[float]:

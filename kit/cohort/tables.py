@@ -57,8 +57,9 @@ def read_cohort(path: str | Path, contrast: str = "T1w") -> pd.DataFrame:
     if "split" in table:
         table["split"] = split_names(table["split"].replace("", None))
         if strange := sorted(set(table["split"].dropna().astype(str)) - set(SPLITS)):
-            say(f"{shown(path)}: split has {', '.join(map(repr, strange))}: only 2_pretrain uses such rows, if its "
-                f"parameter `split` names them; known are {', '.join(SPLITS)}", level=3)
+            say(f"{shown(path)}: split has {', '.join(map(repr, strange))}: 2_pretrain uses such rows if its parameter "
+                "`split` names them; 3_finetune and 5_benchmark leave them out, except of a test set without rows of "
+                f"test or out_of_distribution; known are {', '.join(SPLITS)}", level=3)
     if (doubled := table.duplicated(["dataset", "participant", "session"])).any():
         row = table[doubled].iloc[0]
         raise CohortError(f"{shown(path)}: {int(doubled.sum())} scans have the dataset, participant and session of "

@@ -1,7 +1,7 @@
 """Read tables: which cells are numbers, text or missing.
 
 `read_foreign` reads tables that others wrote, `read_table` those that `kit.runs.write_table` wrote. Neither guesses:
-`001` is text, and only an empty cell is missing, and BIDS's `n/a`, except in a quoted table of the kit's.
+`001` is text. An empty cell is missing, and so is BIDS's `n/a`, except in tables whose text the kit has quoted.
 """
 
 from __future__ import annotations

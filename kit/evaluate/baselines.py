@@ -23,11 +23,11 @@ from torch.nn.functional import avg_pool3d
 
 from kit.cohort.identity import normalised
 from kit.cohort.labels import LabelError, sexes
-from kit.cohort.tabular import ages, numbers_of, spelled
+from kit.cohort.tabular import ages, looks_missing, numbers_of, spelled
 from kit.evaluate.measured import key_in_file, measured, measured_file
 from kit.evaluate.probe import DEFAULT, probe_tested
 from kit.evaluate.tasks import CORRECTION, Part, Task
-from kit.evaluate.volumes import looked_up, native_size, read_volumes, regions_on, tissue_volumes
+from kit.evaluate.volumes import BRIGHTEST, looked_up, native_size, read_volumes, regions_on, tissue_volumes
 from kit.runs import progress
 from kit.store.store import Store
 
@@ -52,10 +52,10 @@ def baseline_predictions(name: str, task: Task, *, demographics: Sequence[str] |
     """Fit one of `BASELINES` on a task's training part and predict its test parts, whose labels are never read.
 
     Args:
-        name: "guess" (the training mean, or the class frequencies), "demographics", "site" (the column `site`, in
-            any case, else `dataset`), "volumes" or "voxels".
-        demographics: columns of the index; None: all `DEMOGRAPHICS` it has. The task's own column and near copies of
-            it are left out.
+        name: "guess" (the training mean, or the class frequencies), "demographics", "site" (each scan's
+            cell in the column `site`, ignoring case; its `dataset` if there is none), "volumes" or "voxels".
+        demographics: columns of the index; None: all `DEMOGRAPHICS` it has. Left out are the task's own column and its
+            copies: of classes, a column with exactly one value for each; of numbers, one correlated above `COPY`.
         volumes: a table supplied by the user (see `kit.evaluate.volumes.read_volumes`); None: volumes measured in the
             prepared scans (see `kit.evaluate.volumes.tissue_volumes`).
         atlas: regions for the measured volumes; see `kit.evaluate.volumes.regions_on`.
@@ -64,7 +64,8 @@ def baseline_predictions(name: str, task: Task, *, demographics: Sequence[str] |
 
     Returns:
         Predictions by part, one row per scan: log-odds of class 1 (scans,), logits of K > 2 classes (scans, K), or the
-        number. Parts that lack the baseline's data are absent. None if there is nothing to learn from.
+        number. Parts that lack the baseline's data are absent; in the part `CORRECTION`, scans that lack them are nan.
+        None if there is nothing to learn from.
 
     Raises:
         LabelError: no such demographics column.
@@ -132,10 +133,12 @@ def _covariate(rows: pd.DataFrame, column: str, index: pd.DataFrame) -> pd.Serie
 
 
 def _sites(rows: pd.DataFrame) -> pd.DataFrame:
-    """Normalised site names, prefixed by dataset: site 1 of one dataset is not site 1 of another."""
-    sites = rows[spelled(rows, "site") or "dataset"]
-    names = rows["dataset"].map(normalised) + "/" + sites.map(normalised)
-    return pd.DataFrame({"site": names.where(sites.notna())}, dtype=object)
+    """Normalised site names, prefixed by dataset: site 1 of one dataset is not site 1 of another.
+
+    A scan without a site has its dataset's name alone.
+    """
+    sites, datasets = rows[spelled(rows, "site") or "dataset"], rows["dataset"].map(normalised)
+    return pd.DataFrame({"site": (datasets + "/" + sites.map(normalised)).where(sites.notna(), datasets)}, dtype=object)
 
 
 def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> dict[str, pd.DataFrame]:
@@ -144,7 +147,7 @@ def _table_of_volumes(task: Task, path: Path, tell: Callable[[str], object]) -> 
     whole = {f"all of {name}": part.rows for name, part in _labelled(task).items()}
     found = looked_up(table, pd.concat(parts | whole))
     if others := [name for name in found if words_of(name) & set(DEMOGRAPHICS)]:
-        tell(f"without {', '.join(others)}, no volumes")
+        tell(f"{', '.join(others)} of the table left out, as not volumes")
         found = found.drop(columns=others)
     columns = _without_label(task, {name: found.loc[name] for name in whole}, tell)
     more = f", ... ({len(columns)} columns)" if len(columns) > SHOWN else ""
@@ -167,16 +170,13 @@ def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[
     """Columns that do not give the label away, by name or by their values.
 
     Args:
-        tables: the columns of each part of `_labelled`, so that a fraction of the labels, which can agree by chance,
-            leaves out the same columns as all labels.
+        tables: the columns, by part of `_labelled`: with all labels, as few can agree by chance.
     """
     rows, own = pd.concat(list(tables.values())), words_of(task.labels.task)
     labels = pd.Series(np.concatenate([part.labels for part in _labelled(task).values()]), rows.index)
     kept = []
     for column in rows:
-        numbers = numbers_of(rows[column])  # as they are learned: without words for missing values
-        values = rows[column] if numbers is None else numbers
-        words, both = words_of(column), pd.DataFrame({"one": values, "other": labels}).dropna()
+        words, both = words_of(column), pd.DataFrame({"one": _compared(rows[column]), "other": labels}).dropna()
         if (words and (words <= own or own <= words)) or _copy(both["one"], both["other"], task.labels.kind):
             tell(f"without {column}, which is the label or says the same")
         else:
@@ -184,6 +184,13 @@ def _without_label(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[
     if not kept:
         raise DoesNotApply("its only columns give the label away")
     return kept
+
+
+def _compared(column: pd.Series) -> pd.Series:
+    """A column's numbers, or else its normalised text; nan where a cell is empty or looks like a missing value."""
+    if (numbers := numbers_of(column)) is not None:
+        return numbers
+    return column.map(lambda cell: np.nan if looks_missing(cell) else normalised(cell), na_action="ignore")
 
 
 def _copy(one: pd.Series, labels: pd.Series, kind: str) -> bool:
@@ -199,10 +206,12 @@ def _copy(one: pd.Series, labels: pd.Series, kind: str) -> bool:
 def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[str], object]) -> dict[str, np.ndarray]:
     """Encode columns and fit a probe: missing numbers become the training mean, categories are one-hot.
 
-    A category unseen in training, such as another site, becomes all zeros. A column is named if a test set has no value
-    of it, or none of its categories of training, such as a sex that is coded otherwise. Scans with no known value are
-    left out of training and validation. In a test part they are predicted from mean values; a test part with only such
-    scans is left out.
+    A category unseen in training, such as another site, becomes all zeros. That a value is missing is learned from,
+    too (an indicator column, or a category of its own), which a printed line says. So does one for each column of which
+    a test set has no value, or none of training's categories, such as a sex that is coded otherwise.
+
+    Scans with no known value are left out of training and validation, and are nan in the part `CORRECTION`. In a test
+    part they are predicted from mean values; a test part with only such scans is left out.
     """
     parts, knowns = {}, {}
     for name, part in task.parts.items():
@@ -221,6 +230,9 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
         raise DoesNotApply(f"the {len(train)} training scans that have a value are too few, or lack a class")
     if task.labels.classes and len(set(parts["validation"].labels)) < 2:
         tell(f"validation scans with a value are all of one class, so the penalty is not chosen but {DEFAULT:g}")
+    if gaps := [name for name in train if train[name].isna().any()]:
+        tell(f"some training scans have no {', '.join(gaps[:5])}{', ...' * (len(gaps) > 5)}; that a value is missing "
+             "is learned from, too")
     numbers = [name for name in train if train[name].dtype != object]
     categories = [name for name in train if name not in numbers]
     for name in (each for each in tables if each not in LEARNED):
@@ -253,7 +265,7 @@ def _measured_volumes(task: Task, atlas: Path | None, cache: Path | None) -> dic
         return tissue_volumes(image, mask, regions[store.grid], store.grid.spacing_mm**3 / 1000)
 
     digests = {str(grid): hashlib.blake2b(each.tobytes()).hexdigest() for grid, each in regions.items()}
-    found = _measured(task, measure, cache and measured_file(cache, "volumes", sorted(digests.items())))
+    found = _measured(task, measure, cache and measured_file(cache, "volumes", BRIGHTEST, sorted(digests.items())))
     return {name: found[name] * native_size(part.store, part.rows)[:, None] for name, part in task.parts.items()}
 
 

@@ -192,8 +192,8 @@ def _converged(gains: pd.Series, errors: pd.Series) -> bool | None:
 def reliabilities(params: Benchmark, run: Run) -> pd.DataFrame:
     """Measure repeat-scan reliability of each pretrained encoder and the untrained one; writes `reliability.csv`.
 
-    Participants whom an encoder saw in pretraining are left out of its row, and nobody of the untrained one's. Compare
-    `found_again` only between rows of equal `participants`: among fewer scans, chance finds more of them again.
+    Each row leaves out the participants whom its encoder saw in pretraining; the untrained encoder saw nobody. Compare
+    `found_again` only between rows of equal `participants`: among fewer scans the right one is found more easily.
 
     Returns:
         one row per encoder (first fold and seed); see `kit.evaluate.reliability.reliability`. An encoder for which too

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from kit.cohort.identity import read_aliases
-from kit.cohort.tabular import numbers_of, read_table
+from kit.cohort.tabular import read_table
 from kit.device import check_gpu
 from kit.evaluate.baselines import DEMOGRAPHICS, baseline_predictions, words_of
 from kit.evaluate.finetune import model_inputs, open_stores, sides_of
@@ -58,9 +58,10 @@ TEXT = ("scan", "participant", "distribution", "sex", "fingerprint")  # columns 
 TUNING = ("steps", "check_steps", "patience", "warmup_steps", "learning_rates", "weight_decays", "layer_decay", "ema",
           "schedule", "optimizer", "batch_size", "accumulate", "chunk", "flip", "standardise", "select_by", "clip",
           "precision", "check_converged")
-# versions of the rules by which baselines read tables; a cell made by an older one is computed again
-READING = 2  # words among numbers are missing values
-READING_MIXED = 3  # of demographics with such words: these do not hide that a column repeats the label
+# Versions of baselines' rules; a cell made by an older one is computed again. demographics 3: neither words for missing
+# values nor spelling hide an age, or that a column repeats the label; XX and XY are two sexes. site 2: scans without a
+# site have their dataset's. volumes 3: a few bright voxels take no Gaussian of their own.
+READING = {"demographics": 3, "site": 2, "volumes": 3}
 LOCK_PAUSE = 2.0  # seconds for another shard that holds the lock to remove a stale cell and record its new inputs
 RESULTS = ("metrics.json", "tidy.csv", "scores.csv", "differences.csv", "further.csv", "subgroups.csv", "table.*",
            "summary.txt")
@@ -106,14 +107,15 @@ def fill_cells(params: Benchmark, run: Run, bar: Mapping[str, Any] | None = None
     todo = [cell for cell in mine if not bench.is_done(cell)]
     failed, busy = [], []
     with stoppable(run.folder):
-        for number, cell in enumerate(progress(todo, **{"desc": "cells", **(bar or {})})):
+        for cell in progress(todo, **{"desc": "cells", **(bar or {})}):
             if (run / STOP).exists():
-                left = pd.DataFrame(todo[number:])
+                left = pd.DataFrame([each for each in todo if not bench.is_done(each)])
                 write_table(run / UNFINISHED, left)
                 raise Stopped(left)
             try:
                 bench.fill(cell, run.folder)
             except TrainingError as error:
+                print(f"not trained: {error}", flush=True)  # at once, as a stop would lose it
                 failed.append(f"\n  {error}")
             except _Busy:
                 busy.append(cell)
@@ -159,14 +161,14 @@ class Bench:
             self.aliases)}
         if params.volumes is not None and "volumes" in params.baselines:
             rows = pd.concat([part.rows for task in self.tasks.values() for part in task.parts.values()])
-            looked_up(read_volumes(params.volumes), rows)  # who is not told apart is refused before work, too
+            looked_up(read_volumes(params.volumes), rows)  # refuses now a table whose row fits several people or scans
         self.cells = cells_of(params, {name: [fold for task, fold in self.tasks if task == name]
                                        for name in params.tasks})
         self.allowed = check_fit(self._sides(), params.allow_differences)
-        self._noted: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
-        self._features: dict[tuple[str, Path], dict[str, np.ndarray]] = {}
-        self._memo: dict[Path, str] = {}
-        self._said: set[str] = set()
+        self._noted: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}  # provenance and record, by encoder
+        self._features: dict[tuple[str, Path], dict[str, np.ndarray]] = {}  # of one encoder, by weights and store
+        self._memo: dict[Path, str] = {}  # checksums of scans, by file
+        self._said: set[str] = set()  # lines already printed
         self._check_leakage()
 
     @cached_property
@@ -267,7 +269,7 @@ class Bench:
             shutil.rmtree(folder / f"seed{seed}", ignore_errors=True)  # its training, now that its result is written
 
     def _say(self, words: str) -> None:
-        """Print a line once, not again for each fraction, fold and seed."""
+        """Print a line once, however many cells and seeds give the same."""
         if words not in self._said:
             print(words)
         self._said.add(words)
@@ -353,11 +355,9 @@ class Bench:
         if cell.mode == "baseline":
             files = [path for path in (self.params.volumes, self.params.atlas) if path and cell.encoder == "volumes"]
             encoder = {"from": "", "weights": _digest(path.read_bytes() for path in files), "objective": "none"}
-            columns = self._columns_of(cell) if cell.encoder in ("demographics", "site") else {}
-            settings = {"columns": _digest(each.to_csv(index=False).encode() for each in columns.values())} if (
-                columns) else {}
-            if cell.encoder == "demographics" or files:
-                settings["reading"] = READING_MIXED if columns and _mixed(columns["train"]) else READING
+            settings = {"columns": self._columns_of(cell)} if cell.encoder in ("demographics", "site") else {}
+            if cell.encoder in READING:
+                settings["reading"] = READING[cell.encoder]
         else:
             each, records = zip(*(self._noted_of(cell.encoder, cell.fold, seed) for seed in self.seeds_of(cell)),
                                 strict=True)
@@ -369,12 +369,13 @@ class Bench:
         return model_inputs(self.tasks[cell.task, cell.fold], {**encoder, "name": cell.encoder}, self.aliases,
                             self.allowed, self._memo, settings=settings)
 
-    def _columns_of(self, cell: Cell) -> dict[str, pd.DataFrame]:
-        """The columns that a baseline reads, by part; they are in no other record."""
+    def _columns_of(self, cell: Cell) -> str:
+        """Digest of the columns that a baseline reads; they are in no other record."""
         names = {"site": ("site", "dataset"), "demographics": self.params.demographics or DEMOGRAPHICS}[cell.encoder]
         wanted = [words_of(name) for name in names]  # as the baseline finds them: `Age` is `age` elsewhere
-        return {name: part.rows[["scan", *(column for column in part.rows if words_of(column) in wanted)]]
-                for name, part in self.tasks[cell.task, cell.fold].parts.items()}
+        rows = [part.rows[["scan", *(column for column in part.rows if words_of(column) in wanted)]]
+                for part in self.tasks[cell.task, cell.fold].parts.values()]
+        return _digest(each.to_csv(index=False).encode() for each in rows)
 
     def _sides(self) -> dict[str, Any]:
         sides = sides_of(self.stores)
@@ -443,12 +444,6 @@ def check_parameters(params: Benchmark, run: Run) -> None:
         if listed := other_parameters(file, params.plain(), params.may_change, params.defaults(), "it"):
             raise RunError(f"{shown(folder)} fills this table with other parameters now:\n  {listed}\n"
                            "wait until it has ended, or give another output_dir")
-
-
-def _mixed(table: pd.DataFrame) -> bool:
-    """Whether a column other than `scan` is text that is read as numbers, as it holds these and words like `NA`."""
-    return any(not pd.api.types.is_numeric_dtype(table[name]) and numbers_of(table[name]) is not None
-               for name in table if name != "scan")
 
 
 def _named(cell: Cell, seed: int) -> str:

@@ -86,8 +86,9 @@ def differences(predictions: pd.DataFrame, kinds: Mapping[str, str], encoders: S
     """Compare encoders with their rivals (all others of the same mode, and the baselines), paired by participant.
 
     The bootstrap draws the same participants for both, from those tested by both. Seeds are paired if both have the
-    same ones. A one-seed baseline is deterministic and is paired with every seed. Any other one-seed side adds no
-    variance between seeds to the interval; `seeds`, the smaller number of the two, shows this.
+    same ones. A one-seed baseline is deterministic and is paired with every seed. Any other side with
+    one seed adds no variance between seeds, so the interval is too narrow; `seeds` is then 1. (It is the smaller number
+    of the two; against a deterministic baseline, the encoder's.)
 
     p is two-sided, from Student's t with the bootstrap's standard error, and so is the interval. The share of draws
     beyond 0 would not do: it cannot be below 1 / draws, which is too coarse for Holm's correction. p_holm corrects over
@@ -208,23 +209,23 @@ def _resampled(wanted: Iterable[tuple[_Entry, Names]], draws: int, seed: int) ->
         by_names[names][entry.key] = entry
     found = {}
     for names, entries in by_names.items():
-        chosen = {(key, replicate): [_on(test, names) for test in tests]
-                  for key, entry in entries.items() for replicate, tests in entry.seeds.items()}
+        chosen = {(key, trained): [_on(test, names) for test in tests]  # trained: the seed of training
+                  for key, entry in entries.items() for trained, tests in entry.seeds.items()}
         enough = {key: bool(names) and all(
             fewest(test.true, test.predicted, test.participants, entry.kind, test.folds) >= LEAST_PARTICIPANTS
-            for replicate in entry.seeds for test in chosen[key, replicate]) for key, entry in entries.items()}
+            for trained in entry.seeds for test in chosen[key, trained]) for key, entry in entries.items()}
 
         def statistics_on(drawn: np.ndarray, chosen=chosen, entries=entries) -> dict[tuple[Key, int], np.ndarray]:
-            return {model: np.mean([statistic(test.true, test.predicted, drawn[:, test.participants] * test.weight,
-                                              entries[model[0]].kind, test.folds) for test in tests], axis=0)
-                    for model, tests in chosen.items()}
+            return {(key, trained): np.mean([
+                statistic(test.true, test.predicted, drawn[:, test.participants] * test.weight, entries[key].kind,
+                          test.folds) for test in tests], axis=0) for (key, trained), tests in chosen.items()}
 
-        whole = statistics_on(np.ones((1, len(names)))) if names else {model: np.full(1, np.nan) for model in chosen}
+        whole = statistics_on(np.ones((1, len(names)))) if names else {each: np.full(1, np.nan) for each in chosen}
         parts = [statistics_on(drawn) for drawn in bootstrap(len(names), draws, seed)] if any(enough.values()) else []
         for key, entry in entries.items():
-            models = [(key, replicate) for replicate in entry.seeds]
-            drawn = [np.concatenate([part[model] for part in parts] or [np.empty(0)]) for model in models]
-            found[key, names] = _Resampled(np.concatenate([whole[model] for model in models]), np.stack(drawn),
+            seeds = [(key, trained) for trained in entry.seeds]
+            drawn = [np.concatenate([part[each] for part in parts] or [np.empty(0)]) for each in seeds]
+            found[key, names] = _Resampled(np.concatenate([whole[each] for each in seeds]), np.stack(drawn),
                                            enough[key])
     return found
 

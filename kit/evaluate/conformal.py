@@ -2,8 +2,8 @@
 
 Split conformal prediction (Vovk et al. 2005; Lei et al. 2018, doi:10.1080/01621459.2017.1307116): an interval holds the
 truth for at least 90 % of people from the validation participants' population, on average over all of them (not at each
-age), and a set does for at least 90 % of each class. Validation also chose when training stopped, so both are slightly
-too narrow. For scans from another population nothing is guaranteed.
+age), and a set does for at least 90 % of each class. Validation also chose when training stopped, so both are too
+narrow, by how much was not measured. For scans from another population nothing is guaranteed.
 """
 
 from __future__ import annotations

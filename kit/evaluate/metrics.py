@@ -39,8 +39,9 @@ def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: 
     Each participant counts once, however many scans there are; see `per_participant`. For the interval see
     `interval`.
 
-    The interval is nan with fewer than `LEAST_PARTICIPANTS` of a class (or in all for regression). It is also nan if
-    it would have no width: an AUC of 1 stays 1 in every draw, which says nothing about other participants.
+    The interval is nan with fewer than `LEAST_PARTICIPANTS` of a class (or in all for regression), counted as in
+    `fewest`. It is also nan if it would have no width: an AUC of 1 stays 1 in every draw, which says nothing about
+    other participants.
 
     Args:
         labels: (scans,) class 0 to classes - 1, or the number.
@@ -51,7 +52,7 @@ def score(labels: np.ndarray, predictions: np.ndarray, kind: str, participants: 
         draws: number of bootstrap draws.
 
     Returns:
-        value (nan if no fold has both classes), low, high, participants (all, with a pair to compare or without).
+        value (nan if no fold has both classes), low, high, participants (also those whose fold has one class only).
 
     Raises:
         NotFiniteError: a prediction is not finite.

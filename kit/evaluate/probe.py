@@ -23,7 +23,8 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, validation_features: np.
 
     Args:
         features, validation_features: (scans, width) float.
-        labels, validation_labels: (scans,) class 0 to K - 1, or the number.
+        labels, validation_labels: (scans,) class 0 to K - 1, or the number. Training must hold every class, as outputs
+            are numbered by the classes that it holds; validation may lack some.
         kind: "classification" or "regression".
     """
     def fitted(penalty: float) -> Pipeline:
@@ -57,7 +58,7 @@ def probe_tested(task: Task, features: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def _auc(labels: np.ndarray, guess: np.ndarray) -> float:
-    """Exact AUC, so that equally good penalties tie; for K > 2 classes the mean over those in validation."""
+    """AUC of validation scans, each counted once; for K > 2 classes the mean over those that validation holds."""
     even = np.ones((1, len(labels)))
     if guess.ndim == 1:
         return float(auc(labels, guess, even)[0])

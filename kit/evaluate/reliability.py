@@ -22,7 +22,7 @@ from kit.evaluate.predict import predict
 from kit.preprocess.quality import usable
 from kit.runs import shown
 from kit.store.dataset import PreparedScans
-from kit.store.leakage import check_encoder
+from kit.store.leakage import as_recorded, check_encoder
 from kit.store.store import Store
 
 Names = Sequence[Any] | np.ndarray  # (scans,) hashable: each scan's person, site or session
@@ -179,7 +179,8 @@ def reliability_of(encoder: nn.Module, store: Store, name: str = "", what: str =
     if "split" in rows and (rows["split"] == TRAVELLING).any():
         rows = rows[rows["split"] == TRAVELLING]
     ids, seen = participant_ids(rows), set((record or {}).get("participants", ()))
-    known = ids.map(lambda each: participant_hash(each) in seen or not seen.isdisjoint(hashed_ids(each, aliases)))
+    names = as_recorded(ids, (record or {}).get("seen", {}).get("dataset", ()), aliases)
+    known = ids.map(lambda each: participant_hash(each) in seen or not seen.isdisjoint(hashed_ids(each, names)))
     raters = site_names(rows) if by == "site" else _sessions(rows["session"], ids)
     if (nowhere := raters.isna() | (raters == "")).any():
         print(f"reliability: {int(nowhere.sum())} scans without {by} are left out")

@@ -34,6 +34,7 @@ from kit.store.leakage import (
     check_encoder,
     datasets_seen,
     origins_of,
+    unnamed_scans,
 )
 from kit.store.store import Store
 
@@ -230,7 +231,8 @@ def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Alias
     """Check by an encoder's record that it saw none of the tested participants and scans.
 
     Returns:
-        warnings about what cannot be checked: published weights trained on a tested part's dataset.
+        warnings about what cannot be checked: published weights trained on a tested part's dataset, or scans of
+        nameless people in a dataset that the encoder saw.
 
     Raises:
         LeakageError, IdentityError: see `kit.store.leakage.check_encoder`.
@@ -239,6 +241,10 @@ def check_tested(task: Task, record: dict[str, Any], allow: bool, aliases: Alias
     for name, distribution in task.tested.items():
         part = task.parts[name]
         check_encoder(record, part.store, part.rows, part.participants, allow, aliases)
+        if unnamed := unnamed_scans(record, part.store, part.rows):
+            warnings.append(f"MAYBE SEEN IN PRETRAINING: {unnamed} of {len(part.rows)} scans ({distribution}) have no "
+                            "participant, and the encoder saw scans of the same dataset: another scan of a person that "
+                            "it saw is not recognised")
         if seen := datasets_seen(record, part.rows):
             warnings.append(f"MAYBE SEEN IN PRETRAINING: {record['format']} was trained on {' and '.join(seen)}, on "
                             f"which it is tested ({distribution}); no list of its participants was published, so "

@@ -12,10 +12,10 @@ from kit.errors import KitError
 
 WHEEL = "KIT_DEEPMRIPREP"  # environment variable: path of deepmriprep's wheel, or of the folder it was unpacked into
 TEMPLATES = "deepmriprep/data/templates/"
-UNSTATED = "not stated there"
+UNSTATED = "not stated by CAT12"
 
-# The wheel's MIT licence covers its code. Its atlases have the names and tables of CAT12's; below is what CAT12 states
-# for each (github.com/ChristianGaser/cat12, templates_MNI152NLin2009cAsym/*.txt), or the source an entry names.
+# The wheel's MIT licence covers its code. Its atlases are CAT12's, by name and table; below is what CAT12 states for
+# each (github.com/ChristianGaser/cat12, templates_MNI152NLin2009cAsym/*.txt), unless the entry names its source.
 LICENCES = {
     "Schaefer2018": "MIT (nilearn's description of the atlas)",
     "aal3": f"{UNSTATED}; nilearn says of AAL: unknown; cite Rolls et al. 2020",
@@ -38,7 +38,7 @@ class AtlasError(KitError, ValueError):
 
 
 def atlas_names() -> list[str]:
-    """List deepmriprep's atlases; empty if it is not available."""
+    """List deepmriprep's atlases; empty if it is not available. Raises AtlasError as `templates` does."""
     folder = templates()
     return [] if folder is None else sorted(path.name.removesuffix(".csv") for path in folder.iterdir()
                                             if path.name.endswith(".csv"))
@@ -61,11 +61,15 @@ def wheel_file(name: str, ending: str) -> bytes:
 
 
 def templates() -> Path | zipfile.Path | None:
-    """Find deepmriprep's data folder without importing the package; None if it is not available."""
+    """Find deepmriprep's data folder without importing the package; None if it is not available.
+
+    Raises:
+        AtlasError: `$KIT_DEEPMRIPREP` names neither the wheel nor a folder with the atlases.
+    """
     if named := os.environ.get(WHEEL):
         if (Path(named) / TEMPLATES).is_dir():
             return Path(named) / TEMPLATES
-        if not zipfile.is_zipfile(named):
+        if not zipfile.is_zipfile(named) or not zipfile.Path(named, TEMPLATES).exists():
             raise AtlasError(f"${WHEEL} names {named}, which is neither deepmriprep's wheel nor a folder "
                              f"with {TEMPLATES}")
         return zipfile.Path(named, TEMPLATES)

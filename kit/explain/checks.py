@@ -50,8 +50,8 @@ class Thresholds(NamedTuple):
         randomised: largest rank correlation with the map of random weights. Maps that Adebayo et al. call unchanged
             stay far above 0.5, those they accept fall to 0.2 or below; smooth maps can reach 0.5 by chance.
         shuffled: the same for a model trained on shuffled labels.
-        faithful: smallest mean area by which deletion and insertion beat random order, as a share of the range of all
-            curves; random orders differ from each other by about that much.
+        faithful: smallest mean area by which deletion and insertion beat random order, as a share of the range of the
+            method's and the random curves; random orders differ from each other by about that much.
         stable: smallest rank correlation after noise and shift. Below 0.5 most of the map is not about this brain.
         outside: largest share outside the brain relative to a uniform map; above 1 the map favours the background.
         incomplete: largest relative error of integrated gradients' sum; their authors ask for 5 %.
@@ -229,17 +229,19 @@ def areas(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per method: `deletion`, `insertion`: how much sooner the output falls, or rises, than in random order,
-        as a share of the range of all curves; 0 equals random order, below 0 is worse.
+        as a share of the range of its own and the random curves; 0 equals random order, below 0 is worse. nan if the
+        output never changes.
     """
     wide = table.pivot_table(index=["method", "kind"], columns="fraction", values="output")
-    span = float(np.ptp(wide.to_numpy()))
+    names = wide.index.get_level_values("method")
     ends = wide.xs("deletion", level="kind")
     rises = np.sign(ends[0.0].mean() - ends[1.0].mean())  # whether the scan's output is above the baseline's
     area = pd.Series(np.trapezoid(wide.to_numpy(), FRACTIONS, axis=1), wide.index).unstack("kind")
     chance = area[area.index.str.startswith("random ")].mean()
     own = area[~area.index.str.startswith("random ")]
-    if span == 0:
-        return own * float("nan")
+    span = pd.Series({name: float(np.ptp(wide[names.str.startswith("random ") | (names == name)].to_numpy()))
+                      for name in own.index})
+    span = span.where(span > 0)
     return pd.DataFrame({"deletion": (chance["deletion"] - own["deletion"]) * rises / span,
                          "insertion": (own["insertion"] - chance["insertion"]) * rises / span})
 
@@ -272,7 +274,8 @@ def stability(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed
     """Rank correlations of a scan's maps with those after slight noise, and after a shift by one voxel along x.
 
     Returns:
-        One row per method: `noise`, `shift`.
+        One row per method: `noise`, `shift`; 0 if only the changed scan's map is the same everywhere in the brain, nan
+        if the map itself is.
     """
     image, mask = explainer.read(scan)
     noise = np.random.default_rng([seed, 5]).normal(0, NOISE_SD * image[mask].std(), image.shape)
@@ -284,6 +287,8 @@ def stability(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed
         back = np.concatenate([after[..., 1:], np.zeros_like(after[..., :1])], -1)
         rows[method] = {"noise": rank_correlation(found, explainer.map(scan, method, image=noisy, mask=mask), mask),
                         "shift": rank_correlation(found, back, mask)}
+        if np.ptp(np.abs(found[mask])) > 0:  # else a map that noise wipes out would be left out of the means
+            rows[method] = {name: 0.0 if np.isnan(value) else value for name, value in rows[method].items()}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -368,7 +373,8 @@ def _numbers(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], copie
                          index=list(maps))
     table["shuffled"] = [np.nan if shuffled is None else _model_correlation(
         explainer, scan, method, found, explainer.map(scan, method, model=shuffled)) for method, found in maps.items()]
-    table = table.join(areas(curves(explainer, scan, maps, seed))).join(stability(explainer, scan, maps, seed))
+    ordered = {method: found for method, found in maps.items() if np.ptp(found[mask]) > 0}  # a flat map orders no cubes
+    table = table.join(areas(curves(explainer, scan, ordered, seed))).join(stability(explainer, scan, maps, seed))
     table["outside"] = [outside_share(found, mask) for found in maps.values()]
     table["incomplete"] = [incompleteness(explainer, scan, found) if method == "integrated_gradients" else np.nan
                            for method, found in maps.items()]
@@ -413,9 +419,11 @@ def _faults(row: pd.Series, limits: Thresholds) -> list[str]:
     if row["shuffled"] > limits.shuffled:
         faults.append(f"so do shuffled labels ({row['shuffled']:.2f})" if faults else
                       f"shuffled labels give much the same map ({row['shuffled']:.2f})")
-    if not faithful >= limits.faithful:
+    if np.isnan(faithful):
+        faults.append("the output never changes, whatever is removed")
+    elif faithful < limits.faithful:
         faults.append("removing what it marks changes the output hardly sooner than removing brain at random "
-                      f"({faithful:.3f}; at least {limits.faithful:g} is asked)")
+                      f"(by {faithful:.3f} of the range; at least {limits.faithful:g} is required)")
     faults += [f"it is another map after {what} ({row[name]:.2f})"
                for name, what in (("noise", "a little noise"), ("shift", "a shift by one voxel"))
                if not row[name] >= limits.stable]

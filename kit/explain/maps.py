@@ -265,7 +265,7 @@ def _group(known: pd.DataFrame, name: str, rows: pd.DataFrame, count: int, seed:
 
 
 def _drawn(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Draw rows at random, one per participant, in drawing order."""
+    """Draw participants at random, each with the first of their rows, in drawing order."""
     rows = rows[~participant_ids(rows).duplicated().to_numpy()]
     return rows.iloc[rng_for(seed).permutation(len(rows))[:count]]
 
@@ -284,14 +284,14 @@ def no_better_than_chance(model: Path) -> str:
     if record["kind"] == "classification":
         auc, low = metrics["in_distribution_auc"], metrics.get("in_distribution_auc_low")
         if auc is None:
-            return "only one class was tested, so it is unknown whether the model predicts better than chance"
+            return "a class has no tested scan, so it is unknown whether the model predicts better than chance"
         if low is None or np.isnan(low):
             known = _predicted(model, record)
             least = _people(known).groupby(known["true"]).nunique().min()
             if least < LEAST_PARTICIPANTS:
                 return (f"too few were tested to know whether the model predicts better than chance (AUC {auc:.2f}; "
                         f"{least} of a class, of {LEAST_PARTICIPANTS} that are needed)")
-            low = auc  # 1 in every draw
+            low = auc  # the same in every draw: 1, or 0.5 if all predictions are equal
         return "" if low > 0.5 else ("the model itself predicts no better than chance "
                                      f"(AUC {auc:.2f}, interval from {low:.2f})")
     known = _predicted(model, record)
@@ -325,7 +325,7 @@ def saliency_maps(explainer: Explainer, rows: pd.DataFrame, methods: Sequence[st
         def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
             bar.update(min(len(inputs[0]), due - bar.n))  # not returned: a hook's value replaces the model's output
 
-        # Of the encoder, which all targets and methods call; a similarity or attention rollout skips the head.
+        # on the encoder, not the whole model: similarities and attention rollout never call the head
         hook = (encoder_of(explainer.model) or explainer.model).register_forward_hook(count)
         try:
             for scan, mask in masks.items():
@@ -400,8 +400,8 @@ def _classes(rows: pd.DataFrame, record: dict[str, Any]) -> dict[str, list[str]]
     if record["kind"] == "regression":
         values = pd.to_numeric(label)
         middle = float(values.median())
-        name = np.where(values > middle, f"{record['task']} above {middle:g}", f"{record['task']} to {middle:g}")
-        classes = [f"{record['task']} to {middle:g}", f"{record['task']} above {middle:g}"]
+        name = np.where(values > middle, f"{record['task']} above {middle:g}", f"{record['task']} up to {middle:g}")
+        classes = [f"{record['task']} up to {middle:g}", f"{record['task']} above {middle:g}"]
     else:
         numbers = read_labels(rows, record["task"], record["kind"], (), record["classes"]).values
         classes = [f"{record['task']}={each}" for each in record["classes"]]
@@ -470,5 +470,5 @@ def known_place(store: Store, scan: str, task: str) -> np.ndarray | None:
 
 
 def effect_file(store: Store, scan: str, task: str) -> Path:
-    """Return the path of a task's known place in a scan; there is no file if it is unknown."""
+    """Return the path of a task's known place in a scan; if the task is not in `EFFECTS`, no such file ever exists."""
     return store.folder / "effects" / f"{scan}_{EFFECTS.get(task)}.nii.gz"

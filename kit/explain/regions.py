@@ -38,7 +38,7 @@ def region_intervals(maps: Maps, store: Store, atlas: Atlas | Mapping[str, Atlas
         uniform map), participants. A method's regions are sorted by share, largest first. No map, no row.
 
     Raises:
-        ValueError: shapes differ, or a map is zero inside its mask.
+        ValueError: shapes differ, or a map is zero or not finite inside its mask.
     """
     if not maps:
         return pd.DataFrame(columns=COLUMNS)
@@ -74,7 +74,7 @@ def shares_of(saliency_map: np.ndarray, mask: np.ndarray, atlas: Atlas) -> pd.Da
         and side are merged. `in no region` is brain that the atlas does not cover.
 
     Raises:
-        ValueError: shapes differ, or the map is zero inside the mask.
+        ValueError: shapes differ, or the map is zero or not finite inside the mask.
     """
     weight, brain = _inside(saliency_map, mask, atlas.labels.shape)
     table = pd.concat([pd.DataFrame({"label": [0], "region": ELSEWHERE, "side": BOTH}), atlas.table], ignore_index=True)
@@ -93,6 +93,6 @@ def _inside(saliency_map: np.ndarray, mask: np.ndarray, shape: tuple) -> tuple[n
     if not saliency_map.shape == brain.shape == tuple(shape):
         raise ValueError(f"shapes differ: map {saliency_map.shape}, brain mask {brain.shape}, atlas {tuple(shape)}")
     weight = np.where(brain, np.abs(saliency_map.astype(np.float64)), 0)
-    if not weight.sum() > 0:
+    if not 0 < weight.sum() < np.inf:
         raise ValueError("the map is zero or not finite inside the mask, so regions have no shares of it")
     return weight, brain

@@ -177,8 +177,8 @@ def _unfit(model: nn.Module, method: str, layer: int | str | None, baseline: str
     encoder = encoder_of(model)
     if any(getattr(module, "rescales", False) for module in model.modules()) and (
             method == "gradient_x_input" or method == "integrated_gradients" and baseline == "zero"):
-        return ("it normalises each scan itself, so that multiples of a scan have one output and the gradient towards "
-                "the scan is zero" + "; give another baseline" * (method == "integrated_gradients"))
+        return ("it normalises each scan itself: scaling a scan changes no output, so that contributions sum to zero"
+                + "; or set baseline: mean_brain or blurred" * (method == "integrated_gradients"))
     vit = isinstance(encoder, ViTEncoder)
     if method == "attention_rollout" and not vit:
         return f"{type(encoder or model).__name__} has no attention that the kit knows"

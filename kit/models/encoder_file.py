@@ -112,7 +112,11 @@ def weights_digest(network: nn.Module, drawn: str = "") -> str:
 
 
 def noted(spec: str | Path, network: nn.Module, record: dict[str, Any]) -> dict[str, str]:
-    """What a run's `made_from.json` notes about its encoder; `weights` also changes where its input does."""
+    """What a run's `made_from.json` notes about its encoder.
+
+    `weights` is a digest of its weights, with a prefix if the network reads scans otherwise than it did in an older
+    kit: features and results of that reading are stale.
+    """
     if record["objective"] == "random":
         path, drawn = str(spec), f"{record['architecture']} seed {record['seed']}"
     else:

@@ -26,9 +26,10 @@ class FeatureError(KitError, ValueError):
 
 
 def stages_of(encoder: nn.Module) -> list[nn.Module]:
-    """Stages of an encoder, from input to output: 4 of a ResNet or DenseNet, each transformer block of a ViT.
+    """Stages of one of the kit's encoders, in order: 4 of a ResNet or DenseNet, each transformer block of a ViT.
 
-    They end before the final norm, so that the last stage's mean is the encoder's output for a ResNet only.
+    Of any other network, none. A stage's output comes before the encoder's final norm; a ResNet has none, so that only
+    there the mean of the last stage is the encoder's own output.
     """
     if isinstance(encoder, ResNetEncoder):
         return [getattr(encoder.network, f"layer{number}") for number in range(1, 5)]

@@ -37,7 +37,7 @@ class Reference(NamedTuple):
     validation: np.ndarray
 
     def distances(self, features: np.ndarray) -> np.ndarray:
-        """Mahalanobis distances: (scans, features) -> (scans,); about sqrt(features) for scans like those fitted."""
+        """Mahalanobis distances: (scans, features) -> (scans,), without a unit; compare them with validation scans'."""
         scaled = (np.asarray(features, np.float64) - self.mean) / self.sd
         return np.sqrt(np.einsum("nf,fg,ng->n", scaled, self.precision, scaled))
 

@@ -151,8 +151,11 @@ def brain_zscored(images: torch.Tensor) -> torch.Tensor:
 def darkest_zero(images: torch.Tensor) -> torch.Tensor:
     """Shift each scan's non-zero voxels so that the darkest becomes zero; the others stay zero.
 
-    This makes a z-scored brain (batch, 1, depth, height, width) as dark at its edge as the raw scan with its background
-    set to zero, up to a factor and the raw value of the darkest voxel: resizing mixes the edge with black.
+    Resizing then mixes the brain's edge with black, as in a raw scan whose background is zero. The result is that raw
+    scan up to a factor, and up to the raw value of its darkest voxel, which a z-score has lost.
+
+    Args:
+        images: (batch, 1, depth, height, width), z-scored in the brain, 0 outside.
     """
     brain = images != 0
     return torch.where(brain, images - torch.where(brain, images, torch.inf).amin((1, 2, 3, 4), keepdim=True), 0)

@@ -2,7 +2,7 @@
 
 A NIfTI header may hold two forms, each giving an affine: the sform and the qform. The sform is used if present, as in
 nibabel, FSL, SPM and FreeSurfer: later alignments are written there, and a quaternion cannot represent all of them.
-ITK and ANTs may use the qform, so their masks may lie there: see `kit.preprocess.nifti.other_form`.
+ITK and ANTs may use the qform, so masks that they wrote may be placed by it: see `kit.preprocess.nifti.other_form`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,17 @@ def as_stored(sizes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return the affine of voxels stored in RAS order with their centre at the origin; NIfTI's "method 1".
 
     nibabel would treat NIfTI files without codes as Analyze files, with x pointing left.
+
+    Args:
+        sizes: voxel sizes along (x, y, z), mm.
+        shape: voxels along (x, y, z), unlike arrays elsewhere.
     """
     sizes = np.asarray(sizes, float)
     return nib.affines.from_matvec(np.diag(sizes), -sizes * (np.array(shape[:3]) - 1) / 2)
 
 
 def voxel_sizes(affine: np.ndarray) -> np.ndarray:
-    """Return the voxel sizes (x, y, z) of a (4, 4) affine."""
+    """Return the voxel sizes (x, y, z) of a (4, 4) affine, in its unit of length."""
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 

@@ -107,7 +107,8 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
     probability = not two and not whole and 0.5 < top <= PROBABILITY_TOP
     labels = (whole and top <= MOST_LABELS) or _equal_neighbours(values, top, affine) >= LABELS_EQUAL
     graded = not two and not probability and not labels and saturated >= LEAST_SATURATED
-    if top <= 0 or (not two and not whole and low < -top / 4) or (probability and saturated < LEAST_SATURATED):
+    unlike = low < -top / 4 or (top <= PROBABILITY_TOP and saturated < LEAST_SATURATED)
+    if top <= 0 or (unlike and not two and not whole):
         raise ScanError(f"mask: no mask ({found}); give one that is 1 in the brain and 0 elsewhere")
     if two or graded:
         threshold = (low + top) / 2 if two else top / 2

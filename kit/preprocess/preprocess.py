@@ -44,7 +44,7 @@ from kit.store.store import FORMAT, StoreError, claim, read_facts, remove_leftov
 
 KINDS = Transforms._fields
 # Increase this when the search, a metric or a refusal changes: scans prepared before are then prepared again.
-METHOD = 2
+METHOD = 3
 # Heads rotated further than this from the template's pose are levelled and shown to deepbet again: its masks of heads
 # turned by 31 to 35 degrees moved the pose by up to 1.3 mm. The median head lies at 13 degrees, one in eight beyond 20.
 LEVEL_DEG = 20.0
@@ -137,7 +137,7 @@ def prepare_scan(job: ScanJob) -> dict[str, Any] | str:
     start = perf_counter()
     try:
         search_digest, full_digest = _digests(job)
-        with one_thread():
+        with one_thread():  # resampling too: else each worker's would take all cores
             image, mask, notes = _to_template_space(job, _known(job, search_digest))
         notes["quality"]["seconds"] = round(perf_counter() - start, 2)
         notes |= {"search": search_digest, "source": full_digest}

@@ -48,7 +48,8 @@ def read_scan(path: str | Path, no_codes_ok: bool = False) -> tuple[np.ndarray, 
 
     Args:
         path: the file or folder.
-        no_codes_ok: assume RAS order for a scan that does not say where it lies (see `read_nifti`).
+        no_codes_ok: assume RAS order for a NIfTI, NRRD or MetaImage that does not say where it lies (see
+            `read_nifti`); an MGH without a position is always refused.
 
     Returns:
         The image, float32 (z, y, x), and its (4, 4) affine from a voxel (x, y, z) to millimetres, RAS+.
@@ -177,4 +178,4 @@ def _data_file(path: Path, data: bytes) -> Path:
     """Return the file that an NRRD or MetaImage header names for its voxels; often the header file itself."""
     name = re.search(rb"(?mi)^(?:data ?file:|ElementDataFile\s*=)[ \t]*(.+?)\s*$", data)
     text = name.group(1).decode("utf-8", "replace") if name else "LOCAL"
-    return path if text == "LOCAL" else path.with_name(text) if "/" not in text else path.parent / text
+    return path if text.upper() == "LOCAL" else path.with_name(text) if "/" not in text else path.parent / text

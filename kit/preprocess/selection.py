@@ -14,7 +14,7 @@ MOST_CLASSES = 12
 FEWEST_NUMBERS = 6
 # Significance level, after Holm's correction over the labels tested.
 ALPHA = 0.05
-FEW = 10  # scans hit, below which only the largest differences would be found
+FEW = 10  # people or scans hit, below which only the largest differences would be found
 
 
 def selection_bias(labels: pd.DataFrame, hit: np.ndarray, people: pd.Series | None = None) -> pd.DataFrame:
@@ -55,8 +55,8 @@ def warning(name: str, count: int, table: pd.DataFrame) -> str:
     """Return one line that says which groups a filter hit.
 
     Args:
-        name: what was hit, such as "flagged scans".
-        count: how many.
+        name: who or what was hit, such as "people with flagged scans".
+        count: how many, in the unit that `selection_bias` compared.
         table: from `selection_bias`.
     """
     if table.empty:

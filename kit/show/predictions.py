@@ -321,7 +321,9 @@ def _joined(rows: pd.DataFrame) -> pd.DataFrame:
 def _who(rows: pd.DataFrame) -> pd.Series | np.ndarray:
     if "alias_of" in rows.columns or {"dataset", "participant"} <= set(rows.columns):
         return participant_ids(rows)
-    return rows["participant"] if "participant" in rows.columns else np.arange(len(rows))
+    if "participant" in rows.columns:
+        return rows["participant"]
+    return rows.groupby("seed").cumcount() if "seed" in rows.columns else np.arange(len(rows))  # seeds' rows are alike
 
 
 def _probabilities(rows: pd.DataFrame) -> np.ndarray:

@@ -91,7 +91,7 @@ def origins_of(rows: pd.DataFrame) -> dict[str, pd.Series]:
     return {column: names for column, names in found.items() if len(names)}
 
 
-def _as_recorded(ids: pd.Series, datasets: Iterable[str], aliases: Aliases | None) -> Aliases:
+def as_recorded(ids: pd.Series, datasets: Iterable[str], aliases: Aliases | None) -> Aliases:
     """Return all names of these people, also with datasets punctuated as in an encoder's record (OASIS3, OASIS-3)."""
     written: dict[str, set[str]] = {}
     for dataset in datasets:
@@ -105,7 +105,7 @@ def _as_recorded(ids: pd.Series, datasets: Iterable[str], aliases: Aliases | Non
     return found
 
 
-def _unnamed(record: Mapping[str, Any], store: Store, rows: pd.DataFrame) -> int:
+def unnamed_scans(record: Mapping[str, Any], store: Store, rows: pd.DataFrame) -> int:
     """Count the scans without a participant in datasets that an encoder saw.
 
     0 if it saw other such scans of this store: then `rows_are_people` speaks for all of them.
@@ -144,10 +144,7 @@ def check_encoder(record: Mapping[str, Any], store: Store, rows: pd.DataFrame, i
         print(f"{words}; whom it saw is unknown")
         return
     datasets = record.get("seen", {}).get("dataset", ())  # an older kit's record has none
-    people = check_unseen(ids, record["participants"], allow, _as_recorded(ids, datasets, aliases))
-    if unnamed := _unnamed(record, store, rows):
-        print(f"MAYBE SEEN IN PRETRAINING: {unnamed} of {len(rows)} scans have no participant, and the encoder saw "
-              "scans of the same dataset: another scan of a person that it saw is not recognised")
+    people = check_unseen(ids, record["participants"], allow, as_recorded(ids, datasets, aliases))
     found, seen = voxel_hashes(store, rows["scan"]), set(record["voxels"])
     scans = sum(each in seen for each in found.values())
     if scans and not allow:
@@ -206,4 +203,4 @@ def check_apart(parts: Mapping[str, tuple[Store, pd.DataFrame, pd.Series]], alia
                     raise LeakageError(
                         f"{len(both)} {what} are both in {one} and in {other}{words}, the first: "
                         f"{sides[one][both[0]]} and {sides[other][both[0]]}; keep them in one part, or give one person "
-                        "one name (or a table of aliases)")
+                        "one name (or a table of aliases); names of two datasets must differ by more than punctuation")

@@ -104,10 +104,14 @@ def _warn_of_shares(drawn: Sequence[str], datasets: Sequence[str]) -> None:
 
 
 def all_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the batches of one pass over all scans, as even in size as possible: no scan is dropped or left alone.
+    """Return the batches of one pass over all scans, as even in size as possible; no scan is dropped.
 
-    BatchNorm cannot train on a single scan. A batch may hold several scans of a participant, and has three scans if
-    `batch_size` is 2 and `count` odd.
+    No batch has a single scan, on which BatchNorm cannot train, unless `count` is 1. A batch may hold several scans of
+    a participant, and has three scans if `batch_size` is 2 and `count` odd.
+
+    Args:
+        count: scans, at least 1.
+        batch_size: most scans in a batch, at least 2.
 
     Returns:
         lists of scan numbers; the same number of lists in every epoch.

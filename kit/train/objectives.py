@@ -30,13 +30,14 @@ Report = dict[str, torch.Tensor]  # scalars: `loss`, and whatever else is worth 
 class Objective(Protocol):
     """What the loop, its chunks, validation, the monitor and `kit.train.pretrain` need from an objective.
 
-    `kit.train.plan` counts its operations: it calls `head(encoder(scans))`; an objective without `head` needs a branch
-    there.
+    `kit.train.plan` counts an objective's floating-point operations through `head(encoder(scans))`; an objective
+    without `head` needs a branch there.
 
     Attributes:
         compares: whether the loss compares the scans of a batch with each other. If so, a batch in chunks is embedded
             chunk by chunk, then all embeddings are compared; if not, the loss is a mean over scans.
-        scans_per_item: scans of a batch that form one item: 2 if the views come from two sessions.
+        scans_per_item: scans of a batch that make one item, which is what gives two views: 1, or 2 if these come from
+            two sessions.
         recipe: how views are made; kept in checkpoints and the encoder's record. `Recipe()` if there are no views.
     """
 

@@ -115,14 +115,14 @@ def check_files(params: Pretrain, folder: Path) -> None:
         CheckpointError: a scan that a resumed run learns from is missing or damaged now.
     """
     store, resumes = Store.open(params.prepared), _has_checkpoint(folder)
-    already_out = _damaged(folder) if resumes else {}
+    damaged_before = _damaged(folder) if resumes else {}
     scans = pd.concat(choose_scans(params, store))["scan"].tolist()
-    found = unreadable(store, [scan for scan in scans if scan not in already_out], params.verify)
+    found = unreadable(store, [scan for scan in scans if scan not in damaged_before], params.verify)
     if resumes and found:
         raise CheckpointError(f"{len(found)} scans that {shown(folder)} began with are missing or damaged now: "
                               f"{', '.join(list(found)[:5])}{', ...' * (len(found) > 5)}. "
                               "Restore them, and it resumes; or give another output_dir")
-    damaged = already_out | found
+    damaged = damaged_before | found
     write_table(folder / DAMAGED, pd.DataFrame({"scan": list(damaged), "reason": list(damaged.values())}, dtype=str))
     if damaged:
         warnings.warn(f"{len(damaged)} of {len(scans)} scans are missing or damaged and left out: "
@@ -238,8 +238,8 @@ def choose_scans(params: Pretrain, store: Store) -> tuple[pd.DataFrame, pd.DataF
     asked = index[index["split"] == params.split] if "split" in index else index
     rows = asked[~_tested(params, every, asked)]
     ids = participant_ids(rows)
-    out = set(shuffled(ids, params.seed, "held out")[:round(params.validation_fraction * ids.nunique())])
-    learned, validation = rows[~ids.isin(out)], rows[ids.isin(out)]
+    validating = set(shuffled(ids, params.seed, "held out")[:round(params.validation_fraction * ids.nunique())])
+    learned, validation = rows[~ids.isin(validating)], rows[ids.isin(validating)]
     if (people := participant_ids(learned).nunique()) < 2:
         flagged = f", {len(every) - len(index)} of them unusable and left out"
         tests = f", {len(asked) - len(rows)} left out for testing (leave_out_test)" * _leaves_out(params, every)
@@ -311,7 +311,7 @@ def build_objective(params: Pretrain, store: Store) -> Pretext:
 
 
 def compared_rows(params: Pretrain, validation: pd.DataFrame) -> pd.DataFrame:
-    """Validation rows that the loss and the monitor look at: each participant's first if it compares scans, else all.
+    """Validation rows for the loss and the monitor: one per participant if the objective compares scans, else all.
 
     Two sessions of one person must not be negatives of each other; training batches see to that, too.
     """
@@ -397,7 +397,11 @@ def record_of(params: Pretrain, store: Store, objective: Pretext, made: MadeFrom
 
 
 def _pass_of_each_batch(epoch: int, number: int) -> tuple[int, int]:
-    """Count each batch as a pass of its own: a balanced epoch repeats small datasets' scans, which need new views."""
+    """The `Place` (pass, batch within it) for balanced epochs: each batch is a pass of its own.
+
+    Such an epoch repeats the scans of small datasets, and views are keyed by the pass, so that a repeated scan gets new
+    ones. Passes of two epochs stay apart as long as an epoch has fewer than 65,536 batches.
+    """
     return (epoch << 16) + number, 0
 
 
@@ -414,11 +418,11 @@ def train(params: Pretrain, folder: Path) -> None:
     made = _made(folder)  # written by the process that started this one
     same |= views_of(objective) | {"made_from": made.record}
     try:
-        held_out = compared_rows(params, validation)
-        out, scans = PreparedScans(store, held_out), PreparedScans(store, learned)
-        fit(objective, scans, batches_for(params, learned), out, Settings.of(params), folder, params=same,
+        compared = compared_rows(params, validation)
+        scans, held_out = PreparedScans(store, learned), PreparedScans(store, compared)
+        fit(objective, scans, batches_for(params, learned), held_out, Settings.of(params), folder, params=same,
             stop=folder / STOP, live=True, place=_pass_of_each_batch if params.sampling == "balanced" else as_counted,
-            monitor=monitor_of(scans, out, held_out, params.monitor_epochs, params.epochs))
+            monitor=monitor_of(scans, held_out, compared, params.monitor_epochs, params.epochs))
     except Stopped as stopped:
         if rank() == 0:
             write_table(folder / UNFINISHED, stopped.log)

@@ -160,6 +160,15 @@ def test_labels_of_nnssls_collection_are_typed_as_those_of_tables(tmp_path: Path
     assert cohort["visits"].dtype == int and cohort["visits"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_sessions_own_labels_and_a_contrast_with_a_hyphen_are_read(tmp_path: Path) -> None:
+    sessions = {f"ses-{age}": {"session_info": {"age": age}, "images": [image(f"{age}_T1w.nii.gz", "T1-weighted")]}
+                for age in (60, 65)}
+    (tmp_path / "pretrain_data.json").write_text(json.dumps({"datasets": {"d": {"subjects": {
+        "sub-01": {"subject_info": {"age": 1, "sex": "F"}, "sessions": sessions}}}}}))
+    cohort = read_cohort(tmp_path)
+    assert cohort["age"].tolist() == [60, 65] and cohort["sex"].tolist() == ["F", "F"]
+
+
 def test_openmind_as_it_is_downloaded(tmp_path: Path) -> None:
     (tmp_path / "openneuro_metadata.csv").write_text(
         "unique_id,image_path,modality,anat_mask_path,age,sex,image_quality_score\n"

@@ -193,6 +193,8 @@ def test_aliases(tmp_path):
         joined(unnamed, aliases)
     with pytest.raises(IdentityError, match="dataset 'OA-SIS' of the cohort is 'oasis' in the table of aliases"):
         joined(index.replace("oasis", "OA-SIS"), aliases)  # its 17 would stay another person
+    both = {name: ("oa-sis/17", "oasis/17") for name in ("oa-sis/17", "oasis/17")}  # both spellings are listed
+    assert participant_ids(joined(index.replace("oasis", "OA-SIS"), both))[0] == "OA-SIS/17"
     assert participant_ids(joined(unnamed, {"?/1": ("?/1", "?/3"), "?/3": ("?/1", "?/3")})).nunique() == 2
     path.write_text("dataset,participant,person\nadni,1,P\nadni,001,Q\n")
     with pytest.raises(IdentityError, match="adni/1 is listed as several persons"):

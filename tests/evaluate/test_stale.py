@@ -17,7 +17,7 @@ from kit.models.encoders import build_encoder
 from kit.params import Benchmark, Finetune, Pretrain, Saliency
 from kit.provenance import MisfitError, words
 from kit.reading import check
-from kit.runs import Run, write_table
+from kit.runs import Run
 from kit.store.store import Store, scan_path, write_scan
 from kit.train import checkpoint, pretrain
 from kit.train.checkpoint import CheckpointError
@@ -313,18 +313,6 @@ def test_only_the_cells_concerned_are_computed_anew(store, tmp_path, capsys, fit
         record.unlink()
     benchmarked(store, tmp_path / "run", **values)
     assert len(fitted) == done + 4 and "no record of what it was made from" in capsys.readouterr().out
-
-
-def test_only_columns_with_words_among_numbers_are_read_by_the_latest_rule(store, tmp_path):
-    """Cells of other columns, whose results that rule leaves as they were, are not computed anew because of it."""
-    found, score = [], store.index["age"].round() + 0.5
-    for column in (score, score.astype(object).mask(score.index == 3, "NA")):
-        write_table(store.folder / "index.csv", store.index.assign(score=column))
-        params = check(Benchmark, {
-            "prepared": str(store.folder), "output_dir": str(tmp_path), "encoders": {"one": "random:resnet18_narrow"},
-            "tasks": ["lesion"], "finetune_tasks": [], "baselines": ["demographics"], "demographics": ["score"]})
-        found.append(benchmark_cells.Bench(params).made["demographics", "baseline", "lesion", 0].record["settings"])
-    assert [each["reading"] for each in found] == [2, 3]
 
 
 def test_no_shard_keeps_tables_of_older_labels(store, tmp_path):

@@ -110,6 +110,11 @@ def test_an_unpacked_folder_serves_as_the_wheel(tmp_path, monkeypatch):
         assert atlas.licence == "not verified"
     with pytest.raises(AtlasError, match="deepmriprep has mine; did you mean mine"):
         load_atlas("deepmriprep:min", GRID)
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
+        wheel.writestr("other/__init__.py", "")
+    monkeypatch.setenv("KIT_DEEPMRIPREP", str(tmp_path / "other.whl"))
+    with pytest.raises(AtlasError, match="KIT_DEEPMRIPREP names .*other.whl, which is neither deepmriprep's wheel"):
+        atlas_names()
     monkeypatch.setenv("KIT_DEEPMRIPREP", str(tmp_path / "nothing"))
     with pytest.raises(AtlasError, match="KIT_DEEPMRIPREP names .*nothing"):
         load_atlas("deepmriprep:mine", GRID)

@@ -186,6 +186,10 @@ def test_deletion_and_insertion_of_a_sum(store, scan):
     found = areas(table)
     assert list(found.index) == ["gradient", "gradient_x_input", "occlusion"]
     assert (found.loc["gradient_x_input"] > 0.2).all() and (found.loc["occlusion"] < -0.2).all()
+    beside = pd.concat([table, table[table["method"] == "occlusion"].assign(
+        method="smoothgrad", output=lambda rows: 3 * rows["output"])])  # one that overshoots
+    pd.testing.assert_frame_equal(areas(beside).drop("smoothgrad"), found)  # changes no other's numbers
+    assert areas(curves(explainer, scan, {})).empty
 
 
 @pytest.mark.parametrize("bottom", [True, False])
@@ -227,6 +231,24 @@ def test_stability_falls_where_a_map_does_not_move_with_the_brain(store, scan):
     assert even["noise"] > 0.9 and even["shift"] > 0.5
 
 
+def test_a_map_that_noise_wipes_out_is_not_left_out_of_the_means(store, scan):
+    class Wiped(nn.Module):
+        """Its gradient is zero for any scan but one."""
+
+        def __init__(self, image: torch.Tensor) -> None:
+            super().__init__()
+            self.weight, self.image = nn.Parameter(torch.ones(())), image
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            alike = (images.detach() == self.image).flatten(1).all(1).float()
+            return self.weight * alike * images.square().flatten(1).sum(1)
+
+    image = store.read(scan)[0].astype(np.float32)
+    explainer = explainer_for(Wiped(torch.from_numpy(image)[None]), store)
+    found = explainer.map(scan, "gradient")
+    assert np.ptp(found) > 0 and (stability(explainer, scan, {"gradient": found}) == 0).all(axis=None)
+
+
 def test_outside_completeness_and_agreement_by_hand(store, scan, right_reader):
     mask = np.zeros((2, 2, 2), bool)
     mask[0] = True
@@ -250,7 +272,7 @@ GOOD = {"method": "gradient", "randomised": 0.1, "head": 0.9, "shuffled": 0.2, "
     ({"shift": 0.1}, "after a shift by one voxel"), ({"outside": 1.4}, "prefers what is outside the brain"),
     ({"incomplete": 0.2}, "off by 20 % (take more steps)"),
     ({"randomised": np.nan, "noise": np.nan}, "the same everywhere"),
-    ({"insertion": np.nan, "deletion": np.nan}, "no more"),
+    ({"insertion": np.nan, "deletion": np.nan}, "the output never changes"),
 ])
 def test_each_check_can_fail_a_map(changed, words):
     good, bad = verdicts(pd.DataFrame([GOOD])), verdicts(pd.DataFrame([GOOD | changed]))

@@ -89,6 +89,8 @@ def test_a_map_that_says_nothing_or_lies_on_another_grid_is_refused():
     atlas, mask = halves(), np.ones(SMALL.shape, bool)
     with pytest.raises(ValueError, match="zero or not finite"):
         shares_of(np.zeros(SMALL.shape), mask, atlas)
+    with pytest.raises(ValueError, match="zero or not finite"):
+        shares_of(np.where(np.arange(mask.size).reshape(SMALL.shape) == 7, np.inf, 1), mask, atlas)
     with pytest.raises(ValueError, match="shapes differ: map"):
         shares_of(np.ones(SMALL.shape).transpose(0, 2, 1), mask, atlas)
 

@@ -93,6 +93,7 @@ NO_MASKS = {
     "z-scores": (lambda brain: np.where(brain, stripped()[0] / 30 - 2.3, 0),
                  "mask: no mask .*from -.*; give one that is 1"),
     "a scan from 0 to 1": (lambda brain: stripped()[0] / stripped()[0].max(), "mask: no mask .*from 0 to 1.; give one"),
+    "a scan from 0 to 0.4": (lambda brain: 0.4 * stripped()[0] / stripped()[0].max(), "mask: no mask .*; give one"),
     "below zero": (lambda brain: -1.0 * brain, "mask: no mask .2 different values from -1 to 0"),
     "a head": (lambda brain: np.where(ndimage.binary_dilation(brain, iterations=5), stripped()[0] + 20, 0),
                r"mask: not a brain \(\d+ different values from 0 to .*\): \d+ ml; is it a head mask, inverted, or a "

@@ -113,6 +113,8 @@ def test_a_test_set_has_one_colour_in_all_panels():
 def test_without_names_each_row_is_a_participant_in_every_fold():
     table = two_classes(100).drop(columns="participant").assign(fold=np.arange(100) % 5)
     assert names(roc(table).axes[0])[0].startswith("n = 100\n") and len(roc(table).axes[0].collections) == 1
+    seeds = pd.concat([table.assign(seed=seed) for seed in (0, 1)], ignore_index=True)
+    assert names(roc(seeds).axes[0])[0].startswith("n = 100\n")
 
 
 def test_calibration_is_on_the_diagonal_where_probabilities_are_true():

@@ -66,7 +66,7 @@ def test_slices_go_through_a_strongest_place_at_the_brains_edge(scan):
     z, y, x = next(place for place in np.argwhere(scan != 0) if place[0] == 12)  # at the cortex
     values = np.where(scan != 0, 0.01, 0).astype(np.float32)
     values[8:11, 11:14, 9:12] = 1
-    values[z, y, x] = 3 / smoothed((np.arange(values.size) == np.ravel_multi_index((z, y, x), values.shape)).reshape(
+    values[z, y, x] = 1.2 / smoothed((np.arange(values.size) == np.ravel_multi_index((z, y, x), values.shape)).reshape(
         values.shape).astype(np.float32), GRID, scan != 0)[z, y, x]
     figure = scan_figure(scan, values, GRID)
     assert figure.axes[0].get_title() == f"axial, z = {GRID.origin_mm[2] + 8 * z:g} mm"
