@@ -185,7 +185,8 @@ def test_deletion_and_insertion_of_a_sum(store, scan):
     assert ends[1] == pytest.approx(net[1].bias.item(), abs=1e-4)
     found = areas(table)
     assert list(found.index) == ["gradient", "gradient_x_input", "occlusion"]
-    assert (found.loc["gradient_x_input"] > 0.2).all() and (found.loc["occlusion"] < -0.2).all()
+    both = found[["deletion", "insertion"]]
+    assert (both.loc["gradient_x_input"] > 0.2).all() and (both.loc["occlusion"] < -0.2).all()
     beside = pd.concat([table, table[table["method"] == "occlusion"].assign(
         method="smoothgrad", output=lambda rows: 3 * rows["output"])])  # one that overshoots
     pd.testing.assert_frame_equal(areas(beside).drop("smoothgrad"), found)  # changes no other's numbers
@@ -198,7 +199,7 @@ def test_equal_cubes_come_in_random_order_and_not_from_the_bottom_up(store, scan
     third = np.indices(SHAPE)[0] < SHAPE[0] // 3 if bottom else np.indices(SHAPE)[0] >= SHAPE[0] - SHAPE[0] // 3
     explainer = explainer_for(SumOf(lambda images: images.abs() * torch.from_numpy(third)), store, patch=4)
     found = areas(curves(explainer, scan, {"grad_cam": np.zeros(SHAPE)}))
-    np.testing.assert_allclose(found, 0, atol=1e-5)
+    np.testing.assert_allclose(found[["deletion", "insertion"]], 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("patch", [4, 8])
@@ -207,9 +208,11 @@ def test_a_map_of_white_noise_is_no_better_than_random_order(store, scan, patch)
     rng = np.random.default_rng(0)
     maps = {f"noise {number}": rng.normal(size=SHAPE) for number in range(8)}
     maps["gradient_x_input"] = explainer.map(scan, "gradient_x_input")
-    found = areas(curves(explainer, scan, maps)).mean(axis=1)
+    table = areas(curves(explainer, scan, maps))
+    found, by_chance = table[["deletion", "insertion"]].mean(axis=1), table["by_chance"]
     assert abs(found.drop("gradient_x_input").mean()) < 0.03
-    assert found["gradient_x_input"] > THRESHOLDS.faithful
+    assert found["gradient_x_input"] > THRESHOLDS.faithful * by_chance["gradient_x_input"]
+    assert (found.drop("gradient_x_input") < THRESHOLDS.faithful * by_chance.drop("gradient_x_input")).all()
 
 
 def test_fractions_are_of_the_brains_voxels_to_half_a_cube(store, scan):
@@ -263,7 +266,7 @@ def test_outside_completeness_and_agreement_by_hand(store, scan, right_reader):
 
 
 GOOD = {"method": "gradient", "randomised": 0.1, "head": 0.9, "shuffled": 0.2, "deletion": 0.3, "insertion": 0.2,
-        "noise": 0.95, "shift": 0.8, "outside": 0.4, "incomplete": 0.01, "agreement": 0.5}
+        "by_chance": 0.02,        "noise": 0.95, "shift": 0.8, "outside": 0.4, "incomplete": 0.01, "agreement": 0.5}
 
 
 @pytest.mark.parametrize(("changed", "words"), [
