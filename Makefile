@@ -25,7 +25,7 @@ $(READY): requirements.lock pyproject.toml
 
 setup: $(READY)  ## make .venv from requirements.lock
 
-demo: $(READY)  ## the whole path through every notebook on the sample cohort (14 minutes on two cores)
+demo: $(READY)  ## the whole path through every notebook on the sample cohort (15 minutes on two cores)
 	$(BIN)/python -m kit.execute params/demo
 
 test: $(READY)  ## all tests: unit, integration, every notebook (29 minutes on two cores)
