@@ -117,7 +117,8 @@ def test_brainiac_resnet50(tmp_path: Path, raw: np.ndarray, scan: np.ndarray) ->
     values = ScaleIntensity(0.0, 1.0)(Resize((128, 128, 128))(in_nifti_order(raw)[None]))
     with torch.no_grad():
         wanted = plain(torch.as_tensor(values)[None])[0].numpy()
-    np.testing.assert_allclose(features(encoder, scan), wanted, rtol=1e-4, atol=1e-4)
+    # random weights give features from 1e12 to 7e16; some differed by 3e-8 of the largest
+    np.testing.assert_allclose(features(encoder, scan), wanted, rtol=1e-4, atol=1e-6 * wanted.max())
     assert np.ptp(wanted) > 0.1
 
 
