@@ -218,8 +218,7 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
         known = knowns[name] = tables[name].notna().any(axis=1).to_numpy()
         if not known.all():
             who = part.participants[~known].unique()
-            some = ", ".join(who[:5]) + ", ..." * (len(who) > 5)
-            tell(f"no values for {len(who)} participants of {name}: {some}")
+            tell(f"no values for {len(who)} participants of {name}: {_listed(who)}")
         if known.any():
             parts[name] = part.only(known) if name in LEARNED else part
     if absent := [name for name in LEARNED if name not in parts]:
@@ -231,14 +230,12 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     if task.labels.classes and len(set(parts["validation"].labels)) < 2:
         tell(f"validation scans with a value are all of one class, so the penalty is not chosen but {DEFAULT:g}")
     if gaps := [name for name in train if train[name].isna().any()]:
-        tell(f"some training scans have no {', '.join(gaps[:5])}{', ...' * (len(gaps) > 5)}; that a value is missing "
-             "is learned from, too")
+        tell(f"some training scans have no {_listed(gaps)}; that a value is missing is learned from, too")
     numbers = [name for name in train if train[name].dtype != object]
     categories = [name for name in train if name not in numbers]
     for name in (each for each in tables if each not in LEARNED):
         if lacking := [each for each in train if train[each].notna().any() and tables[name][each].isna().all()]:
-            tell(f"{name} has no values of {', '.join(lacking[:5])}{', ...' * (len(lacking) > 5)}, so it is "
-                 "predicted without")
+            tell(f"{name} has no values of {_listed(lacking)}, so it is predicted without")
         for column in (each for each in categories if each != "site"):
             values, known = tables[name][column].dropna(), train[column].dropna()
             if len(values) and len(known) and not values.isin(known).any():
@@ -255,6 +252,10 @@ def _from_tables(task: Task, tables: dict[str, pd.DataFrame], tell: Callable[[st
     found = probe_tested(replace(task, parts=parts), features)
     return {name: np.where(knowns[name], values, np.nan) if name == CORRECTION else values
             for name, values in found.items()}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def _measured_volumes(task: Task, atlas: Path | None, cache: Path | None) -> dict[str, np.ndarray]:

@@ -86,9 +86,9 @@ def differences(predictions: pd.DataFrame, kinds: Mapping[str, str], encoders: S
     """Compare encoders with their rivals (all others of the same mode, and the baselines), paired by participant.
 
     The bootstrap draws the same participants for both, from those tested by both. Seeds are paired if both have the
-    same ones. A one-seed baseline is deterministic and is paired with every seed. Any other side with
-    one seed adds no variance between seeds, so the interval is too narrow; `seeds` is then 1. (It is the smaller number
-    of the two; against a deterministic baseline, the encoder's.)
+    same ones. A one-seed baseline is deterministic and is paired with every seed. Any other side with one
+    seed adds no variance between seeds, so the interval is too narrow; `seeds` is then 1. (It is the smaller number of
+    the two; against a deterministic baseline, the encoder's.)
 
     p is two-sided, from Student's t with the bootstrap's standard error, and so is the interval. The share of draws
     beyond 0 would not do: it cannot be below 1 / draws, which is too coarse for Holm's correction. p_holm corrects over

@@ -205,7 +205,8 @@ def curves(explainer: Explainer, scan: str, maps: dict[str, np.ndarray], seed: i
         orders += [(method, any_order[np.argsort(-means[any_order], kind="stable")])
                    for any_order in (drawn if tied else drawn[:1])]
     orders += [(f"random {turn}", order) for turn, order in enumerate(drawn)]
-    jobs = [(name, kind, fraction, _places(order, sizes)) for name, order in orders for fraction in FRACTIONS
+    placed = [(name, _places(order, sizes)) for name, order in orders]
+    jobs = [(name, kind, fraction, places) for name, places in placed for fraction in FRACTIONS
             for kind in ("deletion", "insertion")]
 
     def changed(kind: str, fraction: float, places: np.ndarray) -> np.ndarray:

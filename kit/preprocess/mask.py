@@ -105,7 +105,8 @@ def brain_of(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
     two, whole = len(levels) == 2, bool((levels == np.rint(levels)).all())
     saturated = np.count_nonzero(values >= SATURATED * top) / max(int(np.count_nonzero(values > 0.05 * top)), 1)
     probability = not two and not whole and 0.5 < top <= PROBABILITY_TOP
-    labels = (whole and top <= MOST_LABELS) or _equal_neighbours(values, top, affine) >= LABELS_EQUAL
+    labels = not two and not probability and (
+        (whole and top <= MOST_LABELS) or _equal_neighbours(values, top, affine) >= LABELS_EQUAL)
     graded = not two and not probability and not labels and saturated >= LEAST_SATURATED
     unlike = low < -top / 4 or (top <= PROBABILITY_TOP and saturated < LEAST_SATURATED)
     if top <= 0 or (unlike and not two and not whole):
